@@ -1,0 +1,525 @@
+"""What travels on the bus and over HTTP: frozen, versioned, closed. Messages carry object keys, never bytes."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from enum import StrEnum
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    TypeAdapter,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+
+SCHEMA_VERSION = 1
+MAX_REFERENCES = 3
+MAX_SEED = 2**32 - 1
+SIZE_MULTIPLE = 16  # both pipelines work in patches of 16 pixels
+MIN_SIDE, MAX_SIDE = 64, 2048
+
+JobId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
+ObjectKey = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9_./-]{0,499}$")]
+Prompt = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=4000)]
+OptionalPrompt = Annotated[str, StringConstraints(max_length=4000)]
+Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
+Steps = Annotated[int, Field(ge=1, le=100)]
+Guidance = Annotated[float, Field(ge=0, le=20, allow_inf_nan=False)]
+Side = Annotated[int, Field(ge=MIN_SIDE, le=MAX_SIDE)]
+LabelKey = Annotated[str, StringConstraints(min_length=1, max_length=63)]
+LabelValue = Annotated[str, StringConstraints(max_length=256)]
+
+Stage = Literal["edit", "i2v"]
+Lane = Literal["interactive", "batch"]
+Quality = Literal["draft", "standard", "high"]
+STAGES: tuple[Stage, ...] = ("edit", "i2v")
+LANES: tuple[Lane, ...] = ("interactive", "batch")
+
+Background = Literal["studio", "beach", "city", "forest", "mountains", "night-sky", "office", "sunset"]
+Style = Literal["cinematic", "film-noir", "golden-hour", "moonlight", "neon", "pencil", "sepia", "vivid", "watercolor"]
+Viewpoint = Literal["front", "left", "right", "back", "above", "below", "close-up", "wide"]
+
+WAN_NEGATIVE_PROMPT = (
+    "overexposed, static, blurred details, subtitles, painting, still picture, overall gray, worst quality, "
+    "low quality, JPEG artifacts, ugly, deformed, extra fingers, poorly drawn hands, poorly drawn face, "
+    "disfigured limbs, fused fingers, cluttered background, walking backwards"
+)
+
+
+class Message(BaseModel):
+    """A frozen message that refuses what it does not know."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def to_bytes(self) -> bytes:
+        """Compact JSON, without the fields that were left out."""
+        return self.model_dump_json(exclude_none=True).encode()
+
+
+def _check_size(width: int | None, height: int | None) -> None:
+    if (width is None) != (height is None):
+        raise ValueError("width and height go together: give both or neither")
+    for name, side in (("width", width), ("height", height)):
+        if side is not None and side % SIZE_MULTIPLE:
+            near = max(MIN_SIDE, min(MAX_SIDE, round(side / SIZE_MULTIPLE) * SIZE_MULTIPLE))
+            raise ValueError(f"{name} must be a multiple of {SIZE_MULTIPLE}, not {side}: use {near}")
+
+
+class EditParams(Message):
+    """How the reference is to be edited. What is None follows from `quality`."""
+
+    prompt: Prompt
+    negative_prompt: OptionalPrompt = " "
+    quality: Quality = "standard"
+    steps: Steps | None = None
+    true_cfg_scale: Guidance | None = Field(None, description="Classifier-free guidance; 1 is off.")
+    guidance_scale: Guidance = 1.0
+    seed: Seed | None = None
+    width: Side | None = None
+    height: Side | None = None
+    candidates: Annotated[int, Field(ge=1, le=4)] = 1
+    background: Background | None = None
+    style: Style | None = None
+    viewpoint: Viewpoint | None = None
+
+    @model_validator(mode="after")
+    def _sizes(self) -> Self:
+        _check_size(self.width, self.height)
+        return self
+
+
+class I2VParams(Message):
+    """How the frame is to move. What is None follows from `quality`."""
+
+    prompt: OptionalPrompt = ""
+    negative_prompt: OptionalPrompt = WAN_NEGATIVE_PROMPT
+    quality: Quality = "standard"
+    steps: Steps | None = None
+    guidance_scale: Guidance | None = Field(None, description="Classifier-free guidance; 1 is off.")
+    guidance_scale_2: Guidance | None = Field(None, description="The same for Wan 2.2's low-noise expert.")
+    seed: Seed | None = None
+    num_frames: Annotated[int, Field(ge=5, le=257)] = 81
+    fps: Annotated[int, Field(ge=1, le=60)] = 16
+    width: Side = 832
+    height: Side = 480
+
+    @field_validator("num_frames")
+    @classmethod
+    def _frames(cls, value: int) -> int:
+        if value % 4 != 1:
+            below = value - (value - 1) % 4
+            raise ValueError(f"num_frames must be 4k+1, not {value}: use {below} or {below + 4}")
+        return value
+
+    @model_validator(mode="after")
+    def _sizes(self) -> Self:
+        _check_size(self.width, self.height)
+        return self
+
+
+class VideoRequest(Message):
+    """What a client publishes on `vidgen.requests`: references, and an edit, a motion, or both."""
+
+    schema_version: Literal[1] = 1
+    job_id: JobId | None = None
+    references: Annotated[tuple[ObjectKey, ...], Field(min_length=1, max_length=MAX_REFERENCES)]
+    edit: EditParams | None = None
+    i2v: I2VParams | None = None
+    review: bool = Field(False, description="Wait for approval of the edited frame before the video is made.")
+    lane: Lane = "interactive"
+    deadline_s: Annotated[float, Field(gt=0, le=7 * 86400, allow_inf_nan=False)] | None = None
+    labels: Annotated[dict[LabelKey, LabelValue], Field(max_length=16)] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _something_to_do(self) -> Self:
+        if self.edit is None and self.i2v is None:
+            raise ValueError("give at least one of edit and i2v")
+        if self.edit is None and len(self.references) > 1:
+            raise ValueError("references: a video without an edit starts from exactly one image")
+        return self
+
+
+class FieldError(Message):
+    """One thing that is wrong with a request: where, what, and what to do."""
+
+    field: str
+    message: str
+
+
+def field_errors(exc: ValidationError) -> tuple[FieldError, ...]:
+    """Every wrong field of a validation error, dotted paths, never the offending value."""
+    found = []
+    for error in exc.errors(include_url=False, include_input=False):
+        path = ".".join(str(part) for part in error["loc"]) or "request"
+        message = error["msg"].removeprefix("Value error, ")
+        if error["type"] == "extra_forbidden":
+            message = "unknown field: remove it"
+        elif path == "schema_version":
+            message = f"unknown schema version: this server speaks {SCHEMA_VERSION}"
+        found.append(FieldError(field=path, message=message))
+    return tuple(found)
+
+
+# ── tasks ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class EditWork(Message):
+    """One edit with everything decided."""
+
+    kind: Literal["edit"] = "edit"
+    prompt: str = Field(description="As the model reads it: presets and the identity sentence are in it.")
+    user_prompt: str
+    negative_prompt: str
+    steps: Steps
+    true_cfg_scale: float
+    guidance_scale: float
+    seed: Seed
+    width: Side
+    height: Side
+    candidates: int
+    background: Background | None = None
+    style: Style | None = None
+    viewpoint: Viewpoint | None = None
+
+
+class I2VWork(Message):
+    """One animation with everything decided."""
+
+    kind: Literal["i2v"] = "i2v"
+    prompt: str
+    negative_prompt: str
+    steps: Steps
+    guidance_scale: float
+    guidance_scale_2: float | None = None
+    seed: Seed
+    num_frames: int
+    fps: int
+    width: Side
+    height: Side
+
+
+Work = Annotated[EditWork | I2VWork, Field(discriminator="kind")]
+
+
+class Task(Message):
+    """One stage's work for one job, as a message on that stage's queue."""
+
+    schema_version: Literal[1] = 1
+    job_id: JobId
+    stage: Stage
+    lane: Lane
+    run: int = Field(1, ge=1, description="Grows by one with each retry of the job.")
+    attempts: int = Field(0, ge=0, description="Attempts that earlier runs made at this stage.")
+    inputs: tuple[ObjectKey, ...]
+    work: Work
+    queued_at: datetime
+    deadline_at: datetime | None = None
+
+
+class Artifact(Message):
+    """A file in the object store."""
+
+    name: str
+    key: ObjectKey
+    content_type: str
+    size: int = Field(description="Bytes.")
+    sha256: str
+    width: int | None = None
+    height: int | None = None
+    frames: int | None = None
+    fps: int | None = None
+
+
+class Timings(Message):
+    """Seconds that a stage spent in each phase."""
+
+    queued: float = 0.0
+    load: float = 0.0
+    prepare: float = 0.0
+    denoise: float = 0.0
+    decode: float = 0.0
+    encode: float = 0.0
+    store: float = 0.0
+
+
+class JobError(Message):
+    """Why a job failed."""
+
+    code: str
+    message: str
+    stage: Stage | None = None
+    retryable: bool = False
+    fields: tuple[FieldError, ...] = ()
+
+
+class Progress(Message):
+    """Where a stage is: published on `vidgen.progress.<job_id>`, at most five a second."""
+
+    job_id: JobId
+    stage: Stage
+    run: int = 1
+    attempt: int = 1
+    phase: Literal["preparing", "denoising", "finishing"] = "denoising"
+    step: int = 0
+    steps: int = 0
+    seconds_per_step: float | None = None
+    eta_s: float | None = Field(None, description="Seconds until this stage is done, from measured steps.")
+    worker: str | None = None
+    at: datetime
+
+
+# ── events ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class JobEvent(Message):
+    """What happened to a job."""
+
+    schema_version: Literal[1] = 1
+    job_id: JobId
+    run: int = 1
+    at: datetime
+
+
+class StageEvent(JobEvent):
+    """What happened to one attempt at a stage.
+
+    `attempt` only ever grows and is the fence; `tries` counts the attempts that are held against the task.
+    """
+
+    stage: Stage
+    attempt: int
+    tries: int
+    worker: str
+
+
+class Accepted(JobEvent):
+    type: Literal["accepted"] = "accepted"
+
+
+class Rejected(JobEvent):
+    type: Literal["rejected"] = "rejected"
+    errors: tuple[FieldError, ...]
+
+
+class StageStarted(StageEvent):
+    type: Literal["stage_started"] = "stage_started"
+    engine: str
+    model: str
+    queued_s: float = 0.0
+    deliveries: int = 1
+
+
+class StageCompleted(StageEvent):
+    type: Literal["stage_completed"] = "stage_completed"
+    engine: str
+    model: str
+    revision: str | None = None
+    seed: int
+    steps: int = 0
+    artifacts: tuple[Artifact, ...]
+    timings: Timings = Timings()
+    gpu_seconds: float = 0.0
+    cost_usd: float = 0.0
+    reused: bool = Field(False, description="The artifact was already there; nothing was computed.")
+
+
+class StageFailed(StageEvent):
+    type: Literal["stage_failed"] = "stage_failed"
+    error: JobError
+    final: bool = Field(description="False: the task waits to be tried again.")
+    retry_in_s: float | None = None
+    gpu_seconds: float = 0.0
+    cost_usd: float = 0.0
+
+
+class StageReleased(StageEvent):
+    """Handed back unharmed (a drain): not held against the task."""
+
+    type: Literal["stage_released"] = "stage_released"
+    gpu_seconds: float = 0.0
+    cost_usd: float = 0.0
+
+
+class StageCancelled(StageEvent):
+    type: Literal["stage_cancelled"] = "stage_cancelled"
+    gpu_seconds: float = 0.0
+    cost_usd: float = 0.0
+    cancel_latency_s: float | None = Field(None, description="From the request to the freed GPU.")
+
+
+class CancelRequested(JobEvent):
+    type: Literal["cancel_requested"] = "cancel_requested"
+
+
+class RetryRequested(JobEvent):
+    """`run` is the new run."""
+
+    type: Literal["retry_requested"] = "retry_requested"
+
+
+class Approved(JobEvent):
+    type: Literal["approved"] = "approved"
+    candidate: int = 0
+
+
+class JobCompleted(JobEvent):
+    type: Literal["completed"] = "completed"
+
+
+class JobFailed(JobEvent):
+    type: Literal["failed"] = "failed"
+    error: JobError
+
+
+class JobCancelled(JobEvent):
+    type: Literal["cancelled"] = "cancelled"
+
+
+AnyStageEvent = StageStarted | StageCompleted | StageFailed | StageReleased | StageCancelled
+AnyEvent = (
+    Accepted | Rejected | AnyStageEvent | CancelRequested | RetryRequested | Approved
+    | JobCompleted | JobFailed | JobCancelled
+)  # fmt: skip
+Event: TypeAdapter[AnyEvent] = TypeAdapter(Annotated[AnyEvent, Field(discriminator="type")])
+
+
+# ── records ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class JobStatus(StrEnum):
+    QUEUED = "queued"
+    IN_PROGRESS = "in_progress"
+    AWAITING_REVIEW = "awaiting_review"
+    COMPLETED = "completed"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
+    REJECTED = "rejected"
+
+    @property
+    def final(self) -> bool:
+        return self in FINAL
+
+
+FINAL = frozenset({JobStatus.COMPLETED, JobStatus.FAILED, JobStatus.CANCELLED, JobStatus.REJECTED})
+
+
+class StageState(StrEnum):
+    PENDING = "pending"
+    QUEUED = "queued"
+    RUNNING = "running"
+    COMPLETED = "completed"
+    FAILED = "failed"
+
+
+class StageRecord(Message):
+    """What is known of one stage of a job."""
+
+    stage: Stage
+    state: StageState = StageState.PENDING
+    work: Work
+    attempt: int = 0
+    tries: int = 0
+    queued_at: datetime | None = None
+    started_at: datetime | None = None
+    completed_at: datetime | None = None
+    worker: str | None = None
+    engine: str | None = None
+    model: str | None = None
+    revision: str | None = None
+    seed: int | None = None
+    artifacts: tuple[Artifact, ...] = ()
+    timings: Timings = Timings()
+    gpu_seconds: float = 0.0
+    cost_usd: float = 0.0
+    error: JobError | None = None
+    charged: int = Field(0, description="The newest attempt whose GPU seconds are in the sums.")
+
+
+class Job(Message):
+    """The durable record of one request, written by the gateway alone."""
+
+    schema_version: Literal[1] = 1
+    id: JobId
+    status: JobStatus = JobStatus.QUEUED
+    stage: Stage | None = None
+    run: int = 1
+    request: VideoRequest | None = Field(None, description="None only where a rejected payload could not be read.")
+    inputs: tuple[ObjectKey, ...] = ()
+    stages: tuple[StageRecord, ...] = ()
+    artifacts: tuple[Artifact, ...] = ()
+    progress: Progress | None = None
+    approved: int | None = Field(None, description="The candidate that a review chose.")
+    gpu_seconds: float = 0.0
+    cost_usd: float = 0.0
+    error: JobError | None = None
+    deadline_at: datetime | None = None
+    created_at: datetime
+    updated_at: datetime
+    completed_at: datetime | None = None
+
+    def stage_record(self, stage: Stage) -> StageRecord | None:
+        return next((record for record in self.stages if record.stage == stage), None)
+
+
+class DeadLetter(Message):
+    """What was given up: why, and the original payload."""
+
+    schema_version: Literal[1] = 1
+    job_id: str | None = None
+    stage: Stage | None = None
+    subject: str
+    error: JobError
+    payload: str = Field(description="The original bytes, base64.")
+    at: datetime
+
+
+class GpuFigures(Message):
+    """One device as NVML sees it; a worker without a GPU reports one device called `cpu`."""
+
+    index: int
+    uuid: str
+    name: str
+    utilization: float | None = Field(None, description="0 to 1.")
+    memory_used: int | None = Field(None, description="Bytes.")
+    memory_total: int | None = Field(None, description="Bytes.")
+    power_watts: float | None = None
+    temperature_celsius: float | None = None
+
+
+class WorkerInfo(Message):
+    """A worker alive, refreshed every few seconds in the `vidgen_workers` bucket."""
+
+    id: str
+    stage: Stage
+    state: Literal["starting", "ready", "busy", "draining", "unhealthy"]
+    engine: str
+    model: str
+    revision: str | None = None
+    profile: str | None = None
+    device: str
+    gpus: tuple[GpuFigures, ...] = ()
+    running: tuple[JobId, ...] = ()
+    seconds_per_step: float | None = None
+    busy_seconds: float = 0.0
+    tasks_done: int = 0
+    load_seconds: float | None = None
+    version: str
+    host: str
+    started_at: datetime
+    at: datetime
+
+
+def json_schemas() -> dict[str, dict[str, Any]]:
+    """The JSON Schema of every public contract, by name."""
+    models: dict[str, type[BaseModel]] = {
+        "video-request": VideoRequest, "task": Task, "job": Job, "progress": Progress,
+        "dead-letter": DeadLetter, "worker": WorkerInfo,
+    }  # fmt: skip
+    schemas = {name: model.model_json_schema() for name, model in models.items()}
+    schemas["event"] = Event.json_schema()
+    return schemas

@@ -1,0 +1,79 @@
+"""The seam between the runtime and a model: prepare, generate, finish, apart so that the GPU never waits."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from vidgen.contracts import GpuFigures, Work
+
+
+@dataclass(frozen=True)
+class EngineInfo:
+    """Who made a result: written into the job record, the registry and the artifact."""
+
+    name: str
+    model: str
+    revision: str | None = None
+    profile: str | None = None
+    device: str = "cpu"
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What `generate` hands to `finish`, and how long its two GPU phases took."""
+
+    output: Any
+    denoise_s: float
+    decode_s: float
+
+
+@dataclass(frozen=True)
+class Finished:
+    """A file that `finish` wrote, with what the manifest says of it."""
+
+    path: Path
+    content_type: str
+    width: int
+    height: int
+    frames: int | None = None
+    fps: int | None = None
+
+
+class OnStep(Protocol):
+    """Called after each denoising step; raises `errors.Cancelled` to stop the engine there."""
+
+    def __call__(self, step: int, steps: int) -> None: ...
+
+
+class Engine(Protocol):
+    """One model on one device.
+
+    `setup` once; then `prepare` and `finish` (CPU, any thread, several at a time) around `generate` (the device, one
+    call at a time, always in the same thread). An engine raises `RejectedError` for a task that can never work,
+    `RetryableError` for one that may work later and `FatalError` when the device or the weights are lost; whatever
+    `on_step` raises passes through unchanged and leaves the engine usable.
+    """
+
+    info: EngineInfo
+
+    def setup(self) -> None:
+        """Load and warm up; afterwards `info` is complete."""
+
+    def prepare(self, work: Work, files: Sequence[Path]) -> Any:
+        """Decode and lay out the inputs on the CPU."""
+
+    def generate(self, inputs: Any, on_step: OnStep) -> Generated:
+        """Run the model; `on_step(k, n)` after step k of n, k from 1."""
+
+    def finish(self, output: Any, folder: Path) -> tuple[Finished, ...]:
+        """Encode `Generated.output` into files in `folder`, named as the artifacts are (`edit-0.png`, `video.mp4`)."""
+
+
+class GpuMonitor(Protocol):
+    """Reads the devices that this process uses."""
+
+    def read(self) -> tuple[GpuFigures, ...]:
+        """The figures now; never raises, a figure that cannot be read is None."""

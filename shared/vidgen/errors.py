@@ -1,0 +1,89 @@
+"""Errors, named by what happens next.
+
+VidgenError
+├── RejectedError     the task or request can never succeed: fail it at once, dead-letter it, go on
+├── RetryableError    it may succeed later: hand it back with back-off, up to `max_attempts`
+├── FatalError        the task is healthy, this worker is not: hand the task back, leave
+├── Cancelled         somebody asked for the job to stop: free the GPU, settle as cancelled
+└── bus and store, raised by the seams' adapters
+    ├── BusError (RetryableError)         the bus did not answer
+    │   └── QueueFullError                a limit of a stream was reached: try again later
+    ├── ConflictError                     compare-and-set lost: somebody wrote first
+    ├── StoreError (RetryableError)       the object store did not answer
+    └── NotFoundError (RejectedError)     no such object
+"""
+
+from __future__ import annotations
+
+
+class VidgenError(Exception):
+    """Something went wrong in vidgen.
+
+    `code` is stable and machine-readable, `message` is for people and names the remedy.
+    """
+
+    code = "error"
+
+    def __init__(self, message: str | None = None, *, code: str | None = None) -> None:
+        self.message = message or (type(self).__doc__ or "").strip().splitlines()[0]
+        if code is not None:
+            self.code = code
+        super().__init__(self.message)
+
+
+class RejectedError(VidgenError):
+    """The request or task can never succeed as it is."""
+
+    code = "rejected"
+
+    def __init__(self, message: str | None = None, *, code: str | None = None, field: str | None = None) -> None:
+        super().__init__(message, code=code)
+        self.field = field
+
+
+class RetryableError(VidgenError):
+    """A passing fault: the same task may succeed later."""
+
+    code = "retryable"
+
+
+class FatalError(VidgenError):
+    """This worker can no longer do any task."""
+
+    code = "worker_unhealthy"
+
+
+class Cancelled(VidgenError):  # noqa: N818  an outcome, not a fault
+    """The job was cancelled."""
+
+    code = "cancelled"
+
+
+class ConflictError(VidgenError):
+    """Somebody else wrote first."""
+
+    code = "conflict"
+
+
+class BusError(RetryableError):
+    """The bus did not answer."""
+
+    code = "bus_unavailable"
+
+
+class QueueFullError(BusError):
+    """A queue is full."""
+
+    code = "queue_full"
+
+
+class StoreError(RetryableError):
+    """The object store did not answer."""
+
+    code = "store_unavailable"
+
+
+class NotFoundError(RejectedError):
+    """No such object."""
+
+    code = "not_found"

@@ -1,0 +1,111 @@
+"""Settings, read once from the environment (`VIDGEN_*`) by each `main`, and given away from there."""
+
+from __future__ import annotations
+
+import os
+import secrets
+import socket
+from pathlib import Path
+from typing import Literal, TypeVar
+
+from pydantic import Field, SecretStr, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from vidgen import errors
+from vidgen.contracts import Stage
+
+QWEN_MODEL = "Qwen/Qwen-Image-Edit-2511"
+WAN_MODEL = "Wan-AI/Wan2.2-I2V-A14B-Diffusers"
+
+T = TypeVar("T", bound="Settings")
+
+
+class Settings(BaseSettings):
+    """What every process needs: the bus, the store, the logs."""
+
+    model_config = SettingsConfigDict(env_prefix="VIDGEN_", extra="ignore", frozen=True)
+
+    nats_url: str = "nats://127.0.0.1:4222"
+    nats_user: str | None = None
+    nats_password: SecretStr | None = None
+    nats_creds: Path | None = Field(None, description="A NATS credentials file, instead of user and password.")
+    stream_replicas: int = Field(1, ge=1, le=5)
+    ack_wait: float = Field(60.0, gt=0, description="Seconds a task stays with a worker that is no longer heard.")
+
+    s3_endpoint: str = "http://127.0.0.1:8333"
+    s3_public_endpoint: str | None = Field(None, description="The same store as clients reach it, for presigned URLs.")
+    s3_access_key: SecretStr = SecretStr("")
+    s3_secret_key: SecretStr = SecretStr("")
+    s3_bucket: str = "vidgen"
+    s3_region: str = "us-east-1"
+
+    log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Literal["auto", "json", "console"] = "auto"
+    ready_file: Path | None = Field(None, description="Where the process writes its HTTP URL once it listens.")
+
+    def nats_options(self) -> dict[str, object]:
+        """Credentials for `bus.connect`."""
+        if self.nats_creds is not None:
+            return {"user_credentials": str(self.nats_creds)}
+        if self.nats_user is not None:
+            password = self.nats_password.get_secret_value() if self.nats_password else ""
+            return {"user": self.nats_user, "password": password}
+        return {}
+
+
+class GatewaySettings(Settings):
+    """The gateway's own."""
+
+    http_host: str = "127.0.0.1"
+    http_port: int = Field(8080, ge=0, le=65535, description="0: a port that the OS chooses.")
+    max_upload_bytes: int = Field(32 << 20, gt=0)
+    intake_concurrency: int = Field(8, ge=1, le=64)
+    presign_minutes: int = Field(15, ge=1, le=1440)
+
+
+def _worker_id() -> str:
+    host = "".join(c if c.isalnum() or c == "-" else "-" for c in socket.gethostname())[:40]
+    return f"{host}-{os.getpid()}-{secrets.token_hex(2)}"
+
+
+class WorkerSettings(Settings):
+    """What both GPU services read; the model of each stage has its own variables."""
+
+    worker_id: str = Field(default_factory=_worker_id, pattern=r"^[A-Za-z0-9_-]{1,64}$")
+    metrics_host: str = "127.0.0.1"
+    metrics_port: int = Field(0, ge=0, le=65535, description="0: a port that the OS chooses.")
+    work_dir: Path | None = Field(None, description="Scratch space; a temporary folder by default.")
+    max_attempts: int = Field(3, ge=1, le=9)
+    backoff_base: float = Field(1.0, ge=0, description="Seconds before the second attempt; doubles with each.")
+    backoff_limit: float = Field(60.0, ge=0)
+    grace_s: float = Field(600.0, gt=0, description="How long a draining worker may finish what runs.")
+    heartbeat_s: float = Field(3.0, gt=0, description="How often the worker registry is refreshed.")
+    gpu_usd_per_hour: float = Field(0.0, ge=0, description="What this worker's GPU costs; gives cost_usd.")
+
+    engine: Literal["auto", "preview", "real"] = Field(
+        "auto", description="auto: the real model where its weights and a GPU are found, else the CPU preview."
+    )
+    device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    preview_seconds_per_step: float = Field(0.0, ge=0, description="A pace for the preview engines, for load tests.")
+
+    edit_model: str = Field(QWEN_MODEL, description="A model id or a local folder.")
+    edit_revision: str | None = Field(None, description="The commit of the model id; needed to download it.")
+    edit_lora: str | None = Field(None, description="A LoRA: local .safetensors file or folder.")
+    i2v_model: str = WAN_MODEL
+    i2v_revision: str | None = None
+    i2v_lora: str | None = None
+    i2v_lora_2: str | None = Field(None, description="The LoRA of Wan 2.2's low-noise expert.")
+
+    def model_of(self, stage: Stage) -> tuple[str, str | None]:
+        """Model id or folder, and pinned revision, of a stage."""
+        return (self.edit_model, self.edit_revision) if stage == "edit" else (self.i2v_model, self.i2v_revision)
+
+
+def read(kind: type[T]) -> T:
+    """The settings from the environment; raises FatalError naming each wrong variable."""
+    try:
+        return kind()
+    except ValidationError as exc:
+        wrong = "; ".join(f"VIDGEN_{'_'.join(map(str, e['loc'])).upper()}: {e['msg']}" for e in exc.errors())
+        raise errors.FatalError(f"the settings are wrong: {wrong}", code="settings") from exc
