@@ -437,7 +437,7 @@ class StageRecord(Message):
     gpu_seconds: float = 0.0
     cost_usd: float = 0.0
     error: JobError | None = None
-    charged: int = Field(0, description="The newest attempt whose GPU seconds are in the sums.")
+    charged: tuple[int, ...] = Field((), description="The attempts whose GPU seconds are in the sums.")
 
 
 class Job(Message):

@@ -1,0 +1,132 @@
+"""What the gateway takes from the bus: requests, events, advisories. Replicas share the durable consumers."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Awaitable, Callable
+
+import pydantic
+import structlog
+from vidgen.metrics import GatewayMetrics
+
+from gateway.intake import Intake
+from gateway.jobs import Jobs, now, parse_event
+from vidgen import attempts, contracts, dead, errors, topology
+from vidgen.bus import Bus, Delivery
+
+log = structlog.get_logger(__name__)
+
+HAND_BACK_S = 2.0
+PAUSE_S = 0.5
+GIVE_UP_AFTER = 20  # deliveries of a message that this gateway cannot digest
+SKIPPED = (contracts.Accepted, contracts.Rejected, contracts.JobCompleted, contracts.JobFailed, contracts.JobCancelled)
+
+Handler = Callable[[Delivery], Awaitable[None]]
+
+
+class Consumers:
+    """The loops that move jobs on; `run` ends when `stop` is set and what was taken is settled."""
+
+    def __init__(self, bus: Bus, jobs: Jobs, intake: Intake, metrics: GatewayMetrics, concurrency: int) -> None:
+        self._bus, self._jobs, self._intake, self._metrics = bus, jobs, intake, metrics
+        self._concurrency = concurrency
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Consume until `stop`."""
+        by_stream = {consumer.stream: consumer for consumer in topology.CONSUMERS if consumer.name == topology.GATEWAY}
+        async with asyncio.TaskGroup() as group:
+            for _ in range(self._concurrency):
+                group.create_task(self._consume(by_stream[topology.REQUESTS], self._on_request, stop))
+                group.create_task(self._consume(by_stream[topology.EVENTS], self._on_event, stop))
+            group.create_task(self._consume(by_stream[topology.ADVISORIES], self._on_advisory, stop))
+
+    async def _consume(self, consumer: topology.Consumer, handle: Handler, stop: asyncio.Event) -> None:
+        while not stop.is_set():
+            try:
+                delivery = await self._bus.pull(consumer)
+            except errors.BusError as exc:
+                log.warning(exc.message, event="bus_lost", consumer=consumer.stream)
+                await asyncio.sleep(PAUSE_S)
+                continue
+            if delivery is not None:
+                await self._settle(consumer, handle, delivery)
+
+    async def _settle(self, consumer: topology.Consumer, handle: Handler, delivery: Delivery) -> None:
+        try:
+            try:
+                await handle(delivery)
+            except errors.RetryableError as exc:
+                log.warning(exc.message, event="handed_back", stream=consumer.stream, seq=delivery.seq)
+                await delivery.nak(HAND_BACK_S)
+                return
+            except Exception:  # one message must never stop the others
+                log.exception(
+                    "a message could not be digested", event="undigested", stream=consumer.stream, seq=delivery.seq
+                )
+                if delivery.num_delivered < GIVE_UP_AFTER:
+                    await delivery.nak(HAND_BACK_S * delivery.num_delivered)
+                    return
+                error = contracts.JobError(code="undigested", message="the gateway could not process this message")
+                letter = dead.letter(delivery.body, delivery.subject, error, job_id=None)
+                await dead.publish(self._bus, letter, message_id=f"undigested:{consumer.stream}:{delivery.seq}")
+                self._metrics.dead_letter(None)
+            await delivery.ack()
+        except errors.BusError as exc:
+            log.warning(exc.message, event="settle_failed", stream=consumer.stream, seq=delivery.seq)
+
+    async def _on_request(self, delivery: Delivery) -> None:
+        job = await self._intake.handle(delivery)
+        self._metrics.request("rejected" if job.status is contracts.JobStatus.REJECTED else "accepted")
+
+    async def _on_event(self, delivery: Delivery) -> None:
+        try:
+            event = parse_event(delivery.body)
+        except pydantic.ValidationError:
+            log.warning("an event that is none is passed over", event="event_invalid", seq=delivery.seq)
+            return
+        if isinstance(event, SKIPPED):
+            return
+        applied = await self._jobs.apply(event)
+        if applied is None:
+            log.warning("an event of an unknown job is passed over", event="event_orphaned", job=event.job_id)
+        elif applied.changed or isinstance(event, contracts.StageStarted):
+            self._metrics.observe(event, applied.job)
+
+    async def _on_advisory(self, delivery: Delivery) -> None:
+        """A task whose deliveries ran out stays in its queue and is never given again: give it up, aloud."""
+        advisory = json.loads(delivery.body)
+        seq = int(advisory["stream_seq"])
+        stored = await self._bus.get(topology.TASKS, seq)
+        if stored is None:
+            return
+        task = contracts.Task.model_validate_json(stored.body)
+        error = contracts.JobError(
+            code="deliveries_exhausted", stage=task.stage, retryable=True,
+            message="the task was handed out too often without an end: see the workers' logs, then retry the job",
+        )  # fmt: skip
+        letter = dead.letter(stored.body, stored.subject, error, job_id=task.job_id, stage=task.stage)
+        await dead.publish(self._bus, letter, message_id=f"{task.job_id}:{task.stage}:{task.run}:dead")
+        self._metrics.dead_letter(task.stage)
+        await self._fail_stage(task, error)
+        await self._bus.delete(topology.TASKS, seq)
+
+    async def _fail_stage(self, task: contracts.Task, error: contracts.JobError) -> None:
+        subject = topology.subject_of_events(task.job_id)
+        while True:
+            newest = await self._bus.last(topology.EVENTS, subject)
+            verdict = attempts.judge(task, parse_event(newest.body) if newest else None, max_attempts=1 << 30)
+            if isinstance(verdict, attempts.Drop):
+                return
+            failed = contracts.StageFailed(
+                job_id=task.job_id, run=task.run, at=now(), stage=task.stage, attempt=verdict.attempt,
+                tries=verdict.tries, worker="gateway", error=error, final=True,
+            )  # fmt: skip
+            try:
+                await self._bus.publish(
+                    subject, failed.to_bytes(), expect_last=newest.seq if newest else 0,
+                    message_id=f"{task.job_id}:{task.stage}:{task.run}:{verdict.attempt}:exhausted",
+                )  # fmt: skip
+            except errors.ConflictError:
+                continue
+            return

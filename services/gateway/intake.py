@@ -1,0 +1,172 @@
+"""Requests come in: validate, check the references, record, and let the pipeline go. Nothing bad gets past here.
+
+Both doors lead through `Intake`: the gateway's HTTP edge (`submit`) and the public subject `vidgen.requests` (`handle`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import tempfile
+import uuid
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pydantic
+import structlog
+
+from gateway import pipeline, plan
+from gateway.jobs import Jobs, now
+from vidgen import artifacts, contracts, dead, errors, images, topology
+from vidgen.bus import Bus, Delivery
+from vidgen.contracts import FieldError, Job, VideoRequest
+
+log = structlog.get_logger(__name__)
+
+MAX_REQUEST_BYTES = 128 << 10
+JOB_NAMESPACE = uuid.UUID("5f0c7f2e-64b5-5f0e-9a55-6b1f1f0a7c11")
+
+
+class InvalidRequestError(errors.RejectedError):
+    """The request does not validate."""
+
+    code = "invalid_request"
+
+    def __init__(self, found: Sequence[FieldError]) -> None:
+        super().__init__("; ".join(f"{error.field}: {error.message}" for error in found))
+        self.errors = tuple(found)
+
+
+def parse(body: bytes) -> VideoRequest:
+    """A request from its JSON bytes; raises InvalidRequestError naming every wrong field."""
+    if len(body) > MAX_REQUEST_BYTES:
+        raise InvalidRequestError([FieldError(field="request", message=f"larger than {MAX_REQUEST_BYTES:,} bytes")])
+    try:
+        text = body.decode()
+    except UnicodeDecodeError:
+        raise InvalidRequestError(
+            [FieldError(field="request", message="not UTF-8: encode the JSON as UTF-8")]
+        ) from None
+    try:
+        return VideoRequest.model_validate_json(text)
+    except pydantic.ValidationError as exc:
+        if exc.errors()[0]["type"] == "json_invalid":
+            raise InvalidRequestError(
+                [FieldError(field="request", message="not JSON: send one JSON object, see docs/schemas")]
+            ) from None
+        raise InvalidRequestError(contracts.field_errors(exc)) from None
+
+
+def id_from_key(key: str) -> str:
+    """The job id that an idempotency key, or a `Nats-Msg-Id`, stands for."""
+    return str(uuid.uuid5(JOB_NAMESPACE, key))
+
+
+def id_from_position(at: datetime, stream: str, seq: int) -> str:
+    """A UUIDv7 (RFC 9562) made of a message's own time and place: the same however often it is delivered."""
+    chance = hashlib.sha256(f"{stream}:{seq}:{at.timestamp()}".encode()).digest()
+    value = int(at.timestamp() * 1000) << 80 | int.from_bytes(chance[:10])
+    value = value & ~(0xF000 << 64) | 0x7000 << 64
+    value = value & ~(0xC000 << 48) | 0x8000 << 48
+    return str(uuid.UUID(int=value))
+
+
+class Intake:
+    """Lets requests in. Several may run at once; each is idempotent by job id."""
+
+    def __init__(self, bus: Bus, store: artifacts.ArtifactStore, jobs: Jobs, max_upload_bytes: int) -> None:
+        self._bus, self._store, self._jobs = bus, store, jobs
+        self._max_bytes = max_upload_bytes
+
+    async def submit(self, request: VideoRequest, job_id: str) -> tuple[Job, bool]:
+        """Let a request in by HTTP: checked first, durable once this returns; True where the job is new.
+
+        Raises InvalidRequestError, and BusError or StoreError with nothing half accepted.
+        """
+        existing = await self._jobs.find(job_id)
+        if existing is not None:
+            await self._jobs.enter(existing)
+            return existing, False
+        request = request.model_copy(update={"job_id": job_id})
+        job = await self._prepare(request, job_id, now())
+        await self._bus.publish(topology.SUBJECT_REQUESTS, request.to_bytes(), message_id=job_id)
+        return await self._jobs.create(job)
+
+    async def handle(self, delivery: Delivery) -> Job:
+        """Let a message on `vidgen.requests` in, or turn it away; either way it is recorded when this returns."""
+        at = delivery.at.astimezone(UTC)
+        job_id = self._identify(delivery)
+        try:
+            request = parse(delivery.body)
+            job_id = request.job_id or job_id
+            existing = await self._jobs.find(job_id)
+            if existing is not None:
+                await self._jobs.enter(existing)
+                return existing
+            job, _ = await self._jobs.create(await self._prepare(request, job_id, at))
+        except InvalidRequestError as exc:
+            return await self._turn_away(delivery, job_id, exc, at)
+        return job
+
+    def _identify(self, delivery: Delivery) -> str:
+        message_id = delivery.headers.get("Nats-Msg-Id")
+        if message_id:
+            return id_from_key(message_id)
+        return id_from_position(delivery.at, topology.REQUESTS, delivery.seq)
+
+    async def _prepare(self, request: VideoRequest, job_id: str, at: datetime) -> Job:
+        checked = await asyncio.gather(
+            *(self._check(key, index, job_id) for index, key in enumerate(request.references)), return_exceptions=True
+        )
+        wrong: list[FieldError] = []
+        usable: list[tuple[str, images.ImageFacts]] = []
+        for index, result in enumerate(checked):
+            if isinstance(result, errors.RejectedError):
+                wrong.append(FieldError(field=f"references.{index}", message=result.message))
+            elif isinstance(result, BaseException):
+                raise result
+            else:
+                usable.append(result)
+        if wrong:
+            raise InvalidRequestError(wrong)
+        first = usable[0][1]
+        work = plan.plan(request.edit, request.i2v, job_id, (first.width, first.height))
+        return pipeline.accept(request, job_id, [key for key, _ in usable], work, at)
+
+    async def _check(self, key: str, index: int, job_id: str) -> tuple[str, images.ImageFacts]:
+        """A reference that every engine can read: itself where it is plain, else a normalised copy of the job's own."""
+        artifacts.check_key(key, job_id)
+        with tempfile.TemporaryDirectory(prefix="vidgen-intake-") as folder:
+            source, target = Path(folder, "reference"), Path(folder, "normal.png")
+            await self._store.fetch(key, source, limit=self._max_bytes)
+            facts = await asyncio.to_thread(images.inspect, source)
+            if facts.normal:
+                return key, facts
+            facts = await asyncio.to_thread(images.normalise, source, target)
+            own = artifacts.artifact_key(job_id, f"reference-{index}.png")
+            await self._store.put(own, target, "image/png")
+            return own, facts
+
+    async def _turn_away(self, delivery: Delivery, job_id: str, exc: InvalidRequestError, at: datetime) -> Job:
+        claimed = _claimed_id(delivery.body)
+        if claimed is not None:
+            job_id = claimed
+        job, new = await self._jobs.create(pipeline.reject(None, job_id, exc.errors, at))
+        error = contracts.JobError(code=exc.code, message=exc.message, fields=exc.errors)
+        letter = dead.letter(delivery.body, delivery.subject, error, job_id=job_id, at=at)
+        await dead.publish(self._bus, letter, message_id=f"request:{delivery.seq}:{job_id}")
+        log.info("a request was turned away", event="request_rejected", job=job_id, new=new, errors=len(exc.errors))
+        return job
+
+
+def _claimed_id(body: bytes) -> str | None:
+    """The job id that an invalid request claims, if that at least is valid."""
+
+    class Claim(pydantic.BaseModel):
+        job_id: contracts.JobId
+
+    try:
+        return Claim.model_validate_json(body).job_id
+    except (pydantic.ValidationError, UnicodeDecodeError):
+        return None

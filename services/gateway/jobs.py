@@ -1,0 +1,237 @@
+"""The job records: read, list, and move on by compare-and-set; carries out what the pipeline demands of the bus."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Iterable
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+import structlog
+
+from gateway import pipeline
+from vidgen import contracts, errors, topology
+from vidgen.bus import Bus
+from vidgen.contracts import Event, Job, JobStatus
+
+log = structlog.get_logger(__name__)
+
+CAS_TRIES = 20
+SCAN_LIMIT = 2000  # records that one page of a filtered list may look at
+
+
+class JobNotFoundError(errors.NotFoundError):
+    """There is no such job."""
+
+    code = "job_not_found"
+
+
+class NotPossibleError(errors.ConflictError):
+    """The job's state does not allow that."""
+
+    code = "not_possible"
+
+
+@dataclass(frozen=True)
+class JobPage:
+    """Jobs, newest first, and where the next page starts."""
+
+    jobs: tuple[Job, ...]
+    next_cursor: str | None
+
+
+@dataclass(frozen=True)
+class Applied:
+    """A job after an event, and whether the event changed it."""
+
+    job: Job
+    changed: bool
+
+
+def now() -> datetime:
+    return datetime.now(UTC)
+
+
+class Jobs:
+    """The records of all jobs, on the bus; any number of gateways may share them."""
+
+    def __init__(self, bus: Bus) -> None:
+        self._bus = bus
+        self._records = bus.records(topology.JOBS_BUCKET)
+
+    async def find(self, job_id: str) -> Job | None:
+        """The record, without the progress of the moment."""
+        found = await self._records.get(job_id)
+        return Job.model_validate_json(found[0]) if found else None
+
+    async def get(self, job_id: str) -> Job:
+        """The record with its newest progress; raises JobNotFoundError."""
+        job = await self.find(job_id)
+        if job is None:
+            raise JobNotFoundError(f"there is no job {job_id}: it never was, or its record has expired")
+        if job.status is not JobStatus.IN_PROGRESS:
+            return job
+        newest = await self._bus.last(topology.PROGRESS, topology.subject_of_progress(job_id))
+        if newest is None:
+            return job
+        progress = contracts.Progress.model_validate_json(newest.body)
+        current = progress.stage == job.stage and progress.run == job.run
+        return job.model_copy(update={"progress": progress}) if current else job
+
+    async def create(self, job: Job) -> tuple[Job, bool]:
+        """Write a new record, put it into the history and act on it; False where the job was there already."""
+        try:
+            await self._records.put(job.id, job.to_bytes(), revision=0)
+        except errors.ConflictError:
+            existing = await self.find(job.id)
+            if existing is None:
+                raise
+            await self.enter(existing)
+            return existing, False
+        await self.enter(job)
+        return job, True
+
+    async def enter(self, job: Job) -> None:
+        """What the bus must hold of a job that was let in; harmless to repeat, so a crash half-way is made good."""
+        await asyncio.gather(self._record_history(job), self._log_first_event(job))
+        await self.execute(pipeline.demands(job))
+
+    async def _record_history(self, job: Job) -> None:
+        try:
+            await self._bus.publish(topology.subject_of_history(job.id), b"", message_id=job.id)
+        except errors.QueueFullError:
+            raise
+        except errors.ConflictError:
+            pass  # it is in the history: one message per subject, for ever
+
+    async def _log_first_event(self, job: Job) -> None:
+        first: contracts.AnyEvent
+        if job.status is JobStatus.REJECTED and job.error is not None:
+            first = contracts.Rejected(job_id=job.id, at=job.created_at, errors=job.error.fields)
+        else:
+            first = contracts.Accepted(job_id=job.id, at=job.created_at)
+        try:
+            await self._bus.publish(
+                topology.subject_of_events(job.id), first.to_bytes(), message_id=f"{job.id}:{first.type}", expect_last=0
+            )
+        except errors.ConflictError:
+            pass  # the log has begun
+
+    async def apply(self, event: contracts.AnyEvent) -> Applied | None:
+        """Move a job on by an event and act on its state; None for a job that has no record (any more)."""
+        for attempt in range(CAS_TRIES):
+            found = await self._records.get(event.job_id)
+            if found is None:
+                return None
+            job = Job.model_validate_json(found[0])
+            after, commands = pipeline.decide(job, event)
+            if after != job:
+                try:
+                    await self._records.put(job.id, after.to_bytes(), revision=found[1])
+                except errors.ConflictError:  # another replica moved it: decide again on what it wrote
+                    await asyncio.sleep(random.uniform(0, 0.002 * 2 ** min(attempt, 6)))  # noqa: S311
+                    continue
+            await self.execute(commands)
+            return Applied(after, after != job)
+        raise errors.BusError(f"job {event.job_id} is being written by too many at once")
+
+    async def request(self, event: contracts.CancelRequested | contracts.RetryRequested | contracts.Approved) -> Job:
+        """Log what somebody asked of a job, and apply it at once; raises JobNotFoundError."""
+        # The log first: from here on every replica, and every worker, knows.
+        await self._bus.publish(
+            topology.subject_of_events(event.job_id), event.to_bytes(),
+            message_id=f"{event.job_id}:{event.run}:{event.type}",
+        )  # fmt: skip
+        applied = await self.apply(event)
+        if applied is None:
+            raise JobNotFoundError
+        return applied.job
+
+    async def cancel(self, job_id: str) -> Job:
+        """Stop a job, queued or running; a job that has ended stays as it is."""
+        job = await self.get(job_id)
+        if job.status.final:
+            return job
+        return await self.request(contracts.CancelRequested(job_id=job_id, run=job.run, at=now()))
+
+    async def retry(self, job_id: str) -> Job:
+        """Run a failed or cancelled job again from where it stopped; raises NotPossibleError."""
+        job = await self.get(job_id)
+        if not pipeline.may_retry(job):
+            raise NotPossibleError(f"job {job_id} is {job.status}: only failed and cancelled jobs can be retried")
+        return await self.request(contracts.RetryRequested(job_id=job_id, run=job.run + 1, at=now()))
+
+    async def approve(self, job_id: str, candidate: int) -> Job:
+        """Let a reviewed job go on with one of its candidates; raises NotPossibleError, RejectedError."""
+        job = await self.get(job_id)
+        if job.approved is not None and job.approved == candidate:
+            return job
+        if job.status is not JobStatus.AWAITING_REVIEW:
+            raise NotPossibleError(f"job {job_id} is {job.status}: it does not wait for a review")
+        edit = job.stage_record("edit")
+        count = len(edit.artifacts) if edit else 0
+        if not 0 <= candidate < count:
+            raise errors.RejectedError(f"choose a candidate from 0 to {count - 1}", field="candidate")
+        return await self.request(contracts.Approved(job_id=job_id, run=job.run, at=now(), candidate=candidate))
+
+    async def list(self, status: JobStatus | None, cursor: str | None, limit: int) -> JobPage:
+        """A page of jobs, newest first; costs memory for the page alone, however long the history is."""
+        before = _parse_cursor(cursor)
+        found: list[Job] = []
+        scanned = 0
+        while True:
+            batch = await self._bus.tail(topology.HISTORY, before, limit + 1)
+            for position, entry in enumerate(batch):
+                job = await self.find(entry.subject.rsplit(".", 1)[-1])
+                if job is not None and (status is None or job.status is status):
+                    found.append(job)
+                before = entry.seq
+                if len(found) == limit:
+                    more = position + 1 < len(batch) or len(batch) > limit
+                    return JobPage(tuple(found), str(before) if more else None)
+            scanned += len(batch)
+            if len(batch) <= limit:
+                return JobPage(tuple(found), None)
+            if scanned >= SCAN_LIMIT:
+                return JobPage(tuple(found), str(before))
+
+    async def execute(self, commands: Iterable[pipeline.Command]) -> None:
+        """Carry out commands; each may be repeated."""
+        for command in commands:
+            match command:
+                case pipeline.PublishTask(task):
+                    await self._publish_task(task)
+                case pipeline.WithdrawTask(stage, lane, job_id):
+                    await self._bus.signal(topology.subject_of_control(job_id), b"cancel")
+                    await self._bus.purge(topology.TASKS, topology.subject_of_task(stage, lane, job_id))
+                case pipeline.PublishEvent(event):
+                    await self._bus.publish(
+                        topology.subject_of_events(event.job_id), event.to_bytes(),
+                        message_id=f"{event.job_id}:{event.run}:{event.type}",
+                    )  # fmt: skip
+
+    async def _publish_task(self, task: contracts.Task) -> None:
+        try:
+            await self._bus.publish(
+                topology.subject_of_task(task.stage, task.lane, task.job_id), task.to_bytes(),
+                message_id=f"{task.job_id}:{task.stage}:{task.run}",
+            )  # fmt: skip
+        except errors.ConflictError as exc:
+            if exc.code != "already_queued":
+                raise
+            # A copy is queued or running: it is this one, published by a gateway that died before it could say so.
+            log.info("the task is queued already", event="task_already_queued", job=task.job_id, stage=task.stage)
+
+
+def _parse_cursor(cursor: str | None) -> int | None:
+    if cursor is None:
+        return None
+    if not cursor.isdecimal() or len(cursor) > 18:
+        raise errors.RejectedError("use the next_cursor of the page before, as it came", field="cursor")
+    return int(cursor)
+
+
+def parse_event(body: bytes) -> contracts.AnyEvent:
+    """An event as the log has it; raises pydantic's ValidationError."""
+    return Event.validate_json(body)

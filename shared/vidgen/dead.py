@@ -1,0 +1,25 @@
+"""Dead letters: what was given up, with its reason and its original bytes, so that nothing is lost and all of it can be replayed."""
+
+from __future__ import annotations
+
+import base64
+from datetime import UTC, datetime
+
+from vidgen import contracts, topology
+from vidgen.bus import Bus
+
+
+def letter(
+    payload: bytes, subject: str, error: contracts.JobError, *, job_id: str | None, stage: contracts.Stage | None = None,
+    at: datetime | None = None,
+) -> contracts.DeadLetter:  # fmt: skip
+    """A dead letter holding `payload` as it was."""
+    return contracts.DeadLetter(
+        job_id=job_id, stage=stage, subject=subject, error=error,
+        payload=base64.b64encode(payload).decode(), at=at or datetime.now(UTC),
+    )  # fmt: skip
+
+
+async def publish(bus: Bus, dead: contracts.DeadLetter, *, message_id: str) -> None:
+    """Keep a dead letter; twice under one id is once."""
+    await bus.publish(topology.subject_of_dead(dead.stage, dead.job_id), dead.to_bytes(), message_id=message_id)
