@@ -46,7 +46,7 @@ class Consumers:
             try:
                 delivery = await self._bus.pull(consumer)
             except errors.BusError as exc:
-                log.warning(exc.message, event="bus_lost", consumer=consumer.stream)
+                log.warning(exc.message, _event="bus_lost", consumer=consumer.stream)
                 await asyncio.sleep(PAUSE_S)
                 continue
             if delivery is not None:
@@ -57,12 +57,12 @@ class Consumers:
             try:
                 await handle(delivery)
             except errors.RetryableError as exc:
-                log.warning(exc.message, event="handed_back", stream=consumer.stream, seq=delivery.seq)
+                log.warning(exc.message, _event="handed_back", stream=consumer.stream, seq=delivery.seq)
                 await delivery.nak(HAND_BACK_S)
                 return
             except Exception:  # one message must never stop the others
                 log.exception(
-                    "a message could not be digested", event="undigested", stream=consumer.stream, seq=delivery.seq
+                    "a message could not be digested", _event="undigested", stream=consumer.stream, seq=delivery.seq
                 )
                 if delivery.num_delivered < GIVE_UP_AFTER:
                     await delivery.nak(HAND_BACK_S * delivery.num_delivered)
@@ -73,7 +73,7 @@ class Consumers:
                 self._metrics.dead_letter(None)
             await delivery.ack()
         except errors.BusError as exc:
-            log.warning(exc.message, event="settle_failed", stream=consumer.stream, seq=delivery.seq)
+            log.warning(exc.message, _event="settle_failed", stream=consumer.stream, seq=delivery.seq)
 
     async def _on_request(self, delivery: Delivery) -> None:
         job = await self._intake.handle(delivery)
@@ -83,13 +83,13 @@ class Consumers:
         try:
             event = parse_event(delivery.body)
         except pydantic.ValidationError:
-            log.warning("an event that is none is passed over", event="event_invalid", seq=delivery.seq)
+            log.warning("an event that is none is passed over", _event="event_invalid", seq=delivery.seq)
             return
         if isinstance(event, SKIPPED):
             return
         applied = await self._jobs.apply(event)
         if applied is None:
-            log.warning("an event of an unknown job is passed over", event="event_orphaned", job=event.job_id)
+            log.warning("an event of an unknown job is passed over", _event="event_orphaned", job=event.job_id)
         elif applied.changed or isinstance(event, contracts.StageStarted):
             self._metrics.observe(event, applied.job)
 

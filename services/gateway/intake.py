@@ -1,6 +1,6 @@
 """Requests come in: validate, check the references, record, and let the pipeline go. Nothing bad gets past here.
 
-Both doors lead through `Intake`: the gateway's HTTP edge (`submit`) and the public subject `vidgen.requests` (`handle`).
+Both doors lead through `Intake`: the HTTP edge (`submit`) and the public subject `vidgen.requests` (`handle`).
 """
 
 from __future__ import annotations
@@ -156,7 +156,7 @@ class Intake:
         error = contracts.JobError(code=exc.code, message=exc.message, fields=exc.errors)
         letter = dead.letter(delivery.body, delivery.subject, error, job_id=job_id, at=at)
         await dead.publish(self._bus, letter, message_id=f"request:{delivery.seq}:{job_id}")
-        log.info("a request was turned away", event="request_rejected", job=job_id, new=new, errors=len(exc.errors))
+        log.info("a request was turned away", _event="request_rejected", job=job_id, new=new, errors=len(exc.errors))
         return job
 
 

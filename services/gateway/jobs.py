@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import random
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -98,12 +99,8 @@ class Jobs:
         await self.execute(pipeline.demands(job))
 
     async def _record_history(self, job: Job) -> None:
-        try:
+        with contextlib.suppress(errors.ConflictError):  # it is in the history: one message per subject, for ever
             await self._bus.publish(topology.subject_of_history(job.id), b"", message_id=job.id)
-        except errors.QueueFullError:
-            raise
-        except errors.ConflictError:
-            pass  # it is in the history: one message per subject, for ever
 
     async def _log_first_event(self, job: Job) -> None:
         first: contracts.AnyEvent
@@ -111,12 +108,10 @@ class Jobs:
             first = contracts.Rejected(job_id=job.id, at=job.created_at, errors=job.error.fields)
         else:
             first = contracts.Accepted(job_id=job.id, at=job.created_at)
-        try:
+        with contextlib.suppress(errors.ConflictError):  # the log has begun
             await self._bus.publish(
                 topology.subject_of_events(job.id), first.to_bytes(), message_id=f"{job.id}:{first.type}", expect_last=0
             )
-        except errors.ConflictError:
-            pass  # the log has begun
 
     async def apply(self, event: contracts.AnyEvent) -> Applied | None:
         """Move a job on by an event and act on its state; None for a job that has no record (any more)."""
@@ -221,7 +216,7 @@ class Jobs:
             if exc.code != "already_queued":
                 raise
             # A copy is queued or running: it is this one, published by a gateway that died before it could say so.
-            log.info("the task is queued already", event="task_already_queued", job=task.job_id, stage=task.stage)
+            log.info("the task is queued already", _event="task_already_queued", job=task.job_id, stage=task.stage)
 
 
 def _parse_cursor(cursor: str | None) -> int | None:

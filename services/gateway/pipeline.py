@@ -1,4 +1,4 @@
-"""What happens to a job: `decide(job, event) -> (job, commands)`, pure, and the only place that knows the order of stages.
+"""What happens to a job: `decide(job, event) -> (job, commands)`, pure; alone in knowing the order of stages.
 
 A job is a fold over its events that does not mind their order or their number: each event is merged into the record of
 its stage, and the job's state follows from the stages. A final state is final for its run. Commands follow from the

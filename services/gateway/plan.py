@@ -1,4 +1,4 @@
-"""From a request to work with every number decided: quality, sizes, seeds. Pure; an explicit field wins over quality."""
+"""From a request to work with every number decided: quality, sizes, seeds. Pure; an explicit field wins."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Dead letters: what was given up, with its reason and its original bytes, so that nothing is lost and all of it can be replayed."""
+"""Dead letters: what was given up, with its reason and its original bytes, so that all of it can be replayed."""
 
 from __future__ import annotations
 
@@ -10,9 +10,14 @@ from vidgen.bus import Bus
 
 
 def letter(
-    payload: bytes, subject: str, error: contracts.JobError, *, job_id: str | None, stage: contracts.Stage | None = None,
+    payload: bytes,
+    subject: str,
+    error: contracts.JobError,
+    *,
+    job_id: str | None,
+    stage: contracts.Stage | None = None,
     at: datetime | None = None,
-) -> contracts.DeadLetter:  # fmt: skip
+) -> contracts.DeadLetter:
     """A dead letter holding `payload` as it was."""
     return contracts.DeadLetter(
         job_id=job_id, stage=stage, subject=subject, error=error,
