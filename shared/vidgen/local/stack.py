@@ -1,0 +1,256 @@
+"""The services as child processes, and the whole stack in one folder."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import fcntl
+import os
+import shlex
+import signal
+import sys
+from collections.abc import Coroutine, Iterator, Mapping
+from pathlib import Path
+from typing import Any, Self, TextIO
+
+from vidgen.local.process import POLL, LocalError, Process, http_status
+from vidgen.local.servers import LOOPBACK, NatsServer, S3Server, write_private
+
+SERVICE_START_LIMIT = 120.0  # seconds; a real engine loads its weights afterwards, behind /readyz
+READY_LIMIT = 60.0
+DRAIN_S = 20.0
+LEAVE_S = 3.0  # what a second SIGTERM gives a worker to hand its task back
+
+# What the stack decides for its services; whatever else VIDGEN_* the user has set goes through to them.
+_OWN = (
+    "NATS_URL", "NATS_USER", "NATS_PASSWORD", "NATS_CREDS", "S3_ENDPOINT", "S3_PUBLIC_ENDPOINT", "S3_ACCESS_KEY",
+    "S3_SECRET_KEY", "S3_BUCKET", "S3_REGION", "HTTP_HOST", "HTTP_PORT", "METRICS_HOST", "METRICS_PORT", "READY_FILE",
+    "WORKER_ID", "STREAM_REPLICAS", "GATEWAY_URL",
+)  # fmt: skip
+
+
+class Service:
+    """One service as a child process: `python -m <module>`, log and ready file in `folder`."""
+
+    def __init__(self, name: str, module: str, folder: Path, env: Mapping[str, str]) -> None:
+        self.folder = folder.absolute()
+        self.name, self.module, self.env = name, module, dict(env)
+        self.process = Process(name, self.folder / f"{name}.log")
+        self._ready_file = self.folder / f"{name}.url"
+        self.url = ""
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    @property
+    def running(self) -> bool:
+        return self.process.running
+
+    async def start(self, *, ready_within: float | None = READY_LIMIT) -> None:
+        """Start, and wait until it listens and (unless `ready_within` is None) says that it is ready.
+
+        Raises LocalError with the end of its log when it dies or takes too long.
+        """
+        self._ready_file.unlink(missing_ok=True)
+        env = {**self.env, "VIDGEN_READY_FILE": str(self._ready_file)}
+        # -P: a module of the same name in the caller's folder must not stand in for the service.
+        self.process.start([sys.executable, "-P", "-m", self.module], env)
+        try:
+            async with asyncio.timeout(SERVICE_START_LIMIT):
+                while not self._read_url():
+                    self.process.check()
+                    await asyncio.sleep(POLL)
+            if ready_within is not None:
+                await self.ready(ready_within)
+        except TimeoutError as exc:
+            failure = self.process.failure(f"was not listening within {SERVICE_START_LIMIT:.0f} s")
+            self.kill()
+            raise failure from exc
+        except BaseException:
+            self.kill()
+            raise
+
+    async def ready(self, limit: float) -> None:
+        """Wait until `/readyz` answers 200; raises LocalError."""
+        try:
+            async with asyncio.timeout(limit):
+                while await http_status(f"{self.url}/readyz") != 200:
+                    self.process.check()
+                    await asyncio.sleep(POLL)
+        except TimeoutError as exc:
+            raise self.process.failure(f"was not ready within {limit:.0f} s") from exc
+
+    def _read_url(self) -> bool:
+        with contextlib.suppress(OSError):
+            url = self._ready_file.read_text().strip()
+            if url.startswith("http"):
+                self.url = url.rstrip("/")
+                return True
+        return False
+
+    async def terminate(self, grace: float = DRAIN_S) -> int | None:
+        """SIGTERM and let it drain; after `grace` seconds a second SIGTERM (leave now), then SIGKILL."""
+        try:
+            if self.running:
+                self.process.signal(signal.SIGTERM)
+                if await self.process.wait(grace) is None:
+                    await self.process.stop(LEAVE_S)
+        finally:
+            self.kill()
+            self._ready_file.unlink(missing_ok=True)
+        return await self.process.wait(0)
+
+    def kill(self) -> None:
+        self.process.kill()
+
+
+class Stack:
+    """NATS, S3, the gateway and the two GPU services as child processes, all their data in one folder.
+
+    `env` adds to what the services inherit from this process (`VIDGEN_ENGINE`, `VIDGEN_EDIT_MODEL`, …). With
+    `ephemeral` the data are not needed afterwards: the servers are killed instead of stopped, which saves seconds.
+    A folder belongs to one stack at a time; two stacks in two folders run side by side.
+    """
+
+    def __init__(
+        self, folder: Path, *, env: Mapping[str, str] | None = None, workers: int = 1, ephemeral: bool = False,
+        drain_s: float = DRAIN_S,
+    ) -> None:  # fmt: skip
+        self.folder = folder.absolute()
+        self._env, self._workers, self._ephemeral, self._drain_s = dict(env or {}), workers, ephemeral, drain_s
+        self.nats = NatsServer(self.folder / "nats", sync_always=not ephemeral)
+        self.s3 = S3Server(self.folder / "s3")
+        self.services: list[Service] = []
+        self._lock: TextIO | None = None
+
+    @property
+    def gateway(self) -> Service:
+        if not self.services:
+            raise LocalError("the stack was not started")
+        return self.services[0]
+
+    @property
+    def gateway_url(self) -> str:
+        return self.gateway.url
+
+    @property
+    def nats_url(self) -> str:
+        return self.nats.url
+
+    @property
+    def s3_endpoint(self) -> str:
+        return self.s3.endpoint
+
+    @property
+    def environment_file(self) -> Path:
+        """`environment()` as shell assignments, readable by its owner alone, while the stack runs."""
+        return self.folder / "environment"
+
+    def environment(self) -> dict[str, str]:
+        """The variables with which anybody connects to this stack; the S3 credentials are among them."""
+        found = {
+            "VIDGEN_NATS_URL": self.nats.url,
+            "VIDGEN_S3_ENDPOINT": self.s3.endpoint,
+            "VIDGEN_S3_ACCESS_KEY": self.s3.access_key,
+            "VIDGEN_S3_SECRET_KEY": self.s3.secret_key,
+            "VIDGEN_S3_BUCKET": self.s3.bucket,
+        }
+        if self.services and self.gateway.url:
+            found["VIDGEN_GATEWAY_URL"] = self.gateway.url
+        return found
+
+    async def start(self) -> None:
+        """Start everything; raises LocalError, and then nothing is left running."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.folder.chmod(0o700)
+        self._take_lock()
+        try:
+            await _together(self.nats.start(), self.s3.start())
+            self.services = self._make_services()
+            await _together(*(service.start() for service in self.services))
+            lines = (f"{name}={shlex.quote(value)}\n" for name, value in self.environment().items())
+            write_private(self.environment_file, "".join(lines))
+        except BaseException:
+            await self.stop()
+            raise
+
+    def _make_services(self) -> list[Service]:
+        logs = self.folder / "services"
+        logs.mkdir(exist_ok=True)
+        env = {name: value for name, value in os.environ.items() if name.removeprefix("VIDGEN_") not in _OWN}
+        env |= {"VIDGEN_LOG_FORMAT": "json", "VIDGEN_GRACE_S": str(self._drain_s), **self._env, **self.environment()}
+        env |= {"VIDGEN_HTTP_HOST": LOOPBACK, "VIDGEN_HTTP_PORT": "0"}
+        env |= {"VIDGEN_METRICS_HOST": LOOPBACK, "VIDGEN_METRICS_PORT": "0"}
+        return [Service("gateway", "gateway.main", logs, env), *self._make_workers(logs, env)]
+
+    def _make_workers(self, logs: Path, env: dict[str, str]) -> Iterator[Service]:
+        for number in range(1, self._workers + 1):
+            for name, module in (("edit-service", "edit_service.main"), ("i2v-service", "i2v_service.main")):
+                name = name if number == 1 else f"{name}-{number}"
+                work = self.folder / "work" / name
+                work.mkdir(parents=True, exist_ok=True)
+                yield Service(name, module, logs, {**env, "VIDGEN_WORK_DIR": str(work)})
+
+    async def lost(self) -> LocalError:
+        """Wait until one of the processes ends by itself, and say which."""
+        while True:
+            for process in (self.nats.process, self.s3.process, *(service.process for service in self.services)):
+                if not process.running:
+                    return process.failure("ended unexpectedly")
+            await asyncio.sleep(0.2)
+
+    async def stop(self) -> None:
+        """Stop in reverse order, the workers first so that they can hand back what they hold; nothing stays."""
+        try:
+            gateway, workers = self.services[:1], self.services[1:]
+            await _together(*(service.terminate(self._drain_s) for service in workers))
+            await _together(*(service.terminate(self._drain_s) for service in gateway))
+            servers = (self.nats, self.s3)
+            await _together(*(server.kill() if self._ephemeral else server.stop() for server in servers))
+        finally:
+            for service in self.services:
+                service.kill()
+            await self.nats.kill()
+            await self.s3.kill()
+            self.environment_file.unlink(missing_ok=True)
+            self._release_lock()
+
+    def _take_lock(self) -> None:
+        lock = (self.folder / "lock").open("a+")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as exc:
+            lock.seek(0)
+            owner = lock.read().strip() or "unknown"
+            lock.close()
+            raise LocalError(
+                f"{self.folder} is in use by another stack (process {owner}): stop it, or choose another folder",
+                code="folder_in_use",
+            ) from exc
+        lock.truncate(0)
+        lock.write(str(os.getpid()))
+        lock.flush()
+        self._lock = lock
+
+    def _release_lock(self) -> None:
+        if self._lock is not None:
+            self._lock.close()
+            self._lock = None
+
+    async def __aenter__(self) -> Self:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.stop()
+
+
+async def _together(*actions: Coroutine[Any, Any, object]) -> None:
+    """Run them at once; the first failure cancels the others and is raised as it is."""
+    try:
+        async with asyncio.TaskGroup() as group:
+            for action in actions:
+                group.create_task(action)
+    except BaseExceptionGroup as failures:
+        raise failures.exceptions[0] from None
