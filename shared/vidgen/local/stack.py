@@ -16,8 +16,8 @@ from typing import Any, Self, TextIO
 from vidgen.local.process import POLL, LocalError, Process, http_status
 from vidgen.local.servers import LOOPBACK, NatsServer, S3Server, write_private
 
-SERVICE_START_LIMIT = 120.0  # seconds; a real engine loads its weights afterwards, behind /readyz
-READY_LIMIT = 60.0
+START_LIMIT = 120.0  # seconds, for a service that loads no model
+LOAD_LIMIT = 1800.0  # for one that may: it listens when its engine is set up
 DRAIN_S = 20.0
 LEAVE_S = 3.0  # what a second SIGTERM gives a worker to hand its task back
 
@@ -47,39 +47,35 @@ class Service:
     def running(self) -> bool:
         return self.process.running
 
-    async def start(self, *, ready_within: float | None = READY_LIMIT) -> None:
-        """Start, and wait until it listens and (unless `ready_within` is None) says that it is ready.
+    async def start(self, limit: float = START_LIMIT) -> None:
+        """Start and wait until it is ready; raises LocalError with the end of its log if it dies or takes too long."""
+        self.launch()
+        await self.until_ready(limit)
 
-        Raises LocalError with the end of its log when it dies or takes too long.
-        """
+    def launch(self) -> None:
+        """Start it, without waiting."""
         self._ready_file.unlink(missing_ok=True)
         env = {**self.env, "VIDGEN_READY_FILE": str(self._ready_file)}
         # -P: a module of the same name in the caller's folder must not stand in for the service.
         self.process.start([sys.executable, "-P", "-m", self.module], env)
+
+    async def until_ready(self, limit: float = START_LIMIT) -> None:
+        """Wait until it has written its URL and `/readyz` answers 200; kills it if that does not happen."""
         try:
-            async with asyncio.timeout(SERVICE_START_LIMIT):
+            async with asyncio.timeout(limit):
                 while not self._read_url():
                     self.process.check()
                     await asyncio.sleep(POLL)
-            if ready_within is not None:
-                await self.ready(ready_within)
+                while await http_status(f"{self.url}/readyz") != 200:
+                    self.process.check()
+                    await asyncio.sleep(POLL)
         except TimeoutError as exc:
-            failure = self.process.failure(f"was not listening within {SERVICE_START_LIMIT:.0f} s")
+            failure = self.process.failure(f"was not ready within {limit:.0f} s")
             self.kill()
             raise failure from exc
         except BaseException:
             self.kill()
             raise
-
-    async def ready(self, limit: float) -> None:
-        """Wait until `/readyz` answers 200; raises LocalError."""
-        try:
-            async with asyncio.timeout(limit):
-                while await http_status(f"{self.url}/readyz") != 200:
-                    self.process.check()
-                    await asyncio.sleep(POLL)
-        except TimeoutError as exc:
-            raise self.process.failure(f"was not ready within {limit:.0f} s") from exc
 
     def _read_url(self) -> bool:
         with contextlib.suppress(OSError):
@@ -160,15 +156,24 @@ class Stack:
             found["VIDGEN_GATEWAY_URL"] = self.gateway.url
         return found
 
-    async def start(self) -> None:
-        """Start everything; raises LocalError, and then nothing is left running."""
+    async def start(self, *, wait_for_workers: bool = True) -> None:
+        """Start everything; raises LocalError, and then nothing is left running.
+
+        Without `wait_for_workers` it returns when the gateway is ready: jobs may be sent, and wait for the workers,
+        which load their engines meanwhile (`lost` tells if one of them cannot).
+        """
         self.folder.mkdir(parents=True, exist_ok=True)
         self.folder.chmod(0o700)
         self._take_lock()
         try:
             await _together(self.nats.start(), self.s3.start())
             self.services = self._make_services()
-            await _together(*(service.start() for service in self.services))
+            for service in self.services:
+                service.launch()
+            await _together(
+                self.gateway.until_ready(),
+                *(worker.until_ready(LOAD_LIMIT) for worker in self.services[1:] if wait_for_workers),
+            )
             lines = (f"{name}={shlex.quote(value)}\n" for name, value in self.environment().items())
             write_private(self.environment_file, "".join(lines))
         except BaseException:

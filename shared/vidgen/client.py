@@ -1,0 +1,428 @@
+"""The gateway from code: submit a request, watch the job as an async iterator, download what it made."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import mimetypes
+import os
+import random
+import secrets
+from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self, TypedDict, TypeVar, Unpack
+from urllib.parse import quote
+
+import httpx
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from vidgen import errors
+from vidgen.contracts import (
+    MAX_REFERENCES,
+    AnyEvent,
+    DeadLetter,
+    EditParams,
+    Event,
+    FieldError,
+    I2VParams,
+    Job,
+    JobStatus,
+    Lane,
+    Progress,
+    VideoRequest,
+    WorkerInfo,
+)
+
+T = TypeVar("T", bound=BaseModel)
+
+Image = Path | bytes
+Update = AnyEvent | Progress | Job
+"""What `watch` yields: events and progress as they come, and the final Job last."""
+
+TRIES = 3
+SILENCE_S = 45.0  # the gateway sends a comment every 15 s: after three missed ones the connection is taken for dead
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.2, 5.0
+
+
+class Problem(BaseModel):
+    """An RFC 9457 problem document; `status` 0 where there was no answer at all."""
+
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    type: str = "about:blank"
+    title: str = ""
+    status: int = 0
+    detail: str = ""
+    code: str = "error"
+    errors: tuple[FieldError, ...] = ()
+
+
+class GatewayError(errors.VidgenError):
+    """The gateway refused, or did not answer.
+
+    `status` is the HTTP status (0: no answer), `errors` names every wrong field.
+    """
+
+    def __init__(self, problem: Problem, *, retry_after_s: float | None = None) -> None:
+        super().__init__(problem.detail or problem.title or f"the gateway answered {problem.status}", code=problem.code)
+        self.problem, self.retry_after_s = problem, retry_after_s
+        self.status, self.title, self.detail = problem.status, problem.title, problem.detail
+        self.errors = problem.errors
+
+    @property
+    def passing(self) -> bool:
+        """Whether the same call may succeed later."""
+        return self.status == 0 or self.status == 429 or self.status >= 500
+
+
+class RequestOptions(TypedDict, total=False):
+    """The fields of a VideoRequest without its references."""
+
+    edit: EditParams | None
+    i2v: I2VParams | None
+    job_id: str | None
+    review: bool
+    lane: Lane
+    deadline_s: float | None
+    labels: dict[str, str]
+
+
+class _Page(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    next_cursor: str | None = None
+
+
+class JobPage(_Page):
+    """Jobs, newest first; `next_cursor` leads to the next page."""
+
+    jobs: tuple[Job, ...]
+
+
+class DeadEntry(DeadLetter):
+    """A dead letter with its number, by which it is shown, replayed and dropped."""
+
+    seq: int
+
+
+class DeadPage(_Page):
+    """Dead letters, newest first."""
+
+    dead: tuple[DeadEntry, ...]
+
+
+class _Workers(BaseModel):
+    workers: tuple[WorkerInfo, ...]
+
+
+class AsyncClient:
+    """A client of one gateway; use it as an async context manager, or `aclose` it.
+
+    Every method raises GatewayError. What is safe to repeat is repeated when a connection breaks.
+    """
+
+    def __init__(
+        self, base_url: str, *, timeout: float = 60.0, transport: httpx.AsyncBaseTransport | None = None
+    ) -> None:
+        self.base_url = base_url.rstrip("/")
+        self._http = httpx.AsyncClient(
+            base_url=self.base_url, timeout=httpx.Timeout(timeout, connect=5.0), transport=transport
+        )
+
+    async def aclose(self) -> None:
+        await self._http.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self.aclose()
+
+    # ── jobs ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def submit(
+        self,
+        request: VideoRequest | None = None,
+        *,
+        images: Sequence[Image] = (),
+        idempotency_key: str | None = None,
+        **options: Unpack[RequestOptions],
+    ) -> Job:
+        """Submit a request, given whole or by its fields, and get its job.
+
+        With `images` (1 to 3, files or their bytes) they are the references, and those of `request` are left out.
+        Without, `request.references` name objects that are in the store already (`upload`). The same
+        `idempotency_key` or `job_id` twice is one job; without either, a key is made so that a broken connection
+        cannot make two. Raises pydantic's ValidationError for a request that no gateway would take.
+        """
+        if len(images) > MAX_REFERENCES:
+            raise ValueError(f"images: at most {MAX_REFERENCES}, not {len(images)}")
+        if request is None:
+            # Placeholders: everything else is checked before a byte is sent.
+            references = tuple(f"uploads/image-{number}" for number in range(len(images)))
+            request = VideoRequest.model_validate({"references": references, **options})
+        elif options:
+            raise TypeError("give the request whole or by its fields, not both")
+        key = idempotency_key or (secrets.token_urlsafe(16) if request.job_id is None else None)
+        headers = {"Idempotency-Key": key} if key else {}
+        if not images:
+            sent = {"Content-Type": "application/json", **headers}
+            return await self._model(Job, "POST", "/v1/jobs", content=request.to_bytes(), headers=sent)
+        form = {"request": request.model_dump_json(exclude={"references"}, exclude_none=True)}
+        files = [("image", await asyncio.to_thread(_as_part, image, n)) for n, image in enumerate(images)]
+        return await self._model(Job, "POST", "/v1/jobs", data=form, files=files, headers=headers)
+
+    async def upload(self, image: Image, content_type: str | None = None) -> str:
+        """Put an image (PNG, JPEG or WebP) into the store, and get the key that a request's references take."""
+        _, body, guessed = await asyncio.to_thread(_as_part, image, 0)
+        slot = (await self._call("POST", "/v1/uploads", json={"content_type": content_type or guessed})).json()
+        with _reported():
+            answer = await self._http.request(slot["method"], slot["url"], headers=slot["headers"], content=body)
+        _raise_for(answer)
+        return str(slot["key"])
+
+    async def get(self, job_id: str) -> Job:
+        return await self._model(Job, "GET", _job(job_id))
+
+    async def list(
+        self, *, status: JobStatus | str | None = None, cursor: str | None = None, limit: int | None = None
+    ) -> JobPage:
+        """One page of jobs, newest first."""
+        query = {"status": status, "cursor": cursor, "limit": limit}
+        return await self._model(JobPage, "GET", "/v1/jobs", params=_given(query))
+
+    async def cancel(self, job_id: str) -> Job:
+        return await self._model(Job, "POST", _job(job_id, "cancel"))
+
+    async def retry(self, job_id: str) -> Job:
+        """Run it again from the stage that failed; what succeeded is not done again."""
+        return await self._model(Job, "POST", _job(job_id, "retry"), tries=1)
+
+    async def approve(self, job_id: str, candidate: int = 0) -> Job:
+        """Let a reviewed job go on with this candidate of the edit."""
+        return await self._model(Job, "POST", _job(job_id, "approve"), json={"candidate": candidate}, tries=1)
+
+    async def watch(self, job_id: str, *, after: int = 0, patience: float = 120.0) -> AsyncGenerator[Update, None]:
+        """Follow a job: its events (past sequence `after`), progress between them, and last the final Job.
+
+        A broken connection is taken up again where it broke, without gaps or repeats; GatewayError when the gateway
+        cannot be reached for `patience` seconds.
+        """
+        loop = asyncio.get_running_loop()
+        seen, pause, give_up = after, FIRST_PAUSE_S, loop.time() + patience
+        while True:
+            try:
+                async with contextlib.aclosing(self._stream(job_id, seen)) as stream:
+                    async for number, update in stream:
+                        pause, give_up = FIRST_PAUSE_S, loop.time() + patience
+                        if number is not None:
+                            if number <= seen:
+                                continue
+                            seen = number
+                        if update is not None:
+                            yield update
+                        if isinstance(update, Job):
+                            return
+            except GatewayError as exc:
+                if not exc.passing or loop.time() + pause > give_up:
+                    raise
+            else:
+                if loop.time() + pause > give_up:
+                    raise GatewayError(_unreachable(f"{self.base_url} keeps ending the events of job {job_id}"))
+            await asyncio.sleep(pause * random.uniform(0.5, 1.0))  # noqa: S311  spreads reconnects, no secret
+            pause = min(LONGEST_PAUSE_S, pause * 2)
+
+    async def _stream(self, job_id: str, after: int) -> AsyncGenerator[tuple[int | None, Update | None], None]:
+        headers = {"Accept": "text/event-stream", "Cache-Control": "no-store"}
+        if after:
+            headers["Last-Event-ID"] = str(after)
+        timeout = httpx.Timeout(SILENCE_S, connect=5.0)
+        with _reported():
+            async with self._http.stream("GET", _job(job_id, "events"), headers=headers, timeout=timeout) as answer:
+                if answer.is_error:
+                    await answer.aread()
+                    _raise_for(answer)
+                async for kind, number, data in _server_sent(answer.aiter_lines()):
+                    yield number, _update_of(kind, data)
+
+    async def wait(self, job_id: str) -> Job:
+        """Watch a job to its end, and get it."""
+        async with contextlib.aclosing(self.watch(job_id)) as updates:
+            async for update in updates:
+                if isinstance(update, Job):
+                    return update
+        raise AssertionError("watch ends with a job")
+
+    async def download(self, job_id: str, name: str, path: Path) -> Path:
+        """Write an artifact to `path`, whole or not at all.
+
+        It comes from the store by a presigned link, or through the gateway where the store cannot be reached.
+        """
+        try:
+            await self._download(job_id, name, path, {})
+        except GatewayError as exc:
+            if exc.status != 0:
+                raise
+            await self._download(job_id, name, path, {"proxy": "1"})
+        return path
+
+    async def _download(self, job_id: str, name: str, path: Path, query: dict[str, str]) -> None:
+        await asyncio.to_thread(path.parent.mkdir, parents=True, exist_ok=True)
+        part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+        url = _job(job_id, f"artifacts/{quote(name, safe='')}")
+        try:
+            with _reported():
+                async with self._http.stream("GET", url, params=query, follow_redirects=True) as answer:
+                    if answer.is_error:
+                        await answer.aread()
+                        _raise_for(answer)
+                    with part.open("wb") as file:
+                        async for chunk in answer.aiter_bytes(1 << 20):
+                            await asyncio.to_thread(file.write, chunk)
+            await asyncio.to_thread(os.replace, part, path)
+        finally:
+            part.unlink(missing_ok=True)
+
+    # ── the fleet, the dead letters, the gateway itself ──────────────────────────────────────────────────────────
+
+    async def workers(self) -> tuple[WorkerInfo, ...]:
+        return (await self._model(_Workers, "GET", "/v1/workers")).workers
+
+    async def dead_list(self, *, cursor: str | None = None, limit: int | None = None) -> DeadPage:
+        """One page of dead letters."""
+        return await self._model(DeadPage, "GET", "/v1/dead", params=_given({"cursor": cursor, "limit": limit}))
+
+    async def dead_show(self, seq: int) -> DeadEntry:
+        return await self._model(DeadEntry, "GET", f"/v1/dead/{seq}")
+
+    async def dead_replay(self, seq: int) -> Job:
+        """Send the original payload again."""
+        return await self._model(Job, "POST", f"/v1/dead/{seq}/replay", tries=1)
+
+    async def dead_drop(self, seq: int) -> None:
+        await self._call("DELETE", f"/v1/dead/{seq}", tries=1)
+
+    async def ready(self) -> None:
+        """Return if the gateway is ready to take jobs; raises GatewayError that says what is missing."""
+        await self._call("GET", "/readyz", tries=1)
+
+    # ── calls ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    async def _model(self, model: type[T], method: str, url: str, *, tries: int = TRIES, **options: Any) -> T:
+        answer = await self._call(method, url, tries=tries, **options)
+        try:
+            return model.model_validate_json(answer.content)
+        except ValidationError as exc:
+            detail = (
+                f"{self.base_url} answered {method} {url} with something else: is it a vidgen gateway of this version?"
+            )
+            raise GatewayError(Problem(status=answer.status_code, detail=detail, code="not_a_gateway")) from exc
+
+    async def _call(self, method: str, url: str, *, tries: int = TRIES, **options: Any) -> httpx.Response:
+        pause = FIRST_PAUSE_S
+        for left in reversed(range(tries)):
+            try:
+                with _reported():
+                    answer = await self._http.request(method, url, **options)
+                _raise_for(answer)
+                return answer
+            except GatewayError as exc:
+                if exc.status != 0 or not left:
+                    raise
+            await asyncio.sleep(pause)
+            pause *= 2
+        raise AssertionError("unreachable")
+
+
+def _job(job_id: str, what: str = "") -> str:
+    return f"/v1/jobs/{quote(job_id, safe='')}" + (f"/{what}" if what else "")
+
+
+def _given(query: Mapping[str, object]) -> dict[str, str]:
+    return {name: str(value) for name, value in query.items() if value is not None}
+
+
+def _as_part(image: Image, number: int) -> tuple[str, bytes, str]:
+    """An image as a part of a form: name, bytes, content type; the type from the bytes, they know better."""
+    name, body = (image.name, image.read_bytes()) if isinstance(image, Path) else (f"image-{number}", image)
+    if body.startswith(b"\x89PNG"):
+        kind = "image/png"
+    elif body.startswith(b"\xff\xd8"):
+        kind = "image/jpeg"
+    elif body[:4] == b"RIFF" and body[8:12] == b"WEBP":
+        kind = "image/webp"
+    else:
+        kind = mimetypes.guess_type(name)[0] or "application/octet-stream"
+    return name, body, kind
+
+
+def _unreachable(detail: str) -> Problem:
+    return Problem(title="Gateway unreachable", status=0, detail=detail, code="gateway_unreachable")
+
+
+class _reported(contextlib.AbstractContextManager[None]):  # noqa: N801  reads as a clause
+    """No httpx exception passes it."""
+
+    def __exit__(self, kind: object, exc: BaseException | None, trace: object) -> None:
+        if not isinstance(exc, (httpx.HTTPError, httpx.InvalidURL)):
+            return
+        place = ""
+        if isinstance(exc, httpx.RequestError):
+            with contextlib.suppress(RuntimeError):
+                place = f"{exc.request.url.scheme}://{exc.request.url.netloc.decode()} "
+        what = str(exc) or type(exc).__name__
+        raise GatewayError(_unreachable(f"{place}does not answer ({what}): is it running there?")) from exc
+
+
+def _raise_for(answer: httpx.Response) -> None:
+    if not answer.is_error:
+        return
+    try:
+        problem = Problem.model_validate({**answer.json(), "status": answer.status_code})
+    except (ValueError, TypeError):
+        detail = f"{answer.request.method} {answer.request.url.path} was answered with {answer.status_code}"
+        problem = Problem(title=answer.reason_phrase, status=answer.status_code, detail=detail, code="http_error")
+    after = answer.headers.get("Retry-After", "")
+    raise GatewayError(problem, retry_after_s=float(after) if after.isdecimal() else None)
+
+
+async def _server_sent(lines: AsyncIterator[str]) -> AsyncIterator[tuple[str, int | None, str]]:
+    """Server-sent events as (type, id, data); one that is cut short is dropped, as the standard wants."""
+    kind, number, data = "message", None, list[str]()
+    async for line in lines:
+        field, _, value = line.partition(":")
+        value = value.removeprefix(" ")
+        match field:
+            case "" if not line:
+                if data:
+                    yield kind, number, "\n".join(data)
+                kind, number, data = "message", None, []
+            case "event":
+                kind = value
+            case "id" if value.isdecimal():
+                number = int(value)
+            case "data":
+                data.append(value)
+
+
+def _update_of(kind: str, data: str) -> Update | None:
+    """What an event of the stream says; None for what a newer gateway may send and this client does not know."""
+    try:
+        if kind == "progress":
+            return Progress.model_validate_json(data)
+        if kind == "job":
+            return Job.model_validate_json(data)
+        return Event.validate_json(data)
+    except ValidationError:
+        if kind == "job":
+            detail = "the gateway's final job cannot be read: it is of another version than this client"
+            raise GatewayError(Problem(status=200, detail=detail, code="not_a_gateway")) from None
+        return None
+
+
+def problem_lines(exc: GatewayError) -> Iterable[str]:
+    """The error as lines for people: the detail, then every wrong field that it does not name."""
+    yield exc.message
+    for wrong in exc.errors:
+        if wrong.message not in exc.message:
+            yield f"{wrong.field}: {wrong.message}"
