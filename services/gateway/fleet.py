@@ -1,0 +1,70 @@
+"""The workers alive and how full their queues are, read from the bus."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from datetime import UTC, datetime
+
+import structlog
+from pydantic import ValidationError
+
+from vidgen import errors, topology
+from vidgen.bus import Bus, Depth
+from vidgen.contracts import LANES, STAGES, Lane, Stage, WorkerInfo
+from vidgen.metrics import GatewayMetrics
+
+log = structlog.get_logger(__name__)
+
+KEEP = 1.0
+TIME_LIMIT = 2.0
+
+
+class Fleet:
+    """Reads the worker registry and the task queues. Keeps figures for a second: many scrapers cost as one."""
+
+    def __init__(
+        self, bus: Bus, *, keep: float = KEEP, time_limit: float = TIME_LIMIT,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:  # fmt: skip
+        self._bus = bus
+        self._keep, self._time_limit, self._clock = keep, time_limit, clock
+        self._lock = asyncio.Lock()
+        self._read_at: float | None = None
+
+    async def workers(self) -> list[WorkerInfo]:
+        """The workers alive, by stage and id; entries of another version are left out. Raises BusError."""
+        entries = await self._bus.records(topology.WORKERS_BUCKET).all()
+        found = [worker for key, value in entries.items() if (worker := _readable(key, value)) is not None]
+        return sorted(found, key=lambda worker: (STAGES.index(worker.stage), worker.id))
+
+    async def depths(self) -> dict[tuple[Stage, Lane], Depth]:
+        """How full each lane of each stage is. Raises BusError."""
+        lanes = [(stage, lane) for stage in STAGES for lane in LANES]
+        depths = await asyncio.gather(*(self._bus.depth(topology.consumer_of(*lane)) for lane in lanes))
+        return dict(zip(lanes, depths, strict=True))
+
+    async def refresh(self, metrics: GatewayMetrics) -> None:
+        """Bring the metrics up to date before a scrape; never raises, and never takes longer than the time limit."""
+        async with self._lock:
+            if self._read_at is not None and self._clock() - self._read_at < self._keep:
+                return
+            try:
+                async with asyncio.timeout(self._time_limit), asyncio.TaskGroup() as group:
+                    workers, depths = group.create_task(self.workers()), group.create_task(self.depths())
+                metrics.fleet(workers.result(), depths.result(), datetime.now(UTC))
+            except* (errors.VidgenError, TimeoutError) as failed:
+                metrics.bus_down()
+                log.warning(
+                    "the bus did not say how queues and workers are", errors=[repr(e) for e in failed.exceptions]
+                )
+            self._read_at = self._clock()
+
+
+def _readable(key: str, value: bytes) -> WorkerInfo | None:
+    try:
+        return WorkerInfo.model_validate_json(value)
+    except ValidationError:
+        log.warning("a worker's entry cannot be read: is it of another version?", key=key)
+        return None
