@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import re
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -17,9 +18,12 @@ from minio import Minio
 from minio.error import MinioException, S3Error
 
 from vidgen import errors
+from vidgen.settings import Settings
 
 UPLOADS = "uploads/"
+KEY = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_./-]{0,499}")
 CHUNK = 1 << 20
+READY_TIMEOUT = 3.0
 MISSING = frozenset({"NoSuchKey", "NoSuchObject", "NoSuchBucket", "NoSuchUpload"})
 
 
@@ -68,7 +72,8 @@ def artifact_key(job_id: str, name: str) -> str:
 def check_key(key: str, job_id: str | None) -> None:
     """RejectedError unless `key` is under `uploads/` or the job's own prefix, with no way out of it."""
     allowed = (UPLOADS,) if job_id is None else (UPLOADS, job_prefix(job_id))
-    if not key.startswith(allowed) or ".." in key.split("/") or "//" in key:
+    # Some servers keep keys as paths: no part may be empty or point elsewhere.
+    if not key.startswith(allowed) or not KEY.fullmatch(key) or {"", ".", ".."} & set(key.split("/")):
         raise errors.RejectedError(
             "only keys under uploads/ and the job's own prefix may be used: upload the image first (POST /v1/uploads)",
             code="key_not_allowed",
@@ -80,16 +85,32 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def missing(key: str) -> errors.NotFoundError:
+    return errors.NotFoundError(f"no object at key {key}: upload it first")
+
+
+def too_large(size: int, limit: int) -> errors.RejectedError:
+    return errors.RejectedError(
+        f"the object has {size:,} bytes, more than the {limit:,} allowed: send a smaller file", code="too_large"
+    )
+
+
+def local_file(exc: OSError) -> errors.StoreError:
+    return errors.StoreError(f"a local file could not be read or written: {exc.strerror or type(exc).__name__}")
+
+
 @contextlib.contextmanager
 def _translated(key: str = "") -> Iterator[None]:
     try:
         yield
     except S3Error as exc:
         if exc.code in MISSING:
-            raise errors.NotFoundError(f"no object at key {key}: upload it first") from exc
+            raise missing(key) from exc
         raise errors.StoreError(f"the object store refused: {exc.code}") from exc
-    except (MinioException, urllib3.exceptions.HTTPError, OSError) as exc:
+    except (MinioException, urllib3.exceptions.HTTPError) as exc:
         raise errors.StoreError(f"the object store did not answer: {type(exc).__name__}") from exc
+    except OSError as exc:  # urllib3 wraps those of the network
+        raise local_file(exc) from exc
 
 
 class S3Store:
@@ -115,6 +136,18 @@ class S3Store:
         # Signatures cover the host, so links for people are signed for the name that they can reach.
         self._signer = client(public_endpoint or endpoint)
 
+    @classmethod
+    def from_settings(cls, settings: Settings) -> S3Store:
+        """The store that the settings name."""
+        return cls(
+            settings.s3_endpoint,
+            settings.s3_access_key.get_secret_value(),
+            settings.s3_secret_key.get_secret_value(),
+            settings.s3_bucket,
+            region=settings.s3_region,
+            public_endpoint=settings.s3_public_endpoint,
+        )
+
     async def put(self, key: str, path: Path, content_type: str, metadata: dict[str, str] | None = None) -> None:
         def call() -> None:
             with _translated(key):
@@ -129,12 +162,9 @@ class S3Store:
             with _translated(key):
                 response = self._client.get_object(self.bucket, key)
                 try:
-                    size = int(response.headers.get("content-length", 0))
+                    size = int(response.headers["content-length"])  # S3 always says; a short answer raises below
                     if limit is not None and size > limit:
-                        raise errors.RejectedError(
-                            f"the object has {size:,} bytes, more than the {limit:,} allowed: send a smaller file",
-                            code="too_large",
-                        )
+                        raise too_large(size, limit)
                     with path.open("wb") as file:
                         for chunk in response.stream(CHUNK):
                             file.write(chunk)
@@ -163,11 +193,18 @@ class S3Store:
         return await asyncio.to_thread(call)
 
     async def read(self, key: str, start: int = 0, length: int = 0) -> AsyncIterator[bytes]:
-        def opened() -> urllib3.BaseHTTPResponse:
+        def opened() -> urllib3.BaseHTTPResponse | None:
             with _translated(key):
-                return self._client.get_object(self.bucket, key, offset=start, length=length)
+                try:
+                    return self._client.get_object(self.bucket, key, offset=start, length=length)
+                except S3Error as exc:
+                    if exc.code == "InvalidRange":  # nothing is there past the end
+                        return None
+                    raise
 
         response = await asyncio.to_thread(opened)
+        if response is None:
+            return
         try:
             while True:
                 with _translated(key):
@@ -189,8 +226,9 @@ class S3Store:
                 return self._client.bucket_exists(self.bucket)
 
         try:
-            return await asyncio.to_thread(call)
-        except errors.VidgenError:
+            async with asyncio.timeout(READY_TIMEOUT):  # a store that hangs is not ready; the thread ends by itself
+                return await asyncio.to_thread(call)
+        except (errors.VidgenError, TimeoutError):
             return False
 
     async def ensure_bucket(self) -> None:

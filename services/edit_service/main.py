@@ -1,0 +1,33 @@
+"""edit-service: edits the references of a job into a frame. The composition root: alone in naming engines."""
+
+from __future__ import annotations
+
+import sys
+
+from edit_service.engine.preview import PreviewEditEngine
+from vidgen import choice, service
+from vidgen.engine import Engine
+from vidgen.settings import WorkerSettings
+
+
+def make_engine(settings: WorkerSettings, chosen: choice.Choice) -> Engine:
+    """The engine that was chosen, not set up yet."""
+    if chosen.kind == "preview":
+        return PreviewEditEngine(seconds_per_step=settings.preview_seconds_per_step)
+    from edit_service.engine.qwen import QwenEditEngine
+
+    return QwenEditEngine(
+        model=settings.edit_model,
+        revision=settings.edit_revision,
+        device=settings.device,
+        dtype=settings.dtype,
+        lora=settings.edit_lora,
+    )
+
+
+def main() -> None:
+    sys.exit(service.run("edit", make_engine))
+
+
+if __name__ == "__main__":
+    main()

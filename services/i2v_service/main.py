@@ -1,0 +1,34 @@
+"""i2v-service: animates a frame into a video. The composition root: alone in naming engines."""
+
+from __future__ import annotations
+
+import sys
+
+from i2v_service.engine.preview import PreviewI2VEngine
+from vidgen import choice, service
+from vidgen.engine import Engine
+from vidgen.settings import WorkerSettings
+
+
+def make_engine(settings: WorkerSettings, chosen: choice.Choice) -> Engine:
+    """The engine that was chosen, not set up yet."""
+    if chosen.kind == "preview":
+        return PreviewI2VEngine(seconds_per_step=settings.preview_seconds_per_step)
+    from i2v_service.engine.wan import WanI2VEngine
+
+    return WanI2VEngine(
+        model=settings.i2v_model,
+        revision=settings.i2v_revision,
+        device=settings.device,
+        dtype=settings.dtype,
+        lora=settings.i2v_lora,
+        lora_2=settings.i2v_lora_2,
+    )
+
+
+def main() -> None:
+    sys.exit(service.run("i2v", make_engine))
+
+
+if __name__ == "__main__":
+    main()

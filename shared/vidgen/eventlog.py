@@ -1,0 +1,107 @@
+"""One attempt's hold on its job's log: claim a task, append what happens, learn at once of a newer attempt."""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+
+from vidgen import attempts, contracts, errors, topology
+from vidgen.bus import Bus
+from vidgen.contracts import Event, Task
+
+CLAIM_TRIES = 10
+
+
+class FencedError(errors.VidgenError):
+    """A newer attempt holds this task."""
+
+    code = "fenced"
+
+
+@dataclass(frozen=True)
+class Newest:
+    """The newest event of a job, and where it stands in the log (0: there is none)."""
+
+    event: contracts.AnyEvent | None
+    seq: int
+
+
+async def newest(bus: Bus, job_id: str) -> Newest:
+    """The newest event of a job; raises BusError."""
+    stored = await bus.last(topology.EVENTS, topology.subject_of_events(job_id))
+    return Newest(Event.validate_json(stored.body), stored.seq) if stored else Newest(None, 0)
+
+
+@dataclass
+class Claim:
+    """A task that this worker holds until somebody else appends to the job's log."""
+
+    bus: Bus
+    task: Task
+    attempt: int
+    tries: int
+    worker: str
+    seq: int
+    nonce: str = field(default_factory=lambda: secrets.token_hex(4))
+
+    def stamp(self) -> dict[str, object]:
+        """What every event of this attempt says."""
+        return {
+            "job_id": self.task.job_id, "run": self.task.run, "stage": self.task.stage, "attempt": self.attempt,
+            "tries": self.tries, "worker": self.worker, "at": datetime.now(UTC),
+        }  # fmt: skip
+
+    def message_id(self, what: str) -> str:
+        """Names one event of this attempt, of this process: two workers never share one."""
+        return f"{self.task.job_id}:{self.task.stage}:{self.task.run}:{self.attempt}:{self.nonce}:{what}"
+
+    async def append(self, event: contracts.AnyStageEvent, *, message_id: str | None = None) -> None:
+        """Append an event of this attempt; raises FencedError, Cancelled (not for `stage_cancelled`) and BusError."""
+        while True:
+            try:
+                self.seq = await self.bus.publish(
+                    topology.subject_of_events(self.task.job_id), event.to_bytes(), expect_last=self.seq,
+                    message_id=message_id or self.message_id(event.type),
+                )  # fmt: skip
+                return
+            except errors.ConflictError:
+                await self.check(stopping=isinstance(event, contracts.StageCancelled))
+
+    async def check(self, *, stopping: bool = False) -> None:
+        """Look at the log; raises FencedError or, unless `stopping`, Cancelled when this attempt must end."""
+        seen = await newest(self.bus, self.task.job_id)
+        standing = attempts.standing(self.task, self.attempt, seen.event)
+        if standing == "fenced":
+            raise FencedError
+        if standing == "cancelled" and not stopping:
+            raise errors.Cancelled
+        self.seq = seen.seq
+
+
+async def claim(
+    bus: Bus, task: Task, worker: str, max_attempts: int, *, engine: str, model: str, deliveries: int
+) -> Claim | attempts.Drop | attempts.Exhausted:
+    """Start an attempt, or learn that there is none to start. Two workers with the same task: one of them wins.
+
+    The start is in the log before this returns, so a task that kills its process is counted all the same.
+    """
+    for _ in range(CLAIM_TRIES):
+        seen = await newest(bus, task.job_id)
+        verdict = attempts.judge(task, seen.event, max_attempts)
+        if isinstance(verdict, attempts.Drop | attempts.Exhausted):
+            return verdict
+        held = Claim(bus, task, verdict.attempt, verdict.tries, worker, seen.seq)
+        queued = (datetime.now(UTC) - task.queued_at).total_seconds()
+        started = contracts.StageStarted.model_validate(
+            held.stamp() | {"engine": engine, "model": model, "queued_s": max(0.0, queued), "deliveries": deliveries}
+        )
+        try:
+            held.seq = await bus.publish(
+                topology.subject_of_events(task.job_id), started.to_bytes(), expect_last=seen.seq,
+                message_id=held.message_id(started.type),
+            )  # fmt: skip
+        except errors.ConflictError:
+            continue
+        return held
+    raise errors.BusError(f"the log of job {task.job_id} is being written by too many at once")

@@ -1,0 +1,157 @@
+"""The life of a GPU service: probes first, then the model, then the bus; drain on SIGTERM; leave when sick."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+
+import structlog
+
+from vidgen import bus, choice, errors, gpu, probes, telemetry, topology, weights
+from vidgen.artifacts import S3Store
+from vidgen.contracts import LANES, Stage
+from vidgen.engine import Engine
+from vidgen.handler import Policy
+from vidgen.metrics import WorkerMetrics
+from vidgen.settings import WorkerSettings, read
+from vidgen.worker import Registration, Worker
+
+log = structlog.get_logger(__name__)
+
+START_PATIENCE_S = 120.0
+START_PAUSE_S = 0.25
+
+MakeEngine = Callable[[WorkerSettings, choice.Choice], Engine]
+
+
+def run(stage: Stage, make_engine: MakeEngine) -> int:
+    """Serve `stage` until told to stop; the exit code: 0 drained, 1 could not start or became sick."""
+    try:
+        settings = read(WorkerSettings)
+    except errors.FatalError as exc:
+        sys.stderr.write(f"{exc.message}\n")
+        return 1
+    telemetry.configure(settings, f"{stage}-service")
+    try:
+        asyncio.run(_Service(stage, settings, make_engine).run())
+    except errors.VidgenError as exc:
+        log.error(exc.message, _event="left", code=exc.code)
+        return 1
+    return 0
+
+
+class _Service:
+    def __init__(self, stage: Stage, settings: WorkerSettings, make_engine: MakeEngine) -> None:
+        self._stage, self._settings, self._make_engine = stage, settings, make_engine
+        self._monitor = gpu.monitor(settings.device)
+        self._metrics = WorkerMetrics(stage, self._monitor.read())
+        self._stop = asyncio.Event()
+        self._worker: Worker | None = None
+
+    async def run(self) -> None:
+        self._take_signals()
+        settings = self._settings
+        probing = probes.serve(
+            settings.metrics_host, settings.metrics_port, healthy=self._healthy, ready=self._ready,
+            metrics=self._metrics.render,
+        )  # fmt: skip
+        async with probing as url:
+            with ThreadPoolExecutor(1, "device") as device_thread:
+                engine, load_seconds = await self._load(device_thread)
+                await self._serve(engine, load_seconds, device_thread, url)
+
+    async def _load(self, device_thread: ThreadPoolExecutor) -> tuple[Engine, float]:
+        begun = time.monotonic()
+        model, revision = self._settings.model_of(self._stage)
+        reason = await asyncio.to_thread(weights.why_not, model, revision)
+        chosen = choice.choose(self._stage, self._settings, gpus=gpu.visible(), reason=reason)
+        log.info(chosen.reason, _event="engine_chosen", kind=chosen.kind)
+        engine = self._make_engine(self._settings, chosen)
+        await asyncio.get_running_loop().run_in_executor(device_thread, engine.setup)
+        seconds = time.monotonic() - begun
+        self._metrics.describe(engine.info)
+        self._metrics.model_loaded({"total": seconds})
+        log.info("the engine is set up", _event="engine_ready", engine=engine.info.name, seconds=round(seconds, 3))
+        return engine, seconds
+
+    async def _serve(self, engine: Engine, load_seconds: float, device_thread: ThreadPoolExecutor, url: str) -> None:
+        settings = self._settings
+        denied = asyncio.get_running_loop().create_future()
+
+        def on_denied(text: str) -> None:
+            if not denied.done():
+                denied.set_result(text)
+
+        name = f"{self._stage}-{settings.worker_id}"
+        async with bus.connect(settings.nats_url, name, on_denied=on_denied, **settings.nats_options()) as connected:
+            store = S3Store.from_settings(settings)
+            await self._wait_for_queues(connected)
+            worker = self._worker = Worker(
+                connected, store, engine, device_thread, self._monitor, self._metrics,
+                Policy(
+                    worker_id=settings.worker_id, stage=self._stage, ack_wait=settings.ack_wait,
+                    max_attempts=settings.max_attempts, backoff_base=settings.backoff_base,
+                    backoff_limit=settings.backoff_limit, gpu_usd_per_hour=settings.gpu_usd_per_hour,
+                    work_dir=settings.work_dir,
+                ),
+                Registration(settings.heartbeat_s, settings.grace_s, load_seconds),
+            )  # fmt: skip
+            if self._stop.is_set():
+                return
+            probes.write_ready_file(settings.ready_file, url)
+            log.info("ready for tasks", _event="ready", url=url)
+            serving = asyncio.create_task(worker.run(), name="worker")
+            await asyncio.wait([serving, denied], return_when=asyncio.FIRST_COMPLETED)
+            if denied.done() and not serving.done():
+                worker.drain()
+                raise errors.FatalError(
+                    f"the bus denies this worker something that it needs: {denied.result()}", code="bus_denied"
+                )
+            await serving
+        log.info("drained", _event="drained")
+
+    async def _wait_for_queues(self, connected: bus.JetStreamBus) -> None:
+        """The gateway makes the queues; a worker only binds, and waits for them."""
+        give_up = time.monotonic() + START_PATIENCE_S
+        while not self._stop.is_set():
+            try:
+                for lane in LANES:
+                    await connected.depth(topology.consumer_of(self._stage, lane))
+            except errors.BusError as exc:
+                if time.monotonic() > give_up:
+                    raise errors.FatalError(
+                        f"the queues of {self._stage} are not there: start the gateway first ({exc.message})",
+                        code="queues_missing",
+                    ) from exc
+            else:
+                return
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stop.wait(), START_PAUSE_S)
+
+    def _take_signals(self) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal, number)
+
+    def _on_signal(self, number: signal.Signals) -> None:
+        if self._stop.is_set():
+            log.warning("leaving now", _event="killed")
+            os._exit(128 + number)
+        log.info("draining: no new task is taken, what runs is finished", _event="draining")
+        self._stop.set()
+        if self._worker is not None:
+            self._worker.drain()
+
+    def _healthy(self) -> bool:
+        return self._worker is None or self._worker.healthy
+
+    def _ready(self) -> tuple[bool, str]:
+        if self._worker is None:
+            return False, "the model is being loaded, or the bus is not there yet"
+        return self._worker.state in ("ready", "busy"), f"the worker is {self._worker.state}"

@@ -1,0 +1,264 @@
+"""The runtime that both GPU services share: pull by lane, three overlapped phases, drain, registry.
+
+While the device generates task n, task n+1 is fetched and prepared and task n−1 is encoded and stored, so the device
+never waits for the network or an encoder. The next task is taken just in time, not early: what one worker holds, an
+idle one cannot have.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import socket
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Literal
+
+import structlog
+
+import vidgen
+from vidgen import errors, topology
+from vidgen.artifacts import ArtifactStore
+from vidgen.bus import Bus, Delivery
+from vidgen.contracts import Stage, WorkerInfo
+from vidgen.engine import Engine, GpuMonitor
+from vidgen.handler import Handler, Policy, Stop, Turn
+from vidgen.metrics import WorkerMetrics
+
+log = structlog.get_logger(__name__)
+
+State = Literal["starting", "ready", "busy", "draining", "unhealthy"]
+
+IN_FLIGHT = 4  # one generating, one prepared, two being encoded and stored
+LEAD_S = 3.0  # how long before the device is free the next task is taken
+IDLE_WAIT_S = 0.5
+BUS_PAUSE_S = 0.5
+BATCH_SHARE = 10  # at least one task in ten is a batch task while any waits
+
+
+class LanePuller:
+    """Takes the next task of a stage: interactive first, batch when there is none, and one in ten from batch anyway."""
+
+    def __init__(self, bus: Bus, stage: Stage) -> None:
+        self._bus = bus
+        self._interactive = topology.consumer_of(stage, "interactive")
+        self._batch = topology.consumer_of(stage, "batch")
+        self._since_batch = 0
+
+    async def next(self, wait: float = IDLE_WAIT_S) -> Delivery | None:
+        """The next task, None when `wait` seconds brought none; raises BusError."""
+        owed = self._since_batch >= BATCH_SHARE - 1
+        order = (self._batch, self._interactive) if owed else (self._interactive, self._batch)
+        for consumer in order:
+            delivery = await self._bus.pull(consumer, wait=0)
+            if delivery is not None:
+                return self._count(consumer, delivery)
+            if owed:
+                self._since_batch = 0  # nothing was waiting there
+        delivery = await self._bus.pull(self._interactive, wait=wait)
+        return self._count(self._interactive, delivery) if delivery is not None else None
+
+    def _count(self, consumer: topology.Consumer, delivery: Delivery) -> Delivery:
+        self._since_batch = 0 if consumer is self._batch else self._since_batch + 1
+        return delivery
+
+
+@dataclass
+class _JustInTimeTurn(Turn):
+    """Lets the next task be taken shortly before this one leaves the device."""
+
+    open_next: Callable[[], None] = lambda: None
+    _timer: asyncio.TimerHandle | None = None
+    _opened: bool = False
+
+    def begins(self, expected_s: float | None) -> None:
+        early = max(0.0, (expected_s or 0.0) - LEAD_S)
+        self._timer = asyncio.get_running_loop().call_later(early, self._open)
+
+    def ends(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+        self._open()
+
+    def _open(self) -> None:
+        if not self._opened:
+            self._opened = True
+            self.open_next()
+
+
+@dataclass(frozen=True)
+class Registration:
+    """How a worker shows itself: how often, and how long its model took to load."""
+
+    heartbeat_s: float = 3.0
+    grace_s: float = 600.0
+    load_seconds: float | None = None
+
+
+class Worker:
+    """One engine serving one stage. `run` returns once drained and raises FatalError when the worker is sick."""
+
+    def __init__(
+        self,
+        bus: Bus,
+        store: ArtifactStore,
+        engine: Engine,
+        device_thread: ThreadPoolExecutor,
+        monitor: GpuMonitor,
+        metrics: WorkerMetrics,
+        policy: Policy,
+        registration: Registration,
+    ) -> None:
+        self._bus, self._engine, self._monitor, self._metrics = bus, engine, monitor, metrics
+        self._policy, self._registration = policy, registration
+        self._handler = Handler(bus, store, engine, device_thread, metrics, policy)
+        self._puller = LanePuller(bus, policy.stage)
+        self._device = asyncio.Lock()
+        self._places = asyncio.Semaphore(IN_FLIGHT)
+        self._next = asyncio.Semaphore(1)
+        self._turns: dict[str, _JustInTimeTurn] = {}
+        self._draining = asyncio.Event()
+        self._fatal: errors.FatalError | None = None
+        self._started_at = datetime.now(UTC)
+        self._done = 0
+
+    @property
+    def healthy(self) -> bool:
+        return self._fatal is None
+
+    @property
+    def state(self) -> State:
+        if self._fatal is not None:
+            return "unhealthy"
+        if self._draining.is_set():
+            return "draining"
+        return "busy" if self._turns else "ready"
+
+    def drain(self) -> None:
+        """Take no more tasks, hand back what only waits, finish what runs."""
+        self._draining.set()
+        for turn in self._turns.values():
+            if turn.phase == "preparing":
+                turn.stop.now("released")
+
+    async def run(self) -> None:
+        """Serve until drained; raises FatalError when this worker can no longer work (its tasks are handed back)."""
+        ending = asyncio.Event()
+        async with asyncio.TaskGroup() as sides:
+            sides.create_task(self._register(ending), name="registry")
+            sides.create_task(self._hear_cancels(ending), name="cancels")
+            sides.create_task(self._end_grace(ending), name="grace")
+            try:
+                await self._serve()
+            finally:
+                ending.set()
+        if self._fatal is not None:
+            raise self._fatal
+
+    async def _serve(self) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            while not self._draining.is_set():
+                await self._places.acquire()
+                await self._next.acquire()
+                delivery = None if self._draining.is_set() else await self._pull()
+                if delivery is None:
+                    self._next.release()
+                    self._places.release()
+                    continue
+                turn = _JustInTimeTurn(self._device, Stop(), open_next=self._next.release)
+                tasks.create_task(self._see_through(delivery, turn), name=f"task-{delivery.seq}")
+
+    async def _pull(self) -> Delivery | None:
+        try:
+            return await self._puller.next()
+        except errors.BusError as exc:
+            log.warning(exc.message, _event="bus_lost")
+            await asyncio.sleep(BUS_PAUSE_S)
+            return None
+
+    async def _see_through(self, delivery: Delivery, turn: _JustInTimeTurn) -> None:
+        job_id = delivery.subject.rsplit(".", 1)[-1]
+        self._turns[job_id] = turn
+        if self._draining.is_set():
+            turn.stop.now("released")
+        try:
+            await self._handler.handle(delivery, turn)
+            self._done += 1
+        except errors.FatalError as exc:
+            self._fatal = exc
+            self.drain()
+        finally:
+            turn.ends()
+            if self._turns.get(job_id) is turn:
+                del self._turns[job_id]
+            self._places.release()
+
+    async def _hear_cancels(self, ending: asyncio.Event) -> None:
+        """Cancels on core NATS reach a running task within a step; one that is missed stands in the log (`_beat`)."""
+        feed = await self._bus.listen(topology.SUBJECT_CONTROL_ALL)
+        try:
+            while not ending.is_set():
+                try:
+                    heard = await feed.next(wait=1.0)
+                except errors.BusError as exc:
+                    log.warning(exc.message, _event="bus_lost")
+                    await asyncio.sleep(BUS_PAUSE_S)
+                    continue
+                if heard is not None and (turn := self._turns.get(heard.subject.rsplit(".", 1)[-1])):
+                    turn.stop.now("cancelled")
+        finally:
+            await feed.close()
+
+    async def _end_grace(self, ending: asyncio.Event) -> None:
+        """A drain that takes longer than the grace period hands back what still runs, at its next step."""
+        draining = asyncio.ensure_future(self._draining.wait())
+        ended = asyncio.ensure_future(ending.wait())
+        await asyncio.wait([draining, ended], return_when=asyncio.FIRST_COMPLETED)
+        draining.cancel()
+        await asyncio.wait([ended], timeout=self._registration.grace_s)
+        ended.cancel()
+        for turn in self._turns.values():
+            turn.stop.now("released")
+
+    async def _register(self, ending: asyncio.Event) -> None:
+        records = self._bus.records(topology.WORKERS_BUCKET)
+        key = f"{self._policy.stage}.{self._policy.worker_id}"
+        while True:
+            last = ending.is_set()
+            info = await asyncio.to_thread(self._describe)
+            self._metrics.state(info.state)
+            self._metrics.gpu_figures(info.gpus)
+            try:
+                await records.put(key, info.to_bytes())
+            except errors.BusError as exc:
+                self._metrics.heartbeat_failed()
+                log.warning(exc.message, _event="heartbeat_failed")
+            if last:
+                return
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(ending.wait(), self._registration.heartbeat_s)
+
+    def _describe(self) -> WorkerInfo:
+        engine = self._engine.info
+        return WorkerInfo(
+            id=self._policy.worker_id,
+            stage=self._policy.stage,
+            state=self.state,
+            engine=engine.name,
+            model=engine.model,
+            revision=engine.revision,
+            profile=engine.profile,
+            device=engine.device,
+            gpus=self._monitor.read(),
+            running=tuple(self._turns),
+            seconds_per_step=self._handler.seconds_per_step,
+            busy_seconds=self._handler.busy_seconds,
+            tasks_done=self._done,
+            load_seconds=self._registration.load_seconds,
+            version=vidgen.__version__,
+            host=socket.gethostname(),
+            started_at=self._started_at,
+            at=datetime.now(UTC),
+        )
