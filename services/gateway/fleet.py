@@ -57,7 +57,9 @@ class Fleet:
             except* (errors.VidgenError, TimeoutError) as failed:
                 metrics.bus_down()
                 log.warning(
-                    "the bus did not say how queues and workers are", errors=[repr(e) for e in failed.exceptions]
+                    "the bus did not say how queues and workers are",
+                    _event="fleet_unknown",
+                    errors=[repr(e) for e in failed.exceptions],
                 )
             self._read_at = self._clock()
 
@@ -66,5 +68,5 @@ def _readable(key: str, value: bytes) -> WorkerInfo | None:
     try:
         return WorkerInfo.model_validate_json(value)
     except ValidationError:
-        log.warning("a worker's entry cannot be read: is it of another version?", key=key)
+        log.warning("a worker's entry cannot be read: is it of another version?", _event="worker_unreadable", key=key)
         return None

@@ -1,6 +1,7 @@
 """Logs: JSON lines on stderr, or colour on a terminal; never a secret. Python's own logging goes the same way.
 
 Loggers come from `structlog.get_logger(__name__)`; fields are bound with `structlog.contextvars.bound_contextvars`.
+`log.info("a sentence for people", _event="name_for_queries", ...)` becomes `message` and `event`.
 """
 
 from __future__ import annotations
@@ -83,7 +84,11 @@ def _masked(value: Any, key: str = "") -> Any:
 def _rendering(settings: Settings) -> list[Processor]:
     terminal = settings.log_format == "console" or (settings.log_format == "auto" and sys.stderr.isatty())
     last: list[Processor] = (
-        [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback)]
+        [
+            structlog.dev.ConsoleRenderer(
+                colors=sys.stderr.isatty(), event_key="message", exception_formatter=structlog.dev.plain_traceback
+            )
+        ]
         if terminal
         else [structlog.processors.JSONRenderer(ensure_ascii=False)]
     )
@@ -91,6 +96,7 @@ def _rendering(settings: Settings) -> list[Processor]:
     return [
         structlog.stdlib.ProcessorFormatter.remove_processors_meta,
         _without_colour,
+        structlog.processors.EventRenamer("message", replace_by="_event"),
         structlog.processors.format_exc_info,
         mask_secrets,
         *last,

@@ -43,14 +43,14 @@ def lines(capsys: Capture) -> list[dict[str, Any]]:
 def test_a_line_is_json_with_level_service_and_time_in_utc(capsys: Capture) -> None:
     configure()
 
-    structlog.get_logger("vidgen.worker").info("task completed", outcome="completed", seconds=1.5)
+    structlog.get_logger("vidgen.worker").info("task completed", _event="task", outcome="completed", seconds=1.5)
 
     (line,) = lines(capsys)
     at = datetime.fromisoformat(line.pop("timestamp"))
     assert at.utcoffset() == timedelta(0)
     assert line == {
-        "event": "task completed", "level": "info", "logger": "vidgen.worker", "service": "edit-service",
-        "outcome": "completed", "seconds": 1.5,
+        "message": "task completed", "event": "task", "level": "info", "logger": "vidgen.worker",
+        "service": "edit-service", "outcome": "completed", "seconds": 1.5,
     }  # fmt: skip
 
 
@@ -66,7 +66,7 @@ def test_bound_fields_are_on_every_line_of_the_block_and_on_no_other(capsys: Cap
     bound = {"job": "j1", "stage": "edit", "attempt": 2, "gpu": 0}
     assert bound.items() <= ours.items()
     assert bound.items() <= foreign.items()
-    assert foreign["event"] == "the bus of nats"
+    assert foreign["message"] == "the bus of nats"
     assert "job" not in outside
 
 
@@ -78,7 +78,7 @@ def test_other_libraries_log_in_the_same_form(name: str, capsys: Capture) -> Non
     logging.getLogger(name).info("hello %d", 7, extra={"color_message": "\x1b[36mhello", "port": 1})
 
     (line,) = lines(capsys)
-    assert (line["event"], line["logger"], line["port"]) == ("hello 7", name, 1)
+    assert (line["message"], line["logger"], line["port"]) == ("hello 7", name, 1)
     assert "color_message" not in line
 
 
@@ -90,7 +90,7 @@ def test_python_warnings_are_logged(capsys: Capture) -> None:
 
     (line,) = lines(capsys)
     assert line["logger"] == "py.warnings"
-    assert "deprecated thing" in line["event"]
+    assert "deprecated thing" in line["message"]
 
 
 def test_the_level_holds_for_all_and_request_loggers_stay_quiet(capsys: Capture) -> None:
@@ -101,7 +101,7 @@ def test_the_level_holds_for_all_and_request_loggers_stay_quiet(capsys: Capture)
     logging.getLogger("httpx").info("no")
     logging.getLogger("httpx").warning("yes")
 
-    assert [line["event"] for line in lines(capsys)] == ["yes"]
+    assert [line["message"] for line in lines(capsys)] == ["yes"]
 
 
 @pytest.mark.parametrize("log_format", ["auto", "json"])
@@ -110,7 +110,7 @@ def test_without_a_terminal_logs_are_json(log_format: str, capsys: Capture) -> N
 
     structlog.get_logger().info("hello")
 
-    assert lines(capsys)[0]["event"] == "hello"
+    assert lines(capsys)[0]["message"] == "hello"
 
 
 def test_the_console_form_is_for_people_and_masks_as_well(capsys: Capture) -> None:
