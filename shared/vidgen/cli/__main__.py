@@ -1,0 +1,5 @@
+"""`python -m vidgen.cli`."""
+
+from vidgen.cli import main
+
+main()

