@@ -9,7 +9,8 @@ import asyncio
 import contextlib
 import json
 import logging
-from collections.abc import AsyncIterator, Callable
+import secrets
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Protocol
@@ -19,6 +20,7 @@ import nats.errors
 import nats.js.errors as js_errors
 from nats.aio.client import Client
 from nats.aio.msg import Msg
+from nats.aio.subscription import Subscription
 from nats.js import JetStreamContext, api
 from nats.js.kv import KeyValue
 
@@ -28,10 +30,19 @@ log = logging.getLogger(__name__)
 
 PUBLISH_PATIENCE = 20.0  # a leader change in R3 takes 5–8 s (FACTS §4)
 REQUEST_TIMEOUT = 5.0
-PULL_WAIT = 4.0  # a restart of the server during a pull is noticed only at its end
-WRONG_LAST_SEQUENCE = 10071
+READY_TIMEOUT = 2.0
+PULL_WAIT = 4.0
+FIRST_CONNECT_ATTEMPTS = 2  # beyond the first one, a second apart
+FEED_MEMORY = 60.0  # seconds that the server keeps the place of a feed nobody reads
+RECORDS_AT_ONCE = 64
+
+WRONG_LAST_SEQUENCE = frozenset({10071, 10164})  # alone · in a cluster
+SEQUENCE_NOT_FOUND = frozenset({10037, 10043, 10057})  # never was · deleted · past the end
 STORE_FAILED = 10077
-FULL_CODES = frozenset({10023, 10047, STORE_FAILED})
+FULL_CODES = frozenset({10023, 10028, 10047, STORE_FAILED})
+
+FIXED = ("retention", "storage", "discard", "discard_new_per_subject", "max_msgs_per_subject")
+TUNABLE = ("max_age", "max_bytes", "duplicate_window", "allow_direct")
 
 
 @dataclass(frozen=True)
@@ -83,7 +94,10 @@ class Feed(Protocol):
     """Messages as they come."""
 
     async def next(self, wait: float) -> Stored | None:
-        """The next one, or None when `wait` seconds brought none; raises BusError when the bus is lost."""
+        """The next one, or None when `wait` seconds brought none.
+
+        Raises BusError when the bus is lost; a feed of `follow` goes on where it was at the next call.
+        """
 
     async def close(self) -> None: ...
 
@@ -121,7 +135,10 @@ class Bus(Protocol):
         """  # fmt: skip
 
     async def pull(self, consumer: topology.Consumer, wait: float = PULL_WAIT) -> Delivery | None:
-        """Take one message; with `wait` 0 only what is there now."""
+        """Take one message; with `wait` 0 only what is there now.
+
+        A pull that is cancelled hands back what it was about to take.
+        """
 
     async def last(self, stream: str, subject: str) -> Stored | None:
         """The newest message on `subject`, read from the stream's leader."""
@@ -152,28 +169,42 @@ class Bus(Protocol):
         """Whether the bus answers now."""
 
 
+class _ConsumerGoneError(errors.BusError):
+    """The consumer is not there."""
+
+
 @contextlib.contextmanager
-def _translated() -> Any:
+def _translated() -> Iterator[None]:
     try:
         yield
     except js_errors.APIError as exc:
         raise _from_api(exc) from exc
+    except nats.errors.MaxPayloadError as exc:
+        raise errors.RejectedError(
+            "the message is larger than the bus takes: send object keys, not contents", code="too_large"
+        ) from exc
+    except (nats.errors.BadSubjectError, nats.errors.BadHeaderError, js_errors.InvalidKeyError) as exc:
+        raise errors.RejectedError(
+            "the bus takes no such name: use letters, digits, - and _ only", code="bad_name"
+        ) from exc
     except (nats.errors.Error, js_errors.Error, TimeoutError, OSError) as exc:
         raise errors.BusError(f"the bus did not answer: {type(exc).__name__}") from exc
 
 
 def _from_api(exc: js_errors.APIError) -> errors.VidgenError:
-    if exc.err_code == WRONG_LAST_SEQUENCE:
+    # nats-py leaves these unset on some of its own errors.
+    code, text = getattr(exc, "err_code", None), getattr(exc, "description", None) or type(exc).__name__
+    if code in WRONG_LAST_SEQUENCE or isinstance(exc, js_errors.KeyWrongLastSequenceError):
         return errors.ConflictError()
-    if exc.err_code == STORE_FAILED and "per subject" in (exc.description or ""):
+    if code == STORE_FAILED and "per subject" in text:
         return errors.ConflictError("a message already waits on this subject", code="already_queued")
-    if exc.err_code in FULL_CODES:
-        return errors.QueueFullError(f"the bus is full: {exc.description}")
-    return errors.BusError(f"the bus refused: {exc.description}")
+    if code in FULL_CODES:
+        return errors.QueueFullError(f"the bus is full: {text}")
+    return errors.BusError(f"the bus refused: {text}")
 
 
-def _is_gone(exc: js_errors.APIError) -> bool:
-    return exc.code == 404
+def _headers(found: Mapping[Any, Any] | None) -> dict[str, str]:
+    return {str(name): str(value) for name, value in (found or {}).items()}
 
 
 class JetStreamDelivery:
@@ -183,7 +214,7 @@ class JetStreamDelivery:
         self.subject, self.body = msg.subject, msg.data
         self.seq, self.num_delivered = meta.sequence.stream, meta.num_delivered
         self.at = meta.timestamp
-        self.headers = dict(msg.headers or {})
+        self.headers = _headers(msg.headers)
 
     async def ack(self) -> None:
         await self._settle(b"+ACK")
@@ -199,25 +230,80 @@ class JetStreamDelivery:
             await self._client.request(self._msg.reply, verb, timeout=REQUEST_TIMEOUT)
 
 
-class SubscriptionFeed:
-    def __init__(self, subscription: Any, *, stored: bool) -> None:
-        self._subscription, self._stored = subscription, stored
+class ListenFeed:
+    def __init__(self, subscription: Subscription) -> None:
+        self._subscription = subscription
 
     async def next(self, wait: float) -> Stored | None:
         try:
             msg = await self._subscription.next_msg(timeout=wait)
         except TimeoutError:
             return None
-        except (nats.errors.Error, js_errors.Error) as exc:
+        except nats.errors.Error as exc:
             raise errors.BusError(f"the feed broke: {type(exc).__name__}") from exc
-        if not self._stored:
-            return Stored(msg.subject, msg.data, 0, datetime.now(UTC), dict(msg.headers or {}))
-        meta = msg.metadata
-        return Stored(msg.subject, msg.data, meta.sequence.stream, meta.timestamp, dict(msg.headers or {}))
+        return Stored(msg.subject, msg.data, 0, datetime.now(UTC), _headers(msg.headers))
 
     async def close(self) -> None:
-        with contextlib.suppress(nats.errors.Error, js_errors.Error, TimeoutError):
+        with contextlib.suppress(nats.errors.Error, TimeoutError):
             await self._subscription.unsubscribe()
+
+
+class FollowFeed:
+    """A stream read in order through a throw-away pull consumer.
+
+    nats-py's own ordered consumer is a push consumer and breaks on servers with `js_ack_fc_v2` (FACTS §4). Here the
+    place in the stream is ours: whatever goes wrong, the consumer is forgotten and a new one starts behind what was
+    seen last, so nothing is left out and nothing comes twice.
+    """
+
+    def __init__(self, bus: JetStreamBus, stream: str, subject: str, after: int) -> None:
+        self._bus, self._stream, self._subject = bus, stream, subject
+        self._seen = after
+        self._consumer: str | None = None
+        self._delivered = 0
+
+    async def open(self) -> None:
+        config = api.ConsumerConfig(
+            deliver_policy=api.DeliverPolicy.BY_START_SEQUENCE, opt_start_seq=self._seen + 1,
+            filter_subject=self._subject, ack_policy=api.AckPolicy.NONE, mem_storage=True, num_replicas=1,
+            inactive_threshold=FEED_MEMORY,
+        )  # fmt: skip
+        with _translated():
+            info = await self._bus.jetstream.add_consumer(self._stream, config)
+        self._consumer, self._delivered = info.name, 0
+
+    async def next(self, wait: float) -> Stored | None:
+        clock = asyncio.get_running_loop().time
+        until = clock() + wait
+        while True:
+            try:
+                if self._consumer is None:
+                    await self.open()
+                msg = await self._bus.take(self._stream, self._consumer or "", max(0.0, until - clock()))
+            except _ConsumerGoneError:  # it expired, or the server restarted
+                self._consumer = None
+                if clock() >= until:
+                    return None
+                continue
+            except BaseException:
+                # A message may be on its way to nobody, and this consumer will not send it again.
+                self._consumer = None
+                raise
+            if msg is None:
+                return None
+            meta = msg.metadata
+            self._delivered += 1
+            if meta.sequence.consumer != self._delivered:  # one was lost on the way
+                self._consumer = None
+                continue
+            self._seen = meta.sequence.stream
+            return Stored(msg.subject, msg.data, self._seen, meta.timestamp, _headers(msg.headers))
+
+    async def close(self) -> None:
+        if self._consumer is not None:
+            consumer, self._consumer = self._consumer, None
+            with contextlib.suppress(nats.errors.Error, js_errors.Error, TimeoutError):
+                await self._bus.jetstream.delete_consumer(self._stream, consumer)
 
 
 class JetStreamRecords:
@@ -250,18 +336,16 @@ class JetStreamRecords:
                 raise errors.ConflictError from exc
 
     async def all(self) -> dict[str, bytes]:
-        found: dict[str, bytes] = {}
+        prefix = f"$KV.{self._bucket}."
         with _translated():
-            watcher = await (await self._open()).watchall(ignore_deletes=True)
-            try:
-                async with asyncio.timeout(REQUEST_TIMEOUT):
-                    async for entry in watcher:
-                        if entry is None:
-                            break
-                        if entry.value is not None:
-                            found[entry.key] = entry.value
-            finally:
-                await watcher.stop()  # type: ignore[no-untyped-call]
+            state = (await self._js.stream_info(f"KV_{self._bucket}", subjects_filter=f"{prefix}>")).state
+        keys = sorted(subject.removeprefix(prefix) for subject in state.subjects or {})
+        found: dict[str, bytes] = {}
+        for start in range(0, len(keys), RECORDS_AT_ONCE):
+            some = keys[start : start + RECORDS_AT_ONCE]
+            for key, record in zip(some, await asyncio.gather(*map(self.get, some)), strict=True):
+                if record is not None:  # None: it expired in between
+                    found[key] = record[0]
         return found
 
 
@@ -272,6 +356,26 @@ class JetStreamBus:
         self._client = client
         self._js = client.jetstream(timeout=REQUEST_TIMEOUT)
         self._records: dict[str, JetStreamRecords] = {}
+        self._lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._side_tasks: set[asyncio.Task[None]] = set()
+
+    @property
+    def client(self) -> Client:
+        return self._client
+
+    @property
+    def jetstream(self) -> JetStreamContext:
+        return self._js
+
+    def connection_lost(self) -> None:
+        """End the pulls that wait: the server that knew of them is gone."""
+        lost, self._lost = self._lost, asyncio.get_running_loop().create_future()
+        lost.set_result(None)
+
+    async def settle(self) -> None:
+        """Wait for the hand-backs of cancelled pulls, before the connection is closed."""
+        while self._side_tasks:
+            await asyncio.wait(self._side_tasks)
 
     async def publish(
         self, subject: str, body: bytes, *, message_id: str, expect_last: int | None = None,
@@ -289,6 +393,10 @@ class JetStreamBus:
                 return ack.seq
             except errors.QueueFullError:
                 raise
+            except errors.ConflictError:
+                if expect_last is not None and (seq := await self._stored_as(subject, message_id)):
+                    return seq
+                raise
             except errors.BusError:
                 # The publish may be stored all the same: only the same message id makes trying again harmless.
                 if loop.time() + pause > give_up or self._client.is_closed:
@@ -296,20 +404,69 @@ class JetStreamBus:
                 await asyncio.sleep(pause)
                 pause = min(1.0, pause * 2)
 
-    async def pull(self, consumer: topology.Consumer, wait: float = PULL_WAIT) -> Delivery | None:
-        ask: dict[str, Any] = {"batch": 1}
-        ask |= {"expires": int(wait * 1e9)} if wait else {"no_wait": True}
-        subject = f"$JS.API.CONSUMER.MSG.NEXT.{consumer.stream}.{consumer.name}"
-        with _translated():
-            msg = await self._client.request(
-                subject, json.dumps(ask).encode(), timeout=wait + REQUEST_TIMEOUT, old_style=True
-            )
-        status = (msg.headers or {}).get("Status")
-        if status is None:
-            return JetStreamDelivery(self._client, msg)
-        if status in ("404", "408", "409"):  # nothing there · the wait is over · the consumer moved
+    async def _stored_as(self, subject: str, message_id: str) -> int | None:
+        # The server compares sequences before it looks for duplicates, so a publish that is repeated because its
+        # answer was lost looks like a conflict with itself. Sent again under a condition that no stream fulfils,
+        # the message is answered as a duplicate if it is one, and cannot be stored if it is not.
+        impossible = {"Nats-Msg-Id": message_id, "Nats-Expected-Last-Msg-Id": secrets.token_hex(16)}
+        try:
+            ack = await self._js.publish(subject, b"", timeout=REQUEST_TIMEOUT, headers=impossible)
+        except (nats.errors.Error, js_errors.Error, TimeoutError, OSError):
             return None
-        raise errors.BusError(f"the bus did not give a message: status {status}")
+        return ack.seq if ack.duplicate else None
+
+    async def pull(self, consumer: topology.Consumer, wait: float = PULL_WAIT) -> Delivery | None:
+        msg = await self.take(consumer.stream, consumer.name, wait)
+        return None if msg is None else JetStreamDelivery(self._client, msg)
+
+    async def take(self, stream: str, consumer: str, wait: float) -> Msg | None:
+        """One message from a pull consumer, as nats-py has it."""
+        ask: dict[str, Any] = {"batch": 1}
+        ask |= {"expires": int(wait * 1e9)} if wait >= 0.001 else {"no_wait": True}
+        arrived: asyncio.Future[Msg] = asyncio.get_running_loop().create_future()
+        inbox = self._client.new_inbox()
+        with _translated():
+            subscription = await self._client.subscribe(inbox, future=arrived, max_msgs=1)
+        try:
+            with _translated():
+                await subscription.unsubscribe(limit=1)
+                await self._client.publish(
+                    f"$JS.API.CONSUMER.MSG.NEXT.{stream}.{consumer}", json.dumps(ask).encode(), reply=inbox
+                )
+            either: set[asyncio.Future[Any]] = {arrived, self._lost}
+            await asyncio.wait(either, timeout=wait + REQUEST_TIMEOUT, return_when=asyncio.FIRST_COMPLETED)
+        except BaseException:
+            self._on_the_side(self._hand_back(subscription, arrived))
+            raise
+        if not arrived.done():
+            self._on_the_side(self._hand_back(subscription, arrived))
+            raise errors.BusError("the bus did not answer a pull")
+        return self._message(arrived.result())
+
+    def _message(self, msg: Msg) -> Msg | None:
+        if msg.reply:  # what can be acked is a message, whatever headers its publisher gave it
+            return msg
+        status, text = (msg.headers or {}).get("Status"), (msg.headers or {}).get("Description", "")
+        if status in ("404", "408"):  # nothing there · the wait is over
+            return None
+        if status == "503" or (status == "409" and "deleted" in text.lower()):
+            raise _ConsumerGoneError("the consumer is not there: start a gateway, it creates what is missing")
+        raise errors.BusError(f"the bus gave no message: {status} {text}".rstrip())
+
+    async def _hand_back(self, subscription: Subscription, arrived: asyncio.Future[Msg]) -> None:
+        """Give up a pull: what is already on its way goes back into the queue now, not after `ack_wait`."""
+        with contextlib.suppress(nats.errors.Error, TimeoutError, OSError):
+            await subscription.drain()  # type: ignore[no-untyped-call]
+        if not arrived.done():
+            arrived.cancel()
+        elif arrived.result().reply:
+            with contextlib.suppress(nats.errors.Error, TimeoutError, OSError):
+                await self._client.publish(arrived.result().reply, b"-NAK")
+
+    def _on_the_side(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._side_tasks.add(task)
+        task.add_done_callback(self._side_tasks.discard)
 
     async def last(self, stream: str, subject: str) -> Stored | None:
         return await self._get(stream, subject=subject)
@@ -322,11 +479,11 @@ class JetStreamBus:
             try:
                 raw = await self._js.get_msg(stream, **query)
             except js_errors.APIError as exc:
-                if _is_gone(exc):
+                if exc.err_code in SEQUENCE_NOT_FOUND:
                     return None
                 raise
         at = raw.time if isinstance(raw.time, datetime) else datetime.now(UTC)
-        return Stored(raw.subject or "", raw.data or b"", raw.seq or 0, at, dict(raw.headers or {}))
+        return Stored(raw.subject or "", raw.data or b"", raw.seq or 0, at, _headers(raw.headers))
 
     async def tail(self, stream: str, before: int | None, limit: int) -> list[Stored]:
         with _translated():
@@ -345,7 +502,7 @@ class JetStreamBus:
             try:
                 return await self._js.delete_msg(stream, seq)
             except js_errors.APIError as exc:
-                if _is_gone(exc) or "no message found" in (exc.description or ""):
+                if exc.err_code in SEQUENCE_NOT_FOUND:
                     return False
                 raise
 
@@ -354,15 +511,15 @@ class JetStreamBus:
             answer = await self._client.request(
                 f"$JS.API.STREAM.PURGE.{stream}", json.dumps({"filter": subject}).encode(), timeout=REQUEST_TIMEOUT
             )
-        return int(json.loads(answer.data).get("purged", 0))
+            told = json.loads(answer.data)
+            if "error" in told:
+                raise js_errors.APIError.from_error(told["error"])
+        return int(told["purged"])
 
     async def follow(self, stream: str, subject: str, after: int = 0) -> Feed:
-        config = api.ConsumerConfig(
-            deliver_policy=api.DeliverPolicy.BY_START_SEQUENCE, opt_start_seq=after + 1, inactive_threshold=30
-        )
-        with _translated():
-            subscription = await self._js.subscribe(subject, stream=stream, ordered_consumer=True, config=config)
-        return SubscriptionFeed(subscription, stored=True)
+        feed = FollowFeed(self, stream, subject, after)
+        await feed.open()
+        return feed
 
     async def signal(self, subject: str, body: bytes) -> None:
         with _translated():
@@ -372,15 +529,16 @@ class JetStreamBus:
         with _translated():
             subscription = await self._client.subscribe(subject)
             await self._client.flush(timeout=int(REQUEST_TIMEOUT))
-        return SubscriptionFeed(subscription, stored=False)
+        return ListenFeed(subscription)
 
     async def depth(self, consumer: topology.Consumer) -> Depth:
         with _translated():
             info = await self._js.consumer_info(consumer.stream, consumer.name)
         pending, ack_pending = info.num_pending or 0, info.num_ack_pending or 0
         oldest = None
-        if pending + ack_pending and consumer.filter_subject:
-            first = await self._get(consumer.stream, seq=1, subject=consumer.filter_subject, next=True)
+        if pending + ack_pending:
+            floor = info.ack_floor.stream_seq if info.ack_floor else 0
+            first = await self._get(consumer.stream, seq=floor + 1, subject=consumer.filter_subject or ">", next=True)
             oldest = first.at if first else None
         return Depth(pending, ack_pending, info.num_redelivered or 0, oldest)
 
@@ -388,16 +546,15 @@ class JetStreamBus:
         return self._records.setdefault(bucket, JetStreamRecords(self._js, bucket))
 
     async def ready(self) -> bool:
+        if not self._client.is_connected:
+            return False
         try:
             with _translated():
-                await self._js.stream_info(topology.REQUESTS)
+                async with asyncio.timeout(READY_TIMEOUT):
+                    await self._js.stream_info(topology.REQUESTS)
         except errors.VidgenError:
             return False
         return True
-
-    @property
-    def client(self) -> Client:
-        return self._client
 
 
 @contextlib.asynccontextmanager
@@ -409,76 +566,108 @@ async def connect(
     `on_denied` hears of a permission that this identity lacks: a configuration error that shows as time-outs only.
     """
 
-    async def failed(exc: Exception) -> None:
-        text = str(exc)
-        log.warning("bus: %s", text or type(exc).__name__)
-        if on_denied is not None and "permissions violation" in text.lower():
-            on_denied(text)
+    made: JetStreamBus | None = None
+    last_error = ""
 
+    async def failed(exc: Exception) -> None:
+        nonlocal last_error
+        last_error = str(exc) or type(exc).__name__
+        log.warning("bus: %s", last_error)
+        if on_denied is not None and "permissions violation" in last_error.lower():
+            on_denied(last_error)
+
+    async def lost() -> None:
+        if made is not None:
+            made.connection_lost()
+
+    settings = {
+        "name": name, "error_cb": failed, "disconnected_cb": lost, "ping_interval": 10, "max_outstanding_pings": 2,
+        "max_reconnect_attempts": FIRST_CONNECT_ATTEMPTS, "reconnect_time_wait": 1, "connect_timeout": 5,
+        "inbox_prefix": f"_INBOX_{name}".encode(),
+    }  # fmt: skip
     try:
-        client = await nats.connect(
-            url, name=name, error_cb=failed, ping_interval=10, max_outstanding_pings=2, max_reconnect_attempts=-1,
-            reconnect_time_wait=1, connect_timeout=5, allow_reconnect=True, inbox_prefix=f"_INBOX_{name}".encode(),
-            **options,
-        )  # fmt: skip
+        client = await nats.connect(url, **(settings | options))
     except (nats.errors.Error, TimeoutError, OSError) as exc:
-        raise errors.BusError(f"no NATS server answers at {_without_credentials(url)}: {exc}") from exc
+        raise errors.BusError(
+            f"no NATS server lets us in at {_without_credentials(url)}: {last_error or exc}; start one, or correct "
+            "VIDGEN_NATS_URL"
+        ) from exc
+    client.options["max_reconnect_attempts"] = -1  # from here on for ever; for ever from the start would hang
+    made = JetStreamBus(client)
     try:
-        yield JetStreamBus(client)
+        yield made
     finally:
         with contextlib.suppress(Exception):
-            await asyncio.wait_for(client.drain(), 5)
+            await asyncio.wait_for(_leave(made), 5)
         if not client.is_closed:
             await client.close()
 
 
+async def _leave(bus: JetStreamBus) -> None:
+    await bus.settle()
+    await bus.client.drain()
+
+
 def _without_credentials(url: str) -> str:
-    return url.rsplit("@", 1)[-1]
+    return url.rsplit("@", 1)[-1].split("://", 1)[-1]
 
 
 async def bootstrap(bus: JetStreamBus, wanted: topology.Topology) -> None:
-    """Create what is missing and check what is there; raises FatalError on a difference that may not be repaired."""
-    js = bus.client.jetstream(timeout=REQUEST_TIMEOUT)
+    """Create what is missing, repair limits, and check the rest.
+
+    Raises FatalError `topology_mismatch` on a difference that cannot be repaired without losing messages. Replicas
+    are only ever raised: a service that was not told of them must not take them from one that was.
+    """
+    js = bus.jetstream
     for stream in wanted.streams:
-        await _ensure_stream(js, stream, wanted.replicas)
+        config = api.StreamConfig(
+            name=stream.name, subjects=list(stream.subjects), retention=api.RetentionPolicy(stream.retention),
+            storage=api.StorageType(stream.storage), discard=api.DiscardPolicy(stream.discard),
+            max_age=stream.max_age, max_bytes=stream.max_bytes, max_msgs_per_subject=stream.max_msgs_per_subject,
+            discard_new_per_subject=stream.discard_new_per_subject, num_replicas=wanted.replicas, allow_direct=True,
+            duplicate_window=min(stream.duplicate_window, stream.max_age or stream.duplicate_window),
+        )  # fmt: skip
+        await _ensure_stream(js, f"stream {stream.name}", config)
     for consumer in wanted.consumers:
         await _ensure_consumer(js, consumer, wanted.ack_wait)
     for bucket in wanted.buckets:
         await _ensure_bucket(js, bucket, wanted.replicas)
 
 
-async def _ensure_stream(js: JetStreamContext, stream: topology.Stream, replicas: int) -> None:
-    config = api.StreamConfig(
-        name=stream.name, subjects=list(stream.subjects), retention=api.RetentionPolicy(stream.retention),
-        storage=api.StorageType(stream.storage), discard=api.DiscardPolicy(stream.discard), max_age=stream.max_age,
-        max_bytes=stream.max_bytes, max_msgs_per_subject=stream.max_msgs_per_subject,
-        discard_new_per_subject=stream.discard_new_per_subject, num_replicas=replicas, allow_direct=True,
-        duplicate_window=min(stream.duplicate_window, stream.max_age or stream.duplicate_window),
-    )  # fmt: skip
+async def _ensure_stream(js: JetStreamContext, what: str, wanted: api.StreamConfig) -> None:
     with _translated():
         try:
-            found = (await js.stream_info(stream.name)).config
+            found = (await js.stream_info(wanted.name or "")).config
         except js_errors.NotFoundError:
-            await js.add_stream(config)
+            await js.add_stream(wanted)
             return
-    differ = [
-        name for name in ("retention", "storage", "discard", "discard_new_per_subject", "max_msgs_per_subject")
-        if getattr(found, name) != getattr(config, name) and (getattr(found, name) or getattr(config, name))
-    ]  # fmt: skip
-    if sorted(found.subjects or []) != sorted(config.subjects or []):
+    differ = [name for name in FIXED if (getattr(found, name) or None) != (getattr(wanted, name) or None)]
+    if sorted(found.subjects or []) != sorted(wanted.subjects or []):
         differ.append("subjects")
     if differ:
         raise errors.FatalError(
-            f"stream {stream.name} exists with another {', '.join(differ)}: drain it and delete it, or use another bus",
+            f"{what} exists with another {', '.join(differ)}: drain it and delete it, or use another bus",
             code="topology_mismatch",
         )
+    repair = {
+        name: getattr(wanted, name) for name in TUNABLE
+        if getattr(wanted, name) is not None and getattr(found, name) != getattr(wanted, name)
+    }  # fmt: skip
+    if (wanted.num_replicas or 1) > (found.num_replicas or 1):
+        repair["num_replicas"] = wanted.num_replicas
+    if repair:
+        log.info("bus: %s: setting %s", what, ", ".join(sorted(repair)))
+        with _translated():
+            await js.update_stream(found.evolve(**repair))
 
 
 async def _ensure_consumer(js: JetStreamContext, consumer: topology.Consumer, ack_wait: float) -> None:
+    tunable: dict[str, Any] = {
+        "ack_wait": ack_wait, "max_deliver": consumer.max_deliver, "max_ack_pending": consumer.max_ack_pending
+    }  # fmt: skip
     config = api.ConsumerConfig(
-        durable_name=consumer.name, ack_policy=api.AckPolicy.EXPLICIT, ack_wait=ack_wait,
-        max_deliver=consumer.max_deliver, max_ack_pending=consumer.max_ack_pending,
-        filter_subject=consumer.filter_subject, max_waiting=2048,
+        durable_name=consumer.name, ack_policy=api.AckPolicy.EXPLICIT, filter_subject=consumer.filter_subject,
+        max_waiting=2048, **tunable,
     )  # fmt: skip
     with _translated():
         try:
@@ -486,32 +675,32 @@ async def _ensure_consumer(js: JetStreamContext, consumer: topology.Consumer, ac
         except js_errors.NotFoundError:
             await js.add_consumer(consumer.stream, config)
             return
-    if found.filter_subject != config.filter_subject or found.ack_policy != config.ack_policy:
+    differ = [
+        name for name in ("filter_subject", "ack_policy", "deliver_subject", "backoff")
+        if (getattr(found, name) or None) != (getattr(config, name) or None)
+    ]  # fmt: skip
+    if differ:
         raise errors.FatalError(
-            f"consumer {consumer.name} of {consumer.stream} exists with another filter or ack policy: delete it",
+            f"consumer {consumer.name} of {consumer.stream} exists with another {', '.join(differ)}: delete it",
             code="topology_mismatch",
         )
-    if (found.ack_wait, found.max_deliver, found.max_ack_pending) != (
-        ack_wait,
-        config.max_deliver,
-        config.max_ack_pending,
-    ):
-        with _translated():  # these three may change under way
-            await js.add_consumer(consumer.stream, config)
+    repair = {name: value for name, value in tunable.items() if getattr(found, name) != value}
+    if repair:
+        log.info("bus: consumer %s of %s: setting %s", consumer.name, consumer.stream, ", ".join(sorted(repair)))
+        with _translated():
+            await js.add_consumer(consumer.stream, found.evolve(**repair))
 
 
 async def _ensure_bucket(js: JetStreamContext, bucket: topology.Bucket, replicas: int) -> None:
+    config = api.KeyValueConfig(
+        bucket=bucket.name, ttl=bucket.ttl, history=1, storage=api.StorageType(bucket.storage), replicas=replicas,
+        direct=True,
+    )  # fmt: skip
     with _translated():
         try:
-            await js.key_value(bucket.name)
+            found = (await js.stream_info(f"KV_{bucket.name}")).config
         except js_errors.NotFoundError:
-            await js.create_key_value(
-                api.KeyValueConfig(
-                    bucket=bucket.name,
-                    ttl=bucket.ttl,
-                    history=1,
-                    storage=api.StorageType(bucket.storage),
-                    replicas=replicas,
-                    direct=True,
-                )
-            )
+            await js.create_key_value(config)
+            return
+    wanted = found.evolve(max_age=bucket.ttl, storage=config.storage, num_replicas=replicas, max_msgs_per_subject=1)
+    await _ensure_stream(js, f"bucket {bucket.name}", wanted)

@@ -1,0 +1,74 @@
+"""The object store in memory."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from datetime import timedelta
+from pathlib import Path
+
+from vidgen import errors
+from vidgen.artifacts import CHUNK, Stat, local_file, missing, too_large
+from vidgen.testing.clock import Clock, RealClock
+from vidgen.testing.faults import Faults
+
+
+class MemoryStore(Faults):
+    """`vidgen.artifacts.ArtifactStore` in a dictionary; `objects` is what is stored."""
+
+    METHODS = frozenset({"put", "fetch", "stat", "read"})
+    OUTAGE = errors.StoreError
+
+    def __init__(self, bucket: str = "vidgen", *, clock: Clock | None = None) -> None:
+        super().__init__()
+        self.bucket = bucket
+        self.objects: dict[str, bytes] = {}
+        self._stats: dict[str, Stat] = {}
+        self._clock = clock or RealClock()
+
+    def add(self, key: str, data: bytes, content_type: str = "application/octet-stream", **metadata: str) -> None:
+        """Store bytes directly, as somebody with a presigned URL would."""
+        self.objects[key] = data
+        self._stats[key] = Stat(key, len(data), content_type, self._clock.now(), metadata)
+
+    async def put(self, key: str, path: Path, content_type: str, metadata: dict[str, str] | None = None) -> None:
+        async with self.call("put"):
+            try:
+                data = await asyncio.to_thread(path.read_bytes)
+            except OSError as exc:
+                raise local_file(exc) from exc
+            self.add(key, data, content_type, **(metadata or {}))
+
+    async def fetch(self, key: str, path: Path, limit: int | None = None) -> None:
+        async with self.call("fetch"):
+            data = self._found(key)
+            if limit is not None and len(data) > limit:
+                raise too_large(len(data), limit)
+            try:
+                await asyncio.to_thread(path.write_bytes, data)
+            except OSError as exc:
+                raise local_file(exc) from exc
+
+    async def stat(self, key: str) -> Stat | None:
+        async with self.call("stat"):
+            return self._stats.get(key)
+
+    async def read(self, key: str, start: int = 0, length: int = 0) -> AsyncIterator[bytes]:
+        async with self.call("read"):
+            data = self._found(key)
+        data = data[start : start + length if length else None]
+        for at in range(0, len(data), CHUNK):
+            if self.down:
+                raise self._outage()
+            yield data[at : at + CHUNK]
+
+    async def url(self, key: str, *, method: str = "GET", expires: timedelta = timedelta(minutes=15)) -> str:
+        return f"memory://{self.bucket}/{key}?method={method}&expires={expires.total_seconds():.0f}"
+
+    async def ready(self) -> bool:
+        return not self.down
+
+    def _found(self, key: str) -> bytes:
+        if key not in self.objects:
+            raise missing(key)
+        return self.objects[key]

@@ -1,0 +1,37 @@
+"""The real servers that tests ask for by name."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+from tests.servers import running_nats, skipped_at_home
+
+from vidgen.artifacts import S3Store
+from vidgen.local import NatsServer, S3Server
+
+
+@pytest.fixture
+async def nats_server(tmp_path: Path) -> AsyncIterator[NatsServer]:
+    async with running_nats(tmp_path / "nats") as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
+    """One S3 server for the whole run: tests keep apart by the keys they use."""
+    server = S3Server(tmp_path_factory.mktemp("s3"))
+    with asyncio.Runner() as runner:
+        with skipped_at_home():
+            runner.run(server.start())
+        try:
+            yield server
+        finally:
+            runner.run(server.kill())
+
+
+@pytest.fixture
+def s3_store(s3_server: S3Server) -> S3Store:
+    return S3Store(s3_server.endpoint, s3_server.access_key, s3_server.secret_key, s3_server.bucket)
