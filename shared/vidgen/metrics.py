@@ -21,7 +21,9 @@ from prometheus_client.registry import Collector
 from vidgen import bus, contracts, engine
 from vidgen.contracts import LANES, STAGES, GpuFigures, Lane, Stage, Timings, WorkerInfo
 
-Outcome = Literal["completed", "reused", "failed", "rejected", "retried", "cancelled", "released", "fenced", "dead"]
+Outcome = Literal[
+    "completed", "reused", "failed", "rejected", "retried", "cancelled", "released", "fenced", "dead", "dropped", "lost"
+]
 GatewayOutcome = Literal["completed", "reused", "failed", "retried", "cancelled", "released"]
 RequestOutcome = Literal["accepted", "rejected", "duplicate"]
 Direction = Literal["get", "put"]
@@ -78,8 +80,8 @@ WORKER = (
     Metric(
         "vidgen_worker_tasks_total", "counter", "tasks",
         "Tasks settled. retried: handed back with back-off; released: handed back unharmed by a drain; fenced: a newer "
-        "attempt held the task; rejected: it can never succeed; dead: its attempts were used up; failed: the worker is "
-        "unhealthy.",
+        "attempt held the task; rejected: it can never succeed; dead: its attempts were used up; dropped: "
+        "it was settled or cancelled already; lost: the bus went away before it was settled.",
         (STAGE, LANE, Label("outcome", get_args(Outcome))),
     ),
     Metric(
