@@ -112,7 +112,6 @@ def task_of(job: Job, record: StageRecord) -> contracts.Task:
         stage=record.stage,
         lane=_lane(job),
         run=job.run,
-        attempts=record.attempt,
         inputs=inputs,
         work=record.work,
         queued_at=record.queued_at or job.updated_at,
@@ -164,12 +163,13 @@ def _fold(job: Job, event: contracts.AnyEvent) -> Job:
 
 
 def _charge(record: StageRecord, event: contracts.StageEvent) -> StageRecord:
-    if isinstance(event, contracts.StageStarted) or event.attempt in record.charged:
+    mark = f"{event.run}.{event.attempt}"
+    if isinstance(event, contracts.StageStarted) or mark in record.charged:
         return record
     seconds, dollars = getattr(event, "gpu_seconds", 0.0), getattr(event, "cost_usd", 0.0)
     return record.model_copy(
         update={
-            "charged": (*record.charged, event.attempt),
+            "charged": (*record.charged, mark),
             "gpu_seconds": record.gpu_seconds + seconds,
             "cost_usd": record.cost_usd + dollars,
         }
@@ -213,8 +213,8 @@ def _restart(job: Job, run: int) -> Job:
         record if record.state is StageState.COMPLETED
         else record.model_copy(
             update={
-                "state": StageState.PENDING, "tries": 0, "error": None, "queued_at": None, "started_at": None,
-                "completed_at": None,
+                "state": StageState.PENDING, "attempt": 0, "tries": 0, "error": None, "queued_at": None,
+                "started_at": None, "completed_at": None,
             }
         )
         for record in job.stages

@@ -2,7 +2,8 @@
 
 JetStream has none: it takes a stale worker's ack, nak and heartbeat as if nothing had happened. So each worker event is
 appended with "only if the newest event of this job is still the one I know" (`Bus.publish(expect_last=…)`), and where
-that fails, the newest event tells why. Attempt numbers only ever grow within a job and stage.
+that fails, the newest event tells why. Attempt numbers grow within a run and stage; a retry of
+the job is a new run, and newer than all of the run before.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ CANCELLED = (contracts.CancelRequested, contracts.JobCancelled)
 
 def judge(task: contracts.Task, newest: contracts.AnyEvent | None, max_attempts: int) -> Verdict:
     """What to do with a task just taken from the queue, given the newest event of its job."""
-    first = Run(task.attempts + 1, 1)
+    first = Run(1, 1)
     if newest is None or newest.run < task.run:
         return first
     if newest.run > task.run:
@@ -58,7 +59,7 @@ def judge(task: contracts.Task, newest: contracts.AnyEvent | None, max_attempts:
         return Drop("cancelled")
     if isinstance(newest, contracts.StageCompleted) or (isinstance(newest, contracts.StageFailed) and newest.final):
         return Drop("settled")
-    attempt, tries = max(newest.attempt, task.attempts) + 1, newest.tries + 1
+    attempt, tries = newest.attempt + 1, newest.tries + 1
     return Exhausted(attempt, tries) if tries > max_attempts else Run(attempt, tries)
 
 

@@ -214,7 +214,6 @@ class Task(Message):
     stage: Stage
     lane: Lane
     run: int = Field(1, ge=1, description="Grows by one with each retry of the job.")
-    attempts: int = Field(0, ge=0, description="Attempts that earlier runs made at this stage.")
     inputs: tuple[ObjectKey, ...]
     work: Work
     queued_at: datetime
@@ -288,7 +287,7 @@ class JobEvent(Message):
 class StageEvent(JobEvent):
     """What happened to one attempt at a stage.
 
-    `attempt` only ever grows and is the fence; `tries` counts the attempts that are held against the task.
+    (`run`, `attempt`) only ever grows and is the fence; `tries` counts the attempts that are held against the task.
     """
 
     stage: Stage
@@ -437,7 +436,7 @@ class StageRecord(Message):
     gpu_seconds: float = 0.0
     cost_usd: float = 0.0
     error: JobError | None = None
-    charged: tuple[int, ...] = Field((), description="The attempts whose GPU seconds are in the sums.")
+    charged: tuple[str, ...] = Field((), description="The attempts (run.attempt) whose GPU seconds are in the sums.")
 
 
 class Job(Message):
