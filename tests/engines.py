@@ -1,0 +1,194 @@
+"""A zoo of engines: one that does nothing at no cost, and one for each way in which an engine misbehaves."""
+
+from __future__ import annotations
+
+import os
+import signal
+import struct
+import threading
+import time
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from vidgen import errors
+from vidgen.contracts import EditWork, I2VWork, Work
+from vidgen.engine import EngineInfo, Finished, Generated, OnStep
+
+PATIENCE = 30.0  # an engine that is never released gives up, so that a broken test ends
+SIDE = 16
+
+
+def _chunk(name: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+
+PNG = (
+    b"\x89PNG\r\n\x1a\n"
+    + _chunk(b"IHDR", struct.pack(">IIBBBBB", SIDE, SIDE, 8, 2, 0, 0, 0))
+    + _chunk(b"IDAT", zlib.compress((b"\0" + b"\x80\x40\x20" * SIDE) * SIDE))
+    + _chunk(b"IEND", b"")
+)
+MP4 = struct.pack(">I", 24) + b"ftypisom\0\0\2\0isommp41" + struct.pack(">I", 8) + b"mdat"  # a box, no video
+
+
+class Instant:
+    """Walks through the steps and writes a tiny valid PNG, or a file that only looks like an MP4.
+
+    `calls` is what was called, in order; `png` and `mp4` may be replaced by contents of another size.
+    """
+
+    def __init__(self, *, png: bytes = PNG, mp4: bytes = MP4) -> None:
+        self.info = EngineInfo(name=type(self).__name__.lower(), model="none", revision="1", profile="test")
+        self.png, self.mp4 = png, mp4
+        self.calls: list[str] = []
+
+    def setup(self) -> None:
+        self.calls.append("setup")
+
+    def prepare(self, work: Work, files: Sequence[Path]) -> Any:
+        self.calls.append("prepare")
+        for file in files:
+            assert file.stat().st_size > 0
+        return work
+
+    def generate(self, inputs: Any, on_step: OnStep) -> Generated:
+        self.calls.append("generate")
+        work: Work = inputs
+        for step in range(1, work.steps + 1):
+            self.step(step, work.steps, on_step)
+        return Generated(work, denoise_s=0.0, decode_s=0.0)
+
+    def step(self, step: int, steps: int, on_step: OnStep) -> None:
+        on_step(step, steps)
+
+    def finish(self, output: Any, folder: Path) -> tuple[Finished, ...]:
+        self.calls.append("finish")
+        if isinstance(output, I2VWork):
+            path = folder / "video.mp4"
+            path.write_bytes(self.mp4)
+            return (Finished(path, "video/mp4", output.width, output.height, output.num_frames, output.fps),)
+        assert isinstance(output, EditWork)
+        paths = [folder / f"edit-{n}.png" for n in range(output.candidates)]
+        for path in paths:
+            path.write_bytes(self.png)
+        return tuple(Finished(path, "image/png", SIDE, SIDE) for path in paths)
+
+
+class Paced(Instant):
+    """Holds the device: for `seconds` a task, or from the first step on until `released`.
+
+    `started` is set when it holds. It reports its step all the while, so a cancel gets through.
+    """
+
+    def __init__(self, seconds: float = 0.0, released: threading.Event | None = None, **files: bytes) -> None:
+        super().__init__(**files)
+        self.seconds, self.released, self.started = seconds, released, threading.Event()
+
+    def generate(self, inputs: Any, on_step: OnStep) -> Generated:
+        begun = time.monotonic()
+        made = super().generate(inputs, on_step)
+        return Generated(made.output, denoise_s=time.monotonic() - begun, decode_s=0.0)
+
+    def step(self, step: int, steps: int, on_step: OnStep) -> None:
+        self.started.set()
+        if self.released is None:
+            time.sleep(self.seconds / steps)
+        else:
+            give_up = time.monotonic() + PATIENCE
+            while not self.released.wait(0.01) and time.monotonic() < give_up:
+                on_step(step, steps)
+        on_step(step, steps)
+
+
+class FailsOnce(Instant):
+    """A passing fault: the first `times` tasks fail, later ones succeed."""
+
+    def __init__(self, times: int = 1) -> None:
+        super().__init__()
+        self.left = times
+
+    def generate(self, inputs: Any, on_step: OnStep) -> Generated:
+        if self.left > 0:
+            self.left -= 1
+            raise errors.RetryableError("out of memory, this once", code="out_of_memory")
+        return super().generate(inputs, on_step)
+
+
+class AlwaysRetryable(Instant):
+    """A passing fault that never passes."""
+
+    def generate(self, inputs: Any, on_step: OnStep) -> Generated:
+        self.calls.append("generate")
+        raise errors.RetryableError("out of memory, as always", code="out_of_memory")
+
+
+class Rejects(Instant):
+    """Takes no task for good."""
+
+    def prepare(self, work: Work, files: Sequence[Path]) -> Any:
+        self.calls.append("prepare")
+        raise errors.RejectedError("the image cannot be read: send a PNG or a JPEG", code="bad_image")
+
+
+class FatalOnGenerate(Instant):
+    """Loses its device in the middle of a task."""
+
+    def step(self, step: int, steps: int, on_step: OnStep) -> None:
+        raise errors.FatalError("the device fell off the bus", code="device_lost")
+
+
+class Breaks(Instant):
+    """Has a bug: raises what no engine should."""
+
+    def generate(self, inputs: Any, on_step: OnStep) -> Generated:
+        raise ZeroDivisionError("a bug in the engine")
+
+
+class KillsItself(Instant):
+    """Takes its whole process with it, before any `except` can look."""
+
+    def generate(self, inputs: Any, on_step: OnStep) -> Generated:
+        os.kill(os.getpid(), signal.SIGKILL)
+        raise AssertionError("still alive")
+
+
+class Hangs(Instant):
+    """Never comes to its first step, until `released`; hears of no cancel."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.started, self.released = threading.Event(), threading.Event()
+
+    def generate(self, inputs: Any, on_step: OnStep) -> Generated:
+        self.started.set()
+        self.released.wait(PATIENCE)
+        return super().generate(inputs, on_step)
+
+
+class LiesAboutSteps(Instant):
+    """Counts backwards, past the end and from zero."""
+
+    def generate(self, inputs: Any, on_step: OnStep) -> Generated:
+        steps = inputs.steps
+        for step, of in ((0, steps), (steps + 7, steps), (2, steps), (1, 0), (-1, steps)):
+            on_step(step, of)
+        return Generated(inputs, denoise_s=0.0, decode_s=0.0)
+
+
+class WritesNothing(Instant):
+    """Says that it wrote a file, and did not."""
+
+    def finish(self, output: Any, folder: Path) -> tuple[Finished, ...]:
+        found = super().finish(output, folder)
+        for file in found:
+            file.path.unlink()
+        return found
+
+
+class DiesInSetup(Instant):
+    """Finds no weights."""
+
+    def setup(self) -> None:
+        raise errors.FatalError("the weights are not there: set VIDGEN_EDIT_MODEL", code="weights_missing")
