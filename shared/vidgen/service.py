@@ -69,8 +69,9 @@ class _Service:
     async def _load(self, device_thread: ThreadPoolExecutor) -> tuple[Engine, float]:
         begun = time.monotonic()
         model, revision = self._settings.model_of(self._stage)
-        reason = await asyncio.to_thread(weights.why_not, model, revision)
-        chosen = choice.choose(self._stage, self._settings, gpus=gpu.visible(), reason=reason)
+        gpus = gpu.visible()
+        reason = await asyncio.to_thread(weights.why_not, model, revision, gpu=bool(gpus))
+        chosen = choice.choose(self._stage, self._settings, gpus=gpus, reason=reason)
         log.info(chosen.reason, _event="engine_chosen", kind=chosen.kind)
         engine = self._make_engine(self._settings, chosen)
         await asyncio.get_running_loop().run_in_executor(device_thread, engine.setup)

@@ -1,0 +1,165 @@
+"""Animates images with Wan (2.1, 2.2 A14B, 2.2 TI2V-5B), through diffusers' `WanImageToVideoPipeline`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import WanImageToVideoPipeline
+from PIL import Image
+
+from vidgen import diffusion, images, video, weights
+from vidgen.contracts import I2VWork, Work
+from vidgen.engine import EngineInfo, Finished, Generated, OnStep
+from vidgen.errors import RejectedError
+
+WARM_UP = I2VWork(
+    prompt="warm up", negative_prompt="", steps=2, guidance_scale=1.0, seed=0, num_frames=5, fps=16, width=256,
+    height=256,
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What `prepare` lays out: the work and its first frame, at the size that is rendered."""
+
+    work: I2VWork
+    start: Image.Image
+
+
+@dataclass(frozen=True)
+class Animated:
+    """What `generate` hands to `finish`: `frames` is (num_frames, height, width, 3) uint8."""
+
+    work: I2VWork
+    frames: np.ndarray[Any, np.dtype[np.uint8]]
+
+
+class WanI2VEngine:
+    """Wan image-to-video on one device.
+
+    `model` is a hub id (already downloaded) or a folder, `revision` its commit. `lora` is fused into the transformer
+    (Wan 2.2 A14B: the high-noise expert) and `lora_2` into the low-noise expert; each is a local .safetensors file or
+    folder. `dtype` auto is, on a GPU, bfloat16 with the VAE and the image encoder in float32, as Wan was made; an
+    explicit dtype holds for all of it, which makes encoding and decoding faster.
+    """
+
+    def __init__(
+        self,
+        model: str,
+        *,
+        revision: str | None = None,
+        device: str = "auto",
+        dtype: str = "auto",
+        lora: str | None = None,
+        lora_2: str | None = None,
+    ) -> None:
+        self.model = model
+        self.revision = revision
+        self.lora = lora
+        self.lora_2 = lora_2
+        self.info = EngineInfo("wan", Path(model).name if Path(model).is_dir() else model, revision, device=device)
+        self._wanted = (device, dtype)
+
+    def setup(self) -> None:
+        """Load the weights, fuse the LoRAs and, on a GPU, run once; raises FatalError with the remedy."""
+        found = weights.require(self.model, self.revision, pipelines=weights.I2V_PIPELINES)
+        self._device = diffusion.device_of(self._wanted[0])
+        dtype = diffusion.dtype_of(self._wanted[1], self._device)
+        exact = torch.float32 if self._wanted[1] == "auto" else dtype
+        dtypes = {"default": dtype, "vae": exact, "image_encoder": exact}
+        self._pipe: Any = diffusion.load(WanImageToVideoPipeline, found, self._device, dtypes)
+        if self.lora is not None:
+            diffusion.fuse(self._pipe, self.lora)
+        if self.lora_2 is not None:
+            diffusion.fuse(self._pipe, self.lora_2, "transformer_2")
+        # The VAE's own factor times the patches of the transformer: 16, and 32 for TI2V-5B.
+        patch: Sequence[int] = self._pipe.transformer.config.patch_size
+        self._multiple = math.lcm(16, self._pipe.vae_scale_factor_spatial * max(patch[1:]))
+        self.info = replace(
+            self.info, model=found.model, revision=found.revision,
+            profile=str(dtype).removeprefix("torch."), device=str(self._device),
+        )  # fmt: skip
+        if self._device.type == "cuda":
+            self._warm_up()
+
+    def prepare(self, work: Work, files: Sequence[Path]) -> Inputs:
+        """Open the start image and fit it to the video; raises RejectedError for what is no image, or not one."""
+        if not isinstance(work, I2VWork):
+            raise RejectedError(f"an i2v engine cannot do {work.kind} work: send it to that stage", field="work")
+        if len(files) != 1:
+            raise RejectedError(f"references: a video starts from exactly one image, not {len(files)}", field="inputs")
+        return Inputs(work, self._laid_out(images.fit(images.open_rgb(files[0]), work.width, work.height)))
+
+    def generate(self, inputs: Inputs, on_step: OnStep) -> Generated:
+        """Run the pipeline; the output's frames are on the host."""
+        work = inputs.work
+        steps = diffusion.Steps(on_step, self._device)
+        scale, scale_2 = self._guidance(work)
+        with diffusion.faults(steps):
+            clip = self._pipe(
+                image=inputs.start,
+                prompt=work.prompt,
+                negative_prompt=work.negative_prompt,
+                num_inference_steps=work.steps,
+                guidance_scale=scale,
+                guidance_scale_2=scale_2,
+                num_frames=self._rendered_frames(work.num_frames),
+                width=inputs.start.width,
+                height=inputs.start.height,
+                generator=diffusion.generators(work.seed),
+                callback_on_step_end=steps,
+                callback_on_step_end_tensor_inputs=[],
+                output_type="pt",
+            ).frames[0]
+            pixels = diffusion.to_pixels(clip[: work.num_frames])
+            frames = diffusion.cropped(pixels, work.width, work.height).cpu().numpy()
+        return Generated(Animated(work, frames), denoise_s=steps.denoise_s, decode_s=steps.decode_s())
+
+    def finish(self, output: Animated, folder: Path) -> tuple[Finished, ...]:
+        """Write `video.mp4`, with the engine, the model and the seed in it, and its first frame as `poster.jpg`."""
+        work = output.work
+        clip, poster = folder / "video.mp4", folder / "poster.jpg"
+        video.write_mp4(output.frames, clip, fps=work.fps, metadata=diffusion.provenance(self.info, work.seed))
+        Image.fromarray(output.frames[0]).save(poster, "JPEG", quality=90)
+        return (
+            Finished(clip, "video/mp4", work.width, work.height, frames=len(output.frames), fps=work.fps),
+            Finished(poster, "image/jpeg", work.width, work.height),
+        )
+
+    def _guidance(self, work: I2VWork) -> tuple[float, float | None]:
+        """The scales of the two experts, as the pipeline takes them; only a model with a boundary has a second."""
+        scale, scale_2 = work.guidance_scale, work.guidance_scale_2
+        if self._pipe.config.boundary_ratio is None:
+            return scale, None
+        if scale_2 is not None and scale_2 > 1 >= scale:
+            # The pipeline reads from the first scale whether there is any guidance: the smallest one that says
+            # yes leaves the first expert as it would be without.
+            return math.nextafter(1.0, 2.0), scale_2
+        return scale, scale_2
+
+    def _rendered_frames(self, wanted: int) -> int:
+        step: int = self._pipe.vae_scale_factor_temporal
+        return diffusion.round_up(wanted - 1, step) + 1
+
+    def _laid_out(self, start: Image.Image) -> Image.Image:
+        """Mirror the edges out to the size that can be rendered; `generate` cuts them off again.
+
+        So the video has exactly the asked size and shows exactly the start image, neither scaled nor cropped.
+        """
+        wide, high = (diffusion.round_up(side, self._multiple) for side in start.size)
+        if (wide, high) == start.size:
+            return start
+        left, top = (wide - start.width) // 2, (high - start.height) // 2
+        edges = ((top, high - start.height - top), (left, wide - start.width - left), (0, 0))
+        return Image.fromarray(np.pad(np.asarray(start), edges, mode="symmetric"))
+
+    def _warm_up(self) -> None:
+        grey = Image.new("RGB", (WARM_UP.width, WARM_UP.height), (128, 128, 128))
+        with diffusion.loading("the model", "see the log of this worker"):
+            self.generate(Inputs(WARM_UP, self._laid_out(grey)), lambda step, steps: None)
