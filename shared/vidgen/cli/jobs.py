@@ -115,7 +115,7 @@ def watch(job_id: JobId, gateway: options.Gateway = None, as_json: options.Json 
 
         known = await client.get(job_id)
         with view_for(out_put) as view:
-            view.begin(stages_of(known))
+            view.begin(stages_of(known.request))
             async with contextlib.aclosing(client.watch(job_id)) as updates:
                 async for update in updates:
                     view.show(update)

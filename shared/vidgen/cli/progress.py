@@ -45,12 +45,9 @@ def view_for(output: Output) -> View:
     return LiveView(output) if output.live else PlainView(output)
 
 
-def stages_of(job: contracts.Job) -> tuple[contracts.Stage, ...]:
-    """The stages that a job's request asks for."""
-    wanted = job.request
-    if wanted is None:
-        return ()
-    return tuple(stage for stage in contracts.STAGES if getattr(wanted, stage) is not None)
+def stages_of(request: contracts.VideoRequest | None) -> tuple[contracts.Stage, ...]:
+    """The stages that a request asks for."""
+    return tuple(stage for stage in contracts.STAGES if request is not None and getattr(request, stage) is not None)
 
 
 def pace(progress: contracts.Progress) -> str:

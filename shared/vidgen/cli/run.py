@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import tempfile
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -18,7 +18,7 @@ from vidgen.cli.output import Output, WrongUsageError
 if TYPE_CHECKING:
     from vidgen.cli.progress import View
     from vidgen.client import AsyncClient
-    from vidgen.contracts import Artifact, Job, VideoRequest
+    from vidgen.contracts import Artifact, Job, Stage, VideoRequest
     from vidgen.local import Stack
 
 T = TypeVar("T")
@@ -97,9 +97,9 @@ async def _run(
     from vidgen.client import AsyncClient
 
     with view_for(out_put) as view:
-        async with _gateway(gateway, view) as (url, stack), AsyncClient(url) as client:
+        async with _gateway(gateway, view, stages_of(request)) as (url, stack), AsyncClient(url) as client:
             job = await client.submit(request, images=images)
-            view.begin(stages_of(job))
+            view.begin(stages_of(request))
             job = await _unless_lost(stack, _followed(client, job.id, view))
             if job.status == "completed":
                 for name, path in wanted.items():
@@ -108,15 +108,16 @@ async def _run(
 
 
 @contextlib.asynccontextmanager
-async def _gateway(url: str | None, view: View) -> AsyncIterator[tuple[str, Stack | None]]:
+async def _gateway(url: str | None, view: View, stages: Sequence[Stage]) -> AsyncIterator[tuple[str, Stack | None]]:
     if url:
         yield url, None
         return
     from vidgen.local import Stack
 
-    view.status("Starting nats-server, the S3 server, gateway, edit-service and i2v-service …")
+    services = " and ".join(f"{stage}-service" for stage in stages)
+    view.status(f"Starting nats-server, the S3 server, the gateway and {services} …")
     with tempfile.TemporaryDirectory(prefix="vidgen-", ignore_cleanup_errors=True) as folder:
-        stack = Stack(Path(folder), ephemeral=True)
+        stack = Stack(Path(folder), stages=stages, ephemeral=True)
         await stack.start(wait_for_workers=False)
         try:
             yield stack.gateway_url, stack

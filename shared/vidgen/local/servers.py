@@ -157,30 +157,39 @@ class S3Server(_Server):
         self.bucket = bucket
         self.access_key = self.secret_key = ""
         self._ports: dict[str, int] = {}
+        self._served_port: int | None = None  # that clients know: a restart must come back on it
 
     @property
     def endpoint(self) -> str:
         return f"http://{LOOPBACK}:{self._ports['s3.port']}"
 
-    async def start(self) -> None:
-        """Start and wait until an object can be stored; raises LocalError with the end of the log."""
-        executable = program("weed")
+    def choose(self) -> None:
+        """Make the folder, the credentials and the choice of ports, so that they are known before the start.
+
+        The choice holds unless somebody takes one of the ports first: look at `endpoint` again after `start`.
+        """
         for name in ("data", "tmp", "logs"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
         self._credentials()
-        restarted = self._ports.get("s3.port")
         kept = self._ports or self._kept_ports()
+        self._ports = kept if kept and all(map(_is_free, kept.values())) else _choose_ports(self._served_port)
+        write_private(self.folder / "ports.json", json.dumps(self._ports))
+
+    async def start(self) -> None:
+        """Start and wait until an object can be stored; raises LocalError with the end of the log."""
+        executable = program("weed")
         for attempt in range(1, PORT_TRIES + 1):
-            self._ports = kept if kept and all(map(_is_free, kept.values())) else _choose_ports(restarted)
-            kept = {}
-            write_private(self.folder / "ports.json", json.dumps(self._ports))
+            self.choose()
             try:
                 await self._start(executable)
-                return
             except LocalError:
                 # Somebody else may take a port between our choice and the server's bind: then choose anew.
                 if attempt == PORT_TRIES or not _lost_a_port(self.process.tail()):
                     raise
+                self._ports = {}
+            else:
+                self._served_port = self._ports["s3.port"]
+                return
 
     async def _start(self, executable: str) -> None:
         self._remove_sockets()

@@ -9,10 +9,11 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Coroutine, Iterator, Mapping
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, TextIO
 
+from vidgen.contracts import STAGES, Stage
 from vidgen.local.process import POLL, LocalError, Process, http_status
 from vidgen.local.servers import LOOPBACK, NatsServer, S3Server, write_private
 
@@ -105,16 +106,18 @@ class Stack:
     """NATS, S3, the gateway and the two GPU services as child processes, all their data in one folder.
 
     `env` adds to what the services inherit from this process (`VIDGEN_ENGINE`, `VIDGEN_EDIT_MODEL`, …). With
-    `ephemeral` the data are not needed afterwards: the servers are killed instead of stopped, which saves seconds.
+    `ephemeral` the data are not needed afterwards: everything is killed instead of stopped, which saves seconds.
+    `workers` is their number per stage, `stages` are those that have any.
     A folder belongs to one stack at a time; two stacks in two folders run side by side.
     """
 
     def __init__(
-        self, folder: Path, *, env: Mapping[str, str] | None = None, workers: int = 1, ephemeral: bool = False,
-        drain_s: float = DRAIN_S,
+        self, folder: Path, *, env: Mapping[str, str] | None = None, workers: int = 1, stages: Sequence[Stage] = STAGES,
+        ephemeral: bool = False, drain_s: float = DRAIN_S,
     ) -> None:  # fmt: skip
         self.folder = folder.absolute()
-        self._env, self._workers, self._ephemeral, self._drain_s = dict(env or {}), workers, ephemeral, drain_s
+        self._env, self._workers, self._stages = dict(env or {}), workers, tuple(stages)
+        self._ephemeral, self._drain_s = ephemeral, drain_s
         self.nats = NatsServer(self.folder / "nats", sync_always=not ephemeral)
         self.s3 = S3Server(self.folder / "s3")
         self.services: list[Service] = []
@@ -166,10 +169,14 @@ class Stack:
         self.folder.chmod(0o700)
         self._take_lock()
         try:
-            await _together(self.nats.start(), self.s3.start())
-            self.services = self._make_services()
-            for service in self.services:
-                service.launch()
+            self.s3.choose()
+            promised = self.s3.endpoint
+            # The services take as long to start as the S3 server: they do it side by side, and wait for it.
+            await _together(self.s3.start(), self._launch_services())
+            if self.s3.endpoint != promised:
+                for service in self.services:
+                    service.kill()
+                await self._launch_services()
             await _together(
                 self.gateway.until_ready(),
                 *(worker.until_ready(LOAD_LIMIT) for worker in self.services[1:] if wait_for_workers),
@@ -179,6 +186,13 @@ class Stack:
         except BaseException:
             await self.stop()
             raise
+
+    async def _launch_services(self) -> None:
+        if not self.nats.process.running:
+            await self.nats.start()
+        self.services = self._make_services()
+        for service in self.services:
+            service.launch()
 
     def _make_services(self) -> list[Service]:
         logs = self.folder / "services"
@@ -191,7 +205,8 @@ class Stack:
 
     def _make_workers(self, logs: Path, env: dict[str, str]) -> Iterator[Service]:
         for number in range(1, self._workers + 1):
-            for name, module in (("edit-service", "edit_service.main"), ("i2v-service", "i2v_service.main")):
+            for stage in self._stages:
+                name, module = f"{stage}-service", f"{stage}_service.main"
                 name = name if number == 1 else f"{name}-{number}"
                 work = self.folder / "work" / name
                 work.mkdir(parents=True, exist_ok=True)
@@ -206,13 +221,14 @@ class Stack:
             await asyncio.sleep(0.2)
 
     async def stop(self) -> None:
-        """Stop in reverse order, the workers first so that they can hand back what they hold; nothing stays."""
+        """Stop in reverse order, the workers first so that they hand back what they hold; nothing is left running."""
         try:
+            if self._ephemeral:
+                return
             gateway, workers = self.services[:1], self.services[1:]
             await _together(*(service.terminate(self._drain_s) for service in workers))
             await _together(*(service.terminate(self._drain_s) for service in gateway))
-            servers = (self.nats, self.s3)
-            await _together(*(server.kill() if self._ephemeral else server.stop() for server in servers))
+            await _together(self.nats.stop(), self.s3.stop())
         finally:
             for service in self.services:
                 service.kill()
