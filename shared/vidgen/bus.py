@@ -571,8 +571,10 @@ async def connect(
 
     async def failed(exc: Exception) -> None:
         nonlocal last_error
-        last_error = str(exc) or type(exc).__name__
-        log.warning("bus: %s", last_error)
+        text = str(exc) or type(exc).__name__
+        if text != last_error:  # once for an outage, not once for each attempt to reconnect
+            log.warning("bus: %s", text)
+        last_error = text
         if on_denied is not None and "permissions violation" in last_error.lower():
             on_denied(last_error)
 
@@ -580,10 +582,15 @@ async def connect(
         if made is not None:
             made.connection_lost()
 
+    async def back() -> None:
+        nonlocal last_error
+        last_error = ""
+        log.info("bus: connected again")
+
     settings = {
-        "name": name, "error_cb": failed, "disconnected_cb": lost, "ping_interval": 10, "max_outstanding_pings": 2,
-        "max_reconnect_attempts": FIRST_CONNECT_ATTEMPTS, "reconnect_time_wait": 1, "connect_timeout": 5,
-        "inbox_prefix": f"_INBOX_{name}".encode(),
+        "name": name, "error_cb": failed, "disconnected_cb": lost, "reconnected_cb": back, "ping_interval": 10,
+        "max_outstanding_pings": 2, "max_reconnect_attempts": FIRST_CONNECT_ATTEMPTS, "reconnect_time_wait": 1,
+        "connect_timeout": 5, "inbox_prefix": f"_INBOX_{name}".encode(),
     }  # fmt: skip
     try:
         client = await nats.connect(url, **(settings | options))
@@ -600,7 +607,8 @@ async def connect(
         with contextlib.suppress(Exception):
             await asyncio.wait_for(_leave(made), 5)
         if not client.is_closed:
-            await client.close()
+            with contextlib.suppress(OSError):  # with no server there, its last flush fails
+                await client.close()
 
 
 async def _leave(bus: JetStreamBus) -> None:

@@ -1,0 +1,278 @@
+"""What every ArtifactStore promises: one suite for the double and for S3."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import socket
+from datetime import timedelta
+from pathlib import Path
+
+import httpx
+import pytest
+
+from vidgen import errors
+from vidgen.artifacts import CHUNK, ArtifactStore, S3Store, artifact_key, check_key, job_prefix
+from vidgen.local import S3Server
+from vidgen.testing import MemoryStore
+
+BOUND = 30.0
+
+
+@pytest.fixture(params=["memory", "s3"])
+def store(request: pytest.FixtureRequest) -> ArtifactStore:
+    if request.param == "memory":
+        return MemoryStore()
+    found: S3Store = request.getfixturevalue("s3_store")
+    return found
+
+
+@pytest.fixture
+def key() -> str:
+    return artifact_key(secrets.token_hex(8), "edit-0.png")
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "source.png"
+    path.write_bytes(b"0123456789" * 10)
+    return path
+
+
+async def whole(store: ArtifactStore, key: str, start: int = 0, length: int = 0) -> bytes:
+    return b"".join([chunk async for chunk in store.read(key, start, length)])
+
+
+async def test_what_is_put_is_fetched(store: ArtifactStore, key: str, file: Path, tmp_path: Path) -> None:
+    await store.put(key, file, "image/png")
+    await store.fetch(key, tmp_path / "copy.png")
+
+    assert (tmp_path / "copy.png").read_bytes() == file.read_bytes()
+
+
+@pytest.mark.parametrize("size", [0, 1, 7 * CHUNK + 3], ids=["empty", "one byte", "many chunks"])
+async def test_files_of_any_size_survive(store: ArtifactStore, key: str, tmp_path: Path, size: int) -> None:
+    data = secrets.token_bytes(size)
+    (tmp_path / "source").write_bytes(data)
+
+    await store.put(key, tmp_path / "source", "video/mp4")
+    await store.fetch(key, tmp_path / "copy")
+
+    assert (tmp_path / "copy").read_bytes() == data
+    assert await whole(store, key) == data
+
+
+async def test_a_second_put_replaces_the_first(store: ArtifactStore, key: str, file: Path) -> None:
+    await store.put(key, file, "image/png")
+    file.write_bytes(b"new")
+    await store.put(key, file, "image/png")
+
+    assert await whole(store, key) == b"new"
+
+
+async def test_fetch_refuses_what_is_larger_than_the_limit(
+    store: ArtifactStore, key: str, file: Path, tmp_path: Path
+) -> None:
+    await store.put(key, file, "image/png")
+
+    with pytest.raises(errors.RejectedError) as caught:
+        await store.fetch(key, tmp_path / "copy", limit=99)
+    assert caught.value.code == "too_large"
+    assert "99" in caught.value.message
+    assert not (tmp_path / "copy").exists()
+    await store.fetch(key, tmp_path / "copy", limit=100)
+
+
+async def test_what_is_not_there_is_not_found(store: ArtifactStore, key: str, tmp_path: Path) -> None:
+    assert await store.stat(key) is None
+    with pytest.raises(errors.NotFoundError) as caught:
+        await store.fetch(key, tmp_path / "copy")
+    assert key in caught.value.message
+    with pytest.raises(errors.NotFoundError):
+        await whole(store, key)
+    assert not (tmp_path / "copy").exists()
+
+
+async def test_stat_tells_size_type_time_and_metadata(store: ArtifactStore, key: str, file: Path) -> None:
+    await store.put(key, file, "image/png", {"engine": "preview", "sha256": "ab" * 32})
+
+    found = await store.stat(key)
+
+    assert found is not None
+    assert (found.key, found.size, found.content_type) == (key, 100, "image/png")
+    assert found.metadata == {"engine": "preview", "sha256": "ab" * 32}
+    assert found.modified is not None
+    assert found.modified.tzinfo is not None
+
+
+async def test_an_object_without_metadata_has_none(store: ArtifactStore, key: str, file: Path) -> None:
+    await store.put(key, file, "image/png")
+
+    found = await store.stat(key)
+
+    assert found is not None
+    assert found.metadata == {}
+
+
+@pytest.mark.parametrize(
+    ("start", "length", "wanted"),
+    [(0, 0, slice(None)), (7, 0, slice(7, None)), (0, 5, slice(5)), (95, 20, slice(95, None)), (30, 1, slice(30, 31))],
+)
+async def test_ranges_are_read(
+    store: ArtifactStore, key: str, file: Path, start: int, length: int, wanted: slice
+) -> None:
+    await store.put(key, file, "image/png")
+
+    assert await whole(store, key, start, length) == file.read_bytes()[wanted]
+
+
+async def test_nothing_is_read_past_the_end(store: ArtifactStore, key: str, file: Path) -> None:
+    await store.put(key, file, "image/png")
+
+    assert await whole(store, key, 100) == b""
+
+
+async def test_a_reader_may_stop_early(store: ArtifactStore, key: str, tmp_path: Path) -> None:
+    (tmp_path / "source").write_bytes(bytes(5 * CHUNK))
+    await store.put(key, tmp_path / "source", "video/mp4")
+
+    chunks = store.read(key)
+    first = await anext(chunks)
+    await chunks.aclose()  # type: ignore[attr-defined]
+
+    assert 0 < len(first) <= CHUNK
+    assert await store.stat(key) is not None
+
+
+async def test_a_local_file_that_is_not_there_is_told_from_an_outage(
+    store: ArtifactStore, key: str, tmp_path: Path
+) -> None:
+    with pytest.raises(errors.StoreError, match="local file"):
+        await store.put(key, tmp_path / "missing", "image/png")
+    assert await store.stat(key) is None
+
+
+async def test_many_files_at_once(store: ArtifactStore, key: str, file: Path) -> None:
+    keys = [f"{key}-{n}" for n in range(16)]
+
+    await asyncio.gather(*(store.put(each, file, "image/png") for each in keys))
+
+    assert all(await asyncio.gather(*(store.stat(each) for each in keys)))
+
+
+async def test_ready_while_it_answers(store: ArtifactStore) -> None:
+    assert await store.ready()
+
+
+# ── S3 alone ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_presigned_get_works_over_plain_http(s3_store: S3Store, key: str, file: Path) -> None:
+    await s3_store.put(key, file, "image/png")
+    url = await s3_store.url(key, expires=timedelta(minutes=1))
+
+    async with httpx.AsyncClient() as client:
+        signed = await client.get(url)
+        ranged = await client.get(url, headers={"Range": "bytes=10-19"})
+        unsigned = await client.get(url.split("?")[0])
+
+    assert (signed.status_code, signed.content) == (200, file.read_bytes())
+    assert signed.headers["content-type"] == "image/png"
+    assert (ranged.status_code, ranged.content) == (206, b"0123456789")
+    assert unsigned.status_code == 403
+
+
+async def test_a_presigned_put_works_over_plain_http_for_its_key_only(s3_store: S3Store, key: str) -> None:
+    url = await s3_store.url(key, method="PUT")
+
+    async with httpx.AsyncClient() as client:
+        stored = await client.put(url, content=b"uploaded", headers={"Content-Type": "image/png"})
+        elsewhere = await client.put(url.replace("edit-0.png", "other.png"), content=b"uploaded")
+
+    assert stored.status_code == 200
+    assert elsewhere.status_code == 403
+    found = await s3_store.stat(key)
+    assert found is not None
+    assert (found.size, found.content_type) == (8, "image/png")
+
+
+async def test_links_are_signed_for_the_public_name(s3_server: S3Server) -> None:
+    store = S3Store(
+        "http://internal:1", s3_server.access_key, s3_server.secret_key, "vidgen", public_endpoint="https://s3.test"
+    )
+
+    assert (await store.url("uploads/a.png")).startswith("https://s3.test/vidgen/uploads/a.png?")
+
+
+async def test_a_bucket_that_is_not_there_is_not_ready_until_it_is_made(s3_server: S3Server) -> None:
+    store = S3Store(s3_server.endpoint, s3_server.access_key, s3_server.secret_key, f"b{secrets.token_hex(6)}")
+
+    assert not await store.ready()
+    await asyncio.gather(store.ensure_bucket(), store.ensure_bucket())
+    assert await store.ready()
+
+
+async def test_wrong_credentials_are_refused_and_not_shown(s3_server: S3Server, key: str, tmp_path: Path) -> None:
+    store = S3Store(s3_server.endpoint, s3_server.access_key, "not-the-secret", s3_server.bucket)
+
+    with pytest.raises(errors.StoreError, match="refused") as caught:
+        await store.fetch(key, tmp_path / "copy")
+    assert "not-the-secret" not in str(caught.value)
+    assert not await store.ready()
+
+
+async def test_a_server_that_is_gone_fails_soon(key: str, file: Path, tmp_path: Path) -> None:
+    with socket.socket() as held:  # bound and not listening: nobody answers
+        held.bind(("127.0.0.1", 0))
+        store = S3Store(f"http://127.0.0.1:{held.getsockname()[1]}", "key", "secret", "vidgen")
+
+        async with asyncio.timeout(BOUND):
+            assert not await store.ready()
+            for call in (store.put(key, file, "a/b"), store.fetch(key, tmp_path / "copy"), store.stat(key)):
+                with pytest.raises(errors.StoreError, match="did not answer"):
+                    await call
+            with pytest.raises(errors.StoreError, match="did not answer"):
+                await whole(store, key)
+
+
+async def test_a_server_that_accepts_and_says_nothing_is_not_ready() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        store = S3Store(f"http://127.0.0.1:{silent.getsockname()[1]}", "key", "secret", "vidgen")
+
+        assert not await asyncio.wait_for(store.ready(), BOUND)
+
+
+# ── keys ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    "key", ["uploads/a.png", "uploads/2026/a-b_c.png", "jobs/j1/input-0.png", "uploads/..a", "uploads/a..b"]
+)
+def test_keys_of_uploads_and_of_the_own_job_are_allowed(key: str) -> None:
+    check_key(key, "j1")
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "", "uploads", "uploads/", "/uploads/a", "jobs/j2/edit-0.png", "jobs/j1", "jobs/j1/", "jobs/j11/a", "secrets/a",
+        "uploads/../jobs/j2/a", "uploads/..", "uploads/./a", "uploads//a", "uploads/a/", "uploads/a/../../b",
+        "jobs/j1/../j2/a", "uploads\\a", "uploads/..\\a", "uploads/%2e%2e/a", "uploads/a b", "uploads/a\n",
+        "uploads/a\0", "uploads/é", "UPLOADS/a", "uploads/" + "a" * 600,
+    ],
+)  # fmt: skip
+def test_every_other_key_is_refused_and_the_remedy_named(key: str) -> None:
+    with pytest.raises(errors.RejectedError) as caught:
+        check_key(key, "j1")
+    assert caught.value.code == "key_not_allowed"
+    assert "uploads/" in caught.value.message
+
+
+def test_without_a_job_only_uploads_are_allowed() -> None:
+    check_key("uploads/a", None)
+    with pytest.raises(errors.RejectedError):
+        check_key("jobs/j1/a", None)
+
+
+def test_the_prefix_of_a_job_is_not_the_prefix_of_another() -> None:
+    assert not job_prefix("j11").startswith(job_prefix("j1"))

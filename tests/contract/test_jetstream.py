@@ -1,0 +1,310 @@
+"""What JetStream's adapter promises beyond the seam: outages, restarts, and the bootstrap."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import socket
+from pathlib import Path
+
+import pytest
+from nats.js import api
+from tests.servers import connected_bus, running_nats
+
+from vidgen import bus, errors, topology
+from vidgen.local import NatsServer
+
+QUEUE = topology.consumer_of("edit", "interactive")
+SUBJECT = topology.subject_of_task("edit", "interactive", "j1")
+BOUND = 30.0
+
+
+async def pulled(connected: bus.Bus) -> bus.Delivery:
+    """What a worker does: pull until something comes, whatever happens to the server meanwhile."""
+    async with asyncio.timeout(BOUND):
+        while True:
+            try:
+                delivery = await connected.pull(QUEUE, 1.0)
+            except errors.BusError:
+                await asyncio.sleep(0.05)
+                continue
+            if delivery is not None:
+                return delivery
+
+
+# ── outages ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_publish_during_a_restart_is_stored_once(nats_server: NatsServer) -> None:
+    async with connected_bus(nats_server) as connected:
+        await nats_server.kill()
+        publish = asyncio.create_task(connected.publish(SUBJECT, b"body", message_id="a"))
+        expected = asyncio.create_task(
+            connected.publish(topology.subject_of_events("j1"), b"event", message_id="e", expect_last=0)
+        )
+        await nats_server.start()
+
+        async with asyncio.timeout(BOUND):
+            assert (await publish, await expected) == (1, 1)
+        assert [message.body for message in await connected.tail(topology.TASKS, None, 9)] == [b"body"]
+        assert [message.body for message in await connected.tail(topology.EVENTS, None, 9)] == [b"event"]
+
+
+async def test_a_waiting_pull_hears_of_an_outage_at_once_and_the_next_one_goes_on(nats_server: NatsServer) -> None:
+    async with connected_bus(nats_server) as connected:
+        pull = asyncio.create_task(connected.pull(QUEUE, 300.0))
+        await connected.depth(QUEUE)
+        await nats_server.kill()
+        with pytest.raises(errors.BusError):
+            await asyncio.wait_for(pull, BOUND)
+        assert not await connected.ready()
+
+        await nats_server.start()
+        await connected.publish(SUBJECT, b"after", message_id="a")
+
+        delivery = await pulled(connected)
+        assert (delivery.body, delivery.num_delivered) == (b"after", 1)
+        await delivery.ack()
+        assert await connected.ready()
+
+
+async def test_a_lease_taken_before_a_restart_is_settled_after_it(nats_server: NatsServer) -> None:
+    async with connected_bus(nats_server) as connected:
+        await connected.publish(SUBJECT, b"body", message_id="a")
+        delivery = await pulled(connected)
+        await nats_server.kill()
+        await nats_server.start()
+
+        async with asyncio.timeout(BOUND):
+            while True:
+                try:
+                    await delivery.in_progress()
+                    await delivery.ack()
+                    break
+                except errors.BusError:
+                    continue
+        assert await connected.get(topology.TASKS, delivery.seq) is None
+
+
+async def test_a_feed_goes_on_where_it_was_after_a_restart(nats_server: NatsServer) -> None:
+    subject = topology.subject_of_events("j1")
+    async with connected_bus(nats_server) as connected:
+        for n in range(3):
+            await connected.publish(subject, b"%d" % n, message_id=str(n))
+        feed = await connected.follow(topology.EVENTS, subject)
+        found = []
+        async with asyncio.timeout(BOUND):
+            found += [await feed.next(5), await feed.next(5)]
+            await nats_server.kill()
+            publish = asyncio.create_task(connected.publish(subject, b"3", message_id="3"))
+            await nats_server.start()
+            await publish
+            while len(found) < 4:
+                try:
+                    message = await feed.next(1)
+                except errors.BusError:
+                    continue
+                found += [message] if message else []
+        assert [message.body for message in found if message] == [b"0", b"1", b"2", b"3"]
+        assert await feed.next(0.2) is None
+        await feed.close()
+
+
+async def test_a_feed_outlives_its_consumer_on_the_server(nats_server: NatsServer) -> None:
+    subject = topology.subject_of_events("j1")
+    async with connected_bus(nats_server) as connected:
+        await connected.publish(subject, b"0", message_id="0")
+        feed = await connected.follow(topology.EVENTS, subject)
+        first = await feed.next(5)
+        for info in await connected.jetstream.consumers_info(topology.EVENTS):
+            if info.name != topology.GATEWAY:
+                await connected.jetstream.delete_consumer(topology.EVENTS, info.name)
+        await connected.publish(subject, b"1", message_id="1")
+
+        second = await feed.next(BOUND)
+
+        assert first is not None
+        assert second is not None
+        assert (first.body, second.body) == (b"0", b"1")
+        await feed.close()
+
+
+async def test_a_closed_feed_leaves_no_consumer_behind(nats_server: NatsServer) -> None:
+    async with connected_bus(nats_server) as connected:
+        feed = await connected.follow(topology.EVENTS, "vidgen.events.*")
+        await feed.close()
+
+        names = [info.name for info in await connected.jetstream.consumers_info(topology.EVENTS)]
+
+        assert names == [topology.GATEWAY]
+
+
+async def test_every_call_fails_in_an_outage_and_says_so_plainly(
+    nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with connected_bus(nats_server) as connected:
+        await connected.publish(SUBJECT, b"", message_id="a")
+        delivery = await pulled(connected)
+        records = connected.records(topology.JOBS_BUCKET)
+        await records.put("j1", b"")
+        monkeypatch.setattr(bus, "REQUEST_TIMEOUT", 0.3)
+        monkeypatch.setattr(connected.jetstream, "_timeout", 0.3)
+        monkeypatch.setattr(bus, "PUBLISH_PATIENCE", 0.3)
+        await nats_server.kill()
+
+        calls = [
+            connected.publish(SUBJECT, b"", message_id="b"), connected.pull(QUEUE, 0),
+            connected.last(topology.TASKS, SUBJECT), connected.tail(topology.TASKS, None, 1),
+            connected.get(topology.TASKS, 1), connected.purge(topology.TASKS, SUBJECT), connected.depth(QUEUE),
+            connected.delete(topology.EVENTS, 1), connected.follow(topology.EVENTS, "vidgen.events.*"),
+            records.get("j1"), records.put("j1", b"", 7), records.all(), delivery.ack(), delivery.in_progress(),
+        ]  # fmt: skip
+        answers = await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), BOUND)
+
+        assert [type(answer) for answer in answers] == [errors.BusError] * len(calls)
+        assert all(str(answer).startswith("the bus did not answer") for answer in answers)
+
+
+async def test_connecting_to_nothing_fails_soon_and_names_the_place_without_its_credentials() -> None:
+    with socket.socket() as held:  # bound and not listening: nobody answers, and nobody else can take the port
+        held.bind(("127.0.0.1", 0))
+        place = f"127.0.0.1:{held.getsockname()[1]}"
+
+        with pytest.raises(errors.BusError) as caught:
+            async with asyncio.timeout(BOUND), bus.connect(f"nats://user:secret@{place}", "test"):
+                pass
+
+    assert place in caught.value.message
+    assert "VIDGEN_NATS_URL" in caught.value.message
+    assert "secret" not in str(caught.value)
+    assert "user" not in str(caught.value)
+
+
+async def test_leaving_while_the_server_is_gone_does_not_hang(nats_server: NatsServer) -> None:
+    async with asyncio.timeout(BOUND), connected_bus(nats_server):
+        await nats_server.kill()
+
+
+# ── refusals ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_full_stream_that_discards_new_messages_says_try_later(nats_server: NatsServer) -> None:
+    small = tuple(
+        dataclasses.replace(stream, max_bytes=2000) if stream.name == topology.REQUESTS else stream
+        for stream in topology.STREAMS
+    )
+    async with connected_bus(nats_server, topology.Topology(streams=small)) as connected:
+        for n in range(3):
+            await connected.publish(topology.SUBJECT_REQUESTS, b"x" * 500, message_id=str(n))
+
+        with pytest.raises(errors.QueueFullError, match="full"):
+            await connected.publish(topology.SUBJECT_REQUESTS, b"x" * 500, message_id="last")
+
+
+async def test_a_message_larger_than_the_server_takes_is_rejected_at_once(nats_server: NatsServer) -> None:
+    async with connected_bus(nats_server) as connected:
+        with pytest.raises(errors.RejectedError) as caught:
+            await connected.publish(SUBJECT, b"x" * 300_000, message_id="a")
+    assert caught.value.code == "too_large"
+
+
+async def test_names_that_the_bus_cannot_take_are_rejected_at_once(nats_server: NatsServer) -> None:
+    async with connected_bus(nats_server) as connected:
+        with pytest.raises(errors.RejectedError):
+            await connected.publish("vidgen.tasks.edit. .j", b"", message_id="a")
+        with pytest.raises(errors.RejectedError):
+            await connected.records(topology.JOBS_BUCKET).get("no such key")
+
+
+async def test_a_request_named_like_an_answer_of_the_server_is_a_message(nats_server: NatsServer) -> None:
+    # Anybody may publish a request with any header; it must not look like "404 no messages" to the intake.
+    gateway = topology.Consumer(topology.REQUESTS, topology.GATEWAY)
+    async with connected_bus(nats_server) as connected:
+        for status in ("404", "503"):
+            await connected.client.publish(topology.SUBJECT_REQUESTS, b"{}", headers={"Status": status})
+            delivery = await connected.pull(gateway, BOUND)
+            assert delivery is not None
+            assert delivery.body == b"{}"
+            await delivery.ack()
+
+
+# ── bootstrap ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_the_bootstrap_creates_all_and_changes_nothing_the_second_time(nats_server: NatsServer) -> None:
+    async with connected_bus(nats_server) as connected:
+        before = {info.config.name: info for info in await connected.jetstream.streams_info()}
+        await bus.bootstrap(connected, topology.Topology())
+        after = {info.config.name: info for info in await connected.jetstream.streams_info()}
+
+        names = {stream.name for stream in topology.STREAMS} | {f"KV_{bucket.name}" for bucket in topology.BUCKETS}
+        assert set(before) == set(after) == names
+        assert {name: info.config for name, info in before.items()} == {n: i.config for n, i in after.items()}
+        for consumer in topology.CONSUMERS:
+            found = (await connected.jetstream.consumer_info(consumer.stream, consumer.name)).config
+            assert (found.ack_wait, found.max_deliver, found.max_ack_pending, found.filter_subject) == (
+                topology.ACK_WAIT, consumer.max_deliver, consumer.max_ack_pending, consumer.filter_subject,
+            )  # fmt: skip
+
+
+async def test_several_services_may_bootstrap_at_once(tmp_path: Path) -> None:
+    async with running_nats(tmp_path / "nats") as server, bus.connect(server.url, "test") as connected:
+        await asyncio.gather(*(bus.bootstrap(connected, topology.Topology()) for _ in range(4)))
+
+        assert await connected.ready()
+
+
+async def test_the_bootstrap_repairs_limits_and_keeps_what_is_stored(nats_server: NatsServer) -> None:
+    async with connected_bus(nats_server, topology.Topology(ack_wait=5.0)) as connected:
+        await connected.publish(SUBJECT, b"kept", message_id="a")
+        wanted = topology.Topology(
+            ack_wait=30.0,
+            streams=tuple(dataclasses.replace(s, max_age=999.0, duplicate_window=60.0) for s in topology.STREAMS),
+            consumers=tuple(dataclasses.replace(c, max_deliver=7, max_ack_pending=70) for c in topology.CONSUMERS),
+            buckets=tuple(dataclasses.replace(b, ttl=500.0) for b in topology.BUCKETS),
+        )
+
+        await bus.bootstrap(connected, wanted)
+
+        for stream in wanted.streams:
+            config = (await connected.jetstream.stream_info(stream.name)).config
+            assert (config.max_age, config.duplicate_window) == (999.0, 60.0)
+        for consumer in wanted.consumers:
+            found = (await connected.jetstream.consumer_info(consumer.stream, consumer.name)).config
+            assert (found.ack_wait, found.max_deliver, found.max_ack_pending) == (30.0, 7, 70)
+        for bucket in wanted.buckets:
+            assert (await connected.jetstream.stream_info(f"KV_{bucket.name}")).config.max_age == 500.0
+        assert (await pulled(connected)).body == b"kept"
+
+
+async def test_the_bootstrap_refuses_a_stream_that_is_another(nats_server: NatsServer) -> None:
+    async with bus.connect(nats_server.url, "test") as connected:
+        await connected.jetstream.add_stream(name=topology.TASKS, subjects=["vidgen.tasks.*.*.*"], storage="memory")
+
+        with pytest.raises(errors.FatalError) as caught:
+            await bus.bootstrap(connected, topology.Topology())
+
+    assert caught.value.code == "topology_mismatch"
+    for name in (topology.TASKS, "retention", "storage", "discard", "max_msgs_per_subject"):
+        assert name in caught.value.message
+
+
+async def test_the_bootstrap_refuses_a_consumer_with_another_filter(nats_server: NatsServer) -> None:
+    async with bus.connect(nats_server.url, "test") as connected:
+        await bus.bootstrap(connected, topology.Topology(consumers=()))
+        await connected.jetstream.add_consumer(
+            topology.TASKS, api.ConsumerConfig(durable_name=QUEUE.name, filter_subject="vidgen.tasks.edit.>")
+        )
+
+        with pytest.raises(errors.FatalError, match="filter_subject") as caught:
+            await bus.bootstrap(connected, topology.Topology())
+
+    assert caught.value.code == "topology_mismatch"
+
+
+async def test_the_bootstrap_refuses_a_bucket_in_another_storage(nats_server: NatsServer) -> None:
+    async with bus.connect(nats_server.url, "test") as connected:
+        await connected.jetstream.create_key_value(bucket=topology.WORKERS_BUCKET, history=1)
+
+        with pytest.raises(errors.FatalError, match="storage"):
+            await bus.bootstrap(connected, topology.Topology())
