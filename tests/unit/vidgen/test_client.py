@@ -1,0 +1,380 @@
+"""The client against a gateway made of canned answers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator, Callable
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from pydantic import ValidationError
+
+from vidgen import client
+from vidgen.client import AsyncClient, GatewayError
+from vidgen.contracts import Accepted, EditParams, I2VParams, Job, JobStatus, Progress, StageStarted, VideoRequest
+
+AT = datetime(2026, 11, 1, tzinfo=UTC)
+REQUEST = VideoRequest(references=("uploads/a.png",), edit=EditParams(prompt="a hat"))
+PNG = b"\x89PNG\r\n\x1a\n"
+
+Handler = Callable[[httpx.Request], httpx.Response]
+
+
+@pytest.fixture(autouse=True)
+def _no_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "FIRST_PAUSE_S", 0.0)
+    monkeypatch.setattr(client, "LONGEST_PAUSE_S", 0.0)
+
+
+def gateway(handler: Handler) -> AsyncClient:
+    return AsyncClient("http://gateway", transport=httpx.MockTransport(handler))
+
+
+def job(status: JobStatus = JobStatus.QUEUED) -> Job:
+    return Job(id="j1", status=status, request=REQUEST, created_at=AT, updated_at=AT)
+
+
+def answered(model: Any, status: int = 200) -> httpx.Response:
+    return httpx.Response(status, content=model.to_bytes())
+
+
+def problem(status: int, **fields: Any) -> httpx.Response:
+    document = {"type": "urn:x", "title": "No", "status": status, **fields}
+    return httpx.Response(status, json=document, headers={"content-type": "application/problem+json"})
+
+
+def frame(kind: str, data: bytes, number: int | None = None) -> bytes:
+    place = b"" if number is None else b"id: %d\n" % number
+    return b"%bevent: %b\ndata: %b\n\n" % (place, kind.encode(), data)
+
+
+ACCEPTED = frame("accepted", Accepted(job_id="j1", at=AT).to_bytes(), 7)
+STARTED = frame(
+    "stage_started",
+    StageStarted(
+        job_id="j1", at=AT, stage="edit", attempt=1, tries=0, worker="w", engine="preview", model="m"
+    ).to_bytes(),
+    9,
+)  # fmt: skip
+STEP = frame("progress", Progress(job_id="j1", stage="edit", step=1, steps=4, at=AT).to_bytes())
+DONE = frame("job", job(JobStatus.COMPLETED).to_bytes())
+
+
+class Stream(httpx.AsyncByteStream):
+    """A body of pieces, broken off at the end if it is told so."""
+
+    def __init__(self, *pieces: bytes, breaks: bool = False) -> None:
+        self._pieces, self._breaks = pieces, breaks
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        for piece in self._pieces:
+            yield piece
+        if self._breaks:
+            raise httpx.ReadError("the connection was reset")
+
+
+def events(*pieces: bytes, breaks: bool = False) -> httpx.Response:
+    return httpx.Response(200, stream=Stream(*pieces, breaks=breaks), headers={"content-type": "text/event-stream"})
+
+
+def names_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+async def watched(found: AsyncClient) -> list[Any]:
+    return [update async for update in found.watch("j1")]
+
+
+# ── submit ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_request_with_keys_is_sent_as_json_under_a_key_of_its_own() -> None:
+    seen: list[httpx.Request] = []
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        seen.append(request)
+        return answered(job(), 202)
+
+    async with gateway(handler) as found:
+        assert (await found.submit(REQUEST)).id == "j1"
+        await found.submit(REQUEST)
+    assert json.loads(seen[0].content) == json.loads(REQUEST.to_bytes())
+    assert len({request.headers["idempotency-key"] for request in seen}) == 2
+
+
+async def test_a_request_with_a_job_id_needs_no_key() -> None:
+    def handler(request: httpx.Request) -> httpx.Response:
+        assert "idempotency-key" not in request.headers
+        return answered(job(), 200)
+
+    async with gateway(handler) as found:
+        await found.submit(REQUEST.model_copy(update={"job_id": "mine"}))
+
+
+async def test_a_lost_connection_is_tried_again_under_the_same_key() -> None:
+    keys: list[str] = []
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        keys.append(request.headers["idempotency-key"])
+        if len(keys) == 1:
+            raise httpx.ReadError("reset")
+        return answered(job(), 200)
+
+    async with gateway(handler) as found:
+        await found.submit(REQUEST)
+    assert len(keys) == 2
+    assert keys[0] == keys[1]
+
+
+async def test_images_go_as_a_form_without_references(tmp_path: Path) -> None:
+    (tmp_path / "me.jpg").write_bytes(b"\xff\xd8\xff")
+    bodies: list[bytes] = []
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        assert request.headers["content-type"].startswith("multipart/form-data")
+        bodies.append(request.content)
+        return answered(job(), 202)
+
+    async with gateway(handler) as found:
+        await found.submit(images=[tmp_path / "me.jpg", PNG], edit=EditParams(prompt="a hat"), lane="batch")
+    assert bodies[0].count(b'name="image"') == 2
+    assert b"image/jpeg" in bodies[0]
+    assert b"image/png" in bodies[0]
+    assert b'"lane":"batch"' in bodies[0]
+    assert b"references" not in bodies[0]
+
+
+async def test_what_no_gateway_would_take_is_not_sent() -> None:
+    async with gateway(lambda _: pytest.fail("sent")) as found:
+        with pytest.raises(ValidationError, match="at least one of edit and i2v"):
+            await found.submit(images=[PNG])
+        with pytest.raises(ValueError, match="at most 3"):
+            await found.submit(images=[PNG] * 4, edit=EditParams(prompt="x"))
+        with pytest.raises(ValidationError, match="exactly one image"):
+            await found.submit(images=[PNG] * 2, i2v=I2VParams())
+
+
+# ── errors ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_problem_document_becomes_an_error_with_its_fields() -> None:
+    wrong = {"detail": "edit.prompt: too long", "code": "invalid_request"}
+    wrong |= {"errors": [{"field": "edit.prompt", "message": "too long"}]}
+    async with gateway(lambda _: problem(422, **wrong)) as found:
+        with pytest.raises(GatewayError) as caught:
+            await found.submit(REQUEST)
+    assert (caught.value.status, caught.value.code, caught.value.message) == (422, "invalid_request", wrong["detail"])
+    assert [error.field for error in caught.value.errors] == ["edit.prompt"]
+
+
+async def test_an_answer_that_is_no_problem_document_is_still_an_error() -> None:
+    async with gateway(lambda _: httpx.Response(502, text="<html>bad gateway</html>")) as found:
+        with pytest.raises(GatewayError, match="answered with 502"):
+            await found.get("j1")
+
+
+async def test_retry_after_is_told() -> None:
+    full = problem(503, detail="full", code="queue_full")
+    full.headers["Retry-After"] = "5"
+    async with gateway(lambda _: full) as found:
+        with pytest.raises(GatewayError) as caught:
+            await found.get("j1")
+    assert caught.value.retry_after_s == 5.0
+
+
+async def test_a_gateway_that_is_not_there_is_named_after_a_few_tries() -> None:
+    tried = 0
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        nonlocal tried
+        tried += 1
+        raise httpx.ConnectError("refused", request=request)
+
+    async with gateway(handler) as found:
+        with pytest.raises(GatewayError, match="http://gateway does not answer") as caught:
+            await found.get("j1")
+    assert caught.value.code == "gateway_unreachable"
+    assert tried == client.TRIES
+
+
+async def test_a_retry_is_sent_once_only() -> None:
+    tried = 0
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        nonlocal tried
+        tried += 1
+        raise httpx.ReadError("reset", request=request)
+
+    async with gateway(handler) as found:
+        with pytest.raises(GatewayError):
+            await found.retry("j1")
+    assert tried == 1
+
+
+async def test_another_server_is_not_taken_for_a_gateway() -> None:
+    async with gateway(lambda _: httpx.Response(200, json={"hello": "world"})) as found:
+        with pytest.raises(GatewayError, match="is it a vidgen gateway"):
+            await found.get("j1")
+
+
+# ── watch ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_watching_yields_events_then_progress_then_the_job() -> None:
+    async with gateway(
+        lambda _: events(b"retry: 2000\n\n", ACCEPTED, b": keep-alive\n\n", STARTED, STEP, DONE)
+    ) as found:
+        updates = await watched(found)
+    assert [type(update) for update in updates] == [Accepted, StageStarted, Progress, Job]
+
+
+async def test_events_cut_anywhere_are_put_together() -> None:
+    body = ACCEPTED + STEP + DONE
+    async with gateway(lambda _: events(*(body[at : at + 3] for at in range(0, len(body), 3)))) as found:
+        assert [type(update) for update in await watched(found)] == [Accepted, Progress, Job]
+
+
+async def test_a_broken_stream_is_taken_up_behind_the_last_event() -> None:
+    asked: list[str | None] = []
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        asked.append(request.headers.get("last-event-id"))
+        if len(asked) == 1:
+            return events(ACCEPTED, STARTED[:-10], breaks=True)
+        return events(STARTED, DONE)
+
+    async with gateway(handler) as found:
+        assert [type(update) for update in await watched(found)] == [Accepted, StageStarted, Job]
+    assert asked == [None, "7"]
+
+
+async def test_a_stream_that_ends_without_the_job_is_taken_up_again() -> None:
+    answers = [events(ACCEPTED), events(ACCEPTED, STARTED, DONE)]
+    async with gateway(lambda _: answers.pop(0)) as found:
+        # The second one repeats an event: it is not told twice.
+        assert [type(update) for update in await watched(found)] == [Accepted, StageStarted, Job]
+
+
+async def test_a_gateway_in_trouble_is_asked_again() -> None:
+    answers = [problem(503, detail="bus", code="bus_unavailable"), events(DONE)]
+    async with gateway(lambda _: answers.pop(0)) as found:
+        assert (await found.wait("j1")).status == JobStatus.COMPLETED
+
+
+async def test_a_job_that_does_not_exist_ends_the_watch() -> None:
+    async with gateway(lambda _: problem(404, detail="no such job", code="job_not_found")) as found:
+        with pytest.raises(GatewayError, match="no such job"):
+            await watched(found)
+
+
+async def test_patience_with_a_gateway_that_is_gone_ends() -> None:
+    def handler(request: httpx.Request) -> httpx.Response:
+        raise httpx.ConnectError("refused", request=request)
+
+    async with gateway(handler) as found:
+        with pytest.raises(GatewayError, match="does not answer"):
+            _ = [update async for update in found.watch("j1", patience=-1)]
+
+
+async def test_events_of_a_newer_gateway_are_passed_over() -> None:
+    async with gateway(lambda _: events(frame("job_promoted", b'{"type":"job_promoted"}', 8), DONE)) as found:
+        assert [type(update) for update in await watched(found)] == [Job]
+
+
+# ── download and the rest ────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_download_follows_the_link_to_the_store(tmp_path: Path) -> None:
+    def handler(request: httpx.Request) -> httpx.Response:
+        if request.url.host == "store":
+            return httpx.Response(200, content=b"video")
+        assert request.url.path == "/v1/jobs/j1/artifacts/video.mp4"
+        return httpx.Response(307, headers={"location": "http://store/signed"})
+
+    async with gateway(handler) as found:
+        path = await found.download("j1", "video.mp4", tmp_path / "new" / "out.mp4")
+    assert path.read_bytes() == b"video"
+    assert names_in(path.parent) == ["out.mp4"]
+
+
+async def test_a_store_out_of_reach_is_read_through_the_gateway(tmp_path: Path) -> None:
+    def handler(request: httpx.Request) -> httpx.Response:
+        if request.url.host == "store":
+            raise httpx.ConnectError("no route", request=request)
+        if request.url.params.get("proxy") == "1":
+            return httpx.Response(200, content=b"video")
+        return httpx.Response(307, headers={"location": "http://store/signed"})
+
+    async with gateway(handler) as found:
+        path = await found.download("j1", "video.mp4", tmp_path / "out.mp4")
+    assert path.read_bytes() == b"video"
+
+
+async def test_a_download_that_breaks_leaves_the_old_file_alone(tmp_path: Path) -> None:
+    (tmp_path / "out.mp4").write_bytes(b"old")
+
+    def handler(_: httpx.Request) -> httpx.Response:
+        return httpx.Response(200, stream=Stream(b"ne", breaks=True))
+
+    async with gateway(handler) as found:
+        with pytest.raises(GatewayError):
+            await found.download("j1", "video.mp4", tmp_path / "out.mp4")
+    assert names_in(tmp_path) == ["out.mp4"]
+    assert (tmp_path / "out.mp4").read_bytes() == b"old"
+
+
+async def test_an_upload_puts_the_image_where_the_gateway_says() -> None:
+    def handler(request: httpx.Request) -> httpx.Response:
+        if request.url.host == "store":
+            assert (request.method, request.content, request.headers["content-type"]) == ("PUT", PNG, "image/png")
+            return httpx.Response(200)
+        assert json.loads(request.content) == {"content_type": "image/png"}
+        slot = {"key": "uploads/k.png", "url": "http://store/put", "method": "PUT"}
+        return httpx.Response(201, json=slot | {"headers": {"Content-Type": "image/png"}, "expires_at": AT.isoformat()})
+
+    async with gateway(handler) as found:
+        assert await found.upload(PNG) == "uploads/k.png"
+
+
+async def test_a_page_of_jobs_has_its_cursor() -> None:
+    def handler(request: httpx.Request) -> httpx.Response:
+        assert dict(request.url.params) == {"status": "failed", "limit": "2"}
+        return httpx.Response(200, content=b'{"jobs":[%b],"next_cursor":"5"}' % job().to_bytes())
+
+    async with gateway(handler) as found:
+        page = await found.list(status=JobStatus.FAILED, limit=2)
+    assert ([one.id for one in page.jobs], page.next_cursor) == (["j1"], "5")
+
+
+async def test_a_job_id_cannot_reach_another_address() -> None:
+    def handler(request: httpx.Request) -> httpx.Response:
+        assert request.url.raw_path == b"/v1/jobs/..%2Fworkers"
+        return problem(404, detail="no such job")
+
+    async with gateway(handler) as found:
+        with pytest.raises(GatewayError):
+            await found.get("../workers")
+
+
+async def test_dead_letters_are_listed_shown_replayed_and_dropped() -> None:
+    letter = {"job_id": "j1", "stage": "edit", "subject": "vidgen.tasks.edit.batch.j1", "payload": "e30="}
+    letter |= {"seq": 3, "at": AT.isoformat(), "error": {"code": "retries", "message": "three times"}}
+    asked: list[str] = []
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        asked.append(f"{request.method} {request.url.path}")
+        if request.url.path == "/v1/dead":
+            return httpx.Response(200, json={"dead": [letter], "next_cursor": None})
+        if request.method == "POST":
+            return answered(job(), 202)
+        return httpx.Response(204) if request.method == "DELETE" else httpx.Response(200, json=letter)
+
+    async with gateway(handler) as found:
+        assert [one.seq for one in (await found.dead_list()).dead] == [3]
+        assert (await found.dead_show(3)).error.code == "retries"
+        assert (await found.dead_replay(3)).id == "j1"
+        await found.dead_drop(3)
+    assert asked == ["GET /v1/dead", "GET /v1/dead/3", "POST /v1/dead/3/replay", "DELETE /v1/dead/3"]
