@@ -8,19 +8,20 @@ from collections.abc import Awaitable, Callable
 
 import pydantic
 import structlog
-from vidgen.metrics import GatewayMetrics
 
 from gateway.intake import Intake
 from gateway.jobs import Jobs, now, parse_event
 from vidgen import attempts, contracts, dead, errors, topology
 from vidgen.bus import Bus, Delivery
+from vidgen.metrics import GatewayMetrics
 
 log = structlog.get_logger(__name__)
 
 HAND_BACK_S = 2.0
 PAUSE_S = 0.5
 GIVE_UP_AFTER = 20  # deliveries of a message that this gateway cannot digest
-SKIPPED = (contracts.Accepted, contracts.Rejected, contracts.JobCompleted, contracts.JobFailed, contracts.JobCancelled)
+ENDS = (contracts.JobCompleted, contracts.JobFailed, contracts.JobCancelled, contracts.Rejected)
+OWN = (contracts.Accepted, *ENDS)  # what gateways write themselves: nothing is to be done about them
 
 Handler = Callable[[Delivery], Awaitable[None]]
 
@@ -44,13 +45,26 @@ class Consumers:
     async def _consume(self, consumer: topology.Consumer, handle: Handler, stop: asyncio.Event) -> None:
         while not stop.is_set():
             try:
-                delivery = await self._bus.pull(consumer)
+                delivery = await self._pull(consumer, stop)
             except errors.BusError as exc:
                 log.warning(exc.message, _event="bus_lost", consumer=consumer.stream)
                 await asyncio.sleep(PAUSE_S)
                 continue
             if delivery is not None:
                 await self._settle(consumer, handle, delivery)
+
+    async def _pull(self, consumer: topology.Consumer, stop: asyncio.Event) -> Delivery | None:
+        """The next message, or None when told to stop: a cancelled pull hands back what it was about to take."""
+        pulling = asyncio.ensure_future(self._bus.pull(consumer))
+        stopping = asyncio.ensure_future(stop.wait())
+        try:
+            await asyncio.wait((pulling, stopping), return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            stopping.cancel()
+            if not pulling.done():
+                pulling.cancel()
+                await asyncio.gather(pulling, return_exceptions=True)
+        return None if pulling.cancelled() else pulling.result()
 
     async def _settle(self, consumer: topology.Consumer, handle: Handler, delivery: Delivery) -> None:
         try:
@@ -70,14 +84,13 @@ class Consumers:
                 error = contracts.JobError(code="undigested", message="the gateway could not process this message")
                 letter = dead.letter(delivery.body, delivery.subject, error, job_id=None)
                 await dead.publish(self._bus, letter, message_id=f"undigested:{consumer.stream}:{delivery.seq}")
-                self._metrics.dead_letter(None)
+                self._metrics.dead_lettered(None)
             await delivery.ack()
-        except errors.BusError as exc:
+        except errors.VidgenError as exc:
             log.warning(exc.message, _event="settle_failed", stream=consumer.stream, seq=delivery.seq)
 
     async def _on_request(self, delivery: Delivery) -> None:
-        job = await self._intake.handle(delivery)
-        self._metrics.request("rejected" if job.status is contracts.JobStatus.REJECTED else "accepted")
+        await self._intake.handle(delivery)
 
     async def _on_event(self, delivery: Delivery) -> None:
         try:
@@ -85,13 +98,23 @@ class Consumers:
         except pydantic.ValidationError:
             log.warning("an event that is none is passed over", _event="event_invalid", seq=delivery.seq)
             return
-        if isinstance(event, SKIPPED):
+        if isinstance(event, OWN):
+            await self._count(event)
             return
         applied = await self._jobs.apply(event)
         if applied is None:
             log.warning("an event of an unknown job is passed over", _event="event_orphaned", job=event.job_id)
         elif applied.changed or isinstance(event, contracts.StageStarted):
             self._metrics.observe(event, applied.job)
+
+    async def _count(self, event: contracts.AnyEvent) -> None:
+        """Measure what gateways say of a job: each such event is in the log once, whichever replica wrote it."""
+        job = await self._jobs.find(event.job_id)
+        if job is None:
+            return
+        self._metrics.observe(event, job)
+        if isinstance(event, ENDS) and job.status.final:
+            self._metrics.job_finished(job)
 
     async def _on_advisory(self, delivery: Delivery) -> None:
         """A task whose deliveries ran out stays in its queue and is never given again: give it up, aloud."""
@@ -107,7 +130,6 @@ class Consumers:
         )  # fmt: skip
         letter = dead.letter(stored.body, stored.subject, error, job_id=task.job_id, stage=task.stage)
         await dead.publish(self._bus, letter, message_id=f"{task.job_id}:{task.stage}:{task.run}:dead")
-        self._metrics.dead_letter(task.stage)
         await self._fail_stage(task, error)
         await self._bus.delete(topology.TASKS, seq)
 

@@ -12,8 +12,10 @@ import uuid
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import pydantic
+import pydantic_core
 import structlog
 
 from gateway import pipeline, plan
@@ -25,6 +27,7 @@ from vidgen.contracts import FieldError, Job, VideoRequest
 log = structlog.get_logger(__name__)
 
 MAX_REQUEST_BYTES = 128 << 10
+MAX_NAMED, MAX_FIELD_NAME = 50, 200
 JOB_NAMESPACE = uuid.UUID("5f0c7f2e-64b5-5f0e-9a55-6b1f1f0a7c11")
 
 
@@ -34,8 +37,12 @@ class InvalidRequestError(errors.RejectedError):
     code = "invalid_request"
 
     def __init__(self, found: Sequence[FieldError]) -> None:
-        super().__init__("; ".join(f"{error.field}: {error.message}" for error in found))
-        self.errors = tuple(found)
+        # Bounded: what is said of a request must fit into a message, however long and wrong the request is.
+        named = [error.model_copy(update={"field": error.field[:MAX_FIELD_NAME]}) for error in found[:MAX_NAMED]]
+        if len(found) > MAX_NAMED:
+            named.append(FieldError(field="request", message=f"{len(found) - MAX_NAMED} more fields are wrong"))
+        super().__init__("; ".join(f"{error.field}: {error.message}" for error in named))
+        self.errors = tuple(named)
 
 
 def parse(body: bytes) -> VideoRequest:
@@ -55,7 +62,27 @@ def parse(body: bytes) -> VideoRequest:
             raise InvalidRequestError(
                 [FieldError(field="request", message="not JSON: send one JSON object, see docs/schemas")]
             ) from None
-        raise InvalidRequestError(contracts.field_errors(exc)) from None
+        found = contracts.field_errors(exc)
+        raise InvalidRequestError([*found, *_misplaced_keys(text, {error.field for error in found})]) from None
+
+
+def _misplaced_keys(text: str, named: set[str]) -> list[FieldError]:
+    """The keys outside the places they may be in, of a request that is wrong anyway: one answer names all of it."""
+    try:
+        asked: Any = pydantic_core.from_json(text)
+    except ValueError:  # a number too long for Python
+        return []
+    given = asked.get("references") if isinstance(asked, dict) else None
+    job_id = asked.get("job_id") if isinstance(asked, dict) else None
+    wrong = []
+    for index, key in enumerate(given if isinstance(given, list) else ()):
+        field = f"references.{index}"
+        if isinstance(key, str) and field not in named:
+            try:
+                artifacts.check_key(key, job_id if isinstance(job_id, str) else None)
+            except errors.RejectedError as exc:
+                wrong.append(FieldError(field=field, message=exc.message))
+    return wrong
 
 
 def id_from_key(key: str) -> str:

@@ -8,6 +8,8 @@ from datetime import UTC, datetime
 from vidgen import contracts, topology
 from vidgen.bus import Bus
 
+KEEP_BYTES = 128 << 10  # as base64 this fits into a message; no request and no task is as large
+
 
 def letter(
     payload: bytes,
@@ -18,10 +20,10 @@ def letter(
     stage: contracts.Stage | None = None,
     at: datetime | None = None,
 ) -> contracts.DeadLetter:
-    """A dead letter holding `payload` as it was."""
+    """A dead letter holding `payload` as it was; of one that nothing valid could be as large as, the beginning."""
     return contracts.DeadLetter(
         job_id=job_id, stage=stage, subject=subject, error=error,
-        payload=base64.b64encode(payload).decode(), at=at or datetime.now(UTC),
+        payload=base64.b64encode(payload[:KEEP_BYTES]).decode(), at=at or datetime.now(UTC),
     )  # fmt: skip
 
 

@@ -1,0 +1,1 @@
+"""The HTTP edge: everything is checked here, before anything is stored or published."""

@@ -1,0 +1,41 @@
+"""The HTTP app, put together."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from fastapi import FastAPI
+
+import vidgen
+from gateway.api import artifacts, dead, events, jobs, ops, problems, uploads, workers
+from gateway.api.edge import Edge
+from gateway.api.limits import BodyLimit
+from gateway.api.parts import Parts
+from gateway.api.references import References
+
+ROUTERS = (jobs.router, events.router, artifacts.router, uploads.router, workers.router, dead.router, ops.router)
+DESCRIPTION = "Reference image + prompt to edited frame to video. Errors are RFC 9457 problem documents."
+
+
+class _App(FastAPI):
+    """FastAPI whose documentation knows the problem document."""
+
+    def openapi(self) -> dict[str, Any]:
+        schema = super().openapi()
+        problem = problems.Problem.model_json_schema(ref_template="#/components/schemas/{model}")
+        problem.pop("$defs", None)  # FieldError: the job record brings it along
+        schema["components"]["schemas"].setdefault("Problem", problem)
+        return schema
+
+
+def create_app(parts: Parts) -> FastAPI:
+    """The gateway's HTTP app on the given parts; it owns none of them."""
+    app = _App(title="vidgen gateway", version=vidgen.__version__, description=DESCRIPTION, redirect_slashes=False)
+    app.state.parts = parts
+    app.state.references = References(parts.store)
+    problems.install(app)
+    for router in ROUTERS:
+        app.include_router(router)
+    app.add_middleware(BodyLimit, max_image_bytes=parts.settings.max_upload_bytes)
+    app.add_middleware(Edge, metrics=parts.metrics)
+    return app

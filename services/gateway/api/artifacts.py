@@ -1,0 +1,143 @@
+"""Artifacts: by a presigned URL, or through the gateway where the store cannot be reached by the client."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import AsyncGenerator, AsyncIterator
+from contextlib import aclosing
+from dataclasses import dataclass
+from typing import Annotated, cast
+from urllib.parse import quote
+
+from fastapi import APIRouter, Header, Query, Request
+from starlette.responses import RedirectResponse, Response, StreamingResponse
+from starlette.types import Send
+
+from gateway.api import problems
+from gateway.api.parts import JobIdHere, PartsHere
+from gateway.api.problems import HttpError
+from vidgen import errors
+from vidgen.contracts import Artifact
+
+router = APIRouter(prefix="/v1/jobs/{job_id}/artifacts", tags=["artifacts"])
+
+RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")
+SHOWN_INLINE = ("image/", "video/")
+DESCRIPTIONS: dict[int | str, dict[str, object]] = {
+    200: {"description": "The file, with `proxy=1`.", "content": {"application/octet-stream": {}}},
+    206: {"description": "A part of the file, with `proxy=1` and `Range`."},
+    304: {"description": "The file that `If-None-Match` names."},
+    307: {"description": "The presigned URL of the file."},
+}
+
+
+@dataclass(frozen=True)
+class Span:
+    """A part of a file, in bytes."""
+
+    start: int
+    length: int
+
+
+class FileStream(StreamingResponse):
+    """A file whose first chunk is there already; lets go of the store when it ends, however it ends."""
+
+    def __init__(
+        self, first: bytes, rest: AsyncGenerator[bytes, None], status: int, headers: dict[str, str], media_type: str
+    ) -> None:
+        super().__init__(rest, status, headers, media_type)
+        self._first, self._rest = first, rest
+
+    async def stream_response(self, send: Send) -> None:
+        async with aclosing(self._rest):
+            await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+            await send({"type": "http.response.body", "body": self._first, "more_body": True})
+            async for chunk in self._rest:
+                await send({"type": "http.response.body", "body": chunk, "more_body": True})
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+
+@router.head("/{name}", include_in_schema=False)
+@router.get(
+    "/{name}", response_class=Response, status_code=307,
+    responses=DESCRIPTIONS | problems.responses(404, 416, 503),
+)  # fmt: skip
+async def download(
+    request: Request,
+    job_id: JobIdHere,
+    name: str,
+    parts: PartsHere,
+    proxy: Annotated[bool, Query(description="Send the file itself instead of a redirect.")] = False,
+    wanted: Annotated[str | None, Header(alias="Range")] = None,
+    if_range: Annotated[str | None, Header()] = None,
+    if_none_match: Annotated[str | None, Header()] = None,
+) -> Response:
+    """Get a file that a job made. HEAD tells size, type and checksum."""
+    job = await parts.jobs.get(job_id)
+    artifact = next((one for one in job.artifacts if one.name == name), None)
+    if artifact is None:
+        names = ", ".join(one.name for one in job.artifacts) or "none yet"
+        raise HttpError(404, "artifact_not_found", f"the job has no artifact of this name; it has: {names}")
+    head = request.method == "HEAD"
+    if not proxy and not head:
+        url = await parts.store.url(artifact.key, expires=parts.link_life)
+        return RedirectResponse(url, 307, headers={"Cache-Control": "no-store"})
+    headers = _headers(artifact)
+    if _names(if_none_match, headers["ETag"]):
+        return Response(status_code=304, headers=headers)
+    span = None
+    if wanted is not None and if_range in (None, headers["ETag"]):
+        span = span_of(wanted, artifact.size)
+    if span is not None:
+        headers["Content-Range"] = f"bytes {span.start}-{span.start + span.length - 1}/{artifact.size}"
+    headers["Content-Length"] = str(span.length if span else artifact.size)
+    status = 206 if span else 200
+    if head:
+        return Response(status_code=status, headers=headers, media_type=artifact.content_type)
+    chunks = parts.store.read(artifact.key, span.start, span.length) if span else parts.store.read(artifact.key)
+    rest = cast("AsyncGenerator[bytes, None]", chunks)
+    return FileStream(await _first_of(rest, artifact), rest, status, headers, artifact.content_type)
+
+
+def span_of(wanted: str, size: int) -> Span | None:
+    """The part that a Range header asks for; None where it is to be passed over, HttpError 416 where there is none."""
+    match = RANGE.fullmatch(wanted.replace(" ", ""))
+    if match is None or match[0] == "bytes=-":
+        return None  # several ranges, or another unit: RFC 9110 lets us send the whole
+    first, last = match.groups()
+    start = int(first) if first else max(0, size - int(last))
+    end = min(int(last), size - 1) if first and last else size - 1
+    if first and last and int(last) < start:
+        return None  # not a range at all
+    if start > end:
+        raise HttpError(
+            416, "range_outside", f"the file has {size:,} bytes: ask for a part of them",
+            headers={"Content-Range": f"bytes */{size}"},
+        )  # fmt: skip
+    return Span(start, end - start + 1)
+
+
+async def _first_of(chunks: AsyncIterator[bytes], artifact: Artifact) -> bytes:
+    # Read before the status is sent, so that what is gone is a 404 and what is down a 503.
+    try:
+        return await anext(chunks, b"")
+    except errors.NotFoundError:
+        raise HttpError(
+            404, "artifact_gone", f"{artifact.name} is no longer in the object store: its time there is over"
+        ) from None
+
+
+def _headers(artifact: Artifact) -> dict[str, str]:
+    kind = "inline" if artifact.content_type.startswith(SHOWN_INLINE) else "attachment"
+    return {
+        "ETag": f'"{artifact.sha256}"',
+        "Accept-Ranges": "bytes",
+        "Cache-Control": "private, no-cache",
+        "X-Content-Type-Options": "nosniff",
+        "Content-Disposition": f"{kind}; filename*=UTF-8''{quote(artifact.name, safe='')}",
+    }
+
+
+def _names(if_none_match: str | None, etag: str) -> bool:
+    given = [one.strip().removeprefix("W/") for one in (if_none_match or "").split(",")]
+    return etag in given or given == ["*"]

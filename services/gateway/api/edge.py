@@ -1,0 +1,53 @@
+"""The outermost layer: each request is measured, and whatever went wrong inside is still answered."""
+
+from __future__ import annotations
+
+import time
+
+import structlog
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from gateway.api import problems
+from vidgen.metrics import GatewayMetrics
+
+log = structlog.get_logger(__name__)
+
+CLIENT_LEFT = 499  # as nginx logs it; nobody is there to read it
+
+
+class Edge:
+    """Measures requests by route template, and answers for what nobody caught.
+
+    The time is that to the beginning of the response: a feed of events is open for as long as its job runs.
+    """
+
+    def __init__(self, app: ASGIApp, metrics: GatewayMetrics) -> None:
+        self._app, self._metrics = app, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        begun = time.perf_counter()
+        status = CLIENT_LEFT
+        seconds: float | None = None
+
+        async def watched(message: Message) -> None:
+            nonlocal status, seconds
+            if message["type"] == "http.response.start":
+                status, seconds = message["status"], time.perf_counter() - begun
+            await send(message)
+
+        try:
+            await self._app(scope, receive, watched)
+        except ClientDisconnect:
+            log.info("a client left in the middle of its request", _event="client_left", path=scope["path"])
+        except Exception as exc:
+            if seconds is not None:
+                raise  # too late for another answer: the server cuts the connection
+            await problems.internal(exc)(scope, receive, watched)
+        finally:
+            route = getattr(scope.get("route"), "path", None)
+            elapsed = time.perf_counter() - begun if seconds is None else seconds
+            self._metrics.http_request(route, scope["method"], status, elapsed)

@@ -1,0 +1,163 @@
+"""One client's view of one job: the log replayed without a gap, progress as it comes, and the record at the end."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import structlog
+
+from gateway.jobs import Jobs, parse_event
+from vidgen import contracts, errors, topology
+from vidgen.bus import Bus, Feed, Stored
+from vidgen.contracts import Job
+
+log = structlog.get_logger(__name__)
+
+KEEP_ALIVE_S = 10.0
+READ_S = 5.0
+PAUSE_S = 0.5
+RECORD_PATIENCE_S = 5.0
+RECORD_PAUSE_S = 0.05
+BACKLOG = 64
+ENDS = (contracts.JobCompleted, contracts.JobFailed, contracts.JobCancelled, contracts.Rejected)
+KEEP_ALIVE = b": keep-alive\n\n"
+
+
+def frame(event: str, data: bytes, seq: int | None = None) -> bytes:
+    """A server-sent event; the data are one line of JSON."""
+    place = b"" if seq is None else b"id: %d\n" % seq
+    return b"%bevent: %b\ndata: %b\n\n" % (place, event.encode(), data)
+
+
+class JobFeed:
+    """What is to be told of a job, as frames. Opened by `open`, to be closed."""
+
+    def __init__(self, jobs: Jobs, job: Job, log_feed: Feed, progress: Feed, after: int, newest: int) -> None:
+        self._jobs, self._job_id = jobs, job.id
+        self._feeds = (log_feed, progress)
+        self._queue: asyncio.Queue[Stored | None] = asyncio.Queue(BACKLOG)
+        self._pumps: list[asyncio.Task[None]] = []
+        self._seen, self._newest = after, newest
+        self._run = job.run
+        self._ended = job.status.final  # the log, or the record, says that the newest run known has ended
+        self._progress: bytes | None = job.progress.to_bytes() if job.progress else None
+
+    @classmethod
+    async def open(cls, bus: Bus, jobs: Jobs, job_id: str, after: int, stopping: asyncio.Event) -> JobFeed:
+        """Begin to listen; raises JobNotFoundError and BusError."""
+        # Progress is listened to before anything is read, and the place of the log's end is read before the log: what
+        # happens meanwhile comes through one or the other.
+        await jobs.get(job_id)
+        progress = await bus.listen(topology.subject_of_progress(job_id))
+        try:
+            job = await jobs.get(job_id)
+            newest = await bus.last(topology.EVENTS, topology.subject_of_events(job_id))
+            log_feed = await bus.follow(topology.EVENTS, topology.subject_of_events(job_id), after)
+        except BaseException:
+            await progress.close()
+            raise
+        feed = cls(jobs, job, log_feed, progress, after, newest.seq if newest else 0)
+        feed._pumps = [
+            *(asyncio.create_task(feed._pump(source)) for source in feed._feeds),
+            asyncio.create_task(feed._watch(stopping)),
+        ]
+        return feed
+
+    async def close(self) -> None:
+        """Let go of the bus."""
+        for pump in self._pumps:
+            pump.cancel()
+        await asyncio.gather(*self._pumps, return_exceptions=True)
+        await asyncio.gather(*(feed.close() for feed in self._feeds), return_exceptions=True)
+
+    async def frames(self) -> AsyncIterator[bytes]:
+        """The frames, until the job has ended or the process is about to."""
+        yield b"retry: 2000\n\n"
+        for start in self._when_caught_up():
+            yield start
+        while True:
+            if self._ended and self._caught_up and (job := await self._final_record()) is not None:
+                yield frame("job", job.to_bytes())
+                return
+            try:
+                message = await asyncio.wait_for(self._queue.get(), KEEP_ALIVE_S)
+            except TimeoutError:
+                yield KEEP_ALIVE
+                if not await self._goes_on():
+                    return
+                continue
+            if message is None:
+                return
+            for told in self._tell(message):
+                yield told
+
+    @property
+    def _caught_up(self) -> bool:
+        return self._seen >= self._newest
+
+    def _tell(self, message: Stored) -> list[bytes]:
+        if message.subject == topology.subject_of_progress(self._job_id):
+            if self._caught_up:
+                return [frame("progress", message.body)]
+            self._progress = message.body  # it belongs behind what is being replayed
+            return []
+        behind = not self._caught_up
+        self._seen = message.seq
+        try:
+            event = parse_event(message.body)
+        except ValueError:
+            log.warning("an event that is none is passed over", _event="event_invalid", seq=message.seq)
+            return []
+        if event.run >= self._run:
+            self._ended = isinstance(event, ENDS) or (self._ended and event.run == self._run)
+            self._run = event.run
+        told = frame(event.type, message.body, message.seq)
+        return [told, *self._when_caught_up()] if behind else [told]
+
+    def _when_caught_up(self) -> list[bytes]:
+        if not self._caught_up or self._ended or self._progress is None:
+            return []
+        progress, self._progress = self._progress, None
+        return [frame("progress", progress)]
+
+    async def _final_record(self) -> Job | None:
+        """The record, once it says what the log says; None where the job goes on after all."""
+        clock = asyncio.get_running_loop().time
+        until = clock() + RECORD_PATIENCE_S
+        while True:
+            try:
+                job = await self._jobs.find(self._job_id)
+            except errors.BusError as exc:
+                log.warning(exc.message, _event="bus_lost", job=self._job_id)
+                job = None
+            if job is not None and job.status.final and job.run >= self._run:
+                return job
+            if (job is not None and job.run > self._run) or clock() > until:
+                self._ended = False  # a later run: its events are on their way
+                return None
+            await asyncio.sleep(RECORD_PAUSE_S)
+
+    async def _goes_on(self) -> bool:
+        """In a quiet moment: is the job still there, or did it end without the event that a dead gateway owes?"""
+        try:
+            job = await self._jobs.find(self._job_id)
+        except errors.BusError:
+            return True
+        self._ended = job is not None and job.status.final and job.run >= self._run
+        return job is not None
+
+    async def _pump(self, feed: Feed) -> None:
+        while True:
+            try:
+                message = await feed.next(READ_S)
+            except errors.BusError as exc:
+                log.warning(exc.message, _event="bus_lost", job=self._job_id)
+                await asyncio.sleep(PAUSE_S)
+                continue
+            if message is not None:
+                await self._queue.put(message)
+
+    async def _watch(self, stopping: asyncio.Event) -> None:
+        await stopping.wait()
+        await self._queue.put(None)

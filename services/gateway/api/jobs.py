@@ -1,0 +1,163 @@
+"""Jobs: submit, look, list, cancel, retry, approve."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+from typing import Annotated, Any
+
+import pydantic_core
+import uuid_utils
+from fastapi import APIRouter, Header, Query, Request
+from pydantic import BaseModel, ConfigDict, Field
+from starlette.responses import Response
+
+from gateway.api import bodies, problems
+from gateway.api.forms import REQUEST_FIELD, read_form
+from gateway.api.parts import JobIdHere, Parts, PartsHere
+from gateway.api.references import References
+from gateway.intake import InvalidRequestError, id_from_key, parse
+from vidgen import contracts, errors
+from vidgen.contracts import FieldError, Job, JobStatus, VideoRequest
+
+router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
+
+KNOWN: dict[int | str, dict[str, Any]] = {200: {"model": Job, "description": "The job was known already."}}
+FORM_SCHEMA = {
+    "type": "object",
+    "required": ["image", "request"],
+    "properties": {
+        "image": {
+            "type": "array", "minItems": 1, "maxItems": contracts.MAX_REFERENCES,
+            "items": {"type": "string", "format": "binary"}, "description": "The reference images, in order.",
+        },
+        "request": {"type": "string", "description": "A VideoRequest as JSON, without `references`."},
+    },
+}  # fmt: skip
+SUBMIT_BODY = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            bodies.JSON: {"schema": {"$ref": "#/components/schemas/VideoRequest"}},
+            bodies.FORM: {"schema": FORM_SCHEMA},
+        },
+    }
+}
+
+
+class JobList(BaseModel):
+    """A page of jobs, newest first; `next_cursor` is null on the last one."""
+
+    jobs: tuple[Job, ...]
+    next_cursor: str | None
+
+
+class Approval(BaseModel):
+    """Which candidate of the edit the video starts from."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    candidate: int = Field(0, ge=0)
+
+
+def answer(job: Job, status: int = 200) -> Response:
+    """A job as a response."""
+    return Response(job.to_bytes(), status, {"Location": f"/v1/jobs/{job.id}"}, bodies.JSON)
+
+
+@router.post(
+    "", status_code=202, response_model=Job, openapi_extra=SUBMIT_BODY,
+    responses=KNOWN | problems.responses(400, 413, 415, 422, 503),
+)  # fmt: skip
+async def submit(
+    request: Request,
+    parts: PartsHere,
+    idempotency_key: Annotated[
+        str | None, Header(min_length=1, max_length=255, description="The same key twice is the same job.")
+    ] = None,
+) -> Response:
+    """Submit a request: JSON with object keys, or a form with the images. The same id or key twice is one job."""
+    try:
+        wanted = await _read_request(request, parts)
+        fallback = id_from_key(idempotency_key) if idempotency_key else str(uuid_utils.uuid7())
+        job, new = await parts.intake.submit(wanted, wanted.job_id or fallback)
+    except (errors.RejectedError, problems.HttpError):
+        parts.metrics.request_rejected()
+        raise
+    if not new:
+        parts.metrics.request_duplicate()
+    return answer(job, 202 if new else 200)
+
+
+@router.get("", response_model=JobList, responses=problems.responses(422, 503))
+async def list_jobs(
+    parts: PartsHere,
+    status: JobStatus | None = None,
+    cursor: Annotated[str | None, Query(description="`next_cursor` of the page before.")] = None,
+    limit: Annotated[int, Query(ge=1, le=100)] = 20,
+) -> Response:
+    """Jobs, newest first; pages stay the same while new jobs come."""
+    page = await parts.jobs.list(status, cursor, limit)
+    jobs = b",".join(job.to_bytes() for job in page.jobs)
+    following = pydantic_core.to_json(page.next_cursor)
+    return Response(b'{"jobs":[%b],"next_cursor":%b}' % (jobs, following), media_type=bodies.JSON)
+
+
+@router.get("/{job_id}", response_model=Job, responses=problems.responses(404, 503))
+async def show(job_id: JobIdHere, parts: PartsHere) -> Response:
+    """A job, with the newest progress of what runs."""
+    return answer(await parts.jobs.get(job_id))
+
+
+@router.post("/{job_id}/cancel", response_model=Job, responses=problems.responses(404, 503))
+async def cancel(job_id: JobIdHere, parts: PartsHere) -> Response:
+    """Stop a job, queued or running; one that has ended stays as it is."""
+    return answer(await parts.jobs.cancel(job_id))
+
+
+@router.post("/{job_id}/retry", response_model=Job, responses=problems.responses(404, 409, 503))
+async def retry(job_id: JobIdHere, parts: PartsHere) -> Response:
+    """Run a failed or cancelled job again from the stage where it stopped; what succeeded is not done again."""
+    return answer(await parts.jobs.retry(job_id))
+
+
+@router.post(
+    "/{job_id}/approve", response_model=Job, openapi_extra=bodies.documented(Approval),
+    responses=problems.responses(400, 404, 409, 413, 415, 422, 503),
+)  # fmt: skip
+async def approve(job_id: JobIdHere, request: Request, parts: PartsHere) -> Response:
+    """Let a job that waits for a review go on with one of its candidates."""
+    wanted = await bodies.read_model(request, Approval)
+    return answer(await parts.jobs.approve(job_id, wanted.candidate))
+
+
+async def _read_request(request: Request, parts: Parts) -> VideoRequest:
+    if bodies.media_type(request, bodies.JSON, bodies.FORM) == bodies.JSON:
+        return parse(await bodies.read_json(request))
+    references: References = request.app.state.references
+    limit = parts.settings.max_upload_bytes
+    with tempfile.TemporaryDirectory(prefix="vidgen-form-") as folder:
+        form = await read_form(request.headers["content-type"], request.stream(), Path(folder), limit)
+        asked = _without_references(bodies.check_json(form.request, f"the form field {REQUEST_FIELD}"))
+        usable, wrong = await references.check(form.images)
+        try:
+            # Keys that stand for the images, so that everything else that is wrong is named in the same answer.
+            _parse_with(asked, [f"uploads/{index}" for index in range(len(form.images))])
+        except InvalidRequestError as exc:
+            wrong += exc.errors
+        if wrong:
+            raise InvalidRequestError(wrong)
+        return _parse_with(asked, await references.store(usable))
+
+
+def _parse_with(asked: dict[str, Any], references: list[str]) -> VideoRequest:
+    return parse(pydantic_core.to_json(asked | {"references": references}))
+
+
+def _without_references(asked: Any) -> dict[str, Any]:
+    if not isinstance(asked, dict):
+        raise InvalidRequestError([FieldError(field=REQUEST_FIELD, message="send one JSON object")])
+    if "references" in asked:
+        message = "leave it out: the images of the form are the references"
+        raise InvalidRequestError([FieldError(field="references", message=message)])
+    return asked

@@ -1,0 +1,73 @@
+"""The images that came with a form: checked, made plain, and stored under their own checksum."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass
+from pathlib import Path
+
+from gateway.api.forms import IMAGE_FIELD
+from vidgen import artifacts, errors, images
+from vidgen.artifacts import ArtifactStore
+from vidgen.contracts import FieldError
+
+DECODERS = 2  # images decoded at once: each may take a few hundred MB for a moment
+EXTENSIONS = {"image/png": "png", "image/jpeg": "jpg", "image/webp": "webp"}
+
+
+@dataclass(frozen=True)
+class Reference:
+    """An image that every engine can read, as a local file."""
+
+    path: Path
+    content_type: str
+    sha256: str
+
+    @property
+    def key(self) -> str:
+        """The same upload twice is one object."""
+        return f"{artifacts.UPLOADS}{self.sha256}.{EXTENSIONS[self.content_type]}"
+
+
+class References:
+    """Checks and stores uploaded images, a few at a time."""
+
+    def __init__(self, store: ArtifactStore) -> None:
+        self._store = store
+        self._decoders = asyncio.Semaphore(DECODERS)
+
+    async def check(self, paths: tuple[Path, ...]) -> tuple[list[Reference], list[FieldError]]:
+        """What the files are, and what is wrong with them, by field."""
+        checked = await asyncio.gather(*map(self._check, paths), return_exceptions=True)
+        found: list[Reference] = []
+        wrong: list[FieldError] = []
+        for index, result in enumerate(checked):
+            if isinstance(result, errors.RejectedError):
+                wrong.append(FieldError(field=f"{IMAGE_FIELD}.{index}", message=result.message))
+            elif isinstance(result, BaseException):
+                raise result
+            else:
+                found.append(result)
+        return found, wrong
+
+    async def store(self, references: list[Reference]) -> list[str]:
+        """Put them into the store; their keys, in order."""
+        await asyncio.gather(*map(self._store_one, references))
+        return [reference.key for reference in references]
+
+    async def _check(self, path: Path) -> Reference:
+        async with self._decoders:
+            return await asyncio.to_thread(_examine, path)
+
+    async def _store_one(self, reference: Reference) -> None:
+        if await self._store.stat(reference.key) is None:
+            await self._store.put(reference.key, reference.path, reference.content_type)
+
+
+def _examine(path: Path) -> Reference:
+    facts = images.inspect(path)
+    if not facts.normal:
+        plain = path.with_suffix(".png")
+        facts = images.normalise(path, plain)
+        path = plain
+    return Reference(path, f"image/{facts.format.lower()}", artifacts.sha256_of(path))

@@ -1,0 +1,48 @@
+"""Uploads: a presigned URL to which a client puts an image itself."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Literal
+
+import uuid_utils
+from fastapi import APIRouter, Request
+from pydantic import BaseModel, ConfigDict
+
+from gateway.api import bodies, problems
+from gateway.api.parts import PartsHere
+from gateway.api.references import EXTENSIONS
+from vidgen import artifacts
+
+router = APIRouter(prefix="/v1/uploads", tags=["uploads"])
+
+
+class UploadRequest(BaseModel):
+    """What is going to be uploaded."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    content_type: Literal["image/png", "image/jpeg", "image/webp"]
+
+
+class Upload(BaseModel):
+    """Where to put the image; `key` is what a request then names in `references`."""
+
+    key: str
+    url: str
+    method: Literal["PUT"] = "PUT"
+    headers: dict[str, str]
+    expires_at: datetime
+
+
+@router.post(
+    "", status_code=201, response_model=Upload, openapi_extra=bodies.documented(UploadRequest),
+    responses=problems.responses(400, 413, 415, 422, 503),
+)  # fmt: skip
+async def prepare(request: Request, parts: PartsHere) -> Upload:
+    """Make a presigned URL for one image. It is checked when a request refers to it."""
+    wanted = await bodies.read_model(request, UploadRequest)
+    key = f"{artifacts.UPLOADS}{uuid_utils.uuid7()}.{EXTENSIONS[wanted.content_type]}"
+    expires_at = datetime.now(UTC) + parts.link_life
+    url = await parts.store.url(key, method="PUT", expires=parts.link_life)
+    return Upload(key=key, url=url, headers={"Content-Type": wanted.content_type}, expires_at=expires_at)

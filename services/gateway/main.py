@@ -1,0 +1,152 @@
+"""The gateway's composition root: settings, bus, store, parts, HTTP; from the first connection to the drained end."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import secrets
+import signal
+import sys
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+import structlog
+
+from gateway.api.app import create_app
+from gateway.api.parts import Parts
+from gateway.consumers import Consumers
+from gateway.fleet import Fleet
+from gateway.intake import Intake
+from gateway.jobs import Jobs
+from vidgen import bus, errors, probes, settings, telemetry
+from vidgen.artifacts import S3Store
+from vidgen.metrics import GatewayMetrics
+from vidgen.settings import GatewaySettings
+from vidgen.topology import Topology
+
+log = structlog.get_logger(__name__)
+
+START_PATIENCE_S = 30.0
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.25, 4.0
+HTTP_GRACE_S = 5.0
+DRAIN_S = 10.0
+
+T = TypeVar("T")
+
+
+class StoppedError(Exception):
+    """Told to leave before the start was over."""
+
+
+def main() -> None:
+    """Serve until told to stop. Exit code 0: drained; 1: could not start, or a part of it died."""
+    try:
+        own = settings.read(GatewaySettings)
+    except errors.FatalError as exc:
+        sys.stderr.write(f"{exc.message}\n")
+        raise SystemExit(1) from exc
+    telemetry.configure(own, "gateway")
+    try:
+        asyncio.run(_Gateway(own).run())
+    except errors.VidgenError as exc:
+        log.error(exc.message, _event="left", code=exc.code)
+        raise SystemExit(1) from exc
+
+
+class _Gateway:
+    def __init__(self, own: GatewaySettings) -> None:
+        self._settings = own
+        self._stop = asyncio.Event()
+        self._denied: str | None = None
+
+    async def run(self) -> None:
+        """Serve until told to stop; raises VidgenError when that cannot be, or can no longer be."""
+        self._take_signals()
+        try:
+            async with contextlib.AsyncExitStack() as stack:
+                connected = await self._connect(stack)
+                store = S3Store.from_settings(self._settings)
+                await self._persist("the object store", store.ensure_bucket)
+                await self._serve(connected, store)
+        except StoppedError:
+            pass
+        if self._denied is not None:
+            raise errors.FatalError(
+                f"the bus denies the gateway something that it needs: {self._denied}", code="bus_denied"
+            )
+        log.info("drained", _event="drained")
+
+    async def _connect(self, stack: contextlib.AsyncExitStack) -> bus.JetStreamBus:
+        own = self._settings
+        name = f"gateway-{secrets.token_hex(4)}"
+
+        async def attempt() -> bus.JetStreamBus:
+            connection = bus.connect(own.nats_url, name, on_denied=self._on_denied, **own.nats_options())
+            return await stack.enter_async_context(connection)
+
+        connected = await self._persist("the bus", attempt)
+        wanted = Topology(own.stream_replicas, own.ack_wait)
+        await self._persist("the bus", lambda: bus.bootstrap(connected, wanted))
+        return connected
+
+    async def _serve(self, connected: bus.JetStreamBus, store: S3Store) -> None:
+        own, metrics, jobs = self._settings, GatewayMetrics(), Jobs(connected)
+        intake = Intake(connected, store, jobs, own.max_upload_bytes)
+        parts = Parts(own, connected, store, jobs, intake, Fleet(connected), metrics, self._stop)
+        consumers = Consumers(connected, jobs, intake, metrics, own.intake_concurrency)
+        consuming = asyncio.create_task(consumers.run(self._stop), name="consumers")
+        stopped = asyncio.create_task(self._stop.wait(), name="stop")
+        try:
+            async with probes.run_app(create_app(parts), own.http_host, own.http_port, grace=HTTP_GRACE_S) as url:
+                probes.write_ready_file(own.ready_file, url)
+                log.info("ready for requests", _event="ready", url=url)
+                await asyncio.wait((consuming, stopped), return_when=asyncio.FIRST_COMPLETED)
+                self._stop.set()  # feeds end, no more is taken from the bus; what has begun is finished
+            await asyncio.wait((consuming,), timeout=DRAIN_S)
+        finally:
+            self._stop.set()
+            stopped.cancel()
+            consuming.cancel()
+            await asyncio.gather(consuming, stopped, return_exceptions=True)
+        if not consuming.cancelled() and (died := consuming.exception()) is not None:
+            raise errors.FatalError("the consumers died: the log says of what", code="consumers_died") from died
+
+    async def _persist(self, what: str, attempt: Callable[[], Awaitable[T]]) -> T:
+        """Try until it works, for a while; raises FatalError, or StoppedError when told to stop meanwhile."""
+        clock = asyncio.get_running_loop().time
+        give_up, pause = clock() + START_PATIENCE_S, FIRST_PAUSE_S
+        while True:
+            if self._stop.is_set():
+                raise StoppedError
+            try:
+                return await attempt()
+            except errors.RetryableError as exc:
+                if clock() + pause > give_up:
+                    raise errors.FatalError(
+                        f"{what} was not there within {START_PATIENCE_S:.0f} s: {exc.message}", code="not_there"
+                    ) from exc
+                log.warning(exc.message, _event="not_there_yet", waiting_for=what, again_in_s=pause)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._stop.wait(), pause)
+            pause = min(LONGEST_PAUSE_S, pause * 2)
+
+    def _take_signals(self) -> None:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal, number)
+
+    def _on_signal(self, number: signal.Signals) -> None:
+        if self._stop.is_set():
+            log.warning("leaving now", _event="killed")
+            os._exit(128 + number)
+        log.info("draining: nothing new is taken, what has begun is finished", _event="draining")
+        self._stop.set()
+
+    def _on_denied(self, text: str) -> None:
+        self._denied = text
+        self._stop.set()
+
+
+if __name__ == "__main__":
+    main()
