@@ -5,13 +5,16 @@ from __future__ import annotations
 import os
 import secrets
 import socket
+import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Literal, TypeVar, get_args
 
 from pydantic import Field, SecretStr, ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from vidgen import errors
+from vidgen import errors, reference
 from vidgen.contracts import Stage
 
 QWEN_MODEL = "Qwen/Qwen-Image-Edit-2511"
@@ -25,22 +28,24 @@ class Settings(BaseSettings):
 
     model_config = SettingsConfigDict(env_prefix="VIDGEN_", extra="ignore", frozen=True)
 
-    nats_url: str = "nats://127.0.0.1:4222"
-    nats_user: str | None = None
-    nats_password: SecretStr | None = None
+    nats_url: str = Field("nats://127.0.0.1:4222", description="The bus.")
+    nats_user: str | None = Field(None, description="A NATS user, where the bus wants one.")
+    nats_password: SecretStr | None = Field(None, description="That user's password.")
     nats_creds: Path | None = Field(None, description="A NATS credentials file, instead of user and password.")
-    stream_replicas: int = Field(1, ge=1, le=5)
+    stream_replicas: int = Field(
+        1, ge=1, le=5, description="Replicas of every stream and bucket; the gateway only ever raises them."
+    )
     ack_wait: float = Field(60.0, gt=0, description="Seconds a task stays with a worker that is no longer heard.")
 
-    s3_endpoint: str = "http://127.0.0.1:8333"
+    s3_endpoint: str = Field("http://127.0.0.1:8333", description="The object store.")
     s3_public_endpoint: str | None = Field(None, description="The same store as clients reach it, for presigned URLs.")
-    s3_access_key: SecretStr = SecretStr("")
-    s3_secret_key: SecretStr = SecretStr("")
-    s3_bucket: str = "vidgen"
-    s3_region: str = "us-east-1"
+    s3_access_key: SecretStr = Field(SecretStr(""), description="The store's access key.")
+    s3_secret_key: SecretStr = Field(SecretStr(""), description="The store's secret key.")
+    s3_bucket: str = Field("vidgen", description="The bucket; the gateway makes it where it is missing.")
+    s3_region: str = Field("us-east-1", description="The region that requests are signed for.")
 
-    log_level: Literal["debug", "info", "warning", "error"] = "info"
-    log_format: Literal["auto", "json", "console"] = "auto"
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="The least level logged.")
+    log_format: Literal["auto", "json", "console"] = Field("auto", description="auto: JSON unless on a terminal.")
     ready_file: Path | None = Field(None, description="Where the process writes its HTTP URL once it listens.")
 
     def nats_options(self) -> dict[str, object]:
@@ -56,11 +61,11 @@ class Settings(BaseSettings):
 class GatewaySettings(Settings):
     """The gateway's own."""
 
-    http_host: str = "127.0.0.1"
+    http_host: str = Field("127.0.0.1", description="The address to listen on.")
     http_port: int = Field(8080, ge=0, le=65535, description="0: a port that the OS chooses.")
-    max_upload_bytes: int = Field(32 << 20, gt=0)
-    intake_concurrency: int = Field(8, ge=1, le=64)
-    presign_minutes: int = Field(15, ge=1, le=1440)
+    max_upload_bytes: int = Field(32 << 20, gt=0, description="The largest reference image, in bytes.")
+    intake_concurrency: int = Field(8, ge=1, le=64, description="Requests, and events, handled at once.")
+    presign_minutes: int = Field(15, ge=1, le=1440, description="How long a presigned URL is good for.")
 
 
 def _worker_id() -> str:
@@ -71,13 +76,16 @@ def _worker_id() -> str:
 class WorkerSettings(Settings):
     """What both GPU services read; the model of each stage has its own variables."""
 
-    worker_id: str = Field(default_factory=_worker_id, pattern=r"^[A-Za-z0-9_-]{1,64}$")
-    metrics_host: str = "127.0.0.1"
-    metrics_port: int = Field(0, ge=0, le=65535, description="0: a port that the OS chooses.")
+    worker_id: str = Field(
+        default_factory=_worker_id, pattern=r"^[A-Za-z0-9_-]{1,64}$",
+        description="Names this worker; made of host, process and chance where it is not set.",
+    )  # fmt: skip
+    metrics_host: str = Field("127.0.0.1", description="The address for `/metrics`, `/healthz` and `/readyz`.")
+    metrics_port: int = Field(0, ge=0, le=65535, description="Its port; 0: one that the OS chooses.")
     work_dir: Path | None = Field(None, description="Scratch space; a temporary folder by default.")
-    max_attempts: int = Field(3, ge=1, le=9)
+    max_attempts: int = Field(3, ge=1, le=9, description="Tries of a task before it is given up.")
     backoff_base: float = Field(1.0, ge=0, description="Seconds before the second attempt; doubles with each.")
-    backoff_limit: float = Field(60.0, ge=0)
+    backoff_limit: float = Field(60.0, ge=0, description="The longest wait between two attempts, in seconds.")
     grace_s: float = Field(600.0, gt=0, description="How long a draining worker may finish what runs.")
     heartbeat_s: float = Field(3.0, gt=0, description="How often the worker registry is refreshed.")
     gpu_usd_per_hour: float = Field(0.0, ge=0, description="What this worker's GPU costs; gives cost_usd.")
@@ -86,15 +94,17 @@ class WorkerSettings(Settings):
         "auto", description="auto: the real model where its weights and a GPU are found, else the CPU preview."
     )
     device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
-    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+        "auto", description="auto: bfloat16 on a GPU, float32 on the CPU."
+    )
     preview_seconds_per_step: float = Field(0.0, ge=0, description="A pace for the preview engines, for load tests.")
 
     edit_model: str = Field(QWEN_MODEL, description="A model id or a local folder.")
     edit_revision: str | None = Field(None, description="The commit of the model id; needed to download it.")
     edit_lora: str | None = Field(None, description="A LoRA: local .safetensors file or folder.")
-    i2v_model: str = WAN_MODEL
-    i2v_revision: str | None = None
-    i2v_lora: str | None = None
+    i2v_model: str = Field(WAN_MODEL, description="A model id or a local folder.")
+    i2v_revision: str | None = Field(None, description="The commit of the model id; needed to download it.")
+    i2v_lora: str | None = Field(None, description="A LoRA; with Wan 2.2 that of the high-noise expert.")
     i2v_lora_2: str | None = Field(None, description="The LoRA of Wan 2.2's low-noise expert.")
 
     def model_of(self, stage: Stage) -> tuple[str, str | None]:
@@ -109,3 +119,40 @@ def read(kind: type[T]) -> T:
     except ValidationError as exc:
         wrong = "; ".join(f"VIDGEN_{'_'.join(map(str, e['loc'])).upper()}: {e['msg']}" for e in exc.errors())
         raise errors.FatalError(f"the settings are wrong: {wrong}", code="settings") from exc
+
+
+# ── the reference ────────────────────────────────────────────────────────────────────────────────────────────────
+
+BEGIN, END = "<!-- settings: begin (python -m vidgen.settings FILE writes this) -->", "<!-- settings: end -->"
+GROUPS: tuple[tuple[str, type[Settings]], ...] = (
+    ("Every process", Settings), ("The gateway", GatewaySettings), ("edit-service and i2v-service", WorkerSettings),
+)  # fmt: skip
+
+
+def reference_table() -> str:
+    """Every variable as markdown tables, for `docs/reference.md`."""
+    parts = []
+    for title, kind in GROUPS:
+        parts += [f"**{title}**", "", "| variable | default | meaning |", "|---|---|---|", *_rows(kind), ""]
+    return "\n".join(parts)
+
+
+def _rows(kind: type[Settings]) -> Iterator[str]:
+    for name, field in kind.model_fields.items():
+        if kind is Settings or name not in Settings.model_fields:
+            yield f"| `VIDGEN_{name.upper()}` | {_default(field)} | {_meaning(field)} |"
+
+
+def _default(field: FieldInfo) -> str:
+    value = field.default.get_secret_value() if isinstance(field.default, SecretStr) else field.default
+    unset = field.default_factory is not None or value is None or value == ""
+    return "none" if unset else f"`{value}`"
+
+
+def _meaning(field: FieldInfo) -> str:
+    allowed = [f"`{value}`" for value in get_args(field.annotation) if isinstance(value, str)]
+    return " ".join(filter(None, (field.description, f"One of {', '.join(allowed)}." if allowed else "")))
+
+
+if __name__ == "__main__":
+    reference.put_between(Path(sys.argv[1]), BEGIN, END, reference_table())
