@@ -1,0 +1,467 @@
+"""The command line with a gateway that is made up: usage, lines, JSON, exit codes."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, ClassVar
+
+import pytest
+from PIL import Image
+from typer.testing import CliRunner, Result
+
+from vidgen import client, contracts
+from vidgen.cli import app
+from vidgen.cli.doctor import profile_for
+from vidgen.cli.progress import PlainView
+from vidgen.client import DeadEntry, DeadPage, GatewayError, JobPage, Problem, Update
+from vidgen.contracts import (
+    Artifact,
+    EditWork,
+    FieldError,
+    GpuFigures,
+    Job,
+    JobError,
+    JobStatus,
+    Progress,
+    StageCompleted,
+    StageRecord,
+    StageStarted,
+    StageState,
+    VideoRequest,
+    WorkerInfo,
+)
+
+AT = datetime(2026, 11, 1, tzinfo=UTC)
+GATEWAY = ["--gateway", "http://gateway"]
+WORK = EditWork(
+    prompt="x", user_prompt="x", negative_prompt=" ", steps=4, true_cfg_scale=1, guidance_scale=1, seed=5, width=64,
+    height=64, candidates=1,
+)  # fmt: skip
+
+
+def artifact(name: str, content_type: str, **measures: int) -> Artifact:
+    return Artifact(
+        name=name, key=f"jobs/j1/{name}", content_type=content_type, size=1_800_000, sha256="0" * 64, width=832,
+        height=480, **measures,
+    )  # fmt: skip
+
+
+def made_job(status: JobStatus = JobStatus.COMPLETED, *, engine: str = "preview", error: JobError | None = None) -> Job:
+    return Job(
+        id="j1", status=status, created_at=AT, updated_at=AT, error=error,
+        stages=(StageRecord(stage="edit", state=StageState.COMPLETED, work=WORK, engine=engine, seed=5),),
+        artifacts=(artifact("edit-0.png", "image/png"), artifact("video.mp4", "video/mp4", frames=81, fps=16)),
+    )  # fmt: skip
+
+
+STARTED = StageStarted(job_id="j1", at=AT, stage="edit", attempt=1, tries=0, worker="w1", engine="preview", model="m")
+ENDED = StageCompleted(
+    job_id="j1", at=AT, stage="edit", attempt=1, tries=0, worker="w1", engine="preview", model="m", seed=5, artifacts=()
+)  # fmt: skip
+
+
+def step(number: int, steps: int = 4) -> Progress:
+    return Progress(job_id="j1", stage="edit", step=number, steps=steps, seconds_per_step=0.5, eta_s=12.0, at=AT)
+
+
+class FakeClient:
+    """Stands in for AsyncClient; what it answers is set by the test."""
+
+    sent: ClassVar[list[Any]]
+    updates: ClassVar[Sequence[Update]]
+    answer: ClassVar[Job | Exception]
+
+    def __init__(self, base_url: str) -> None:
+        assert base_url == "http://gateway"
+
+    async def __aenter__(self) -> FakeClient:
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        return None
+
+    async def submit(self, request: VideoRequest, *, images: Sequence[Path] = ()) -> Job:
+        self.sent.append((request, list(images)))
+        return self._answer()
+
+    async def get(self, job_id: str) -> Job:
+        self.sent.append(("get", job_id))
+        return self._answer()
+
+    async def cancel(self, job_id: str) -> Job:
+        self.sent.append(("cancel", job_id))
+        return self._answer()
+
+    async def approve(self, job_id: str, candidate: int) -> Job:
+        self.sent.append(("approve", job_id, candidate))
+        return self._answer()
+
+    async def watch(self, job_id: str) -> AsyncIterator[Update]:
+        for update in self.updates:
+            yield update
+
+    async def download(self, job_id: str, name: str, path: Path) -> Path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(name.encode())
+        return path
+
+    async def list(self, **query: Any) -> JobPage:
+        self.sent.append(query)
+        return JobPage(jobs=(made_job(), made_job(JobStatus.FAILED)), next_cursor="17")
+
+    async def workers(self) -> tuple[WorkerInfo, ...]:
+        return (
+            WorkerInfo(
+                id="w1", stage="edit", state="ready", engine="preview", model="m", device="cpu", version="0", host="h",
+                started_at=AT, at=AT,
+            ),
+        )  # fmt: skip
+
+    async def dead_list(self, **_: Any) -> DeadPage:
+        return DeadPage(dead=(dead_letter(),))
+
+    async def dead_show(self, seq: int) -> DeadEntry:
+        assert seq == 3
+        return dead_letter()
+
+    async def dead_drop(self, seq: int) -> None:
+        self.sent.append(("drop", seq))
+
+    def _answer(self) -> Job:
+        if isinstance(self.answer, Exception):
+            raise self.answer
+        return self.answer
+
+
+def dead_letter() -> DeadEntry:
+    error = JobError(code="invalid_request", message="not JSON")
+    # base64 of an escape sequence that clears a screen, and a word
+    return DeadEntry(seq=3, subject="vidgen.requests", error=error, payload="G1sySmhlbGxv", at=AT)
+
+
+@pytest.fixture(autouse=True)
+def fake(monkeypatch: pytest.MonkeyPatch) -> type[FakeClient]:
+    monkeypatch.delenv("VIDGEN_GATEWAY_URL", raising=False)
+    monkeypatch.setattr(client, "AsyncClient", FakeClient)
+    FakeClient.sent, FakeClient.answer = [], made_job(JobStatus.QUEUED)
+    FakeClient.updates = (STARTED, step(1), step(4), ENDED, made_job())
+    return FakeClient
+
+
+@pytest.fixture
+def photo(tmp_path: Path) -> Path:
+    path = tmp_path / "photo.png"
+    Image.new("RGB", (64, 48), "teal").save(path)
+    return path
+
+
+def vidgen(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def lines_of(result: Result) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in result.stdout.splitlines()]
+
+
+# ── run ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_run_makes_both_stages_saves_both_files_and_names_the_preview_engines(
+    photo: Path, tmp_path: Path, fake: type[FakeClient]
+) -> None:
+    out, frame = tmp_path / "new" / "video.mp4", tmp_path / "frame.png"
+    result = vidgen("run", photo, "--edit", "a hat", "--motion", "zoom in", "-o", out, "--frame", frame, *GATEWAY)
+    assert result.exit_code == 0, result.output
+    assert (out.read_bytes(), frame.read_bytes()) == (b"video.mp4", b"edit-0.png")
+    assert str(out) in result.stdout
+    assert "81 frames at 16 fps" in result.stdout
+    assert "seed   5" in result.stdout
+    assert "preview engines" in result.stdout
+    assert "pip install 'vidgen[gpu]'" in result.stdout
+
+
+def test_run_says_nothing_of_previews_when_a_real_engine_worked(
+    photo: Path, tmp_path: Path, fake: type[FakeClient]
+) -> None:
+    fake.updates = (made_job(engine="qwen"),)
+    result = vidgen("run", photo, "--edit", "a hat", "-o", tmp_path / "a.png", *GATEWAY)
+    assert result.exit_code == 0
+    assert "preview" not in result.stdout
+
+
+def test_run_passes_every_option_on(photo: Path, tmp_path: Path, fake: type[FakeClient]) -> None:
+    options = (
+        "--seed 7 --quality draft --size 640x384 --frames 33 --fps 24 --style neon --background city --viewpoint left"
+    )
+    arguments = ["run", photo, "--edit", "a hat", "--motion", "pan", "-o", tmp_path / "a.mp4", *options.split()]
+    assert vidgen(*arguments, *GATEWAY).exit_code == 0
+    request, images = fake.sent[0]
+    assert images == [photo]
+    assert (request.edit.seed, request.edit.quality, request.edit.width) == (7, "draft", None)
+    assert (request.edit.style, request.edit.background, request.edit.viewpoint) == ("neon", "city", "left")
+    assert (request.i2v.width, request.i2v.height, request.i2v.num_frames, request.i2v.fps) == (640, 384, 33, 24)
+    assert (request.i2v.seed, request.i2v.quality) == (7, "draft")
+
+
+def test_an_edit_alone_takes_the_size_and_writes_a_png(photo: Path, tmp_path: Path, fake: type[FakeClient]) -> None:
+    assert vidgen("run", photo, "--edit", "x", "-o", tmp_path / "a.png", "--size", "256x128", *GATEWAY).exit_code == 0
+    request, _ = fake.sent[0]
+    assert (request.edit.width, request.edit.height, request.i2v) == (256, 128, None)
+    assert (tmp_path / "a.png").read_bytes() == b"edit-0.png"
+
+
+def test_a_motion_alone_may_have_no_words(photo: Path, tmp_path: Path, fake: type[FakeClient]) -> None:
+    assert vidgen("run", photo, "--motion", "", "-o", tmp_path / "a.mp4", *GATEWAY).exit_code == 0
+    assert fake.sent[0][0].edit is None
+
+
+def test_run_in_json_prints_progress_and_files_as_lines(photo: Path, tmp_path: Path) -> None:
+    result = vidgen("run", photo, "--edit", "a hat", "-o", tmp_path / "a.png", "--json", *GATEWAY)
+    lines = lines_of(result)
+    kinds = [line["type"] for line in lines]
+    assert kinds == ["stage_started", "progress", "progress", "stage_completed", "job", "file", "note"]
+    assert lines[1]["step"] == 1
+    assert lines[-2] == {"type": "file", "name": "edit-0.png", "path": str(tmp_path / "a.png")}
+
+
+@pytest.mark.parametrize("status", [JobStatus.FAILED, JobStatus.CANCELLED, JobStatus.REJECTED])
+def test_a_job_that_does_not_complete_is_exit_code_1(
+    status: JobStatus, photo: Path, tmp_path: Path, fake: type[FakeClient]
+) -> None:
+    fake.updates = (made_job(status, error=JobError(code="oom", message="out of memory", stage="edit")),)
+    result = vidgen("run", photo, "--edit", "a hat", "-o", tmp_path / "a.png", *GATEWAY)
+    assert result.exit_code == 1
+    assert f"{status} in edit: out of memory" in result.stderr
+    assert not (tmp_path / "a.png").exists()
+
+
+def test_a_gateway_out_of_reach_is_exit_code_1(photo: Path, tmp_path: Path, fake: type[FakeClient]) -> None:
+    fake.answer = GatewayError(Problem(detail="http://gateway does not answer", code="gateway_unreachable"))
+    result = vidgen("run", photo, "--edit", "a hat", "-o", tmp_path / "a.png", *GATEWAY)
+    assert result.exit_code == 1
+    assert "http://gateway does not answer" in result.stderr
+
+
+def test_what_the_gateway_finds_wrong_is_exit_code_2(photo: Path, tmp_path: Path, fake: type[FakeClient]) -> None:
+    errors = (FieldError(field="image.0", message="truncated: send it again"),)
+    fake.answer = GatewayError(Problem(status=422, detail="invalid", code="invalid_request", errors=errors))
+    result = vidgen("run", photo, "--edit", "a hat", "-o", tmp_path / "a.png", *GATEWAY)
+    assert result.exit_code == 2
+    assert "image.0: truncated: send it again" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("{photo} -o a.mp4", "--edit PROMPT, --motion PROMPT, or both"),
+        ("missing.png --motion x -o a.mp4", "IMAGE missing.png: there is no such file"),
+        ("{text} --motion x -o a.mp4", "note.txt: "),
+        ("{photo} --motion x -o a.mp4 --frames 80", "--frames (i2v.num_frames): "),
+        ("{photo} --motion x -o a.mp4 --size 832by480", "--size: '832by480' is no size"),
+        ("{photo} --motion x -o a.mp4 --size 833x480", "--size (i2v.width): must be a multiple of 16"),
+        ("{photo} --motion x -o a.mp4 --seed -1", "--seed (i2v.seed)"),
+        ("{photo} --motion x -o a.mp4 --fps 0", "--fps (i2v.fps)"),
+        ("{photo} --motion x -o a.mp4 --quality best", "--quality (i2v.quality)"),
+        ("{photo} --edit x --style baroque -o a.png", "--style (edit.style)"),
+        ("{photo} --edit  -o a.png", "--edit (edit.prompt)"),
+        ("{photo} --motion x -o a.png", "-o: a video is written as .mp4, not .png"),
+        ("{photo} --edit x -o a.mp4", "-o: an edited image is written as .png, not .mp4"),
+        ("{photo} --edit x -o a.png --frame f.png", "--frame: it keeps the edited frame beside the video"),
+        ("{photo} --edit x -o a.png --frames 81", "--frames: it is about a video"),
+        ("{photo} --motion x -o a.mp4 --style neon", "--style: it is about an edit"),
+        ("{photo} {photo} --motion x -o a.mp4", "exactly one image"),
+        ("{photo} {photo} {photo} {photo} --edit x -o a.png", "IMAGE (references): at most 3 images"),
+        ("{photo} --edit x -o {folder}", "is a folder: name a file"),
+        ("{photo} --edit x -o {photo}/a.png", "no folder"),
+    ],
+)
+def test_wrong_usage_is_exit_code_2_and_names_the_field_before_anything_starts(
+    arguments: str, said: str, photo: Path, tmp_path: Path, fake: type[FakeClient]
+) -> None:
+    text = tmp_path / "note.txt"
+    text.write_text("not an image")
+    given = [part.format(photo=photo, text=text, folder=tmp_path) for part in arguments.split(" ")]
+    result = vidgen("run", *given, *GATEWAY)
+    assert result.exit_code == 2, result.output
+    assert said in result.stderr
+    assert fake.sent == []
+
+
+def test_everything_wrong_is_named_at_once_and_what_is_shared_once(photo: Path) -> None:
+    result = vidgen("run", photo, "--edit", "", "--motion", "x", "-o", "a", "--seed", "-1", "--json", *GATEWAY)
+    assert result.exit_code == 2
+    (line,) = lines_of(result)
+    assert line["code"] == "usage"
+    assert [error["field"].split(" ")[0] for error in line["errors"]] == ["--edit", "--seed", "-o"]
+
+
+def test_a_missing_argument_is_exit_code_2() -> None:
+    assert vidgen("status").exit_code == 2
+
+
+# ── the other commands ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_submit_prints_the_job_id(photo: Path, fake: type[FakeClient]) -> None:
+    result = vidgen("submit", photo, "--edit", "x", "--lane", "batch", "--label", "team=a", "--review", *GATEWAY)
+    assert (result.exit_code, result.stdout) == (0, "j1\n")
+    request, _ = fake.sent[0]
+    assert (request.lane, request.labels, request.review) == ("batch", {"team": "a"}, True)
+
+
+def test_submit_refuses_a_lane_and_a_label_that_are_none(photo: Path) -> None:
+    assert "--lane (lane)" in vidgen("submit", photo, "--edit", "x", "--lane", "fast", *GATEWAY).stderr
+    assert "--label: 'team' is no label" in vidgen("submit", photo, "--edit", "x", "--label", "team", *GATEWAY).stderr
+
+
+def test_a_command_without_a_gateway_says_how_to_name_one() -> None:
+    result = vidgen("status", "j1")
+    assert result.exit_code == 2
+    assert "VIDGEN_GATEWAY_URL" in result.stderr
+
+
+def test_the_gateway_comes_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VIDGEN_GATEWAY_URL", "http://gateway")
+    assert vidgen("status", "j1").stdout.startswith("j1  queued")
+
+
+def test_watch_follows_to_the_end_and_its_exit_code_tells_which(fake: type[FakeClient]) -> None:
+    result = vidgen("watch", "j1", *GATEWAY)
+    assert result.exit_code == 0
+    assert "edit: step 4/4, 0.50 s/step, 12 s left" in result.stdout
+    fake.updates = (made_job(JobStatus.CANCELLED),)
+    assert vidgen("watch", "j1", *GATEWAY).exit_code == 1
+
+
+def test_cancel_and_approve_reach_the_gateway(fake: type[FakeClient]) -> None:
+    fake.answer = made_job(JobStatus.CANCELLED)
+    assert vidgen("cancel", "j1", *GATEWAY).exit_code == 0
+    assert vidgen("approve", "j1", "2", *GATEWAY).exit_code == 0
+    assert fake.sent == [("cancel", "j1"), ("approve", "j1", 2)]
+
+
+def test_list_shows_a_page_and_how_to_get_the_next(fake: type[FakeClient]) -> None:
+    result = vidgen("list", "--status", "failed", *GATEWAY)
+    assert result.exit_code == 0
+    assert "j1" in result.stdout
+    assert "--cursor 17" in result.stderr
+    assert fake.sent == [{"status": "failed", "cursor": None, "limit": 20}]
+    lines = lines_of(vidgen("list", "--json", *GATEWAY))
+    assert [line["type"] for line in lines] == ["job", "job", "page"]
+
+
+def test_list_refuses_a_status_that_is_none() -> None:
+    result = vidgen("list", "--status", "lost", *GATEWAY)
+    assert result.exit_code == 2
+    assert "--status: 'lost' is none: use queued" in result.stderr
+
+
+def test_workers_are_listed() -> None:
+    assert "preview" in vidgen("workers", *GATEWAY).stdout
+    assert lines_of(vidgen("workers", "--json", *GATEWAY))[0]["type"] == "worker"
+
+
+def test_dead_letters_are_listed_shown_and_dropped(fake: type[FakeClient]) -> None:
+    assert "not JSON" in vidgen("dead", "list", *GATEWAY).stdout
+    assert lines_of(vidgen("dead", "show", "3", "--json", *GATEWAY))[0]["seq"] == 3
+    assert vidgen("dead", "drop", "3", *GATEWAY).exit_code == 0
+    assert fake.sent == [("drop", 3)]
+
+
+def test_a_payload_cannot_play_with_the_terminal() -> None:
+    shown = vidgen("dead", "show", "3", *GATEWAY).stdout
+    assert "\x1b" not in shown
+    assert "hello" in shown
+
+
+# ── what is said of a job ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_plain_lines_about_steps_come_once_a_second_and_the_last_step_always(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from vidgen.cli.output import Output
+
+    now = [0.0]
+    view = PlainView(Output(as_json=False), clock=lambda: now[0])
+    for number in range(1, 9):
+        view.show(step(number, 8))
+        now[0] += 0.3
+    assert [line.split(",")[0] for line in capsys.readouterr().out.splitlines()] == [
+        "edit: step 1/8", "edit: step 5/8", "edit: step 8/8",
+    ]  # fmt: skip
+
+
+def test_an_attempt_that_failed_is_told_with_what_follows() -> None:
+    from vidgen.cli.progress import news_of
+
+    failed = contracts.StageFailed(
+        job_id="j1", at=AT, stage="i2v", attempt=2, tries=2, worker="w", final=False, retry_in_s=4.0,
+        error=JobError(code="store", message="the store did not answer"),
+    )  # fmt: skip
+    assert news_of(failed) == ("i2v", "attempt 2 failed, again in 4.0 s: the store did not answer")
+
+
+# ── doctor ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_doctor_has_a_remedy_for_every_no_and_exit_code_0_where_the_previews_work(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("VIDGEN_NATS_URL", "nats://127.0.0.1:1")
+    monkeypatch.setenv("VIDGEN_S3_ENDPOINT", "http://127.0.0.1:1")
+    result = vidgen("doctor", "--json")
+    lines = lines_of(result)
+    checks = {line["name"]: line for line in lines if line["type"] == "check"}
+    assert {"python", "nats-server", "S3 server", "torch", "profile", "edit engine", "bus", "gateway"} <= set(checks)
+    assert [check["name"] for check in checks.values() if not check["ok"] and not check["remedy"]] == []
+    assert not checks["bus"]["ok"]
+    assert lines[-1] == {"type": "doctor", "ok": True}
+    assert result.exit_code == 0
+
+
+def test_doctor_without_the_embedded_servers_is_exit_code_1(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vidgen.local import process
+
+    monkeypatch.setenv("VIDGEN_NATS_URL", "nats://127.0.0.1:1")
+    monkeypatch.setattr(process, "find_program", lambda _: None)
+    result = vidgen("doctor")
+    assert result.exit_code == 1
+    assert "pip install" in result.stdout
+
+
+def test_doctor_says_which_settings_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VIDGEN_ENGINE", "warp")
+    assert "VIDGEN_ENGINE" in vidgen("doctor", "--json").stdout
+
+
+@pytest.mark.parametrize(
+    ("gib", "profile"),
+    [(139, "resident-bf16"), (79.6, "resident-bf16"), (47.5, "resident-fp8"), (24, "offload-fp8"), (16, "preview")],
+)
+def test_the_profile_follows_from_the_memory_of_the_gpu(gib: float, profile: str) -> None:
+    assert profile_for(GpuFigures(index=0, uuid="u", name="g", memory_total=int(gib * 2**30))) == profile
+
+
+def test_there_is_no_profile_without_a_gpu() -> None:
+    assert profile_for(None) == "preview"
+
+
+# ── starting ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_help_imports_nothing_heavy() -> None:
+    heavy = ("torch", "numpy", "PIL", "httpx", "pydantic", "nats", "minio", "fastapi", "av")
+    code = (
+        "import sys\nfrom vidgen.cli import app\n"
+        "try: app(['--help'])\nexcept SystemExit: pass\n"
+        f"sys.exit(','.join(name for name in {heavy!r} if name in sys.modules) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 0, done.stderr
+    assert "doctor" in done.stdout
