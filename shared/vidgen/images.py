@@ -139,8 +139,15 @@ def write_png(image: Image.Image | Pixels, path: Path, metadata: Mapping[str, st
     picture.save(path, format="PNG", pnginfo=chunks, compress_level=compress_level)
 
 
+def read_text(path: Path) -> dict[str, str]:
+    """The metadata that `write_png` wrote; empty for what is not a PNG."""
+    with _opened(path) as image:
+        found = image.text if isinstance(image, PngImagePlugin.PngImageFile) else {}
+        return {key: str(value) for key, value in found.items()}
+
+
 def mark(image: Image.Image, text: str) -> None:
-    """Write a small label into the bottom right corner, within the lowest `MARK_SHARE` of the image."""
+    """Write a small label into the bottom right corner, in its lowest `MARK_SHARE` (from 100 pixels on)."""
     label = _label(text, image.height)
     gap = max(1, round(image.height * 0.012))
     image.paste(label, (image.width - label.width - gap, image.height - label.height - gap), label)

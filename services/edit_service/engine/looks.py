@@ -80,13 +80,13 @@ def _toned(hue: float, amount: float) -> Look:
     return Look(shadows=lean, highlights=(lean[0] * 0.7, lean[1] * 0.7, lean[2] * 0.7), saturation=0.05)
 
 
-PLAIN = Look(contrast=0.1, vignette=0.14, grain=0.008)
+PLAIN = Look(contrast=0.1, vignette=0.14, grain=0.006)
 
-WARM_SUN = Light((1.0, 0.62, 0.25), 0.75, 155)
+WARM_SUN = Light((1.0, 0.55, 0.22), 0.7, 155)
 LOOKS: dict[str, Look] = {
     "cinematic": Look(
-        contrast=0.3, saturation=-0.05, shadows=(-0.12, 0.02, 0.085), highlights=(0.085, 0.01, -0.11), fade=0.03,
-        vignette=0.32, bloom=0.2, grain=0.008, exposure=-0.25, ambient=-0.06,
+        contrast=0.3, saturation=-0.05, shadows=(-0.11, 0.01, 0.095), highlights=(0.07, 0.005, -0.08), fade=0.03,
+        vignette=0.32, bloom=0.2, grain=0.005, exposure=-0.2, ambient=-0.06,
         lights=(Light((1.0, 0.75, 0.45), 0.3, 160),),
     ),
     "film-noir": Look(
@@ -94,8 +94,8 @@ LOOKS: dict[str, Look] = {
         lights=(Light((1.0, 1.0, 1.0), 0.75, 140),),
     ),
     "golden-hour": Look(
-        warmth=0.42, exposure=-0.08, contrast=0.2, saturation=0.1, shadows=(0.03, -0.005, -0.01),
-        highlights=(0.05, 0.02, -0.05), lights=(WARM_SUN,), ambient=-0.14, bloom=0.4, vignette=0.15, haze=0.07,
+        warmth=0.26, exposure=-0.22, contrast=0.3, saturation=0.1, tint=0.05, shadows=(0.035, -0.012, 0.0),
+        highlights=(0.05, 0.005, -0.05), lights=(WARM_SUN,), ambient=-0.2, bloom=0.35, vignette=0.15, haze=0.04,
         haze_colour=(1.0, 0.78, 0.48),
     ),
     "moonlight": Look(
@@ -108,14 +108,14 @@ LOOKS: dict[str, Look] = {
         lights=(Light((1.0, 0.1, 0.62), 1.25, 180), Light((0.05, 0.75, 1.0), 1.15, 0)), ambient=-0.25, bloom=0.55,
         vignette=0.3, grain=0.004,
     ),
-    "pencil": Look(medium="pencil", mono=1.0, vignette=-0.14, grain=-0.008),
+    "pencil": Look(medium="pencil", mono=1.0, vignette=-0.14, grain=-0.006),
     "sepia": Look(
         mono=1.0, contrast=0.05, fade=0.09, shadows=(0.07, 0.02, -0.04), highlights=(0.05, 0.0, -0.11), vignette=0.3,
         grain=0.012, bloom=0.1,
     ),
     "vivid": Look(saturation=0.42, contrast=0.35, exposure=0.08, bloom=0.06),
     "watercolor": Look(
-        medium="watercolor", saturation=0.22, exposure=0.2, contrast=-0.05, vignette=-0.14, grain=-0.008
+        medium="watercolor", saturation=0.22, exposure=0.2, contrast=-0.05, vignette=-0.14, grain=-0.006
     ),
     "studio": Look(
         contrast=0.22, saturation=0.04, vignette=0.45, lights=(Light((1.0, 0.98, 0.95), 0.6, 130),),

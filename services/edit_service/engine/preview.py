@@ -38,7 +38,7 @@ class Output:
 class PreviewEditEngine:
     """Applies the prompt's light, colour and styles to the first reference; further ones lend it their colours.
 
-    The geometry stays: nothing is added, moved or turned, so a viewpoint has no effect. Each step takes at least
+    The geometry stays: nothing is moved or turned, so a viewpoint has no effect. Each step takes at least
     `seconds_per_step`. The same work and files give the same bytes.
     """
 
