@@ -1,16 +1,23 @@
-"""The real servers that tests ask for by name."""
+"""The real servers and the tiny models that tests ask for by name."""
 
 from __future__ import annotations
 
 import asyncio
+import warnings
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
+from tests import checkpoints
 from tests.servers import running_nats, skipped_at_home
 
 from vidgen.artifacts import S3Store
 from vidgen.local import NatsServer, S3Server
+
+# Nothing is asserted about time, and a busy machine is no failure.
+settings.register_profile("vidgen", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("vidgen")
 
 
 @pytest.fixture
@@ -35,3 +42,15 @@ def s3_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
 @pytest.fixture
 def s3_store(s3_server: S3Server) -> S3Store:
     return S3Store(s3_server.endpoint, s3_server.access_key, s3_server.secret_key, s3_server.bucket)
+
+
+@pytest.fixture(scope="session")
+def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """The folders of the tiny checkpoints, by the names in `checkpoints.MODELS`; built once."""
+    import torch
+
+    torch.set_num_threads(1)  # tiny tensors: threads would only wait for one another
+    with warnings.catch_warnings():
+        # Building is the preparation, not what is tested: loading and running warn as errors.
+        warnings.simplefilter("ignore")
+        return checkpoints.build(tmp_path_factory.mktemp("models"))

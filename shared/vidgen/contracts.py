@@ -7,21 +7,23 @@ from enum import StrEnum
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     ConfigDict,
     Field,
     StringConstraints,
     TypeAdapter,
     ValidationError,
-    field_validator,
     model_validator,
 )
+from pydantic_core import ErrorDetails
 
 SCHEMA_VERSION = 1
 MAX_REFERENCES = 3
 MAX_SEED = 2**32 - 1
 SIZE_MULTIPLE = 16  # both pipelines work in patches of 16 pixels
 MIN_SIDE, MAX_SIDE = 64, 2048
+MAX_FIELD_ERRORS, MAX_FIELD_NAME = 50, 120
 
 JobId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
 ObjectKey = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9_./-]{0,499}$")]
@@ -31,6 +33,24 @@ Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 Steps = Annotated[int, Field(ge=1, le=100)]
 Guidance = Annotated[float, Field(ge=0, le=20, allow_inf_nan=False)]
 Side = Annotated[int, Field(ge=MIN_SIDE, le=MAX_SIDE)]
+
+
+def _in_patches(side: int) -> int:
+    if side % SIZE_MULTIPLE:
+        near = max(MIN_SIDE, min(MAX_SIDE, round(side / SIZE_MULTIPLE) * SIZE_MULTIPLE))
+        raise ValueError(f"must be a multiple of {SIZE_MULTIPLE}: use {near}")
+    return side
+
+
+def _four_k_and_one(frames: int) -> int:
+    if frames % 4 != 1:
+        below = frames - (frames - 1) % 4
+        raise ValueError(f"must be 4k+1: use {below} or {below + 4}")
+    return frames
+
+
+AskedSide = Annotated[Side, AfterValidator(_in_patches), Field(json_schema_extra={"multipleOf": SIZE_MULTIPLE})]
+Frames = Annotated[int, Field(ge=5, le=257), AfterValidator(_four_k_and_one)]
 LabelKey = Annotated[str, StringConstraints(min_length=1, max_length=63)]
 LabelValue = Annotated[str, StringConstraints(max_length=256)]
 
@@ -61,15 +81,6 @@ class Message(BaseModel):
         return self.model_dump_json(exclude_none=True).encode()
 
 
-def _check_size(width: int | None, height: int | None) -> None:
-    if (width is None) != (height is None):
-        raise ValueError("width and height go together: give both or neither")
-    for name, side in (("width", width), ("height", height)):
-        if side is not None and side % SIZE_MULTIPLE:
-            near = max(MIN_SIDE, min(MAX_SIDE, round(side / SIZE_MULTIPLE) * SIZE_MULTIPLE))
-            raise ValueError(f"{name} must be a multiple of {SIZE_MULTIPLE}, not {side}: use {near}")
-
-
 class EditParams(Message):
     """How the reference is to be edited. What is None follows from `quality`."""
 
@@ -80,16 +91,17 @@ class EditParams(Message):
     true_cfg_scale: Guidance | None = Field(None, description="Classifier-free guidance; 1 is off.")
     guidance_scale: Guidance = 1.0
     seed: Seed | None = None
-    width: Side | None = None
-    height: Side | None = None
+    width: AskedSide | None = None
+    height: AskedSide | None = None
     candidates: Annotated[int, Field(ge=1, le=4)] = 1
     background: Background | None = None
     style: Style | None = None
     viewpoint: Viewpoint | None = None
 
     @model_validator(mode="after")
-    def _sizes(self) -> Self:
-        _check_size(self.width, self.height)
+    def _both_or_neither(self) -> Self:
+        if (self.width is None) != (self.height is None):
+            raise ValueError("width and height go together: give both or neither")
         return self
 
 
@@ -103,23 +115,10 @@ class I2VParams(Message):
     guidance_scale: Guidance | None = Field(None, description="Classifier-free guidance; 1 is off.")
     guidance_scale_2: Guidance | None = Field(None, description="The same for Wan 2.2's low-noise expert.")
     seed: Seed | None = None
-    num_frames: Annotated[int, Field(ge=5, le=257)] = 81
+    num_frames: Frames = 81
     fps: Annotated[int, Field(ge=1, le=60)] = 16
-    width: Side = 832
-    height: Side = 480
-
-    @field_validator("num_frames")
-    @classmethod
-    def _frames(cls, value: int) -> int:
-        if value % 4 != 1:
-            below = value - (value - 1) % 4
-            raise ValueError(f"num_frames must be 4k+1, not {value}: use {below} or {below + 4}")
-        return value
-
-    @model_validator(mode="after")
-    def _sizes(self) -> Self:
-        _check_size(self.width, self.height)
-        return self
+    width: AskedSide = 832
+    height: AskedSide = 480
 
 
 class VideoRequest(Message):
@@ -151,17 +150,40 @@ class FieldError(Message):
     message: str
 
 
+# Where pydantic's own words would not help a person; filled in with the error's limits, never with what was sent.
+REMEDIES = {
+    "extra_forbidden": "unknown field: remove it",
+    "missing": "is missing: give it",
+    "too_long": "takes at most {max_length}: leave some out",
+    "too_short": "needs at least {min_length}",
+    "string_too_long": "takes at most {max_length} characters: shorten it",
+    "string_too_short": "must not be empty",
+    "string_pattern_mismatch": "has characters that are not allowed: it must match {pattern}",
+}
+
+
+def _remedy(error: ErrorDetails) -> str:
+    if error["loc"] == ("schema_version",):
+        return f"unknown schema version: this server speaks {SCHEMA_VERSION}"
+    if error["type"] in REMEDIES:
+        return REMEDIES[error["type"]].format(**error.get("ctx", {}))
+    return error["msg"].removeprefix("Value error, ")
+
+
 def field_errors(exc: ValidationError) -> tuple[FieldError, ...]:
-    """Every wrong field of a validation error, dotted paths, never the offending value."""
+    """Every wrong field of a validation error, dotted paths, never the offending value.
+
+    Of a payload that is wrong in very many places the first ones only: the answer must fit into a message.
+    """
     found = []
-    for error in exc.errors(include_url=False, include_input=False):
-        path = ".".join(str(part) for part in error["loc"]) or "request"
-        message = error["msg"].removeprefix("Value error, ")
-        if error["type"] == "extra_forbidden":
-            message = "unknown field: remove it"
-        elif path == "schema_version":
-            message = f"unknown schema version: this server speaks {SCHEMA_VERSION}"
-        found.append(FieldError(field=path, message=message))
+    wrong = exc.errors(include_url=False, include_input=False)
+    for error in wrong[:MAX_FIELD_ERRORS]:
+        path = ".".join(str(part) for part in error["loc"])[:MAX_FIELD_NAME] or "request"
+        found.append(FieldError(field=path, message=_remedy(error)))
+    if len(wrong) > MAX_FIELD_ERRORS:
+        found.append(
+            FieldError(field="request", message=f"and {len(wrong) - MAX_FIELD_ERRORS} more: correct these first")
+        )
     return tuple(found)
 
 

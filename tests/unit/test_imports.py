@@ -1,0 +1,68 @@
+"""The core never imports a model framework: it installs and starts without one."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ENGINES = {"edit_service.engine.qwen", "i2v_service.engine.wan"}
+HEAVY = ("torch", "torchvision", "diffusers", "transformers", "accelerate", "peft", "safetensors", "huggingface_hub")
+ROOTS = ("shared/vidgen", "services/gateway", "services/edit_service", "services/i2v_service")
+
+IMPORT_ALL = """
+import importlib, json, sys
+heavy, modules = json.loads(sys.argv[1])
+found = {}
+for name in modules:
+    importlib.import_module(name)
+    for module in heavy:
+        if module in sys.modules:
+            found.setdefault(module, name)
+print(json.dumps(found))
+"""
+
+
+def modules(root: Path) -> list[str]:
+    """Every module of the distribution but the two that hold the real engines, and `__main__`, which is to be run."""
+    names = []
+    for folder in ROOTS:
+        package = root / folder
+        for path in sorted(package.rglob("*.py")):
+            parts = [package.name, *path.relative_to(package).with_suffix("").parts]
+            names.append(".".join(parts[:-1] if parts[-1] == "__init__" else parts))
+    return [name for name in names if name not in ENGINES and not name.endswith(".__main__")]
+
+
+def test_the_list_of_modules_has_the_mains_and_the_core(pytestconfig: pytest.Config) -> None:
+    found = modules(pytestconfig.rootpath)
+
+    assert {"vidgen", "vidgen.contracts", "vidgen.bus", "vidgen.testing.bus", "gateway", "edit_service"} <= set(found)
+    assert not any(name.endswith("__init__") for name in found)
+
+
+def test_no_module_but_the_engines_imports_a_model_framework(pytestconfig: pytest.Config) -> None:
+    names = modules(pytestconfig.rootpath)
+
+    done = subprocess.run(
+        [sys.executable, "-c", IMPORT_ALL, json.dumps([HEAVY, names])],
+        capture_output=True, text=True, check=False, timeout=110,
+    )  # fmt: skip
+
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == {}, "a framework was imported by"
+
+
+def test_importing_prints_nothing_and_starts_no_thread(pytestconfig: pytest.Config) -> None:
+    names = modules(pytestconfig.rootpath)
+    code = "import importlib, sys, threading\nfor n in sys.argv[1:]: importlib.import_module(n)\n"
+
+    done = subprocess.run(
+        [sys.executable, "-c", code + "assert threading.active_count() == 1, threading.enumerate()", *names],
+        capture_output=True, text=True, check=False, timeout=110,
+    )  # fmt: skip
+
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
