@@ -18,6 +18,7 @@ from edit_service.engine.looks import Colour, Look
 Floats = npt.NDArray[np.float32]
 
 TABLE = 33  # points on each axis of the colour table
+BYTE = np.float32(1 / 255)
 PAPER = np.array([0.97, 0.96, 0.935], np.float32)
 LUMA = np.array([0.2126, 0.7152, 0.0722], np.float32)
 TO_LMS = np.array(
@@ -36,7 +37,7 @@ def grade(image: Image.Image, look: Look, palette: Sequence[Image.Image], rng: n
     if look.medium == "pencil":
         picture = _pencilled(picture, rng)
     pixels = np.asarray(picture).astype(np.float32)
-    pixels *= 1 / 255
+    pixels *= BYTE
     _light(pixels, look, rng)
     if look.bloom > 0:
         _bloom(pixels, look.bloom)
@@ -114,7 +115,7 @@ def _transfer(colours: Floats, image: Image.Image, palette: Sequence[Image.Image
 
 def _statistics(pictures: Sequence[Image.Image]) -> tuple[Floats, Floats]:
     thumbs = [np.asarray(picture.resize((64, 64), Image.Resampling.BOX)).reshape(-1, 3) for picture in pictures]
-    lab = _to_lab(np.concatenate(thumbs).astype(np.float32) / 255)
+    lab = _to_lab(np.concatenate(thumbs).astype(np.float32) * BYTE)
     return lab.mean(axis=0), lab.std(axis=0)
 
 
@@ -290,7 +291,7 @@ def _painted(image: Image.Image) -> Image.Image:
     scale = min(1.0, 640 / max(image.size))
     small = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BOX)
     radius = max(2, round(max(small.size) / 240))
-    washes = _kuwahara(np.asarray(small).astype(np.float32) / 255, radius)
+    washes = _kuwahara(np.asarray(small).astype(np.float32) * BYTE, radius)
     grey = Image.fromarray((np.clip(washes @ LUMA, 0, 1) * 255).astype(np.uint8))
     edges = np.asarray(grey.filter(ImageFilter.GaussianBlur(1)).filter(ImageFilter.FIND_EDGES), np.float32) / 255
     washes *= (1 - 0.75 * np.clip(edges * 2.0, 0, 0.5))[..., None]

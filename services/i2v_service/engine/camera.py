@@ -100,7 +100,7 @@ def _together(one: Move, other: Move) -> Move:
 def ease(time: Grid) -> Grid:
     """Smoothstep: from 0 to 1, at rest at both ends."""
     time = np.clip(time, 0, 1)
-    return cast(Grid, time * time * (3 - 2 * time))
+    return time * time * (3 - 2 * time)
 
 
 def path(move: Move, frames: int, fps: int, depth: Grid, aspect: float, rng: np.random.Generator) -> Grid:
