@@ -1,0 +1,64 @@
+# `make demo` turns the example photograph into a video on any machine; `make test` runs every test.
+# Both need python3 >= 3.11 and nothing else. VENV=folder and PYTHON=python3.12 choose others.
+
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+
+# uv does not read PIP_FIND_LINKS, and fails on a folder that is not there.
+INSTALL = UV_COMPILE_BYTECODE=1 $(if $(PIP_FIND_LINKS),$(if $(wildcard $(PIP_FIND_LINKS)/.),UV_FIND_LINKS="$(PIP_FIND_LINKS)")) \
+	$(BIN)/uv pip install --quiet --python $(BIN)/python -c constraints.txt
+
+# Where Python may not keep its bytecode, each of the demo's processes compiles everything anew.
+unexport PYTHONDONTWRITEBYTECODE
+
+.DELETE_ON_ERROR:
+.PHONY: help demo test check lint constraints clean
+
+help:
+	@echo "make demo         examples/portrait.jpg -> out/frame.png and out/video.mp4, on this machine"
+	@echo "make test         install everything for the tests, torch too, and run them"
+	@echo "make check        ruff, mypy and the tests: what CI runs"
+	@echo "make constraints  resolve the dependencies anew into constraints.txt"
+	@echo "make clean        remove the environment, the caches and out/"
+
+demo: $(VENV)/.local
+	env -u VIDGEN_GATEWAY_URL $(BIN)/vidgen run examples/portrait.jpg \
+		--edit "golden hour light, warm and cinematic" --motion "slow zoom in, a little hand-held" \
+		-o out/video.mp4 --frame out/frame.png
+
+test: $(VENV)/.test
+	$(BIN)/python -m pytest $(ARGS)
+
+check: lint test
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# Without torch and its CUDA: their builds differ by machine, and a pin would hold one build fast.
+constraints: | $(VENV)/.uv
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --all-extras pyproject.toml --no-header --no-annotate \
+		--upgrade -o $(VENV)/constraints.txt
+	sed -E -e '/^(torch|torchvision|triton)==/d' -e '/^cuda-/d' -e '/^nvidia-ml-py==/!{/^nvidia-/d;}' \
+		$(VENV)/constraints.txt > constraints.txt
+
+clean:
+	rm -rf $(VENV) out build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
+
+# Stamps: a second call installs nothing unless what is to be installed has changed.
+$(VENV)/.uv:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+		{ echo "vidgen needs Python 3.11 or later, and $(PYTHON) is $$($(PYTHON) --version 2>&1): try make PYTHON=python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	@touch $@
+
+$(VENV)/.local: pyproject.toml constraints.txt | $(VENV)/.uv
+	$(INSTALL) -e ".[local]"
+	@touch $@
+
+$(VENV)/.test: pyproject.toml constraints.txt | $(VENV)/.uv
+	$(INSTALL) -e ".[test]"
+	@touch $(VENV)/.local $@
