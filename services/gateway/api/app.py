@@ -21,11 +21,24 @@ class _App(FastAPI):
     """FastAPI whose documentation knows the problem document."""
 
     def openapi(self) -> dict[str, Any]:
+        if self.openapi_schema is not None:
+            return self.openapi_schema
         schema = super().openapi()
+        _drop_default_errors(schema)
         problem = problems.Problem.model_json_schema(ref_template="#/components/schemas/{model}")
         problem.pop("$defs", None)  # FieldError: the job record brings it along
         schema["components"]["schemas"].setdefault("Problem", problem)
         return schema
+
+
+def _drop_default_errors(schema: dict[str, Any]) -> None:
+    """FastAPI documents its own form of validation error wherever a route has a parameter; ours is the problem."""
+    for operations in schema["paths"].values():
+        for operation in operations.values():
+            if problems.MEDIA_TYPE not in operation["responses"].get("422", {}).get("content", ()):
+                operation["responses"].pop("422", None)
+    for name in ("HTTPValidationError", "ValidationError"):
+        schema["components"]["schemas"].pop(name, None)
 
 
 def create_app(parts: Parts) -> FastAPI:

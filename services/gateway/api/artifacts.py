@@ -60,7 +60,7 @@ class FileStream(StreamingResponse):
 @router.head("/{name}", include_in_schema=False)
 @router.get(
     "/{name}", response_class=Response, status_code=307,
-    responses=DESCRIPTIONS | problems.responses(404, 416, 503),
+    responses=DESCRIPTIONS | problems.responses(404, 416, 422, 503),
 )  # fmt: skip
 async def download(
     request: Request,

@@ -73,7 +73,10 @@ async def submit(
     request: Request,
     parts: PartsHere,
     idempotency_key: Annotated[
-        str | None, Header(min_length=1, max_length=255, description="The same key twice is the same job.")
+        str | None,
+        Header(
+            alias="Idempotency-Key", min_length=1, max_length=255, description="The same key twice is the same job."
+        ),
     ] = None,
 ) -> Response:
     """Submit a request: JSON with object keys, or a form with the images. The same id or key twice is one job."""

@@ -1,0 +1,143 @@
+"""Artifacts and uploads over HTTP."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import AsyncIterator
+
+import pytest
+from tests.gateways import Gateway, completed, put
+
+from vidgen.contracts import Job
+
+BODY = bytes(range(256)) * 10
+SIZE = len(BODY)
+
+
+@pytest.fixture
+async def gateway() -> AsyncIterator[Gateway]:
+    opened = await Gateway.open()
+    async with opened.client:
+        yield opened
+
+
+@pytest.fixture
+async def job(gateway: Gateway) -> Job:
+    job = await gateway.submit()
+    event = completed(job, body=BODY)
+    await put(gateway.parts.store, event.artifacts[0].key, BODY)
+    await gateway.tell(event)
+    return job
+
+
+def path(job: Job, name: str = "edit-0.png") -> str:
+    return f"/v1/jobs/{job.id}/artifacts/{name}"
+
+
+async def test_an_artifact_is_found_by_a_presigned_url(gateway: Gateway, job: Job) -> None:
+    answer = await gateway.client.get(path(job))
+    assert answer.status_code == 307
+    assert f"jobs/{job.id}/edit-0.png" in answer.headers["location"]
+    assert answer.headers["cache-control"] == "no-store"
+
+
+async def test_an_artifact_comes_through_the_gateway_whole(gateway: Gateway, job: Job) -> None:
+    answer = await gateway.client.get(path(job), params={"proxy": 1})
+    assert answer.status_code == 200
+    assert answer.content == BODY
+    assert answer.headers["content-type"] == "image/png"
+    assert answer.headers["content-length"] == str(SIZE)
+    assert answer.headers["etag"] == f'"{"ab" * 32}"'
+    assert answer.headers["x-content-type-options"] == "nosniff"
+    assert answer.headers["content-disposition"] == "inline; filename*=UTF-8''edit-0.png"
+    assert answer.headers["accept-ranges"] == "bytes"
+
+
+@pytest.mark.parametrize(
+    ("wanted", "first", "last"),
+    [
+        ("bytes=0-0", 0, 0), ("bytes=100-199", 100, 199), ("bytes=100-", 100, SIZE - 1),
+        ("bytes=-10", SIZE - 10, SIZE - 1), ("bytes=-99999", 0, SIZE - 1), ("bytes=0-99999", 0, SIZE - 1),
+    ],
+)  # fmt: skip
+async def test_a_range_brings_that_part(gateway: Gateway, job: Job, wanted: str, first: int, last: int) -> None:
+    answer = await gateway.client.get(path(job), params={"proxy": 1}, headers={"Range": wanted})
+    assert answer.status_code == 206
+    assert answer.content == BODY[first : last + 1]
+    assert answer.headers["content-range"] == f"bytes {first}-{last}/{SIZE}"
+    assert answer.headers["content-length"] == str(last - first + 1)
+
+
+@pytest.mark.parametrize("wanted", [f"bytes={SIZE}-", "bytes=99999-100000", "bytes=-0"])
+async def test_a_range_outside_the_file_is_refused(gateway: Gateway, job: Job, wanted: str) -> None:
+    answer = await gateway.client.get(path(job), params={"proxy": 1}, headers={"Range": wanted})
+    assert answer.status_code == 416
+    assert answer.headers["content-range"] == f"bytes */{SIZE}"
+    assert answer.headers["content-type"] == "application/problem+json"
+
+
+@pytest.mark.parametrize("wanted", ["bytes=0-1,5-6", "bytes=-", "bytes=9-1", "lines=1-2", "nonsense"])
+async def test_a_range_that_is_not_understood_brings_the_whole(gateway: Gateway, job: Job, wanted: str) -> None:
+    answer = await gateway.client.get(path(job), params={"proxy": 1}, headers={"Range": wanted})
+    assert (answer.status_code, len(answer.content)) == (200, SIZE)
+
+
+async def test_a_range_of_another_version_brings_the_whole(gateway: Gateway, job: Job) -> None:
+    headers = {"Range": "bytes=0-1", "If-Range": '"another"'}
+    answer = await gateway.client.get(path(job), params={"proxy": 1}, headers=headers)
+    assert (answer.status_code, len(answer.content)) == (200, SIZE)
+
+
+async def test_what_the_client_has_is_not_sent_again(gateway: Gateway, job: Job) -> None:
+    etag = (await gateway.client.head(path(job))).headers["etag"]
+    answer = await gateway.client.get(path(job), params={"proxy": 1}, headers={"If-None-Match": etag})
+    assert (answer.status_code, answer.content) == (304, b"")
+
+
+async def test_head_tells_size_and_type_without_the_file(gateway: Gateway, job: Job) -> None:
+    answer = await gateway.client.head(path(job))
+    assert (answer.status_code, answer.content) == (200, b"")
+    assert answer.headers["content-length"] == str(SIZE)
+    assert answer.headers["content-type"] == "image/png"
+
+
+async def test_a_name_that_the_job_does_not_have_is_not_found(gateway: Gateway, job: Job) -> None:
+    for name in ("video.mp4", "..%2f..%2fother", "edit-0.png%00"):
+        answer = await gateway.client.get(path(job, name), params={"proxy": 1})
+        assert answer.status_code == 404
+        assert answer.headers["content-type"] == "application/problem+json"
+
+
+async def test_an_artifact_that_is_gone_from_the_store_is_not_found(gateway: Gateway) -> None:
+    job = await gateway.submit()
+    await gateway.tell(completed(job, body=BODY))
+    answer = await gateway.client.get(path(job), params={"proxy": 1})
+    assert (answer.status_code, answer.json()["code"]) == (404, "artifact_gone")
+
+
+# ── uploads ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(("kind", "end"), [("png", "png"), ("jpeg", "jpg"), ("webp", "webp")])
+async def test_an_upload_gets_a_key_and_a_url_to_put_it_to(gateway: Gateway, kind: str, end: str) -> None:
+    answer = await gateway.client.post("/v1/uploads", json={"content_type": f"image/{kind}"})
+    slot = answer.json()
+    assert answer.status_code == 201
+    assert re.fullmatch(rf"uploads/[0-9a-f-]{{36}}\.{end}", slot["key"])
+    assert slot["key"] in slot["url"]
+    assert (slot["method"], slot["headers"]) == ("PUT", {"Content-Type": f"image/{kind}"})
+    assert slot["expires_at"]
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        ({"content_type": "text/html"}, "content_type"),
+        ({}, "content_type"),
+        ({"content_type": "image/png", "x": 1}, "x"),
+    ],
+)
+async def test_an_upload_of_something_else_is_refused(gateway: Gateway, body: dict[str, object], field: str) -> None:
+    answer = await gateway.client.post("/v1/uploads", json=body)
+    assert answer.status_code == 422
+    assert answer.json()["errors"][0]["field"] == field

@@ -1,0 +1,205 @@
+"""The door on the bus: what comes on `vidgen.requests` becomes a job, or a rejection that says why."""
+
+from __future__ import annotations
+
+import base64
+import json
+from typing import Any
+
+import pytest
+from tests.gateways import EDIT, KEY, picture, put
+
+from gateway.intake import Intake, InvalidRequestError, id_from_key, parse
+from gateway.jobs import Jobs, parse_event
+from vidgen import contracts, errors, topology
+from vidgen.bus import Delivery
+from vidgen.contracts import DeadLetter, Job, JobStatus
+from vidgen.testing import MemoryBus, MemoryStore
+
+GATEWAY = topology.Consumer(topology.REQUESTS, topology.GATEWAY)
+GOOD: dict[str, Any] = {"references": [KEY], "edit": EDIT}
+
+
+class Door:
+    """The intake on doubles."""
+
+    def __init__(self, store: MemoryStore | None = None) -> None:
+        self.bus, self.store = MemoryBus(topology.Topology(ack_wait=0.05)), store or MemoryStore()
+        self.jobs = Jobs(self.bus)
+        self.intake = Intake(self.bus, self.store, self.jobs, max_upload_bytes=1 << 20)
+        self._count = 0
+
+    async def publish(self, body: object, message_id: str | None = None) -> None:
+        raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+        self._count += 1
+        await self.bus.publish(topology.SUBJECT_REQUESTS, raw, message_id=message_id or f"m{self._count}")
+
+    async def take(self) -> Delivery:
+        delivery = await self.bus.pull(GATEWAY, 10)
+        assert delivery is not None
+        return delivery
+
+    async def handle_one(self) -> Job:
+        delivery = await self.take()
+        job = await self.intake.handle(delivery)
+        await delivery.ack()
+        return job
+
+    async def events(self, job_id: str) -> list[contracts.AnyEvent]:
+        found = await self.bus.tail(topology.EVENTS, None, 100)
+        return [parse_event(one.body) for one in reversed(found) if one.subject.endswith(f".{job_id}")]
+
+    async def letters(self) -> list[DeadLetter]:
+        return [DeadLetter.model_validate_json(one.body) for one in await self.bus.tail(topology.DEAD, None, 100)]
+
+
+@pytest.fixture
+async def door() -> Door:
+    door = Door()
+    await put(door.store, KEY, picture())
+    await put(door.store, "uploads/text.png", b"no image")
+    await put(door.store, "uploads/large.png", b"\0" * ((1 << 20) + 1))
+    return door
+
+
+async def test_a_request_becomes_a_job_with_its_first_task_queued(door: Door) -> None:
+    await door.publish(GOOD | {"i2v": {"prompt": "zoom"}})
+    job = await door.handle_one()
+
+    assert job.status is JobStatus.QUEUED
+    assert [record.stage for record in job.stages] == ["edit", "i2v"]
+    assert [event.type for event in await door.events(job.id)] == ["accepted"]
+    [task] = await door.bus.tail(topology.TASKS, None, 10)
+    assert contracts.Task.model_validate_json(task.body).inputs == (KEY,)
+
+
+@pytest.mark.parametrize(
+    ("body", "fields"),
+    [
+        (b"{", ["request"]),
+        (b"\xff\xfe", ["request"]),
+        (b"", ["request"]),
+        (b"[" * 5000, ["request"]),
+        (b"null", ["request"]),
+        (b'"' + b"x" * (200 << 10) + b'"', ["request"]),
+        (GOOD | {"colour": "red"}, ["colour"]),
+        (GOOD | {"schema_version": 9}, ["schema_version"]),
+        (GOOD | {"references": [KEY] * 4}, ["references"]),
+        (GOOD | {"references": ["uploads/missing.png"]}, ["references.0"]),
+        (GOOD | {"references": ["elsewhere/a.png"]}, ["references.0"]),
+        (GOOD | {"references": ["jobs/another/edit-0.png"]}, ["references.0"]),
+        (GOOD | {"references": [KEY, "uploads/text.png", "uploads/large.png"]}, ["references.1", "references.2"]),
+        (GOOD | {"edit": {"prompt": ""}}, ["edit.prompt"]),
+        (GOOD | {"edit": {"prompt": "x" * 4001}}, ["edit.prompt"]),
+        (GOOD | {"edit": EDIT | {"seed": -1}}, ["edit.seed"]),
+        (GOOD | {"i2v": {"num_frames": 82}}, ["i2v.num_frames"]),
+        (
+            {"references": ["elsewhere/a.png"], "edit": {"prompt": ""}, "i2v": {"fps": 0}, "x": 1},
+            ["edit.prompt", "i2v.fps", "x", "references.0"],
+        ),
+    ],
+)
+async def test_what_is_wrong_is_recorded_told_and_kept_and_the_next_request_is_handled(
+    door: Door, body: object, fields: list[str]
+) -> None:
+    raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+    await door.publish(raw)
+    await door.publish(GOOD)
+
+    job = await door.handle_one()
+    following = await door.handle_one()
+
+    record = await door.jobs.get(job.id)
+    assert record.status is JobStatus.REJECTED
+    assert record.error is not None
+    assert [error.field for error in record.error.fields] == fields
+    [event] = await door.events(job.id)
+    assert isinstance(event, contracts.Rejected)
+    assert event.errors == record.error.fields
+    [letter] = await door.letters()
+    assert (letter.job_id, letter.stage, letter.subject) == (job.id, None, topology.SUBJECT_REQUESTS)
+    assert raw.startswith(base64.b64decode(letter.payload))
+    assert len(base64.b64decode(letter.payload)) == min(len(raw), 128 << 10)
+    assert following.status is JobStatus.QUEUED
+    assert len(await door.bus.tail(topology.TASKS, None, 10)) == 1
+
+
+async def test_a_rejection_keeps_the_id_that_the_request_asked_for(door: Door) -> None:
+    await door.publish({"job_id": "mine", "references": []})
+    assert (await door.handle_one()).id == "mine"
+
+
+async def test_a_request_with_thousands_of_wrong_fields_still_fits_into_a_message(door: Door) -> None:
+    """Once its record and its letter were larger than the bus takes, and it was handed back for ever."""
+    await door.publish({f"k{n}": 1 for n in range(9000)})
+    job = await door.handle_one()
+    [letter] = await door.letters()
+    assert len(job.to_bytes()) < 64 << 10
+    assert len(letter.to_bytes()) < 262_144
+
+
+async def test_the_same_job_id_twice_is_one_job(door: Door) -> None:
+    await door.publish(GOOD | {"job_id": "mine"})
+    await door.publish(GOOD | {"job_id": "mine", "edit": {"prompt": "another"}})
+    first, second = await door.handle_one(), await door.handle_one()
+    assert first == second
+    assert len(await door.bus.tail(topology.TASKS, None, 10)) == 1
+    assert [event.type for event in await door.events("mine")] == ["accepted"]
+
+
+async def test_the_message_id_of_a_client_names_the_job(door: Door) -> None:
+    await door.publish(GOOD, message_id="order-7")
+    assert (await door.handle_one()).id == id_from_key("order-7")
+
+
+async def test_a_request_that_is_delivered_again_is_the_same_job(door: Door) -> None:
+    await door.publish(GOOD)
+    delivery = await door.take()
+    first = await door.intake.handle(delivery)
+    await delivery.nak()  # the gateway died before it could ack
+    again = await door.take()
+    second = await door.intake.handle(again)
+    assert again.num_delivered == 2
+    assert first == second
+    assert len(await door.bus.tail(topology.HISTORY, None, 10)) == 1
+
+
+async def test_a_rejected_request_that_is_delivered_again_is_told_once(door: Door) -> None:
+    await door.publish(b"{")
+    delivery = await door.take()
+    first = await door.intake.handle(delivery)
+    await delivery.nak()
+    second = await door.intake.handle(await door.take())
+    assert first == second
+    assert len(await door.letters()) == 1
+    assert len(await door.events(first.id)) == 1
+
+
+async def test_an_odd_picture_is_replaced_by_a_plain_copy_of_the_jobs_own(door: Door) -> None:
+    await put(door.store, "uploads/cmyk.jpg", picture("JPEG", mode="CMYK"), "image/jpeg")
+    await door.publish(GOOD | {"job_id": "mine", "references": [KEY, "uploads/cmyk.jpg"]})
+    job = await door.handle_one()
+    assert job.inputs == (KEY, "jobs/mine/reference-1.png")
+    stat = await door.store.stat("jobs/mine/reference-1.png")
+    assert stat is not None
+    assert stat.content_type == "image/png"
+
+
+class LostStore(MemoryStore):
+    async def fetch(self, *_: Any, **__: Any) -> None:
+        raise errors.StoreError
+
+
+async def test_a_store_out_of_reach_hands_the_request_back_and_rejects_nothing() -> None:
+    door = Door(LostStore())
+    await door.publish(GOOD)
+    delivery = await door.take()
+    with pytest.raises(errors.StoreError):
+        await door.intake.handle(delivery)
+    assert await door.letters() == []
+    assert await door.bus.tail(topology.HISTORY, None, 10) == []
+
+
+def test_a_number_too_long_for_python_is_refused_like_any_other_body() -> None:
+    with pytest.raises(InvalidRequestError):
+        parse(b'{"references":["x"],"edit":{"prompt":"a","seed":' + b"9" * 6000 + b"}}")
