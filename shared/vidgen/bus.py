@@ -561,8 +561,10 @@ class JetStreamBus:
 async def connect(
     url: str, name: str, *, on_denied: Callable[[str], None] | None = None, **options: Any
 ) -> AsyncIterator[JetStreamBus]:
-    """A bus on a live connection that reconnects for ever, drained at the end; raises BusError if there is none now.
+    """A bus on a live connection that reconnects for ever, drained at the end.
 
+    Raises BusError if no server lets us in within a few seconds, FatalError `settings` for credentials that cannot be
+    read. `options` are those of `nats.connect`.
     `on_denied` hears of a permission that this identity lacks: a configuration error that shows as time-outs only.
     """
 
@@ -594,6 +596,12 @@ async def connect(
     }  # fmt: skip
     try:
         client = await nats.connect(url, **(settings | options))
+    except ImportError as exc:
+        raise errors.FatalError(
+            "a NATS credentials file needs nkeys: pip install 'nats-py[nkeys]'", code="settings"
+        ) from exc
+    except FileNotFoundError as exc:
+        raise errors.FatalError(f"there is no NATS credentials file {exc.filename}", code="settings") from exc
     except (nats.errors.Error, TimeoutError, OSError) as exc:
         raise errors.BusError(
             f"no NATS server lets us in at {_without_credentials(url)}: {last_error or exc}; start one, or correct "

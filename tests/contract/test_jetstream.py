@@ -180,6 +180,13 @@ async def test_connecting_to_nothing_fails_soon_and_names_the_place_without_its_
     assert "user" not in str(caught.value)
 
 
+async def test_credentials_that_cannot_be_read_are_a_wrong_setting(nats_server: NatsServer, tmp_path: Path) -> None:
+    with pytest.raises(errors.FatalError) as caught:
+        async with bus.connect(nats_server.url, "test", user_credentials=str(tmp_path / "missing.creds")):
+            pass
+    assert caught.value.code == "settings"
+
+
 async def test_leaving_while_the_server_is_gone_does_not_hang(nats_server: NatsServer) -> None:
     async with asyncio.timeout(BOUND), connected_bus(nats_server):
         await nats_server.kill()
