@@ -22,6 +22,8 @@ def make_engine(settings: WorkerSettings, chosen: choice.Choice) -> Engine:
         device=settings.device,
         dtype=settings.dtype,
         lora=settings.edit_lora,
+        reference_area=settings.edit_reference_area,
+        condition_area=settings.edit_condition_area,
     )
 
 

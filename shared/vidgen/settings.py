@@ -102,6 +102,12 @@ class WorkerSettings(Settings):
     edit_model: str = Field(QWEN_MODEL, description="A model id or a local folder.")
     edit_revision: str | None = Field(None, description="The commit of the model id; needed to download it.")
     edit_lora: str | None = Field(None, description="A LoRA: local .safetensors file or folder.")
+    edit_reference_area: int | None = Field(
+        None, ge=4096, description="Pixels to which references are resized for the VAE; by default the model's 1024²."
+    )
+    edit_condition_area: int | None = Field(
+        None, ge=784, description="Pixels to which references are resized for the text encoder; by default 384²."
+    )
     i2v_model: str = Field(WAN_MODEL, description="A model id or a local folder.")
     i2v_revision: str | None = Field(None, description="The commit of the model id; needed to download it.")
     i2v_lora: str | None = Field(None, description="A LoRA; with Wan 2.2 that of the high-noise expert.")

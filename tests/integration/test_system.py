@@ -1,0 +1,223 @@
+"""The whole system as a user has it: the embedded stack, real servers, real processes, the preview engines."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import signal
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from tests.servers import skipped_at_home
+
+from vidgen import video
+from vidgen.client import AsyncClient
+from vidgen.contracts import EditParams, I2VParams, Job, JobStatus, Progress, VideoRequest
+from vidgen.local import Stack
+
+PHOTO = Path(__file__).parents[2] / "examples" / "portrait.jpg"
+PACE = 0.05
+BOUND = 180.0  # seconds to wait for what must come, on a busy machine
+SMALL = {"width": 320, "height": 192}
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    env = {"VIDGEN_ENGINE": "preview", "VIDGEN_PREVIEW_SECONDS_PER_STEP": str(PACE), "VIDGEN_GPU_USD_PER_HOUR": "3.6"}
+    stack = Stack(tmp_path_factory.mktemp("stack"), env=env, ephemeral=True)
+    with asyncio.Runner() as runner:
+        with skipped_at_home():
+            runner.run(stack.start())
+        try:
+            yield stack
+        finally:
+            runner.run(stack.stop())
+
+
+@pytest.fixture
+async def client(stack: Stack) -> AsyncIterator[AsyncClient]:
+    async with AsyncClient(stack.gateway_url) as client:
+        yield client
+
+
+def edit(steps: int = 2, **more: object) -> EditParams:
+    return EditParams.model_validate({"prompt": "golden hour, warm light", "steps": steps, "seed": 7} | SMALL | more)
+
+
+def i2v(steps: int = 2, **more: object) -> I2VParams:
+    wanted = {"prompt": "slow zoom in", "steps": steps, "seed": 7, "num_frames": 9, "fps": 8}
+    return I2VParams.model_validate(wanted | SMALL | more)
+
+
+def request(**parts: object) -> VideoRequest:
+    return VideoRequest.model_validate({"references": ("uploads/from-the-form",)} | parts)
+
+
+async def finished(client: AsyncClient, job: Job) -> Job:
+    async with asyncio.timeout(BOUND):
+        async for update in client.watch(job.id):
+            if isinstance(update, Job):
+                return update
+    raise AssertionError("the stream ended without the job")
+
+
+async def until_step(client: AsyncClient, job: Job, stage: str) -> Progress:
+    async with asyncio.timeout(BOUND):
+        async for update in client.watch(job.id):
+            if isinstance(update, Progress) and update.stage == stage and update.step > 0:
+                return update
+    raise AssertionError(f"{stage} never made a step")
+
+
+async def test_a_photograph_becomes_an_edited_frame_and_a_video(client: AsyncClient, tmp_path: Path) -> None:
+    seen: list[Progress] = []
+    job = await client.submit(request(edit=edit(steps=6), i2v=i2v(steps=6)), images=[PHOTO])
+    assert job.status is JobStatus.QUEUED
+    async with asyncio.timeout(BOUND):
+        async for update in client.watch(job.id):
+            if isinstance(update, Progress):
+                seen.append(update)
+            elif isinstance(update, Job):
+                job = update
+    assert job.status is JobStatus.COMPLETED
+    assert [artifact.name for artifact in job.artifacts] == ["edit-0.png", "video.mp4", "poster.jpg"]
+    assert {(p.stage, p.step) for p in seen} >= {("edit", 1), ("edit", 6), ("i2v", 1), ("i2v", 6)}
+    assert all(p.eta_s is not None for p in seen if p.phase == "denoising" and p.step > 1)
+
+    await client.download(job.id, "video.mp4", tmp_path / "video.mp4")
+    facts = video.probe(tmp_path / "video.mp4")
+    assert (facts.frames, facts.fps, facts.width, facts.height) == (9, 8, 320, 192)
+    assert (facts.codec, facts.pix_fmt, facts.faststart) == ("h264", "yuv420p", True)
+    assert facts.metadata["engine"] == "preview"
+
+    for record in job.stages:
+        assert (record.engine, record.seed) == ("preview", 7)
+        assert record.timings.denoise >= 6 * PACE * 0.9
+        assert record.gpu_seconds >= record.timings.denoise
+        assert record.cost_usd == pytest.approx(record.gpu_seconds / 1000, rel=1e-6)
+    assert job.gpu_seconds == pytest.approx(sum(record.gpu_seconds for record in job.stages))
+
+
+async def test_each_artifact_is_what_its_manifest_says(client: AsyncClient, tmp_path: Path) -> None:
+    job = await finished(client, await client.submit(request(edit=edit(), i2v=i2v()), images=[PHOTO]))
+    for artifact in job.artifacts:
+        path = tmp_path / artifact.name
+        await client.download(job.id, artifact.name, path)
+        assert path.stat().st_size == artifact.size
+        assert hashlib.sha256(path.read_bytes()).hexdigest() == artifact.sha256
+
+
+async def test_the_same_seed_gives_the_same_bytes(client: AsyncClient) -> None:
+    first, second = [await client.submit(request(edit=edit(), i2v=i2v()), images=[PHOTO]) for _ in range(2)]
+    first, second = await finished(client, first), await finished(client, second)
+    assert first.id != second.id
+    assert [a.sha256 for a in first.artifacts] == [a.sha256 for a in second.artifacts]
+
+
+async def test_an_edit_alone_is_an_image_and_a_motion_alone_a_video(client: AsyncClient) -> None:
+    image = await client.submit(request(edit=edit(style="film-noir")), images=[PHOTO])
+    clip = await client.submit(request(i2v=i2v()), images=[PHOTO])
+    assert [a.name for a in (await finished(client, image)).artifacts] == ["edit-0.png"]
+    assert [a.name for a in (await finished(client, clip)).artifacts] == ["video.mp4", "poster.jpg"]
+
+
+async def test_a_batch_job_is_done_too(client: AsyncClient) -> None:
+    job = await finished(client, await client.submit(request(edit=edit(), lane="batch"), images=[PHOTO]))
+    assert job.status is JobStatus.COMPLETED
+
+
+async def test_the_same_id_twice_is_one_job(client: AsyncClient) -> None:
+    first = await client.submit(request(edit=edit(), job_id="only-once"), images=[PHOTO])
+    second = await client.submit(request(edit=edit(), job_id="only-once"), images=[PHOTO])
+    assert first.id == second.id == "only-once"
+    job = await finished(client, first)
+    assert job.stages[0].attempt == 1
+
+
+async def test_a_running_job_is_cancelled_within_a_step(client: AsyncClient, stack: Stack) -> None:
+    job = await client.submit(request(edit=edit(), i2v=i2v(steps=100)), images=[PHOTO])
+    await until_step(client, job, "i2v")
+    cancelled = await client.cancel(job.id)
+    assert cancelled.status is JobStatus.CANCELLED
+    # The log tells when the device was free again: the record takes its GPU seconds from there.
+    async with asyncio.timeout(30):
+        while not (record := (await client.get(job.id)).stages[1]).charged:
+            await asyncio.sleep(0.05)
+    assert 0 < record.gpu_seconds < 100 * PACE / 2
+
+
+async def test_a_queued_job_is_cancelled_before_it_starts(client: AsyncClient) -> None:
+    running = await client.submit(request(edit=edit(steps=40)), images=[PHOTO])
+    await until_step(client, running, "edit")
+    waiting = [await client.submit(request(edit=edit(steps=1)), images=[PHOTO]) for _ in range(6)]
+    last = await client.cancel(waiting[-1].id)
+    assert last.status is JobStatus.CANCELLED
+    assert (await finished(client, running)).status is JobStatus.COMPLETED
+    for job in waiting[:-1]:
+        assert (await finished(client, job)).status is JobStatus.COMPLETED
+    assert (await client.get(waiting[-1].id)).artifacts == ()
+
+
+async def test_a_retry_goes_on_where_the_job_stopped(client: AsyncClient) -> None:
+    job = await client.submit(request(edit=edit(), i2v=i2v(steps=60)), images=[PHOTO])
+    await until_step(client, job, "i2v")
+    await client.cancel(job.id)
+    await client.retry(job.id)
+    done = await finished(client, job)
+    assert done.status is JobStatus.COMPLETED
+    assert done.run == 2
+    assert done.stages[0].charged == ("1.1",)  # the edit was done once
+    assert done.stages[1].charged == ("1.1", "2.1")
+
+
+async def test_a_reviewed_job_waits_and_goes_on_with_the_chosen_candidate(client: AsyncClient) -> None:
+    wanted = request(edit=edit(candidates=3), i2v=i2v(), review=True)
+    job = await client.submit(wanted, images=[PHOTO])
+    async with asyncio.timeout(BOUND):
+        while job.status is not JobStatus.AWAITING_REVIEW:
+            job = await client.get(job.id)
+            await asyncio.sleep(0.05)
+    assert [a.name for a in job.artifacts] == ["edit-0.png", "edit-1.png", "edit-2.png"]
+    assert len({a.sha256 for a in job.artifacts}) == 3
+    await client.approve(job.id, 2)
+    done = await finished(client, job)
+    assert done.status is JobStatus.COMPLETED
+    assert done.approved == 2
+
+
+async def test_the_fleet_and_the_metrics_show_what_ran(client: AsyncClient, stack: Stack) -> None:
+    await finished(client, await client.submit(request(edit=edit(), i2v=i2v()), images=[PHOTO]))
+    workers = {worker.stage: worker for worker in await client.workers()}
+    assert set(workers) == {"edit", "i2v"}
+    assert all(worker.device == "cpu" and worker.engine == "preview" for worker in workers.values())
+    async with httpx.AsyncClient() as http:
+        text = (await http.get(f"{stack.gateway_url}/metrics")).text
+    lines = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+    assert float(lines['vidgen_jobs_total{status="completed"}']) >= 1
+    assert float(lines['vidgen_tasks_total{lane="interactive",outcome="completed",stage="i2v"}']) >= 1
+    assert float(lines['vidgen_queue_depth{lane="interactive",stage="edit"}']) == 0
+    assert float(lines['vidgen_fleet_workers{stage="edit",state="ready"}']) == 1
+    assert float(lines['vidgen_gpu_seconds_total{stage="i2v"}']) > 0
+
+
+async def test_a_worker_that_is_killed_hands_its_task_to_the_next(tmp_path: Path) -> None:
+    """Of two workers the one that generates dies: its task comes again when its lease has run out, and completes."""
+    env = {"VIDGEN_ENGINE": "preview", "VIDGEN_PREVIEW_SECONDS_PER_STEP": "0.1", "VIDGEN_ACK_WAIT": "2"}
+    stack = Stack(tmp_path, env=env, workers=2, ephemeral=True)
+    with skipped_at_home():
+        await stack.start()
+    try:
+        async with AsyncClient(stack.gateway_url) as client:
+            job = await client.submit(request(edit=edit(steps=50)), images=[PHOTO])
+            holder = (await until_step(client, job, "edit")).worker or ""
+            victim = next(s for s in stack.services if f"-{s.pid}-" in holder)
+            os.kill(victim.pid, signal.SIGKILL)
+            done = await finished(client, job)
+            assert done.status is JobStatus.COMPLETED
+            assert done.stages[0].attempt == 2
+            assert done.stages[0].worker != holder
+    finally:
+        await stack.stop()
