@@ -159,7 +159,7 @@ class Call:
             "query_string": b"", "root_path": "", "server": ("gateway", 80), "client": ("test", 1),
             "headers": [(name.lower().encode(), value.encode()) for name, value in self.headers.items()],
         }  # fmt: skip
-        await self.app(scope, self._receive, self._send)  # type: ignore[arg-type]
+        await self.app(scope, self._receive, self._send)
 
     async def _send(self, message: dict[str, Any]) -> None:
         await self.sent.put(message | {"read so far": self.received})

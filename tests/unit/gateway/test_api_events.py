@@ -187,7 +187,7 @@ class CountingBus(MemoryBus):
             self.open_feeds -= 1
             await close()
 
-        feed.close = closed  # type: ignore[method-assign]
+        feed.close = closed
         return feed
 
 

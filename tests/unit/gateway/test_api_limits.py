@@ -69,7 +69,7 @@ async def test_an_image_over_its_own_limit_is_named_before_the_rest_is_read(gate
     call = Call(gateway.app, "POST", "/v1/jobs", headers, endless(IMAGE_HEAD))
     status, _, problem, received = await answered(call)
     assert status == 413
-    assert [error["field"] for error in problem["errors"]] == ["image.0"]  # type: ignore[attr-defined]
+    assert [error["field"] for error in problem["errors"]] == ["image.0"]
     assert received < 2 << 20
     await call.ended()
 
