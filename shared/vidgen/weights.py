@@ -60,7 +60,7 @@ def verify(folder: Path, pipelines: frozenset[str] = PIPELINES) -> None:
     """
     index = _read(folder / INDEX)
     name = index.get("_class_name")
-    if name not in pipelines:
+    if not isinstance(name, str) or name not in pipelines:
         raise _refused(folder, f"it holds a {name}, and this service runs {' or '.join(sorted(pipelines))}")
     if name == "WanPipeline" and not index.get("expand_timesteps"):
         raise _refused(folder, "it turns text into video and cannot start from an image: use an I2V or TI2V model")
