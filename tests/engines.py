@@ -192,3 +192,56 @@ class DiesInSetup(Instant):
 
     def setup(self) -> None:
         raise errors.FatalError("the weights are not there: set VIDGEN_EDIT_MODEL", code="weights_missing")
+
+
+class Gate:
+    """A place where an engine waits: `reached` when it is there, on it goes when `opened`."""
+
+    def __init__(self) -> None:
+        self.reached, self.opened = threading.Event(), threading.Event()
+
+    def open(self) -> None:
+        self.opened.set()
+
+
+class Gated(Instant):
+    """Waits wherever a test put a gate: in `prepare`, in `finish`, or in `generate` before a step ends.
+
+    Tasks are told apart by their seed. A gate is passed once: what comes later finds it open.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._gates: dict[tuple[str, int, int], Gate] = {}
+        self.generated: list[int] = []
+
+    def hold(self, phase: str, seed: int = 7, step: int = 0) -> Gate:
+        return self._gates.setdefault((phase, seed, step), Gate())
+
+    def open_all(self) -> None:
+        for gate in self._gates.values():
+            gate.open()
+
+    def prepare(self, work: Work, files: Sequence[Path]) -> Any:
+        self._pass("prepare", work.seed)
+        return super().prepare(work, files)
+
+    def generate(self, inputs: Any, on_step: OnStep) -> Generated:
+        self.calls.append("generate")
+        work: Work = inputs
+        self.generated.append(work.seed)
+        self._pass("generate", work.seed)
+        for step in range(1, work.steps + 1):
+            self._pass("generate", work.seed, step)
+            on_step(step, work.steps)
+        return Generated(work, denoise_s=0.0, decode_s=0.0)
+
+    def finish(self, output: Any, folder: Path) -> tuple[Finished, ...]:
+        self._pass("finish", output.seed)
+        return super().finish(output, folder)
+
+    def _pass(self, phase: str, seed: int, step: int = 0) -> None:
+        gate = self._gates.get((phase, seed, step))
+        if gate is not None:
+            gate.reached.set()
+            gate.opened.wait(PATIENCE)

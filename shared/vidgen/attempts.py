@@ -84,4 +84,4 @@ def standing(
 
 def back_off(tries: int, base: float, limit: float) -> float:
     """Seconds before the next try: `base` doubled with each, at most `limit`."""
-    return min(limit, base * 2.0 ** max(0, tries - 1))
+    return min(limit, base * 2.0 ** min(64, max(0, tries - 1)))

@@ -6,11 +6,14 @@ import secrets
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
+import pydantic
+
 from vidgen import attempts, contracts, errors, topology
 from vidgen.bus import Bus
 from vidgen.contracts import Event, Task
 
 CLAIM_TRIES = 10
+ANY_TRIES = 1 << 30
 
 
 class FencedError(errors.VidgenError):
@@ -28,9 +31,23 @@ class Newest:
 
 
 async def newest(bus: Bus, job_id: str) -> Newest:
-    """The newest event of a job; raises BusError."""
+    """The newest event of a job; raises BusError, and RetryableError for an event of another version."""
     stored = await bus.last(topology.EVENTS, topology.subject_of_events(job_id))
-    return Newest(Event.validate_json(stored.body), stored.seq) if stored else Newest(None, 0)
+    if stored is None:
+        return Newest(None, 0)
+    try:
+        return Newest(Event.validate_json(stored.body), stored.seq)
+    except pydantic.ValidationError as exc:
+        raise errors.RetryableError(
+            f"the newest event of job {job_id} cannot be read: run gateway and workers of one version",
+            code="unreadable_event",
+        ) from exc
+
+
+async def current_run(bus: Bus, job_id: str) -> int:
+    """The run that a job is in; raises as `newest` does."""
+    seen = await newest(bus, job_id)
+    return seen.event.run if seen.event else 1
 
 
 @dataclass
@@ -105,3 +122,22 @@ async def claim(
             continue
         return held
     raise errors.BusError(f"the log of job {task.job_id} is being written by too many at once")
+
+
+async def give_up(bus: Bus, task: Task, worker: str, error: contracts.JobError) -> None:
+    """Append the final failure of a task that is not run, unless its log has come to an end meanwhile."""
+    while True:
+        seen = await newest(bus, task.job_id)
+        verdict = attempts.judge(task, seen.event, ANY_TRIES)
+        if isinstance(verdict, attempts.Drop):
+            return
+        held = Claim(bus, task, verdict.attempt, verdict.tries - 1, worker, seen.seq)
+        failed = contracts.StageFailed.model_validate(held.stamp() | {"error": error, "final": True})
+        try:
+            await bus.publish(
+                topology.subject_of_events(task.job_id), failed.to_bytes(), expect_last=seen.seq,
+                message_id=held.message_id(failed.type),
+            )  # fmt: skip
+        except errors.ConflictError:
+            continue
+        return

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
+import re
 import tempfile
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Iterator
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import pydantic
 import structlog
@@ -32,10 +34,15 @@ from vidgen.progress import Reporter
 
 log = structlog.get_logger(__name__)
 
+T = TypeVar("T")
+
 Outcome = Literal[
-    "completed", "reused", "failed", "rejected", "retried", "cancelled", "released", "fenced", "dead", "dropped", "lost"
+    "completed", "reused", "rejected", "retried", "cancelled", "released", "fenced", "dead", "dropped", "lost"
 ]
 MAX_INPUT_BYTES = 64 << 20
+HAND_BACK_S = 2.0  # what a worker that leaves in a hurry takes to hand a task back
+SUBJECT = re.compile(r"vidgen\.tasks\.\w+\.(?P<lane>interactive|batch)\.(?P<job>.+)")
+JOB_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
 @dataclass(frozen=True)
@@ -58,12 +65,13 @@ class Stop:
 
     reason: Literal["cancelled", "fenced", "released"] | None = None
     since: float = 0.0
+    asked_at: datetime | None = None
     raised: asyncio.Event = field(default_factory=asyncio.Event)
 
-    def now(self, reason: Literal["cancelled", "fenced", "released"]) -> None:
-        """Ask for the end; the first reason stays."""
+    def now(self, reason: Literal["cancelled", "fenced", "released"], asked_at: datetime | None = None) -> None:
+        """Ask for the end; the first reason stays. `asked_at` is when somebody wished it."""
         if self.reason is None:
-            self.since = time.monotonic()
+            self.since, self.asked_at = time.monotonic(), asked_at
             self.reason = reason
             self.raised.set()
 
@@ -73,16 +81,20 @@ class Stop:
             raise errors.Cancelled
 
 
-@dataclass
+@dataclass(eq=False)  # a turn is itself: kept in sets
 class Turn:
-    """A task's way through the runtime: it waits for the device, and says when the next task may be prepared."""
+    """A task's way through the runtime: it waits for the device, and says when the next task may be prepared.
+
+    `look` asks for a look at the job's log now: somebody says that the job was cancelled.
+    """
 
     device: asyncio.Lock
-    stop: Stop
+    stop: Stop = field(default_factory=Stop)
+    look: asyncio.Event = field(default_factory=asyncio.Event)
     phase: Literal["preparing", "generating", "finishing"] = "preparing"
 
-    def begins(self, expected_s: float | None) -> None:
-        """The device is taken, for `expected_s` seconds if that is known."""
+    def frees_in(self, seconds: float) -> None:
+        """The device is likely to be free in `seconds`; told anew with each step."""
 
     def ends(self) -> None:
         """The device is free."""
@@ -101,7 +113,7 @@ class _Clocks:
     device: float = 0.0
 
     @contextlib.contextmanager
-    def timed(self, phase: str) -> Any:
+    def timed(self, phase: str) -> Iterator[None]:
         begun = time.monotonic()
         try:
             yield
@@ -125,8 +137,9 @@ class Handler:
         self._bus, self._store, self._engine = bus, store, engine
         self._device_thread, self._metrics, self._policy = device_thread, metrics, policy
         self._pace: float | None = None  # seconds per step of the newest task
-        self._finishing = Recent()
+        self._decoding, self._finishing = Recent(), Recent()
         self._busy_seconds = 0.0
+        self._device_lost = False
 
     @property
     def seconds_per_step(self) -> float | None:
@@ -134,7 +147,7 @@ class Handler:
 
     @property
     def busy_seconds(self) -> float:
-        """Seconds for which the device was held."""
+        """Seconds for which the device was held, up to the newest step."""
         return self._busy_seconds
 
     async def handle(self, delivery: Delivery, turn: Turn) -> Outcome:
@@ -144,7 +157,7 @@ class Handler:
         try:
             task = Task.model_validate_json(delivery.body)
         except pydantic.ValidationError as exc:
-            return await self._bury_unreadable(delivery, exc)
+            return await self._unreadable(delivery, exc)
         clocks = _Clocks(queued=max(0.0, (datetime.now(UTC) - task.queued_at).total_seconds()))
         fatal: errors.FatalError | None = None
         with structlog.contextvars.bound_contextvars(job=task.job_id, stage=task.stage):
@@ -155,6 +168,10 @@ class Handler:
             except errors.BusError as exc:
                 # Not settled: the lease runs out and the task comes again, to find what is stored.
                 log.warning(exc.message, _event="settle_failed")
+                outcome = "lost"
+            except Exception:
+                # One task must not take the others of this worker with it; how often it comes again is limited.
+                log.exception("the task could not be settled", _event="settle_unexpected")
                 outcome = "lost"
             self._metrics.task_settled(task.lane, outcome)
             if outcome == "completed":
@@ -181,18 +198,25 @@ class Handler:
             return await self._exhausted(delivery, task, held)
         with structlog.contextvars.bound_contextvars(attempt=held.attempt):
             try:
-                async with self._lease(delivery, held, turn.stop):
+                async with self._lease(delivery, held, turn):
                     return await self._run(delivery, held, turn, clocks)
             except FencedError:
                 # A newer attempt holds the task: neither ack nor nak may come from here any more.
                 return "fenced"
             except errors.Cancelled:
                 return await self._stopped(delivery, held, turn.stop, clocks)
+            except asyncio.CancelledError:
+                # The whole worker leaves in a hurry: the engine ends at its next step, the task is free now.
+                turn.stop.now("released")
+                with contextlib.suppress(errors.VidgenError, TimeoutError):
+                    async with asyncio.timeout(HAND_BACK_S):
+                        await self._release(delivery, held, clocks)
+                raise
             except errors.RejectedError as exc:
                 return await self._fail(delivery, held, clocks, exc, retryable=False)
             except errors.FatalError as exc:
                 log.exception(exc.message, _event="worker_unhealthy", code=exc.code)
-                with contextlib.suppress(FencedError, errors.Cancelled, errors.BusError):
+                with contextlib.suppress(errors.VidgenError):
                     await self._release(delivery, held, clocks)
                 raise
             except errors.BusError:
@@ -208,13 +232,21 @@ class Handler:
         task, info = held.task, self._engine.info
         _check_deadline(task)
         reporter = Reporter(self._bus, held, self._metrics, self._finishing.value or 0.0)
-        with tempfile.TemporaryDirectory(prefix="vidgen-task-", dir=self._policy.work_dir) as name:
+        with tempfile.TemporaryDirectory(
+            prefix="vidgen-task-", dir=self._policy.work_dir, ignore_cleanup_errors=True
+        ) as name:
             folder = Path(name)
             with clocks.timed("prepare"):
                 reporter.phase("preparing")
-                found, files = await asyncio.gather(results.find(self._store, task), self._fetch(task, folder))
+                found, files = await asyncio.gather(
+                    results.find(self._store, task), self._fetch(task, folder), return_exceptions=True
+                )
+            if isinstance(found, BaseException):
+                raise found
             reused = found is not None
             if found is None:
+                if isinstance(files, BaseException):  # of no matter where there is a result
+                    raise files
                 finished = await self._compute(held, files, folder, turn, clocks, reporter)
                 with clocks.timed("store"):
                     found = await self._keep(task, finished)
@@ -239,16 +271,35 @@ class Handler:
         task, loop = held.task, asyncio.get_running_loop()
         with clocks.timed("prepare"):
             inputs = await asyncio.to_thread(self._engine.prepare, task.work, files)
+        decoding = self._decoding.value or 0.0
+
+        def stepped(seconds: float, left_s: float | None) -> None:
+            self._count_busy(seconds)
+            if left_s is not None:
+                turn.frees_in(left_s + decoding)
+
+        waiting = time.monotonic()
         async with _device(turn):
-            turn.begins(self._pace * task.work.steps if self._pace is not None else None)
-            on_step = reporter.on_step(lambda: _may_go_on(task, turn.stop))
+            clocks.queued += time.monotonic() - waiting
+            if self._device_lost:  # while this task waited for it
+                turn.stop.now("released")
+                turn.stop.check()
+            if self._pace is not None:
+                turn.frees_in(self._pace * task.work.steps + decoding)
+            on_step = reporter.on_step(lambda: _may_go_on(task, turn.stop), stepped)
+            context = contextvars.copy_context()  # so that what the engine logs names the job
             try:
                 with clocks.timed("device"):
-                    generated = await loop.run_in_executor(self._device_thread, self._engine.generate, inputs, on_step)
+                    generated = await loop.run_in_executor(
+                        self._device_thread, context.run, self._engine.generate, inputs, on_step
+                    )
+            except errors.FatalError:
+                self._device_lost = True
+                raise
             finally:
-                self._busy_seconds += clocks.device
-                self._metrics.gpu_busy(clocks.device)
+                self._count_busy(clocks.device - reporter.counted_s)
                 self._pace = reporter.seconds_per_step or self._pace
+        self._decoding.add(generated.decode_s)
         clocks.denoise, clocks.decode = generated.denoise_s, generated.decode_s
         reporter.phase("finishing")
         with clocks.timed("encode"):
@@ -261,7 +312,7 @@ class Handler:
         for key in task.inputs:
             check_key(key, task.job_id)
         begun = time.monotonic()
-        await asyncio.gather(
+        await _all_of(
             *(self._store.fetch(key, path, MAX_INPUT_BYTES) for key, path in zip(task.inputs, paths, strict=True))
         )
         self._metrics.artifact_moved("get", sum(path.stat().st_size for path in paths), time.monotonic() - begun)
@@ -272,6 +323,10 @@ class Handler:
         result = await results.keep(self._store, task, finished, self._engine.info)
         self._metrics.artifact_moved("put", sum(made.size for made in result.artifacts), time.monotonic() - begun)
         return result
+
+    def _count_busy(self, seconds: float) -> None:
+        self._busy_seconds += max(0.0, seconds)
+        self._metrics.gpu_busy(seconds)
 
     def _cost(self, clocks: _Clocks) -> float:
         return clocks.device / 3600 * self._policy.gpu_usd_per_hour
@@ -284,18 +339,27 @@ class Handler:
         try:
             if stop.reason == "released":
                 return await self._release(delivery, held, clocks)
-            latency = time.monotonic() - stop.since if stop.since else None
-            if latency is not None:
-                self._metrics.cancelled_after(latency)
-            event = contracts.StageCancelled.model_validate(
-                held.stamp() | self._spent(clocks) | {"cancel_latency_s": latency}
-            )
-            await held.append(event)
-            await delivery.ack()
         except FencedError:
             return "fenced"
         except errors.Cancelled:
-            await delivery.ack()
+            pass
+        return await self._cancelled(delivery, held, clocks, stop)
+
+    async def _cancelled(self, delivery: Delivery, held: Claim, clocks: _Clocks, stop: Stop | None = None) -> Outcome:
+        latency = None
+        if stop is not None and stop.reason == "cancelled":
+            heard = time.monotonic() - stop.since
+            self._metrics.cancelled_after(heard)
+            asked = (datetime.now(UTC) - stop.asked_at).total_seconds() if stop.asked_at else 0.0
+            latency = max(heard, asked)  # the clocks of two machines may differ
+        event = contracts.StageCancelled.model_validate(
+            held.stamp() | self._spent(clocks) | {"cancel_latency_s": latency}
+        )
+        try:
+            await held.append(event)
+        except FencedError:
+            return "fenced"
+        await delivery.ack()
         return "cancelled"
 
     async def _release(self, delivery: Delivery, held: Claim, clocks: _Clocks) -> Outcome:
@@ -318,13 +382,13 @@ class Handler:
         )
         try:
             if final:
-                await self._bury(delivery, task, error)
+                await held.check()  # what a newer attempt holds is not to be given up
+                await self._bury(delivery, error, task.job_id, f"{task.job_id}:{task.stage}:{task.run}:dead")
             await held.append(event)
         except FencedError:
             return "fenced"
         except errors.Cancelled:
-            await delivery.ack()
-            return "cancelled"
+            return await self._cancelled(delivery, held, clocks)
         if not final:
             await delivery.nak(wait)
             return "retried"
@@ -338,63 +402,82 @@ class Handler:
             message=f"{verdict.tries - 1} attempts ended without a word, as if the task had killed its worker: "
             "look at the workers' logs, then retry the job",
         )  # fmt: skip
-        seen = await eventlog.newest(self._bus, task.job_id)
-        held = Claim(self._bus, task, verdict.attempt, verdict.tries, self._policy.worker_id, seen.seq)
-        await self._bury(delivery, task, error)
-        event = contracts.StageFailed.model_validate(held.stamp() | {"error": error, "final": True})
-        with contextlib.suppress(FencedError, errors.Cancelled):
-            await held.append(event)
+        await self._bury(delivery, error, task.job_id, f"{task.job_id}:{task.stage}:{task.run}:dead")
+        await eventlog.give_up(self._bus, task, self._policy.worker_id, error)
         await delivery.ack()
         log.error(error.message, _event="attempts_exhausted")
         return "dead"
 
-    async def _bury(self, delivery: Delivery, task: Task, error: contracts.JobError) -> None:
-        letter = dead.letter(delivery.body, delivery.subject, error, job_id=task.job_id, stage=task.stage)
-        await dead.publish(self._bus, letter, message_id=f"{task.job_id}:{task.stage}:{task.run}:dead")
-        self._metrics.dead_lettered()
-
-    async def _bury_unreadable(self, delivery: Delivery, exc: pydantic.ValidationError) -> Outcome:
-        fields = contracts.field_errors(exc)
+    async def _unreadable(self, delivery: Delivery, exc: pydantic.ValidationError) -> Outcome:
+        """A task of another version: its job ends all the same, and is named by the subject."""
         error = contracts.JobError(
-            code="unreadable_task", message="not a task of this version", stage=self._policy.stage, fields=fields
-        )
-        letter = dead.letter(delivery.body, delivery.subject, error, job_id=None, stage=self._policy.stage)
+            code="unreadable_task", stage=self._policy.stage, fields=contracts.field_errors(exc),
+            message="the worker cannot read its task: run gateway and workers of one version, then retry the job",
+        )  # fmt: skip
+        found = SUBJECT.fullmatch(delivery.subject)
+        job_id = found["job"] if found and JOB_ID.fullmatch(found["job"]) else None
         try:
-            await dead.publish(self._bus, letter, message_id=f"unreadable:{delivery.seq}")
+            await self._bury(delivery, error, job_id, f"unreadable:{delivery.seq}")
+            if job_id is not None:
+                run = await eventlog.current_run(self._bus, job_id)
+                names: dict[str, Any] = {"job_id": job_id, "stage": self._policy.stage, "run": run}
+                await eventlog.give_up(self._bus, Task.model_construct(**names), self._policy.worker_id, error)
             await delivery.ack()
-        except errors.BusError:
-            return "lost"
+            outcome: Outcome = "dead"
+        except errors.VidgenError as fault:
+            log.warning(fault.message, _event="settle_failed")
+            outcome = "lost"
+        lane: contracts.Lane = "batch" if found and found["lane"] == "batch" else "interactive"
+        self._metrics.task_settled(lane, outcome)
+        log.error(
+            f"task {outcome}: it cannot be read", _event="task", outcome=outcome, lane=lane, job=job_id,
+            stage=self._policy.stage, deliveries=delivery.num_delivered, code=error.code,
+        )  # fmt: skip
+        return outcome
+
+    async def _bury(self, delivery: Delivery, error: contracts.JobError, job_id: str | None, message_id: str) -> None:
+        letter = dead.letter(delivery.body, delivery.subject, error, job_id=job_id, stage=self._policy.stage)
+        await dead.publish(self._bus, letter, message_id=message_id)
         self._metrics.dead_lettered()
-        log.error("a task that is none was dead-lettered", _event="unreadable_task", seq=delivery.seq)
-        return "dead"
 
     def _spent(self, clocks: _Clocks) -> dict[str, float]:
         return {"gpu_seconds": clocks.device, "cost_usd": self._cost(clocks)}
 
     @contextlib.asynccontextmanager
-    async def _lease(self, delivery: Delivery, held: Claim, stop: Stop) -> AsyncIterator[None]:
+    async def _lease(self, delivery: Delivery, held: Claim, turn: Turn) -> AsyncIterator[None]:
         """Keep the task while the block runs: heartbeats at a quarter of `ack_wait`, each with a look at the log."""
-        beats = asyncio.create_task(self._beat(delivery, held, stop), name=f"lease-{held.task.job_id}")
+        beats = asyncio.create_task(self._beat(delivery, held, turn), name=f"lease-{held.task.job_id}")
         try:
             yield
         finally:
             beats.cancel()
             await asyncio.wait([beats])
 
-    async def _beat(self, delivery: Delivery, held: Claim, stop: Stop) -> None:
+    async def _beat(self, delivery: Delivery, held: Claim, turn: Turn) -> None:
         while True:
-            await asyncio.sleep(self._policy.ack_wait / 4)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(turn.look.wait(), self._policy.ack_wait / 4)
+            turn.look.clear()
             try:
                 await delivery.in_progress()
                 seen = await eventlog.newest(self._bus, held.task.job_id)
-            except errors.BusError as exc:
+            except errors.RetryableError as exc:
                 self._metrics.heartbeat_failed()
                 log.warning(exc.message, _event="heartbeat_failed")
                 continue
-            # A cancel whose signal was missed, or a newer attempt: both stand in the log.
+            # The log has the truth: a signal may come too late and mean the run before, or be missed.
             standing = attempts.standing(held.task, held.attempt, seen.event)
             if standing != "mine":
-                stop.now(standing)
+                turn.stop.now(standing, seen.event.at if seen.event else None)
+
+
+async def _all_of(*works: Awaitable[T]) -> list[T]:
+    """Let all come to their ends, then raise the first failure: none goes on behind the caller's back."""
+    found = await asyncio.gather(*works, return_exceptions=True)
+    for each in found:
+        if isinstance(each, BaseException):
+            raise each
+    return [each for each in found if not isinstance(each, BaseException)]
 
 
 @contextlib.asynccontextmanager
@@ -404,19 +487,16 @@ async def _device(turn: Turn) -> AsyncIterator[None]:
     raised = asyncio.ensure_future(turn.stop.raised.wait())
     try:
         await asyncio.wait([taken, raised], return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        raised.cancel()
-        if not taken.done():
-            taken.cancel()
-            await asyncio.wait([taken])
-    got = not taken.cancelled()
-    try:
         turn.stop.check()
         turn.phase = "generating"
         yield
         turn.phase = "finishing"
     finally:
-        if got:
+        raised.cancel()
+        if not taken.done():
+            taken.cancel()
+            await asyncio.wait([taken])
+        if not taken.cancelled():
             turn.device.release()
         turn.ends()
 

@@ -18,11 +18,11 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.core import Metric as Family
 from prometheus_client.registry import Collector
 
-from vidgen import bus, contracts, engine
+from vidgen import bus, contracts, engine, reference
 from vidgen.contracts import LANES, STAGES, GpuFigures, Lane, Stage, Timings, WorkerInfo
 
 Outcome = Literal[
-    "completed", "reused", "failed", "rejected", "retried", "cancelled", "released", "fenced", "dead", "dropped", "lost"
+    "completed", "reused", "rejected", "retried", "cancelled", "released", "fenced", "dead", "dropped", "lost"
 ]
 GatewayOutcome = Literal["completed", "reused", "failed", "retried", "cancelled", "released"]
 RequestOutcome = Literal["accepted", "rejected", "duplicate"]
@@ -569,11 +569,7 @@ def _row(metric: Metric) -> str:
 
 def write_reference(path: Path) -> None:
     """Put the tables between the two markers of a markdown file."""
-    before, _, rest = path.read_text(encoding="utf-8").partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not end:
-        raise ValueError(f"{path} lacks the two markers: add {BEGIN} and {END}, in this order")
-    path.write_text(f"{before}{BEGIN}\n{reference_table()}{END}{after}", encoding="utf-8")
+    reference.put_between(path, BEGIN, END, reference_table())
 
 
 if __name__ == "__main__":

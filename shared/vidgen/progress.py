@@ -17,6 +17,7 @@ from vidgen.eventlog import Claim
 from vidgen.metrics import WorkerMetrics
 
 Phase = Literal["preparing", "denoising", "finishing"]
+Stepped = Callable[[float, float | None], None]
 
 
 class Reporter:
@@ -28,31 +29,47 @@ class Reporter:
         self._clock = StepClock(finishing_s=finishing_s)
         self._pace = Pace()
         self._step, self._steps = 0, held.task.work.steps
+        self._begun = self._counted_to = time.monotonic()
         self._sending: set[asyncio.Task[None]] = set()
 
     @property
     def seconds_per_step(self) -> float | None:
         return self._clock.seconds_per_step
 
+    @property
+    def counted_s(self) -> float:
+        """Seconds of generating that `stepped` was told of so far."""
+        return self._counted_to - self._begun
+
     def phase(self, phase: Phase) -> None:
         """Say that a phase begins."""
         self._send(phase)
 
-    def on_step(self, check: Callable[[], None]) -> OnStep:
-        """What the engine calls after each step, in its own thread; `check` raises to end the attempt there."""
-        loop, begun = asyncio.get_running_loop(), time.monotonic()
-        self._clock = StepClock(begun, finishing_s=self._finishing_s)
+    def on_step(self, check: Callable[[], None], stepped: Stepped) -> OnStep:
+        """What the engine calls after each step, in its own thread; `check` raises to end the attempt there.
 
-        def stepped(step: int, steps: int) -> None:
-            loop.call_soon_threadsafe(self._stepped, step, steps, time.monotonic())
+        `stepped` hears, in the event loop, of the seconds since it was last told and of those left to the last step.
+        """
+        loop = asyncio.get_running_loop()
+        self._begun = self._counted_to = time.monotonic()
+        self._clock = StepClock(self._begun, finishing_s=self._finishing_s)
+
+        def on_step(step: int, steps: int) -> None:
+            loop.call_soon_threadsafe(self._stepped, step, steps, time.monotonic(), stepped)
             check()
 
-        return stepped
+        return on_step
 
-    def _stepped(self, step: int, steps: int, at: float) -> None:
+    def _stepped(self, step: int, steps: int, at: float, stepped: Stepped) -> None:
+        step = min(step, steps)
         seconds = self._clock.step(step, steps, at)
-        self._step, self._steps = max(step, self._step), steps
+        if seconds is None:  # an engine that says a step twice, or counts backwards
+            return
+        self._step, self._steps = step, steps
         self._metrics.step(seconds, self._clock.seconds_per_step)
+        eta_s = self._clock.eta_s()
+        stepped(at - self._counted_to, None if eta_s is None else eta_s - self._finishing_s)
+        self._counted_to = at
         if self._pace.allows(at, last=step >= steps):
             self._send("denoising")
 

@@ -26,6 +26,7 @@ log = structlog.get_logger(__name__)
 
 START_PATIENCE_S = 120.0
 START_PAUSE_S = 0.25
+LEAVE_S = 2.0  # what a second signal leaves to hand the tasks back
 
 MakeEngine = Callable[[WorkerSettings, choice.Choice], Engine]
 
@@ -53,10 +54,14 @@ class _Service:
         self._metrics = WorkerMetrics(stage, self._monitor.read())
         self._stop = asyncio.Event()
         self._worker: Worker | None = None
+        self._serving: asyncio.Task[None] | None = None
+        self._leaving: asyncio.Task[None] | None = None
 
     async def run(self) -> None:
         self._take_signals()
         settings = self._settings
+        gpus = ",".join("cpu" if gpu.uuid == "cpu" else str(gpu.index) for gpu in self._monitor.read())
+        structlog.contextvars.bind_contextvars(worker=settings.worker_id, gpu=gpus)
         probing = probes.serve(
             settings.metrics_host, settings.metrics_port, healthy=self._healthy, ready=self._ready,
             metrics=self._metrics.render,
@@ -74,7 +79,14 @@ class _Service:
         chosen = choice.choose(self._stage, self._settings, gpus=gpus, reason=reason)
         log.info(chosen.reason, _event="engine_chosen", kind=chosen.kind)
         engine = self._make_engine(self._settings, chosen)
-        await asyncio.get_running_loop().run_in_executor(device_thread, engine.setup)
+        try:
+            await asyncio.get_running_loop().run_in_executor(device_thread, engine.setup)
+        except errors.VidgenError:
+            raise
+        except Exception as exc:  # whatever a model's libraries raise
+            raise errors.FatalError(
+                f"the engine could not be set up: {type(exc).__name__}: {exc}", code="setup_failed"
+            ) from exc
         seconds = time.monotonic() - begun
         self._metrics.describe(engine.info)
         self._metrics.model_loaded({"total": seconds})
@@ -89,8 +101,10 @@ class _Service:
             if not denied.done():
                 denied.set_result(text)
 
-        name = f"{self._stage}-{settings.worker_id}"
-        async with bus.connect(settings.nats_url, name, on_denied=on_denied, **settings.nats_options()) as connected:
+        async with contextlib.AsyncExitStack() as stack:
+            connected = await self._connect(stack, on_denied)
+            if connected is None:
+                return
             store = S3Store.from_settings(settings)
             await self._wait_for_queues(connected)
             worker = self._worker = Worker(
@@ -107,15 +121,38 @@ class _Service:
                 return
             probes.write_ready_file(settings.ready_file, url)
             log.info("ready for tasks", _event="ready", url=url)
-            serving = asyncio.create_task(worker.run(), name="worker")
+            serving = self._serving = asyncio.create_task(worker.run(), name="worker")
             await asyncio.wait([serving, denied], return_when=asyncio.FIRST_COMPLETED)
             if denied.done() and not serving.done():
-                worker.drain()
+                serving.cancel()
+                await asyncio.wait([serving])
                 raise errors.FatalError(
                     f"the bus denies this worker something that it needs: {denied.result()}", code="bus_denied"
                 )
             await serving
         log.info("drained", _event="drained")
+
+    async def _connect(
+        self, stack: contextlib.AsyncExitStack, on_denied: Callable[[str], None]
+    ) -> bus.JetStreamBus | None:
+        """The bus, None when told to stop: a model takes minutes to load, so a bus that is late is waited for."""
+        settings = self._settings
+        name = f"{self._stage}-{settings.worker_id}"
+        give_up = time.monotonic() + START_PATIENCE_S
+        while not self._stop.is_set():
+            connection = bus.connect(settings.nats_url, name, on_denied=on_denied, **settings.nats_options())
+            try:
+                return await stack.enter_async_context(connection)
+            except errors.BusError as exc:
+                if time.monotonic() > give_up:
+                    raise
+                log.warning(exc.message, _event="not_there_yet")
+            await self._pause()
+        return None
+
+    async def _pause(self) -> None:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._stop.wait(), START_PAUSE_S)
 
     async def _wait_for_queues(self, connected: bus.JetStreamBus) -> None:
         """The gateway makes the queues; a worker only binds, and waits for them."""
@@ -132,8 +169,7 @@ class _Service:
                     ) from exc
             else:
                 return
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._stop.wait(), START_PAUSE_S)
+            await self._pause()
 
     def _take_signals(self) -> None:
         loop = asyncio.get_running_loop()
@@ -142,12 +178,22 @@ class _Service:
 
     def _on_signal(self, number: signal.Signals) -> None:
         if self._stop.is_set():
-            log.warning("leaving now", _event="killed")
-            os._exit(128 + number)
+            if self._leaving is not None or self._serving is None:
+                os._exit(128 + number)
+            log.warning("leaving now: what runs is handed back", _event="killed")
+            self._leaving = asyncio.get_running_loop().create_task(self._leave(128 + number))
+            return
         log.info("draining: no new task is taken, what runs is finished", _event="draining")
         self._stop.set()
         if self._worker is not None:
             self._worker.drain()
+
+    async def _leave(self, code: int) -> None:
+        """Hand back what is held and go, without waiting for the engine's step to end."""
+        if self._serving is not None:
+            self._serving.cancel()
+            await asyncio.wait([self._serving], timeout=LEAVE_S)
+        os._exit(code)
 
     def _healthy(self) -> bool:
         return self._worker is None or self._worker.healthy

@@ -79,7 +79,7 @@ def subject_of_control(job_id: str) -> str:
 
 
 def subject_of_dead(stage: Stage | None, job_id: str | None) -> str:
-    return "vidgen.dead.requests" if stage is None else f"vidgen.dead.{stage}.{job_id}"
+    return "vidgen.dead.requests" if stage is None else f"vidgen.dead.{stage}.{job_id or 'unknown'}"
 
 
 def subject_of_history(job_id: str) -> str:

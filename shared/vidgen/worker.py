@@ -22,9 +22,9 @@ import vidgen
 from vidgen import errors, topology
 from vidgen.artifacts import ArtifactStore
 from vidgen.bus import Bus, Delivery
-from vidgen.contracts import Stage, WorkerInfo
+from vidgen.contracts import GpuFigures, Stage, WorkerInfo
 from vidgen.engine import Engine, GpuMonitor
-from vidgen.handler import Handler, Policy, Stop, Turn
+from vidgen.handler import JOB_ID, Handler, Policy, Turn
 from vidgen.metrics import WorkerMetrics
 
 log = structlog.get_logger(__name__)
@@ -32,7 +32,8 @@ log = structlog.get_logger(__name__)
 State = Literal["starting", "ready", "busy", "draining", "unhealthy"]
 
 IN_FLIGHT = 4  # one generating, one prepared, two being encoded and stored
-LEAD_S = 3.0  # how long before the device is free the next task is taken
+LEAD_S = 3.0  # how long before the device is likely to be free the next task is taken
+CANCEL_WAIT_S = 5.0
 IDLE_WAIT_S = 0.5
 BUS_PAUSE_S = 0.5
 BATCH_SHARE = 10  # at least one task in ten is a batch task while any waits
@@ -65,22 +66,29 @@ class LanePuller:
         return delivery
 
 
-@dataclass
+@dataclass(eq=False)
 class _JustInTimeTurn(Turn):
-    """Lets the next task be taken shortly before this one leaves the device."""
+    """Lets the next task be taken shortly before this one leaves the device; at its end if nobody knows when."""
 
+    job_id: str = ""
     open_next: Callable[[], None] = lambda: None
     _timer: asyncio.TimerHandle | None = None
     _opened: bool = False
 
-    def begins(self, expected_s: float | None) -> None:
-        early = max(0.0, (expected_s or 0.0) - LEAD_S)
-        self._timer = asyncio.get_running_loop().call_later(early, self._open)
+    def frees_in(self, seconds: float) -> None:
+        self._stop_timer()
+        if seconds <= LEAD_S:
+            self._open()
+        else:
+            self._timer = asyncio.get_running_loop().call_later(seconds - LEAD_S, self._open)
 
     def ends(self) -> None:
+        self._stop_timer()
+        self._open()
+
+    def _stop_timer(self) -> None:
         if self._timer is not None:
             self._timer.cancel()
-        self._open()
 
     def _open(self) -> None:
         if not self._opened:
@@ -118,7 +126,7 @@ class Worker:
         self._device = asyncio.Lock()
         self._places = asyncio.Semaphore(IN_FLIGHT)
         self._next = asyncio.Semaphore(1)
-        self._turns: dict[str, _JustInTimeTurn] = {}
+        self._turns: set[_JustInTimeTurn] = set()
         self._draining = asyncio.Event()
         self._fatal: errors.FatalError | None = None
         self._started_at = datetime.now(UTC)
@@ -139,21 +147,29 @@ class Worker:
     def drain(self) -> None:
         """Take no more tasks, hand back what only waits, finish what runs."""
         self._draining.set()
-        for turn in self._turns.values():
+        for turn in self._turns:
             if turn.phase == "preparing":
                 turn.stop.now("released")
 
     async def run(self) -> None:
-        """Serve until drained; raises FatalError when this worker can no longer work (its tasks are handed back)."""
+        """Serve until drained; raises FatalError when this worker can no longer work.
+
+        Then, and where this call is cancelled, its tasks are handed back at once.
+        """
         ending = asyncio.Event()
-        async with asyncio.TaskGroup() as sides:
-            sides.create_task(self._register(ending), name="registry")
-            sides.create_task(self._hear_cancels(ending), name="cancels")
-            sides.create_task(self._end_grace(ending), name="grace")
-            try:
-                await self._serve()
-            finally:
-                ending.set()
+        try:
+            async with asyncio.TaskGroup() as sides:
+                sides.create_task(self._register(ending), name="registry")
+                cancels = sides.create_task(self._hear_cancels(), name="cancels")
+                sides.create_task(self._end_grace(ending), name="grace")
+                try:
+                    await self._serve()
+                finally:
+                    ending.set()
+                    cancels.cancel()
+        except ExceptionGroup as died:
+            self._fatal = errors.FatalError("a part of this worker died: the log says of what", code="worker_broken")
+            raise self._fatal from died
         if self._fatal is not None:
             raise self._fatal
 
@@ -167,22 +183,34 @@ class Worker:
                     self._next.release()
                     self._places.release()
                     continue
-                turn = _JustInTimeTurn(self._device, Stop(), open_next=self._next.release)
+                job_id = delivery.subject.rsplit(".", 1)[-1]
+                turn = _JustInTimeTurn(self._device, job_id=job_id, open_next=self._next.release)
+                self._turns.add(turn)
                 tasks.create_task(self._see_through(delivery, turn), name=f"task-{delivery.seq}")
 
     async def _pull(self) -> Delivery | None:
+        """The next task, None where there is none or a drain begins; a cancelled pull hands back what it would take."""
+        pulling = asyncio.ensure_future(self._puller.next())
+        draining = asyncio.ensure_future(self._draining.wait())
         try:
-            return await self._puller.next()
+            await asyncio.wait([pulling, draining], return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            draining.cancel()
+            if not pulling.done():
+                pulling.cancel()
+                await asyncio.wait([pulling])
+        try:
+            delivery = None if pulling.cancelled() else pulling.result()
+            if delivery is not None and self._draining.is_set():
+                await delivery.nak()  # both at once: nobody needs to hear of it
+                return None
         except errors.BusError as exc:
             log.warning(exc.message, _event="bus_lost")
             await asyncio.sleep(BUS_PAUSE_S)
             return None
+        return delivery
 
     async def _see_through(self, delivery: Delivery, turn: _JustInTimeTurn) -> None:
-        job_id = delivery.subject.rsplit(".", 1)[-1]
-        self._turns[job_id] = turn
-        if self._draining.is_set():
-            turn.stop.now("released")
         try:
             await self._handler.handle(delivery, turn)
             self._done += 1
@@ -191,25 +219,27 @@ class Worker:
             self.drain()
         finally:
             turn.ends()
-            if self._turns.get(job_id) is turn:
-                del self._turns[job_id]
+            self._turns.discard(turn)
             self._places.release()
 
-    async def _hear_cancels(self, ending: asyncio.Event) -> None:
-        """Cancels on core NATS reach a running task within a step; one that is missed stands in the log (`_beat`)."""
-        feed = await self._bus.listen(topology.SUBJECT_CONTROL_ALL)
-        try:
-            while not ending.is_set():
+    async def _hear_cancels(self) -> None:
+        """Cancels on core NATS reach a running task within a step: it looks at the log, where the truth is."""
+        while True:
+            try:
+                feed = await self._bus.listen(topology.SUBJECT_CONTROL_ALL)
                 try:
-                    heard = await feed.next(wait=1.0)
-                except errors.BusError as exc:
-                    log.warning(exc.message, _event="bus_lost")
-                    await asyncio.sleep(BUS_PAUSE_S)
-                    continue
-                if heard is not None and (turn := self._turns.get(heard.subject.rsplit(".", 1)[-1])):
-                    turn.stop.now("cancelled")
-        finally:
-            await feed.close()
+                    while True:
+                        heard = await feed.next(wait=CANCEL_WAIT_S)
+                        job_id = heard.subject.rsplit(".", 1)[-1] if heard is not None else None
+                        for turn in self._turns:
+                            if turn.job_id == job_id:
+                                turn.look.set()
+                finally:
+                    await feed.close()
+            except errors.BusError as exc:
+                # What is missed meanwhile stands in the log, and each heartbeat looks there.
+                log.warning(exc.message, _event="bus_lost")
+                await asyncio.sleep(BUS_PAUSE_S)
 
     async def _end_grace(self, ending: asyncio.Event) -> None:
         """A drain that takes longer than the grace period hands back what still runs, at its next step."""
@@ -219,7 +249,7 @@ class Worker:
         draining.cancel()
         await asyncio.wait([ended], timeout=self._registration.grace_s)
         ended.cancel()
-        for turn in self._turns.values():
+        for turn in self._turns:
             turn.stop.now("released")
 
     async def _register(self, ending: asyncio.Event) -> None:
@@ -227,7 +257,7 @@ class Worker:
         key = f"{self._policy.stage}.{self._policy.worker_id}"
         while True:
             last = ending.is_set()
-            info = await asyncio.to_thread(self._describe)
+            info = self._describe(await asyncio.to_thread(self._monitor.read))
             self._metrics.state(info.state)
             self._metrics.gpu_figures(info.gpus)
             try:
@@ -240,7 +270,7 @@ class Worker:
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(ending.wait(), self._registration.heartbeat_s)
 
-    def _describe(self) -> WorkerInfo:
+    def _describe(self, gpus: tuple[GpuFigures, ...]) -> WorkerInfo:
         engine = self._engine.info
         return WorkerInfo(
             id=self._policy.worker_id,
@@ -251,8 +281,9 @@ class Worker:
             revision=engine.revision,
             profile=engine.profile,
             device=engine.device,
-            gpus=self._monitor.read(),
-            running=tuple(self._turns),
+            gpus=gpus,
+            # A task that cannot be read may have come under any name.
+            running=tuple(turn.job_id for turn in self._turns if JOB_ID.fullmatch(turn.job_id)),
             seconds_per_step=self._handler.seconds_per_step,
             busy_seconds=self._handler.busy_seconds,
             tasks_done=self._done,

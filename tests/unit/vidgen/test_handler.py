@@ -1,0 +1,982 @@
+"""One task from taken to settled: each way in which it can end, and what is told of it."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+import structlog
+from tests import engines
+from tests.workbench import BOUND, Bench, LoopClock, settled, task_of
+
+from vidgen import contracts, errors, topology
+from vidgen.contracts import MAX_REFERENCES
+from vidgen.engine import Engine
+from vidgen.handler import Turn
+from vidgen.testing import FakeClock
+
+MakeBench = Callable[..., Bench]
+
+
+@pytest.fixture
+def bench_of() -> Iterator[MakeBench]:
+    made: list[Bench] = []
+
+    def make(engine: Engine | None = None, **given: Any) -> Bench:
+        made.append(Bench(engine or engines.Instant(), **given))
+        return made[-1]
+
+    yield make
+    for bench in made:
+        if isinstance(bench.engine, engines.Gated):
+            bench.engine.open_all()
+        bench.close()
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    """Unconfigured, structlog draws each traceback with all its locals: seconds on a busy machine."""
+    with structlog.testing.capture_logs():
+        yield
+
+
+@pytest.fixture
+async def loop_clock() -> LoopClock:
+    return LoopClock()
+
+
+async def reached(gate: engines.Gate) -> None:
+    assert await asyncio.to_thread(gate.reached.wait, BOUND)
+
+
+async def ended(running: asyncio.Task[Any]) -> Any:
+    return await asyncio.wait_for(running, BOUND)
+
+
+# ── done ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(("stage", "name"), [("edit", "edit-0.png"), ("i2v", "video.mp4")])
+async def test_a_task_is_settled_by_its_artifact_its_event_and_its_ack(
+    bench_of: MakeBench, stage: str, name: str
+) -> None:
+    bench = bench_of(stage=stage)
+    await bench.queue()
+
+    assert await bench.run() == "completed"
+
+    assert bench.types() == ["stage_started", "stage_completed"]
+    event = bench.events()[-1]
+    assert (event.attempt, event.tries, event.reused, event.seed, event.worker) == (1, 1, False, 7, "w1")
+    [artifact] = event.artifacts
+    assert (artifact.key, artifact.size) == (f"jobs/j1/{name}", len(bench.store.objects[f"jobs/j1/{name}"]))
+    assert bench.queued() == 0
+    assert bench.metric("vidgen_worker_tasks_total", outcome="completed") == 1
+
+
+async def test_the_artifact_is_stored_before_the_event_is_told_and_the_task_acked_last(bench_of: MakeBench) -> None:
+    bench = bench_of()
+    await bench.queue(candidates=2)
+
+    await bench.run()
+
+    effects = [entry for entry in bench.journal.entries if entry == "ack" or entry.startswith(("put", "stage"))]
+    assert effects == [
+        "stage_started", "put jobs/j1/edit-1.png", "put jobs/j1/edit-0.png", "stage_completed", "ack",
+    ]  # fmt: skip
+
+
+async def test_the_engine_gets_the_inputs_in_their_order(bench_of: MakeBench) -> None:
+    class Reads(engines.Instant):
+        def prepare(self, work: contracts.Work, files: Any) -> Any:
+            self.seen = [Path(file).read_bytes() for file in files]
+            return work
+
+    bench = bench_of(Reads())
+    keys = tuple(f"uploads/{n}.jpg" for n in range(MAX_REFERENCES))
+    await bench.queue(task_of(inputs=keys))
+    for key in keys:
+        bench.store.add(key, key.encode())
+
+    await bench.run()
+
+    assert bench.engine.seen == [key.encode() for key in keys]  # type: ignore[attr-defined]
+
+
+async def test_the_event_says_what_the_gpu_did_and_what_it_cost(bench_of: MakeBench) -> None:
+    bench = bench_of(engines.Paced(0.05))
+    await bench.queue()
+
+    await bench.run()
+
+    event = bench.events()[-1]
+    assert event.gpu_seconds >= 0.05
+    assert event.cost_usd == pytest.approx(event.gpu_seconds)  # a dollar a second
+    assert 0 < event.timings.denoise <= event.gpu_seconds
+    assert event.gpu_seconds == pytest.approx(bench.handler.busy_seconds)
+    assert bench.metric("vidgen_worker_gpu_busy_seconds_total") == pytest.approx(event.gpu_seconds)
+
+
+async def test_busy_seconds_grow_with_each_step_while_a_task_runs(bench_of: MakeBench) -> None:
+    engine = engines.Gated()
+    gate = engine.hold("generate", step=3)
+    bench = bench_of(engine)
+    await bench.queue()
+
+    running = await bench.begin()
+    await reached(gate)
+    await settled()
+
+    assert bench.handler.busy_seconds > 0
+    assert bench.metric("vidgen_worker_gpu_busy_seconds_total") == pytest.approx(bench.handler.busy_seconds)
+    assert bench.metric("vidgen_worker_steps_total") == 2
+    gate.open()
+    assert await ended(running) == "completed"
+
+
+async def test_what_the_engine_logs_names_the_job(bench_of: MakeBench) -> None:
+    class Logs(engines.Instant):
+        def step(self, step: int, steps: int, on_step: Any) -> None:
+            self.bound = structlog.contextvars.get_contextvars()
+            on_step(step, steps)
+
+    bench = bench_of(Logs())
+    await bench.queue()
+
+    await bench.run()
+
+    assert bench.engine.bound == {"job": "j1", "stage": "edit", "attempt": 1}  # type: ignore[attr-defined]
+
+
+async def test_there_is_one_outcome_record_for_a_task(bench_of: MakeBench) -> None:
+    bench = bench_of()
+    await bench.queue()
+
+    with structlog.testing.capture_logs() as logs:
+        await bench.run()
+
+    [record] = [entry for entry in logs if entry.get("_event") == "task"]
+    assert (record["outcome"], record["lane"], record["deliveries"]) == ("completed", "interactive", 1)
+
+
+# ── again ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_result_that_is_stored_is_used_and_not_computed_again(bench_of: MakeBench) -> None:
+    bench = bench_of()
+    task = await bench.queue(candidates=2)
+    await bench.run()
+    first = bench.events()[-1]
+    bench.use(second := engines.Instant())
+    await bench.queue(task.model_copy(update={"run": 2}))
+
+    assert await bench.run() == "reused"
+
+    assert second.calls == []
+    event = bench.events()[-1]
+    assert event.reused
+    assert event.artifacts == first.artifacts
+    assert (event.gpu_seconds, event.cost_usd) == (0, 0)
+
+
+async def test_a_stored_result_is_used_even_where_its_inputs_are_gone(bench_of: MakeBench) -> None:
+    bench = bench_of()
+    task = await bench.queue()
+    await bench.run()
+    await bench.queue(task.model_copy(update={"run": 2}))
+    del bench.store.objects["uploads/j1.jpg"]
+
+    assert await bench.run() == "reused"
+
+
+async def test_a_passing_fault_hands_the_task_back_with_a_wait_and_then_it_succeeds(bench_of: MakeBench) -> None:
+    clock = FakeClock()
+    bench = bench_of(engines.FailsOnce(2), clock=clock)
+    await bench.queue()
+    queue = topology.consumer_of("edit", "interactive")
+
+    assert await bench.run() == "retried"
+    assert await bench.bus.pull(queue, wait=0) is None
+    clock.advance(1)
+    assert await bench.run() == "retried"
+    clock.advance(1)
+    assert await bench.bus.pull(queue, wait=0) is None  # the wait has doubled
+    clock.advance(1)
+    assert await bench.run() == "completed"
+
+    failures = [event for event in bench.events() if event.type == "stage_failed"]
+    assert [(e.attempt, e.tries, e.final, e.retry_in_s, e.error.code) for e in failures] == [
+        (1, 1, False, 1.0, "out_of_memory"), (2, 2, False, 2.0, "out_of_memory")
+    ]  # fmt: skip
+    assert (bench.events()[-1].attempt, bench.events()[-1].tries) == (3, 3)
+    assert bench.dead() == []
+    assert bench.metric("vidgen_worker_redeliveries_total") == 2
+
+
+async def test_a_bug_in_an_engine_is_a_passing_fault(bench_of: MakeBench) -> None:
+    bench = bench_of(engines.Breaks())
+    await bench.queue()
+
+    assert await bench.run() == "retried"
+
+    assert bench.events()[-1].error.code == "unexpected"
+    assert "ZeroDivisionError" in bench.events()[-1].error.message
+
+
+async def test_an_engine_that_wrote_nothing_stores_nothing(bench_of: MakeBench) -> None:
+    bench = bench_of(engines.WritesNothing())
+    await bench.queue()
+
+    assert await bench.run() == "retried"
+
+    assert not [key for key in bench.store.objects if key.startswith("jobs/")]
+
+
+async def test_an_attempt_that_failed_is_charged_for_its_gpu_seconds(bench_of: MakeBench) -> None:
+    class FailsLate(engines.Gated):
+        def generate(self, inputs: Any, on_step: Any) -> Any:
+            super().generate(inputs, on_step)
+            raise errors.RetryableError("out of memory in the decoder")
+
+    bench = bench_of(FailsLate())
+    await bench.queue()
+
+    await bench.run()
+
+    event = bench.events()[-1]
+    assert event.type == "stage_failed"
+    assert event.gpu_seconds > 0
+    assert event.cost_usd == pytest.approx(event.gpu_seconds)
+
+
+# ── given up ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_fault_that_does_not_pass_ends_as_a_dead_letter_with_the_task_as_it_was(bench_of: MakeBench) -> None:
+    clock = FakeClock()
+    bench = bench_of(engines.AlwaysRetryable(), clock=clock)
+    task = await bench.queue()
+    outcomes = []
+    for _ in range(3):
+        outcomes.append(await bench.run())
+        clock.advance(60)
+
+    assert outcomes == ["retried", "retried", "dead"]
+    [letter] = bench.dead()
+    assert base64.b64decode(letter.payload) == task.to_bytes()
+    assert (letter.job_id, letter.stage, letter.error.code) == ("j1", "edit", "out_of_memory")
+    assert letter.subject == topology.subject_of_task("edit", "interactive", "j1")
+    assert (bench.events()[-1].final, bench.events()[-1].error.retryable) == (True, True)
+    assert bench.queued() == 0
+    assert bench.metric("vidgen_worker_dead_letters_total") == 1
+
+
+async def test_a_task_that_can_never_succeed_is_given_up_at_once(bench_of: MakeBench) -> None:
+    bench = bench_of(engines.Rejects())
+    await bench.queue()
+
+    assert await bench.run() == "rejected"
+
+    event = bench.events()[-1]
+    assert (event.final, event.error.code, event.error.retryable) == (True, "bad_image", False)
+    assert bench.dead()[0].error.message == "the image cannot be read: send a PNG or a JPEG"
+    assert bench.queued() == 0
+
+
+async def test_a_task_that_killed_its_worker_each_time_is_given_up_before_it_runs_again(bench_of: MakeBench) -> None:
+    bench = bench_of()
+    task = await bench.queue()
+    for attempt in (1, 2, 3):
+        await bench.start_elsewhere(attempt)
+
+    assert await bench.run() == "dead"
+
+    assert isinstance(bench.engine, engines.Instant)
+    assert bench.engine.calls == []
+    event = bench.events()[-1]
+    assert (event.type, event.final, event.attempt, event.tries) == ("stage_failed", True, 4, 3)
+    assert event.error.code == "attempts_exhausted"
+    assert base64.b64decode(bench.dead()[0].payload) == task.to_bytes()
+    assert bench.queued() == 0
+
+
+async def test_two_deaths_still_leave_a_third_try(bench_of: MakeBench) -> None:
+    bench = bench_of()
+    await bench.queue()
+    await bench.start_elsewhere(1)
+    await bench.start_elsewhere(2)
+
+    assert await bench.run() == "completed"
+
+
+@pytest.mark.parametrize(
+    ("key", "code"),
+    [
+        ("jobs/another/edit-0.png", "key_not_allowed"),
+        ("uploads/../jobs/another/edit-0.png", "key_not_allowed"),
+        ("secrets/a.png", "key_not_allowed"),
+        ("uploads/missing.png", "not_found"),
+    ],
+)
+async def test_an_input_that_may_not_be_read_or_is_not_there_ends_the_task(
+    bench_of: MakeBench, key: str, code: str
+) -> None:
+    bench = bench_of()
+    task = task_of(inputs=(key,))
+    await bench.publish("interactive", "j1", task.to_bytes())
+
+    assert await bench.run() == "rejected"
+
+    assert bench.events()[-1].error.code == code
+    assert isinstance(bench.engine, engines.Instant)
+    assert bench.engine.calls == []
+
+
+async def test_an_input_that_is_too_large_ends_the_task(bench_of: MakeBench, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vidgen.handler.MAX_INPUT_BYTES", 100)
+    bench = bench_of()
+    await bench.queue()
+
+    assert await bench.run() == "rejected"
+    assert bench.events()[-1].error.code == "too_large"
+
+
+async def test_a_task_whose_deadline_has_passed_is_not_begun(bench_of: MakeBench) -> None:
+    bench = bench_of()
+    await bench.queue(deadline_at=datetime.now(UTC) - timedelta(seconds=1))
+
+    assert await bench.run() == "rejected"
+
+    assert bench.events()[-1].error.code == "deadline_exceeded"
+    assert isinstance(bench.engine, engines.Instant)
+    assert bench.engine.calls == []
+
+
+async def test_a_deadline_that_passes_while_generating_ends_the_task_at_the_next_step(
+    bench_of: MakeBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = engines.Gated()
+    gate = engine.hold("generate", step=2)
+    bench = bench_of(engine)
+    await bench.queue(deadline_at=datetime.now(UTC) + timedelta(hours=1))
+    running = await bench.begin()
+    await reached(gate)
+
+    class Later(datetime):
+        @classmethod
+        def now(cls, tz: Any = None) -> datetime:
+            return datetime.now(tz) + timedelta(hours=2)
+
+    monkeypatch.setattr("vidgen.handler.datetime", Later)
+    gate.open()
+
+    assert await ended(running) == "rejected"
+    assert bench.events()[-1].error.code == "deadline_exceeded"
+    assert bench.metric("vidgen_worker_steps_total") == 2
+    assert "finish" not in engine.calls
+
+
+# ── unreadable ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("body", [b"", b"\xff\xfe", b"[]", b'{"schema_version": 2}'], ids=repr)
+async def test_a_task_that_cannot_be_read_becomes_a_dead_letter_and_ends_its_job(
+    bench_of: MakeBench, body: bytes
+) -> None:
+    bench = bench_of()
+    await bench.publish("batch", "j1", body)
+
+    with structlog.testing.capture_logs() as logs:
+        assert await bench.handler.handle(await bench.take("batch"), bench.turn()) == "dead"
+
+    [letter] = bench.dead()
+    assert base64.b64decode(letter.payload) == body
+    assert (letter.error.code, letter.job_id, letter.stage) == ("unreadable_task", "j1", "edit")
+    assert letter.error.fields
+    [event] = bench.events()
+    assert (event.type, event.final, event.error.code) == ("stage_failed", True, "unreadable_task")
+    assert bench.queued() == 0
+    assert bench.metric("vidgen_worker_tasks_total", lane="batch", outcome="dead") == 1
+    assert [entry["outcome"] for entry in logs if entry.get("_event") == "task"] == ["dead"]
+
+
+async def test_an_unreadable_task_of_a_job_that_ended_says_nothing_more(bench_of: MakeBench) -> None:
+    bench = bench_of()
+    await bench.cancel()
+    await bench.publish("interactive", "j1", b"{}")
+
+    assert await bench.run() == "dead"
+
+    assert bench.types() == ["cancel_requested"]
+
+
+async def test_an_unreadable_task_under_a_name_that_is_none_is_a_dead_letter_without_a_job(
+    bench_of: MakeBench,
+) -> None:
+    bench = bench_of()
+    await bench.publish("interactive", "no$id", b"{}")
+
+    assert await bench.run() == "dead"
+
+    assert bench.dead()[0].job_id is None
+    assert bench.bus.messages(topology.DEAD)[0].subject == "vidgen.dead.edit.unknown"
+
+
+async def test_an_unreadable_task_is_not_lost_when_the_bus_is(bench_of: MakeBench) -> None:
+    bench = bench_of()
+    await bench.publish("interactive", "j1", b"{}")
+    delivery = await bench.take()
+    bench.bus.down = True
+
+    assert await bench.handler.handle(delivery, bench.turn()) == "lost"
+
+    bench.bus.down = False
+    assert bench.queued() == 1
+
+
+async def test_a_log_that_cannot_be_read_leaves_the_task_alone(bench_of: MakeBench) -> None:
+    bench = bench_of()
+    await bench.queue()
+    await bench.bus.signal(topology.subject_of_events("j1"), b'{"type": "of the future"}')
+
+    assert await bench.run() == "lost"
+
+    assert bench.queued() == 1
+
+
+# ── a sick worker ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_lost_device_hands_the_task_back_unharmed_and_reaches_the_worker(bench_of: MakeBench) -> None:
+    bench = bench_of(engines.FatalOnGenerate())
+    await bench.queue()
+
+    with pytest.raises(errors.FatalError, match="fell off the bus"):
+        await bench.run()
+
+    event = bench.events()[-1]
+    assert (event.type, event.attempt, event.tries) == ("stage_released", 1, 0)
+    assert (await bench.take()).num_delivered == 2  # at once
+    assert bench.metric("vidgen_worker_tasks_total", outcome="released") == 1
+
+
+async def test_a_task_given_back_by_a_sick_worker_has_all_its_tries(bench_of: MakeBench) -> None:
+    bench = bench_of(engines.FatalOnGenerate())
+    await bench.queue()
+    with pytest.raises(errors.FatalError):
+        await bench.run()
+
+    bench.use(engines.Instant())
+
+    assert await bench.run() == "completed"
+    assert (bench.events()[-1].attempt, bench.events()[-1].tries) == (2, 1)
+
+
+async def test_a_worker_that_leaves_in_a_hurry_hands_its_task_back(bench_of: MakeBench) -> None:
+    engine = engines.Gated()
+    gate = engine.hold("generate", step=2)
+    bench = bench_of(engine)
+    await bench.queue()
+    turn = bench.turn()
+    running = await bench.begin(turn)
+    await reached(gate)
+
+    running.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await ended(running)
+
+    assert bench.types() == ["stage_started", "stage_released"]
+    assert (await bench.take()).num_delivered == 2
+    assert turn.stop.reason == "released"  # so that the engine's thread ends, too
+
+
+# ── the fence ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("phase", ["generate", "finish"])
+async def test_an_attempt_that_was_overtaken_says_and_settles_nothing(bench_of: MakeBench, phase: str) -> None:
+    engine = engines.Gated()
+    gate = engine.hold(phase)
+    bench = bench_of(engine)
+    await bench.queue()
+    running = await bench.begin()
+    await reached(gate)
+    await bench.start_elsewhere(2)
+    told = len(bench.events())
+    gate.open()
+
+    assert await ended(running) == "fenced"
+
+    assert len(bench.events()) == told
+    assert not {"ack", "nak"} & set(bench.journal.entries)
+    assert bench.queued() == 1
+
+
+@pytest.mark.parametrize(
+    "engine", [engines.AlwaysRetryable(), engines.Rejects(), engines.FatalOnGenerate()], ids=lambda e: e.info.name
+)
+async def test_an_attempt_that_was_overtaken_cannot_fail_the_task(bench_of: MakeBench, engine: Engine) -> None:
+    class Overtaken(engines.Gated):
+        def prepare(self, work: contracts.Work, files: Any) -> Any:
+            super().prepare(work, files)
+            return engine.prepare(work, files)
+
+        def generate(self, inputs: Any, on_step: Any) -> Any:
+            return engine.generate(inputs, on_step)
+
+    overtaken = Overtaken()
+    gate = overtaken.hold("prepare")
+    bench = bench_of(overtaken, max_attempts=1)
+    await bench.queue()
+    running = await bench.begin()
+    await reached(gate)
+    await bench.start_elsewhere(2)
+    gate.open()
+
+    if isinstance(engine, engines.FatalOnGenerate):
+        with pytest.raises(errors.FatalError):
+            await ended(running)
+    else:
+        assert await ended(running) == "fenced"
+
+    assert bench.types() == ["stage_started", "stage_started"]
+    assert bench.dead() == []
+    assert not {"ack", "nak"} & set(bench.journal.entries)
+
+
+async def test_the_heartbeat_finds_that_an_attempt_was_overtaken(bench_of: MakeBench, loop_clock: LoopClock) -> None:
+    engine = engines.Gated()
+    gate = engine.hold("generate", step=2)
+    bench = bench_of(engine)
+    await bench.queue(steps=100)
+    turn = bench.turn()
+    running = await bench.begin(turn)
+    await reached(gate)
+    await bench.start_elsewhere(2)
+
+    loop_clock.advance(15.1)
+    await asyncio.wait_for(turn.stop.raised.wait(), BOUND)
+    gate.open()
+
+    assert await ended(running) == "fenced"
+    assert bench.metric("vidgen_worker_steps_total") == 2  # it stopped there
+
+
+async def test_of_two_workers_with_the_same_task_one_wins(bench_of: MakeBench) -> None:
+    clock = FakeClock()
+    bench = bench_of(clock=clock, ack_wait=10)
+    await bench.queue()
+    first = await bench.take()
+    clock.advance(11)
+    second = await bench.take()
+
+    outcomes = await asyncio.gather(
+        bench.handler.handle(first, bench.turn()), bench.handler.handle(second, bench.turn())
+    )
+
+    assert "completed" in outcomes
+    assert bench.types().count("stage_completed") == 1
+    assert bench.queued() == 0
+
+
+# ── cancel ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_cancel_stops_a_running_task_at_its_next_step(bench_of: MakeBench) -> None:
+    engine = engines.Gated()
+    gate = engine.hold("generate", step=2)
+    bench = bench_of(engine)
+    await bench.queue(steps=100)
+    turn = bench.turn()
+    running = await bench.begin(turn)
+    await reached(gate)
+
+    await bench.cancel(at=datetime.now(UTC) - timedelta(seconds=1))
+    turn.look.set()
+    await asyncio.wait_for(turn.stop.raised.wait(), BOUND)
+    gate.open()
+
+    assert await ended(running) == "cancelled"
+    event = bench.events()[-1]
+    assert event.type == "stage_cancelled"
+    assert event.cancel_latency_s >= 1  # from the request on, not from when this worker heard of it
+    assert event.gpu_seconds > 0
+    assert bench.metric("vidgen_worker_steps_total") == 2
+    assert bench.queued() == 0
+    assert not bench.device.locked()
+    assert bench.metric("vidgen_worker_cancel_latency_seconds_count") == 1
+
+
+async def test_a_signal_that_means_the_run_before_stops_nothing(bench_of: MakeBench) -> None:
+    """A gateway may repeat the signal of a cancel after the job was retried: the log has the truth."""
+    engine = engines.Gated()
+    gate = engine.hold("generate", step=2)
+    bench = bench_of(engine)
+    await bench.cancel(run=1)
+    await bench.say(contracts.RetryRequested(job_id="j1", run=2, at=datetime.now(UTC)))
+    await bench.queue(run=2)
+    turn = bench.turn()
+    running = await bench.begin(turn)
+    await reached(gate)
+    looked = bench.bus.calls["last"]
+
+    turn.look.set()
+    await bench.journal.until(lambda: bench.bus.calls["last"] > looked)
+    await settled()
+    gate.open()
+
+    assert await ended(running) == "completed"
+
+
+async def test_a_cancel_ends_a_task_that_waits_for_the_device(bench_of: MakeBench) -> None:
+    bench = bench_of()
+    await bench.queue()
+    turn = bench.turn()
+    async with bench.device:
+        running = await bench.begin(turn)
+        await bench.until_it_waits()
+        await bench.cancel()
+        turn.look.set()
+
+        assert await ended(running) == "cancelled"
+
+    assert isinstance(bench.engine, engines.Instant)
+    assert "generate" not in bench.engine.calls
+    assert bench.types() == ["stage_started", "cancel_requested", "stage_cancelled"]
+    assert bench.queued() == 0
+    assert not bench.device.locked()
+
+
+async def test_a_task_that_was_cancelled_before_it_began_is_dropped(bench_of: MakeBench) -> None:
+    bench = bench_of()
+    await bench.queue()
+    await bench.cancel()
+
+    assert await bench.run() == "dropped"
+
+    assert bench.types() == ["cancel_requested"]
+    assert bench.queued() == 0
+
+
+async def test_a_cancel_whose_signal_was_missed_is_found_by_the_heartbeat(
+    bench_of: MakeBench, loop_clock: LoopClock
+) -> None:
+    engine = engines.Gated()
+    gate = engine.hold("generate", step=1)
+    bench = bench_of(engine)
+    await bench.queue()
+    turn = bench.turn()
+    running = await bench.begin(turn)
+    await reached(gate)
+    await bench.cancel()
+
+    loop_clock.advance(15.1)
+    await asyncio.wait_for(turn.stop.raised.wait(), BOUND)
+    gate.open()
+
+    assert await ended(running) == "cancelled"
+
+
+async def test_a_cancel_that_comes_with_the_last_step_wins_over_the_result(bench_of: MakeBench) -> None:
+    engine = engines.Gated()
+    gate = engine.hold("finish")
+    bench = bench_of(engine)
+    await bench.queue()
+    running = await bench.begin()
+    await reached(gate)
+    await bench.cancel()
+    gate.open()
+
+    assert await ended(running) == "cancelled"
+
+    assert bench.types() == ["stage_started", "cancel_requested", "stage_cancelled"]
+    assert bench.events()[-1].gpu_seconds > 0
+    assert bench.queued() == 0
+
+
+@pytest.mark.parametrize("most", [1, 3])
+async def test_a_cancel_wins_over_a_failure(bench_of: MakeBench, most: int) -> None:
+    class FailsLate(engines.Gated):
+        def finish(self, output: Any, folder: Path) -> Any:
+            super().finish(output, folder)
+            raise errors.RetryableError("the disk is full")
+
+    engine = FailsLate()
+    gate = engine.hold("finish")
+    bench = bench_of(engine, max_attempts=most)
+    await bench.queue()
+    running = await bench.begin()
+    await reached(gate)
+    await bench.cancel()
+    gate.open()
+
+    assert await ended(running) == "cancelled"
+
+    assert bench.types() == ["stage_started", "cancel_requested", "stage_cancelled"]
+    assert bench.events()[-1].gpu_seconds > 0
+    assert bench.dead() == []
+    assert bench.queued() == 0
+
+
+# ── drain ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_task_that_waits_is_handed_back_unharmed_when_it_is_told_to(bench_of: MakeBench) -> None:
+    bench = bench_of()
+    await bench.queue()
+    turn = bench.turn()
+    async with bench.device:
+        running = await bench.begin(turn)
+        await bench.until_it_waits()
+        turn.stop.now("released")
+
+        assert await ended(running) == "released"
+
+    event = bench.events()[-1]
+    assert (event.type, event.attempt, event.tries, event.gpu_seconds) == ("stage_released", 1, 0, 0)
+    assert (await bench.take()).num_delivered == 2
+    assert bench.dead() == []
+
+
+async def test_the_first_reason_to_stop_stays() -> None:
+    turn = Turn(asyncio.Lock())
+
+    turn.stop.now("cancelled")
+    turn.stop.now("released")
+
+    assert turn.stop.reason == "cancelled"
+
+
+# ── store and bus go away ────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("method", ["stat", "fetch", "put"])
+async def test_a_store_that_does_not_answer_is_tried_again_later(bench_of: MakeBench, method: str) -> None:
+    clock = FakeClock()
+    bench = bench_of(clock=clock)
+    await bench.queue()
+    bench.store.fail_next(method)
+
+    assert await bench.run() == "retried"
+    assert bench.events()[-1].error.code == "store_unavailable"
+    clock.advance(1)
+    assert await bench.run() == "completed"
+
+
+async def test_half_of_the_artifacts_are_no_result(bench_of: MakeBench) -> None:
+    clock = FakeClock()
+    engine = engines.Instant()
+    bench = bench_of(engine, clock=clock)
+    await bench.queue(candidates=3)
+    bench.store.fail_next("put", after=True)  # the first is stored, and nobody knows
+
+    assert await bench.run() == "retried"
+    clock.advance(1)
+    assert await bench.run() == "completed"
+
+    assert engine.calls.count("generate") == 2
+
+
+async def test_a_bus_that_is_gone_when_the_task_is_settled_loses_nothing(bench_of: MakeBench) -> None:
+    clock = FakeClock()
+    engine = engines.Gated()
+    gate = engine.hold("finish")
+    bench = bench_of(engine, clock=clock)
+    await bench.queue()
+    running = await bench.begin()
+    await reached(gate)
+    bench.bus.down = True
+    gate.open()
+
+    assert await ended(running) == "lost"
+
+    bench.bus.down = False
+    clock.advance(61)
+    assert await bench.run() == "reused"
+    assert engine.calls.count("generate") == 1
+    assert bench.types() == ["stage_started", "stage_started", "stage_completed"]
+    assert bench.queued() == 0
+
+
+async def test_an_event_whose_answer_was_lost_is_not_told_twice(bench_of: MakeBench) -> None:
+    clock = FakeClock()
+    engine = engines.Gated()
+    gate = engine.hold("finish")
+    bench = bench_of(engine, clock=clock)
+    await bench.queue()
+    running = await bench.begin()
+    await reached(gate)
+    bench.bus.fail_next("publish", after=True)
+    gate.open()
+
+    assert await ended(running) == "lost"
+    clock.advance(61)
+    assert await bench.run() == "dropped"
+
+    assert bench.types() == ["stage_started", "stage_completed"]
+    assert bench.queued() == 0
+
+
+async def test_an_ack_that_was_lost_runs_nothing_again(bench_of: MakeBench) -> None:
+    clock = FakeClock()
+    bench = bench_of(clock=clock)
+    await bench.queue()
+    bench.bus.fail_next("ack")
+
+    assert await bench.run() == "lost"
+    clock.advance(61)
+    assert await bench.run() == "dropped"
+
+    assert bench.types() == ["stage_started", "stage_completed"]
+    assert bench.queued() == 0
+
+
+async def test_a_nak_that_was_lost_only_makes_the_wait_longer(bench_of: MakeBench) -> None:
+    clock = FakeClock()
+    bench = bench_of(engines.FailsOnce(), clock=clock)
+    await bench.queue()
+    bench.bus.fail_next("nak")
+
+    assert await bench.run() == "lost"
+    clock.advance(61)
+    assert await bench.run() == "completed"
+
+
+async def test_a_task_is_not_begun_without_the_bus(bench_of: MakeBench) -> None:
+    bench = bench_of()
+    await bench.queue()
+    delivery = await bench.take()
+    bench.bus.down = True
+
+    assert await bench.handler.handle(delivery, bench.turn()) == "lost"
+
+    assert isinstance(bench.engine, engines.Instant)
+    assert bench.engine.calls == []
+
+
+# ── the lease ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_the_lease_is_renewed_four_times_within_ack_wait(bench_of: MakeBench, loop_clock: LoopClock) -> None:
+    engine = engines.Gated()
+    gate = engine.hold("generate")
+    bench = bench_of(engine, ack_wait=60)
+    await bench.queue()
+    running = await bench.begin()
+    await reached(gate)
+
+    loop_clock.advance(14)
+    await settled()
+    assert bench.bus.calls["in_progress"] == 0
+    for beats in (1, 2, 3, 4):
+        loop_clock.advance(15)
+        await bench.journal.until(lambda beats=beats: bench.journal.entries.count("in_progress") == beats)  # type: ignore[misc]
+        await settled()
+    gate.open()
+
+    assert await ended(running) == "completed"
+
+
+async def test_a_task_that_waits_for_the_device_keeps_its_lease(bench_of: MakeBench, loop_clock: LoopClock) -> None:
+    bench = bench_of()
+    await bench.queue()
+    async with bench.device:
+        running = await bench.begin()
+        await bench.until_it_waits()
+        await settled()
+        loop_clock.advance(15.1)
+        await bench.journal.until(lambda: "in_progress" in bench.journal.entries)
+
+    assert await ended(running) == "completed"
+
+
+async def test_a_heartbeat_that_failed_does_not_end_the_task_nor_the_next_heartbeat(
+    bench_of: MakeBench, loop_clock: LoopClock
+) -> None:
+    engine = engines.Gated()
+    gate = engine.hold("generate")
+    bench = bench_of(engine)
+    await bench.queue()
+    running = await bench.begin()
+    await reached(gate)
+    bench.bus.fail_next("in_progress")
+
+    loop_clock.advance(15.1)
+    for _ in range(100):
+        await settled()
+        if bench.metric("vidgen_worker_heartbeats_failed_total"):
+            break
+    assert bench.metric("vidgen_worker_heartbeats_failed_total") == 1
+    loop_clock.advance(15.1)
+    await bench.journal.until(lambda: "in_progress" in bench.journal.entries)
+    gate.open()
+
+    assert await ended(running) == "completed"
+
+
+async def test_nothing_renews_the_lease_of_a_task_that_is_done(bench_of: MakeBench, loop_clock: LoopClock) -> None:
+    bench = bench_of()
+    await bench.queue()
+    await bench.run()
+
+    loop_clock.advance(100)
+    await settled()
+
+    assert bench.bus.calls["in_progress"] == 0
+
+
+# ── progress ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_progress_tells_the_first_and_the_last_step_and_at_most_five_a_second(bench_of: MakeBench) -> None:
+    bench = bench_of(engines.Paced(0.5))
+    await bench.queue(steps=100)
+    heard = await bench.hear_progress()
+
+    await bench.run()
+
+    steps = [said for said in heard() if said.phase == "denoising"]
+    assert (steps[0].step, steps[-1].step, steps[-1].steps) == (1, 100, 100)
+    assert len(steps) <= 2 + 5 * (steps[-1].at - steps[0].at).total_seconds()
+    assert [said.step for said in steps] == sorted({said.step for said in steps})
+
+
+async def test_progress_tells_each_phase_the_pace_and_what_is_left(bench_of: MakeBench) -> None:
+    engine = engines.Gated()
+    bench = bench_of(engine)
+    await bench.queue()
+    heard = await bench.hear_progress()
+
+    await bench.run()
+
+    said = heard()
+    assert [said[0].phase, said[1].phase, said[-1].phase] == ["preparing", "denoising", "finishing"]
+    assert (said[0].eta_s, said[0].steps) == (None, 4)
+    for each in said[1:]:
+        assert each.seconds_per_step is not None
+        assert each.eta_s is not None
+        assert (each.job_id, each.stage, each.run, each.attempt, each.worker) == ("j1", "edit", 1, 1, "w1")
+
+
+async def test_an_engine_that_lies_about_its_steps_makes_no_nonsense_of_the_progress(bench_of: MakeBench) -> None:
+    bench = bench_of(engines.LiesAboutSteps())
+    await bench.queue()
+    heard = await bench.hear_progress()
+
+    assert await bench.run() == "completed"
+
+    for said in heard():
+        assert 0 <= said.step <= said.steps == 4
+
+
+async def test_progress_that_cannot_be_sent_does_no_harm(bench_of: MakeBench) -> None:
+    bench = bench_of()
+    await bench.queue()
+    bench.bus.fail_next("signal", times=100)
+
+    assert await bench.run() == "completed"

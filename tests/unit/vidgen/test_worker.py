@@ -1,0 +1,544 @@
+"""The runtime around the handler: lanes, overlap, just in time, drain, registry, and what stops a worker."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import structlog
+from tests import engines
+from tests.workbench import BOUND, Bench, LoopClock, settled
+
+from vidgen import errors, topology
+from vidgen.bus import Delivery
+from vidgen.contracts import WorkerInfo
+from vidgen.testing import FakeClock
+from vidgen.worker import LanePuller, Registration, Worker
+
+
+class Shop:
+    """A worker over a bench; `start` runs it."""
+
+    def __init__(self, engine: engines.Gated, *, grace_s: float = 600.0, clock: FakeClock | None = None) -> None:
+        self.engine = engine
+        self.bench = Bench(engine, clock=clock)
+        bench = self.bench
+        self.worker = Worker(
+            bench.bus, bench.store, engine, bench.device_thread, bench.monitor, bench.metrics, bench.policy,
+            Registration(heartbeat_s=3.0, grace_s=grace_s, load_seconds=1.5),
+        )  # fmt: skip
+        self.running: asyncio.Task[None] | None = None
+
+    async def queue(self, number: int, **given: Any) -> None:
+        """A task of job `j<number>` whose seed is its number."""
+        await self.bench.queue(job=f"j{number}", seed=number, **given)
+
+    def start(self) -> None:
+        self.running = asyncio.create_task(self.worker.run())
+
+    async def left(self) -> None:
+        """Wait until the worker has left; raises what it raised."""
+        assert self.running is not None
+        await asyncio.wait_for(asyncio.shield(self.running), BOUND)
+
+    async def until(self, entry: str, count: int = 1) -> None:
+        """Wait until the journal has an entry so many times, or the worker died."""
+        entries = self.bench.journal.entries
+        await self.bench.journal.until(lambda: entries.count(entry) >= count)
+
+    async def registered(self) -> WorkerInfo:
+        [record] = (await self.bench.bus.records(topology.WORKERS_BUCKET).all()).values()
+        return WorkerInfo.model_validate_json(record)
+
+    async def close(self) -> None:
+        self.engine.open_all()
+        if self.running is not None:
+            self.running.cancel()
+            with contextlib.suppress(asyncio.CancelledError, errors.VidgenError):
+                await self.running
+        self.bench.close()
+
+
+@contextlib.asynccontextmanager
+async def open_shop(engine: engines.Gated | None = None, **given: Any) -> AsyncIterator[Shop]:
+    shop = Shop(engine or engines.Gated(), **given)
+    try:
+        yield shop
+    finally:
+        await shop.close()
+
+
+@pytest.fixture(autouse=True)
+def _quiet() -> Iterator[None]:
+    """Unconfigured, structlog draws each traceback with all its locals: seconds on a busy machine."""
+    with structlog.testing.capture_logs():
+        yield
+
+
+@pytest.fixture
+async def loop_clock() -> LoopClock:
+    return LoopClock()
+
+
+async def reached(*gates: engines.Gate) -> None:
+    for gate in gates:
+        assert await asyncio.to_thread(gate.reached.wait, BOUND)
+
+
+# ── overlap ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_one_task_is_prepared_and_one_finished_while_one_is_on_the_device() -> None:
+    async with open_shop() as shop:
+        gates = [shop.engine.hold("finish", 1), shop.engine.hold("generate", 2, 2), shop.engine.hold("prepare", 3)]
+        for number in (1, 2, 3):
+            await shop.queue(number)
+        shop.start()
+
+        await reached(*gates)  # all three at once: none is open yet
+
+        shop.engine.open_all()
+        await shop.until("stage_completed", 3)
+
+
+async def test_only_one_task_is_on_the_device() -> None:
+    async with open_shop() as shop:
+        first = shop.engine.hold("generate", 1, 2)
+        second = shop.engine.hold("prepare", 2)
+        await shop.queue(1)
+        await shop.queue(2)
+        shop.start()
+        await reached(first, second)
+        second.open()
+        await settled()
+
+        assert shop.engine.generated == [1]
+
+        first.open()
+        await shop.until("stage_completed", 2)
+        assert shop.engine.generated == [1, 2]
+
+
+async def test_no_more_than_four_tasks_are_held_however_slow_the_store_is() -> None:
+    async with open_shop() as shop:
+        finishing = [shop.engine.hold("finish", number) for number in (1, 2, 3)]
+        generating = shop.engine.hold("generate", 4, 2)
+        for number in range(1, 7):
+            await shop.queue(number)
+        shop.start()
+        await reached(*finishing, generating)
+        await settled()
+
+        assert shop.bench.journal.entries.count("stage_started") == 4
+
+        shop.engine.open_all()
+        await shop.until("stage_completed", 6)
+
+
+async def test_the_next_task_is_not_taken_while_nobody_knows_how_long_this_one_takes() -> None:
+    async with open_shop() as shop:
+        first_step = shop.engine.hold("generate", 1, 1)
+        await shop.queue(1)
+        await shop.queue(2)
+        shop.start()
+        await reached(first_step)
+        await settled()
+
+        assert shop.bench.journal.entries.count("stage_started") == 1
+
+        first_step.open()
+        await shop.until("stage_completed", 2)
+
+
+async def test_the_next_task_is_taken_just_before_a_long_one_ends(
+    loop_clock: LoopClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 1000.0
+    monkeypatch.setattr("vidgen.progress.time", SimpleNamespace(monotonic=lambda: now))
+    async with open_shop() as shop:
+        steps = [shop.engine.hold("generate", 1, step) for step in (1, 2)]
+        await shop.queue(1, steps=10)
+        await shop.queue(2)
+        shop.start()
+        await reached(steps[0])
+        now += 10  # ten seconds a step: nine are left
+        steps[0].open()
+        await reached(steps[1])
+        await settled()
+
+        loop_clock.advance(80)
+        await settled()
+        assert shop.bench.journal.entries.count("stage_started") == 1
+        loop_clock.advance(8)
+        await shop.until("stage_started", 2)
+
+        shop.engine.open_all()
+        await shop.until("stage_completed", 2)
+
+
+# ── lanes ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_what_somebody_waits_for_comes_before_the_batch() -> None:
+    async with open_shop() as shop:
+        for number in (1, 2):
+            await shop.queue(number, lane="batch")
+        for number in (3, 4):
+            await shop.queue(number, lane="interactive")
+        shop.start()
+
+        await shop.until("stage_completed", 4)
+
+        assert shop.engine.generated == [3, 4, 1, 2]
+
+
+async def pulled(puller: LanePuller, count: int) -> list[str]:
+    lanes = []
+    for _ in range(count):
+        delivery: Delivery | None = await puller.next(wait=0)
+        assert delivery is not None
+        lanes.append(delivery.subject.split(".")[3])
+        await delivery.ack()
+    return lanes
+
+
+async def test_one_task_in_ten_is_a_batch_task_while_interactive_ones_keep_coming() -> None:
+    async with open_shop() as shop:
+        for number in range(40):
+            await shop.queue(number, lane="batch" if number < 5 else "interactive")
+
+        lanes = await pulled(LanePuller(shop.bench.bus, "edit"), 30)
+
+        for begin in range(21):
+            assert lanes[begin : begin + 10].count("batch") == 1
+
+
+async def test_a_batch_that_comes_late_waits_for_nine_at_most() -> None:
+    async with open_shop() as shop:
+        puller = LanePuller(shop.bench.bus, "edit")
+        for number in range(60):
+            await shop.queue(number)
+        await pulled(puller, 25)
+        await shop.queue(100, lane="batch")
+
+        assert "batch" in await pulled(puller, 10)
+
+
+async def test_an_empty_queue_gives_nothing() -> None:
+    async with open_shop() as shop:
+        assert await LanePuller(shop.bench.bus, "edit").next(wait=0) is None
+
+
+# ── drain ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_drain_hands_back_what_waits_at_once_and_finishes_what_runs() -> None:
+    async with open_shop() as shop:
+        first = shop.engine.hold("generate", 1, 2)
+        second = shop.engine.hold("prepare", 2)
+        for number in (1, 2, 3):
+            await shop.queue(number)
+        shop.start()
+        await reached(first, second)
+        second.open()
+
+        shop.worker.drain()
+        await shop.until("stage_released")  # while the first one runs
+
+        assert shop.bench.types("j2") == ["stage_started", "stage_released"]
+        assert shop.bench.events("j2")[-1].tries == 0
+        first.open()
+        await shop.left()
+        assert shop.bench.types("j1") == ["stage_started", "stage_completed"]
+        assert shop.bench.types("j3") == []
+        assert shop.bench.queued() == 2
+
+
+async def test_a_worker_that_holds_nothing_leaves_when_it_is_drained(loop_clock: LoopClock) -> None:
+    async with open_shop() as shop:
+        shop.start()
+        await shop.until("records.put")
+        shop.worker.drain()
+
+        await shop.left()
+
+        assert (await shop.registered()).state == "draining"
+
+
+async def test_a_task_that_arrives_with_the_drain_is_handed_back_unseen(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with open_shop() as shop:
+        await shop.queue(1)
+        pull = shop.bench.bus.pull
+
+        async def pull_and_drain(*args: Any, **given: Any) -> Delivery | None:
+            delivery = await pull(*args, **given)
+            shop.worker.drain()
+            return delivery
+
+        monkeypatch.setattr(shop.bench.bus, "pull", pull_and_drain)
+        shop.start()
+        await shop.left()
+        monkeypatch.undo()
+
+        assert shop.bench.types("j1") == []
+        assert (await shop.bench.take()).num_delivered == 2
+
+
+async def test_when_the_grace_is_over_what_still_runs_is_handed_back_at_its_next_step(loop_clock: LoopClock) -> None:
+    async with open_shop(grace_s=100) as shop:
+        gate = shop.engine.hold("generate", 1, 2)
+        await shop.queue(1, steps=50)
+        shop.start()
+        await reached(gate)
+        shop.worker.drain()
+        await settled()
+        loop_clock.advance(101)
+        await settled()
+        gate.open()
+
+        await shop.left()
+
+        event = shop.bench.events("j1")[-1]
+        assert (event.type, event.tries) == ("stage_released", 0)
+        assert event.gpu_seconds > 0
+        assert (await shop.bench.take()).num_delivered == 2
+
+
+# ── a sick worker ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class LosesItsDevice(engines.Gated):
+    def generate(self, inputs: Any, on_step: Any) -> Any:
+        super().generate(inputs, on_step)
+        raise errors.FatalError("the device fell off the bus", code="device_lost")
+
+
+async def test_a_worker_that_lost_its_device_hands_everything_back_and_leaves() -> None:
+    async with open_shop(LosesItsDevice()) as shop:
+        first = shop.engine.hold("generate", 1, 2)
+        second = shop.engine.hold("prepare", 2)
+        for number in (1, 2, 3):
+            await shop.queue(number)
+        shop.start()
+        await reached(first, second)
+        second.open()
+        first.open()
+
+        with pytest.raises(errors.FatalError, match="fell off the bus"):
+            await shop.left()
+
+        for job in ("j1", "j2"):
+            assert shop.bench.events(job)[-1].type == "stage_released"
+            assert shop.bench.events(job)[-1].tries == 0
+        assert shop.engine.generated == [1]
+        assert shop.bench.queued() == 3
+        assert not shop.worker.healthy
+        assert (await shop.registered()).state == "unhealthy"
+
+
+async def test_a_part_that_dies_stops_the_worker_and_its_task_is_handed_back(loop_clock: LoopClock) -> None:
+    async with open_shop() as shop:
+        gate = shop.engine.hold("generate", 1, 2)
+        await shop.queue(1, steps=50)
+        shop.start()
+        await reached(gate)
+        shop.bench.bus.fail_next("records.put", RuntimeError("a bug"))
+        loop_clock.advance(3.1)
+
+        with pytest.raises(errors.FatalError) as caught:
+            await shop.left()
+
+        assert caught.value.code == "worker_broken"
+        assert not shop.worker.healthy
+        assert shop.bench.types("j1") == ["stage_started", "stage_released"]
+        assert shop.bench.queued() == 1
+
+
+async def test_a_worker_that_is_stopped_in_a_hurry_hands_everything_back() -> None:
+    async with open_shop() as shop:
+        first = shop.engine.hold("generate", 1, 2)
+        second = shop.engine.hold("prepare", 2)
+        await shop.queue(1)
+        await shop.queue(2)
+        shop.start()
+        await reached(first, second)
+
+        assert shop.running is not None
+        shop.running.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await shop.running
+
+        for job in ("j1", "j2"):
+            assert shop.bench.types(job) == ["stage_started", "stage_released"]
+            assert (await shop.bench.take()).num_delivered == 2
+
+
+@pytest.mark.parametrize("job", ["j9", "no$id", "x" * 200])
+async def test_a_task_that_nobody_can_read_stops_neither_the_worker_nor_the_tasks_behind_it(
+    job: str, loop_clock: LoopClock
+) -> None:
+    async with open_shop() as shop:
+        await shop.bench.publish("interactive", job, b"\xff")
+        await shop.queue(1)
+        shop.start()
+
+        await shop.until("stage_completed")
+        loop_clock.advance(3.1)
+        await shop.until("records.put", 2)
+
+        assert shop.worker.healthy
+        assert len(shop.bench.dead()) == 1
+
+
+async def test_a_log_that_nobody_can_read_stops_only_its_own_task() -> None:
+    async with open_shop() as shop:
+        await shop.bench.bus.signal(topology.subject_of_events("j1"), b'{"type": "of the future"}')
+        await shop.queue(1)
+        await shop.queue(2)
+        shop.start()
+
+        await shop.until("stage_completed")
+
+        assert shop.bench.types("j2") == ["stage_started", "stage_completed"]
+        assert shop.worker.healthy
+
+
+# ── cancel ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def stop_by_signal(shop: Shop, gate: engines.Gate) -> None:
+    """Cancel j1 as a gateway does; then let the engine come to its next step."""
+    await shop.bench.cancel("j1")
+    await shop.bench.bus.signal(topology.subject_of_control("j1"), b"cancel")
+    await shop.until("in_progress")  # it looks at the log
+    await settled()
+    gate.open()
+
+
+async def test_a_signal_cancels_the_running_task_and_the_next_one_follows() -> None:
+    async with open_shop() as shop:
+        gate = shop.engine.hold("generate", 1, 2)
+        await shop.queue(1, steps=50)
+        await shop.queue(2)
+        shop.start()
+        await reached(gate)
+        await shop.bench.bus.signal(topology.subject_of_control("another"), b"cancel")
+
+        await stop_by_signal(shop, gate)
+        await shop.until("stage_completed")
+
+        assert shop.bench.types("j1") == ["stage_started", "cancel_requested", "stage_cancelled"]
+        assert shop.bench.types("j2") == ["stage_started", "stage_completed"]
+
+
+async def test_signals_are_heard_again_after_the_bus_refused_to_listen(loop_clock: LoopClock) -> None:
+    async with open_shop() as shop:
+        gate = shop.engine.hold("generate", 1, 2)
+        shop.bench.bus.fail_next("listen", times=2)
+        await shop.queue(1, steps=50)
+        shop.start()
+        await reached(gate)
+        while "listen" not in shop.bench.journal.entries:
+            loop_clock.advance(0.6)
+            await settled()
+
+        await stop_by_signal(shop, gate)
+        await shop.until("stage_cancelled")
+
+
+# ── the bus goes away and comes back ─────────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_worker_outlives_the_bus_and_goes_on_when_it_is_back(loop_clock: LoopClock) -> None:
+    async with open_shop() as shop:
+        await shop.queue(1)
+        shop.start()
+        await shop.until("stage_completed")
+
+        shop.bench.bus.down = True
+        asked = shop.bench.bus.calls["pull"]
+        while shop.bench.bus.calls["pull"] < asked + 4 or shop.bench.bus.calls["records.put"] < 3:
+            loop_clock.advance(3.1)
+            await settled()
+        shop.bench.bus.down = False
+        await shop.queue(2)
+        for _ in range(3):
+            loop_clock.advance(0.6)
+            await settled()
+
+        await shop.until("stage_completed", 2)
+        assert shop.worker.healthy
+
+
+async def test_a_running_task_outlives_an_outage_of_the_bus(loop_clock: LoopClock) -> None:
+    async with open_shop() as shop:
+        gate = shop.engine.hold("generate", 1, 2)
+        await shop.queue(1)
+        shop.start()
+        await reached(gate)
+        shop.bench.bus.down = True
+        loop_clock.advance(15.1)
+        await settled()
+        shop.bench.bus.down = False
+        gate.open()
+
+        await shop.until("stage_completed")
+
+        assert shop.bench.types("j1") == ["stage_started", "stage_completed"]
+
+
+# ── the registry ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_worker_shows_itself_with_its_figures_and_what_it_does(loop_clock: LoopClock) -> None:
+    async with open_shop() as shop:
+        gate = shop.engine.hold("generate", 1, 3)
+        shop.start()
+        await shop.until("records.put")
+
+        info = await shop.registered()
+        assert (info.id, info.stage, info.state, info.running) == ("w1", "edit", "ready", ())
+        assert (info.engine, info.model, info.revision, info.device) == ("gated", "none", "1", "cpu")
+        assert (info.load_seconds, info.tasks_done, info.seconds_per_step) == (1.5, 0, None)
+        [figures] = info.gpus
+        assert (figures.index, figures.uuid) == (0, "cpu")
+        assert figures.memory_used
+
+        await shop.queue(1)
+        await reached(gate)
+        await settled()
+        loop_clock.advance(3.1)
+        await shop.until("records.put", 2)
+        info = await shop.registered()
+        assert (info.state, info.running) == ("busy", ("j1",))
+        assert info.busy_seconds > 0  # while it runs
+
+        shop.worker.drain()
+        await settled()
+        loop_clock.advance(3.1)
+        await shop.until("records.put", 3)
+        assert (await shop.registered()).state == "draining"
+
+        gate.open()
+        await shop.left()
+        info = await shop.registered()
+        assert (info.state, info.running, info.tasks_done) == ("draining", (), 1)
+        assert info.seconds_per_step is not None
+        assert shop.bench.metric("vidgen_worker_state", state="draining") == 1
+
+
+async def test_a_registry_that_does_not_answer_does_not_stop_the_worker(loop_clock: LoopClock) -> None:
+    async with open_shop() as shop:
+        shop.bench.bus.fail_next("records.put")
+        shop.start()
+        while not shop.bench.metric("vidgen_worker_heartbeats_failed_total"):
+            await settled()
+        loop_clock.advance(3.1)
+        await shop.until("records.put")
+
+        await shop.queue(1)
+        await shop.until("stage_completed")
