@@ -1,0 +1,106 @@
+"""The gateway's loops: they stop at once, one bad message stops nothing, and what happened is counted once."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import pytest
+from tests.gateways import BOUND, EDIT, KEY, Gateway, completed
+
+from gateway.consumers import Consumers
+from vidgen import contracts, dead, topology
+from vidgen.bus import Delivery
+from vidgen.contracts import Job
+
+
+class Loops:
+    """A gateway whose consumers run."""
+
+    def __init__(self, gateway: Gateway) -> None:
+        parts = gateway.parts
+        self.gateway, self.bus, self.stop = gateway, parts.bus, asyncio.Event()
+        consumers = Consumers(parts.bus, parts.jobs, parts.intake, parts.metrics, concurrency=2)
+        self.running = asyncio.create_task(consumers.run(self.stop))
+
+    async def until_told(self, job_id: str, kind: str) -> None:
+        feed = await self.bus.follow(topology.EVENTS, topology.subject_of_events(job_id))
+        async with asyncio.timeout(BOUND):
+            while (message := await feed.next(BOUND)) is not None:
+                if f'"type":"{kind}"'.encode() in message.body:
+                    return
+
+    async def end(self) -> None:
+        self.stop.set()
+        async with asyncio.timeout(BOUND):
+            await self.running
+
+
+@pytest.fixture
+async def loops() -> AsyncIterator[Loops]:
+    opened = Loops(await Gateway.open())
+    yield opened
+    await opened.end()
+
+
+async def say(loops: Loops, event: contracts.AnyEvent) -> None:
+    await loops.bus.publish(
+        topology.subject_of_events(event.job_id), event.to_bytes(), message_id=f"{event.job_id}:{event.type}"
+    )
+
+
+async def test_they_end_at_once_though_nothing_comes(loops: Loops) -> None:
+    async with asyncio.timeout(2):  # far below the time for which a pull waits
+        await loops.end()
+
+
+async def test_a_request_goes_through_to_a_completed_job_and_is_counted_once(loops: Loops) -> None:
+    job = await loops.gateway.submit()
+    await say(loops, completed(job))
+    await loops.until_told(job.id, "completed")
+    await loops.end()
+    text = loops.gateway.parts.metrics.render()[0].decode()
+    assert 'vidgen_requests_total{outcome="accepted"} 1.0' in text
+    assert (await loops.gateway.parts.jobs.get(job.id)).status is contracts.JobStatus.COMPLETED
+
+
+async def test_a_message_that_cannot_be_digested_does_not_stop_the_others(
+    loops: Loops, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    intake = loops.gateway.parts.intake
+    handle = intake.handle
+
+    async def choke(delivery: Delivery) -> Job:
+        if delivery.body == b"poison":
+            raise RuntimeError("cannot")
+        return await handle(delivery)
+
+    monkeypatch.setattr(intake, "handle", choke)
+    await loops.bus.publish(topology.SUBJECT_REQUESTS, b"poison", message_id="poison")
+    good = contracts.VideoRequest(job_id="good", references=(KEY,), edit=contracts.EditParams(**EDIT))
+    await loops.bus.publish(topology.SUBJECT_REQUESTS, good.to_bytes(), message_id="good")
+    await loops.until_told(
+        Job(id="good", created_at="2026-01-01T00:00:00Z", updated_at="2026-01-01T00:00:00Z"), "accepted"
+    )
+    assert not loops.running.done()
+
+
+async def test_an_exhausted_task_fails_its_job_and_leaves_the_queue(loops: Loops) -> None:
+    job = await loops.gateway.submit()
+    [task] = await loops.bus.tail(topology.TASKS, None, 1)
+    advisory = b'{"stream_seq": %d}' % task.seq
+    await loops.bus.publish(
+        f"$JS.EVENT.ADVISORY.CONSUMER.MAX_DELIVERIES.{topology.TASKS}.edit-interactive", advisory, message_id="advice"
+    )
+    await loops.until_told(job.id, "failed")
+    await loops.end()
+    assert await loops.gateway.count(topology.TASKS) == 0
+    [letter] = await loops.bus.tail(topology.DEAD, None, 1)
+    assert contracts.DeadLetter.model_validate_json(letter.body).error.code == "deliveries_exhausted"
+    assert (await loops.gateway.client.post(f"/v1/dead/{letter.seq}/replay")).json()["run"] == 2
+
+
+def test_a_letter_too_large_for_a_message_keeps_its_beginning() -> None:
+    error = contracts.JobError(code="x", message="y")
+    letter = dead.letter(b"a" * (1 << 20), topology.SUBJECT_REQUESTS, error, job_id=None)
+    assert len(letter.to_bytes()) < 262_144
