@@ -18,7 +18,7 @@ from vidgen.engine import EngineInfo, Finished, Generated, OnStep
 from vidgen.errors import RejectedError
 
 WARM_UP = EditWork(
-    prompt="warm up", user_prompt="warm up", negative_prompt=" ", steps=1, true_cfg_scale=1.0, guidance_scale=1.0,
+    prompt="warm up", user_prompt="warm up", negative_prompt=" ", steps=2, true_cfg_scale=1.0, guidance_scale=1.0,
     seed=0, width=256, height=256, candidates=1,
 )  # fmt: skip
 
@@ -96,6 +96,9 @@ class QwenEditEngine:
             raise RejectedError(f"an edit engine cannot do {work.kind} work: send it to that stage", field="work")
         if not 1 <= len(files) <= MAX_REFERENCES:
             raise RejectedError(f"references: give 1 to {MAX_REFERENCES}, not {len(files)}", field="references")
+        if work.steps == 1 and self._pipe.scheduler.config.get("shift_terminal"):
+            # The schedule is stretched between its first and its last step: with one step it divides by zero.
+            raise RejectedError("steps: this model's schedule needs at least 2, use 4", field="steps")
         self._refuse_control_tokens(work)
         return Inputs(work, tuple(images.open_rgb(path) for path in files))
 

@@ -227,6 +227,13 @@ def test_none_and_four_references_are_rejected(engine: QwenEditEngine, photo: Pa
         engine.prepare(work(), [photo] * count)
 
 
+def test_a_single_step_is_rejected_where_it_would_give_no_picture(engine: QwenEditEngine, photo: Path) -> None:
+    # The released schedule divides by zero with one step: every pixel was NaN, and the picture black.
+    with pytest.raises(RejectedError, match="at least 2") as caught:
+        engine.prepare(work(steps=1), [photo])
+    assert caught.value.field == "steps"
+
+
 @pytest.mark.parametrize("field", ["prompt", "negative_prompt"])
 def test_control_tokens_of_the_model_are_rejected(engine: QwenEditEngine, photo: Path, field: str) -> None:
     with pytest.raises(RejectedError, match=r"<\|image_pad\|>") as caught:

@@ -154,6 +154,10 @@ def test_the_5b_model_renders_multiples_of_32_and_mirrors_the_edges_to_them(
     assert frames(engine, frame, width=80, height=80).shape == (5, 80, 80, 3)
 
 
+def test_a_single_step_makes_a_video(engine: WanI2VEngine, frame: Path) -> None:
+    assert frames(engine, frame, steps=1).std() > 0
+
+
 def test_other_numbers_of_frames_than_4k_plus_1_are_cut_exactly(two_experts: WanI2VEngine, frame: Path) -> None:
     assert frames(two_experts, frame, num_frames=7).shape[0] == 7
 
