@@ -104,7 +104,17 @@ async def _run(
             if job.status == "completed":
                 for name, path in wanted.items():
                     await client.download(job.id, name, path)
-    _report(out_put, job, wanted)
+            elif stack is not None:
+                _show_log(out_put, stack, job)
+    _report(out_put, job, wanted, retryable=bool(gateway))
+
+
+def _show_log(out_put: Output, stack: Stack, job: Job) -> None:
+    """The end of the failed service's log: it is gone with the embedded stack."""
+    stage = job.error.stage if job.error is not None else None
+    for service in stack.services:
+        if stage is not None and service.name == f"{stage}-service":
+            out_put.note(f"The end of the log of {service.name}:\n{service.process.tail()}\n")
 
 
 @contextlib.asynccontextmanager
@@ -114,8 +124,8 @@ async def _gateway(url: str | None, view: View, stages: Sequence[Stage]) -> Asyn
         return
     from vidgen.local import Stack
 
-    services = " and ".join(f"{stage}-service" for stage in stages)
-    view.status(f"Starting nats-server, the S3 server, the gateway and {services} …")
+    parts = ["nats-server", "the S3 server", "gateway", *(f"{stage}-service" for stage in stages)]
+    view.status(f"Starting {', '.join(parts[:-1])} and {parts[-1]} …")
     with tempfile.TemporaryDirectory(prefix="vidgen-", ignore_cleanup_errors=True) as folder:
         stack = Stack(Path(folder), stages=stages, ephemeral=True)
         await stack.start(wait_for_workers=False)
@@ -159,9 +169,9 @@ async def _unless_lost(stack: Stack | None, action: Coroutine[Any, Any, T]) -> T
         await asyncio.gather(doing, losing, return_exceptions=True)
 
 
-def _report(out_put: Output, job: Job, wanted: dict[str, Path]) -> None:
+def _report(out_put: Output, job: Job, wanted: dict[str, Path], *, retryable: bool) -> None:
     if job.status != "completed":
-        report_failure(out_put, job)
+        report_failure(out_put, job, retryable=retryable)
     for name, path in wanted.items():
         artifact = next((one for one in job.artifacts if one.name == name), None)
         out_put.emit("file", {"name": name, "path": str(path)})
@@ -183,11 +193,11 @@ def _measures(artifact: Artifact | None) -> str:
     return ", ".join([*found, f"{artifact.size / 1e6:.1f} MB"])
 
 
-def report_failure(out_put: Output, job: Job) -> None:
-    """Say how a job ended that did not complete, and end with exit code 1."""
+def report_failure(out_put: Output, job: Job, *, retryable: bool = True) -> None:
+    """Say how a job ended that did not complete, and end with exit code 1; `retryable` where its gateway stays."""
     error = job.error
     if error is None:
         out_put.fail(str(job.status), f"job {job.id} is {job.status}")
     where = f" in {error.stage}" if error.stage else ""
-    again = f"; try it again with: vidgen retry {job.id}" if error.retryable else ""
+    again = f"; try it again with: vidgen retry {job.id}" if error.retryable and retryable else ""
     out_put.fail(error.code, f"job {job.id} {job.status}{where}: {error.message}{again}", errors=error.fields)
