@@ -205,7 +205,7 @@ async def test_the_fleet_and_the_metrics_show_what_ran(client: AsyncClient, stac
 
 async def test_a_worker_that_is_killed_hands_its_task_to_the_next(tmp_path: Path) -> None:
     """Of two workers the one that generates dies: its task comes again when its lease has run out, and completes."""
-    env = {"VIDGEN_ENGINE": "preview", "VIDGEN_PREVIEW_SECONDS_PER_STEP": "0.1", "VIDGEN_ACK_WAIT": "2"}
+    env = {"VIDGEN_ENGINE": "preview", "VIDGEN_PREVIEW_SECONDS_PER_STEP": "0.1", "VIDGEN_ACK_WAIT": "12"}
     stack = Stack(tmp_path, env=env, workers=2, ephemeral=True)
     with skipped_at_home():
         await stack.start()
