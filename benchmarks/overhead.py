@@ -104,7 +104,7 @@ def a_request(reference: str) -> VideoRequest:
     return VideoRequest(
         job_id=uuid.uuid4().hex,
         references=(reference,),
-        edit=EditParams(prompt="x", steps=1),
+        edit=EditParams(prompt="x", steps=2),
         i2v=I2VParams(prompt="x", steps=1),
     )
 

@@ -31,6 +31,7 @@ Prompt = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, m
 OptionalPrompt = Annotated[str, StringConstraints(max_length=4000)]
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 Steps = Annotated[int, Field(ge=1, le=100)]
+EditSteps = Annotated[int, Field(ge=2, le=100)]  # Qwen's schedule divides by steps - 1
 Guidance = Annotated[float, Field(ge=0, le=20, allow_inf_nan=False)]
 Side = Annotated[int, Field(ge=MIN_SIDE, le=MAX_SIDE)]
 
@@ -87,7 +88,7 @@ class EditParams(Message):
     prompt: Prompt
     negative_prompt: OptionalPrompt = " "
     quality: Quality = "standard"
-    steps: Steps | None = None
+    steps: EditSteps | None = None
     true_cfg_scale: Guidance | None = Field(None, description="Classifier-free guidance; 1 is off.")
     guidance_scale: Guidance = 1.0
     seed: Seed | None = None

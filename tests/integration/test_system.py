@@ -152,7 +152,7 @@ async def test_a_running_job_is_cancelled_within_a_step(client: AsyncClient, sta
 async def test_a_queued_job_is_cancelled_before_it_starts(client: AsyncClient) -> None:
     running = await client.submit(request(edit=edit(steps=40)), images=[PHOTO])
     await until_step(client, running, "edit")
-    waiting = [await client.submit(request(edit=edit(steps=1)), images=[PHOTO]) for _ in range(6)]
+    waiting = [await client.submit(request(edit=edit()), images=[PHOTO]) for _ in range(6)]
     last = await client.cancel(waiting[-1].id)
     assert last.status is JobStatus.CANCELLED
     assert (await finished(client, running)).status is JobStatus.COMPLETED
