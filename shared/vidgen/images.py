@@ -109,7 +109,8 @@ def fit(image: Image.Image, width: int, height: int, centre: tuple[float, float]
         return image.copy()
     scale = min(image.width / width, image.height / height)
     crop_width, crop_height = width * scale, height * scale
-    left, top = (image.width - crop_width) * centre[0], (image.height - crop_height) * centre[1]
+    # Rounding may make the crop larger than the image by less than any pixel can tell.
+    left, top = max(0.0, image.width - crop_width) * centre[0], max(0.0, image.height - crop_height) * centre[1]
     box = (left, top, min(left + crop_width, image.width), min(top + crop_height, image.height))
     return image.resize((width, height), Image.Resampling.LANCZOS, box=box)
 

@@ -278,6 +278,11 @@ def test_fit_covers_exactly_the_size(size: tuple[int, int]) -> None:
     assert images.fit(stripes(), *size).size == size
 
 
+def test_fit_takes_the_whole_of_an_image_whose_crop_is_rounded_up() -> None:
+    # 498 rows came out as a crop of 498.00000000000006, which Pillow refuses; the video of a 1344x768 edit failed.
+    assert images.fit(Image.new("RGB", (864, 498)), 832, 480).size == (832, 480)
+
+
 def test_fit_crops_around_the_middle_and_does_not_stretch() -> None:
     square = images.fit(stripes(64, 32), 32, 32)
     assert square.getpixel((2, 16)) == (220, 20, 20)
