@@ -73,13 +73,13 @@ class Claim:
         """Names one event of this attempt, of this process: two workers never share one."""
         return f"{self.task.job_id}:{self.task.stage}:{self.task.run}:{self.attempt}:{self.nonce}:{what}"
 
-    async def append(self, event: contracts.AnyStageEvent, *, message_id: str | None = None) -> None:
+    async def append(self, event: contracts.AnyStageEvent) -> None:
         """Append an event of this attempt; raises FencedError, Cancelled (not for `stage_cancelled`) and BusError."""
         while True:
             try:
                 self.seq = await self.bus.publish(
                     topology.subject_of_events(self.task.job_id), event.to_bytes(), expect_last=self.seq,
-                    message_id=message_id or self.message_id(event.type),
+                    message_id=self.message_id(event.type),
                 )  # fmt: skip
                 return
             except errors.ConflictError:
@@ -89,7 +89,9 @@ class Claim:
         """Look at the log; raises FencedError or, unless `stopping`, Cancelled when this attempt must end."""
         seen = await newest(self.bus, self.task.job_id)
         standing = attempts.standing(self.task, self.attempt, seen.event)
-        if standing == "fenced":
+        # A retry that nobody has started yet is behind what a cancelled attempt still has to say: what it cost.
+        waiting = stopping and isinstance(seen.event, contracts.RetryRequested)
+        if standing == "fenced" and not waiting:
             raise FencedError
         if standing == "cancelled" and not stopping:
             raise errors.Cancelled

@@ -259,8 +259,7 @@ class Handler:
                 "gpu_seconds": clocks.device, "cost_usd": self._cost(clocks),
             }
         )  # fmt: skip
-        # The same id from whichever attempt: the result is one, and so is the event.
-        await held.append(event, message_id=f"{task.job_id}:{task.stage}:{task.run}:completed")
+        await held.append(event)
         await delivery.ack()
         log.debug("artifacts stored", _event="stored", count=len(found.artifacts), engine=info.name)
         return "reused" if reused else "completed"

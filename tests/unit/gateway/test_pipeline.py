@@ -340,7 +340,7 @@ class System(RuleBasedStateMachine):
             return
         if how in ("completed", "unacked"):
             event = completed(stage, verdict.attempt, task.run).model_copy(update=base)
-            if self.settle(held, event, f"job:{stage}:{task.run}:completed") and how == "completed":
+            if self.settle(held, event, self.unique("completed")) and how == "completed":
                 self.bus.queue.pop(stage, None)
         elif how == "failed":
             final = verdict.tries >= self.MAX_ATTEMPTS
@@ -392,7 +392,7 @@ class System(RuleBasedStateMachine):
                 self.running.remove(held)
                 event = completed(held.task.stage, held.verdict.attempt, held.task.run)
                 event = event.model_copy(update={"tries": held.verdict.tries})
-                if self.settle(held, event, f"job:{held.task.stage}:{held.task.run}:completed"):
+                if self.settle(held, event, self.unique("completed")):
                     self.bus.queue.pop(held.task.stage, None)
             while self.seen < len(self.bus.log):
                 self.gateway_digests_an_event(False)

@@ -567,6 +567,26 @@ async def test_the_heartbeat_finds_that_an_attempt_was_overtaken(bench_of: MakeB
     assert bench.metric("vidgen_worker_steps_total") == 2  # it stopped there
 
 
+async def test_an_attempt_that_comes_to_its_end_after_a_newer_one_is_no_second_completion(bench_of: MakeBench) -> None:
+    """As a worker does that was frozen past its lease and wakes when the task is done."""
+    clock = FakeClock()
+    engine = engines.Gated()
+    gate = engine.hold("finish")
+    bench = bench_of(engine, clock=clock)
+    await bench.queue()
+    frozen = await bench.begin()
+    await reached(gate)
+    clock.advance(61)
+    bench.use(engines.Instant())
+    assert await bench.run() == "completed"
+    gate.open()
+
+    assert await ended(frozen) == "fenced"
+
+    assert bench.types() == ["stage_started", "stage_started", "stage_completed"]
+    assert bench.journal.entries.count("ack") == 1
+
+
 async def test_of_two_workers_with_the_same_task_one_wins(bench_of: MakeBench) -> None:
     clock = FakeClock()
     bench = bench_of(clock=clock, ack_wait=10)

@@ -1,0 +1,39 @@
+"""A GPU service whose engine comes from the zoo: `python -m tests.zoo_service STAGE ENGINE`.
+
+`Paced` holds the device until the file named by ZOO_RELEASED is there.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from pathlib import Path
+from typing import cast
+
+from tests import engines
+
+from vidgen import choice, service
+from vidgen.engine import Engine
+from vidgen.settings import WorkerSettings
+
+
+class _Released:
+    """What a `threading.Event` is inside one process."""
+
+    def __init__(self, path: Path) -> None:
+        self._path, self._never = path, threading.Event()
+
+    def wait(self, timeout: float) -> bool:
+        return self._path.exists() or self._never.wait(timeout)
+
+
+def make_engine(_settings: WorkerSettings, _chosen: choice.Choice) -> Engine:
+    kind = getattr(engines, sys.argv[2])
+    if kind is engines.Paced:
+        return engines.Paced(released=cast("threading.Event", _Released(Path(os.environ["ZOO_RELEASED"]))))
+    return cast("Engine", kind())
+
+
+if __name__ == "__main__":
+    sys.exit(service.run(cast("service.Stage", sys.argv[1]), make_engine))
