@@ -261,7 +261,7 @@ async def measure(
     print(f"  direct loop:          {1 / statistics.mean(alone):7.1f} jobs/s", flush=True)
 
     print(
-        f"\nGPU duty: {options.duty_jobs} jobs, each stage holds the device {options.hold} s; artifacts of 2 MB and 5 MB"
+        f"\nGPU duty: {options.duty_jobs} jobs, each stage holds the device {options.hold} s; artifacts of 2 and 5 MB"
     )
     shapes = {
         "edit": Shape(options.hold, 10, FRAME_BYTES),
