@@ -95,7 +95,11 @@ class Jobs:
 
     async def enter(self, job: Job) -> None:
         """What the bus must hold of a job that was let in; harmless to repeat, so a crash half-way is made good."""
-        await asyncio.gather(self._record_history(job), self._log_first_event(job))
+        await asyncio.gather(self._record_history(job), self._begin(job))
+
+    async def _begin(self, job: Job) -> None:
+        # The log begins before anybody can be told to work on the job.
+        await self._log_first_event(job)
         await self.execute(pipeline.demands(job))
 
     async def _record_history(self, job: Job) -> None:
