@@ -178,6 +178,24 @@ async def test_a_folder_belongs_to_one_stack_at_a_time(tmp_path: Path) -> None:
     second._release_lock()
 
 
+def test_the_services_get_this_stack_and_the_rest_of_the_users_settings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"NATS_URL": "nats://elsewhere", "NATS_CREDS": "/elsewhere", "ENGINE": "real"}.items():
+        monkeypatch.setenv(f"VIDGEN_{name}", value)
+    stack = Stack(tmp_path, env={"VIDGEN_MAX_ATTEMPTS": "1"}, workers=2)
+    stack.s3.choose()
+    services = stack._make_services()
+    names = ["gateway", "edit-service", "i2v-service", "edit-service-2", "i2v-service-2"]
+    assert [service.name for service in services] == names
+    for service in services:
+        assert service.env["VIDGEN_NATS_URL"] == stack.nats_url
+        assert service.env["VIDGEN_S3_SECRET_KEY"] == stack.s3.secret_key
+        assert (service.env["VIDGEN_ENGINE"], service.env["VIDGEN_MAX_ATTEMPTS"]) == ("real", "1")
+        assert "VIDGEN_NATS_CREDS" not in service.env
+    assert len({service.env.get("VIDGEN_WORK_DIR") for service in services}) == 5
+
+
 ORPHANS = """
 import asyncio, os, pathlib, signal, sys
 from vidgen.local import NatsServer

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 FRAME, VIDEO = "edit-0.png", "video.mp4"
-CANCEL_WITHIN_S = 10.0
+CANCEL_WITHIN_S = 5.0
 PREVIEW_NOTE = """\
 The CPU preview engines made this: they need no model and follow the prompt only roughly, to show the whole way.
 For the real ones (Qwen-Image-Edit and Wan) on a machine with an NVIDIA GPU:

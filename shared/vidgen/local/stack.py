@@ -23,10 +23,13 @@ DRAIN_S = 20.0
 LEAVE_S = 3.0  # what a second SIGTERM gives a worker to hand its task back
 
 # What the stack decides for its services; whatever else VIDGEN_* the user has set goes through to them.
-_OWN = (
-    "NATS_URL", "NATS_USER", "NATS_PASSWORD", "NATS_CREDS", "S3_ENDPOINT", "S3_PUBLIC_ENDPOINT", "S3_ACCESS_KEY",
-    "S3_SECRET_KEY", "S3_BUCKET", "S3_REGION", "HTTP_HOST", "HTTP_PORT", "METRICS_HOST", "METRICS_PORT", "READY_FILE",
-    "WORKER_ID", "STREAM_REPLICAS", "GATEWAY_URL",
+_OWN = frozenset(
+    f"VIDGEN_{name}"
+    for name in (
+        "NATS_URL", "NATS_USER", "NATS_PASSWORD", "NATS_CREDS", "S3_ENDPOINT", "S3_PUBLIC_ENDPOINT", "S3_ACCESS_KEY",
+        "S3_SECRET_KEY", "S3_BUCKET", "S3_REGION", "HTTP_HOST", "HTTP_PORT", "METRICS_HOST", "METRICS_PORT",
+        "READY_FILE", "WORKER_ID", "WORK_DIR", "STREAM_REPLICAS", "GATEWAY_URL",
+    )
 )  # fmt: skip
 
 
@@ -168,6 +171,7 @@ class Stack:
         self.folder.mkdir(parents=True, exist_ok=True)
         self.folder.chmod(0o700)
         self._take_lock()
+        self.environment_file.unlink(missing_ok=True)
         try:
             self.s3.choose()
             promised = self.s3.endpoint
@@ -197,7 +201,7 @@ class Stack:
     def _make_services(self) -> list[Service]:
         logs = self.folder / "services"
         logs.mkdir(exist_ok=True)
-        env = {name: value for name, value in os.environ.items() if name.removeprefix("VIDGEN_") not in _OWN}
+        env = {name: value for name, value in os.environ.items() if name not in _OWN}
         env |= {"VIDGEN_LOG_FORMAT": "json", "VIDGEN_GRACE_S": str(self._drain_s), **self._env, **self.environment()}
         env |= {"VIDGEN_HTTP_HOST": LOOPBACK, "VIDGEN_HTTP_PORT": "0"}
         env |= {"VIDGEN_METRICS_HOST": LOOPBACK, "VIDGEN_METRICS_PORT": "0"}
