@@ -201,14 +201,21 @@ class Jobs:
             match command:
                 case pipeline.PublishTask(task):
                     await self._publish_task(task)
-                case pipeline.WithdrawTask(stage, lane, job_id):
-                    await self._bus.signal(topology.subject_of_control(job_id), b"cancel")
-                    await self._bus.purge(topology.TASKS, topology.subject_of_task(stage, lane, job_id))
+                case pipeline.WithdrawTask():
+                    await self._bus.signal(topology.subject_of_control(command.job_id), b"cancel")
+                    await self._withdraw_task(command)
                 case pipeline.PublishEvent(event):
                     await self._bus.publish(
                         topology.subject_of_events(event.job_id), event.to_bytes(),
                         message_id=f"{event.job_id}:{event.run}:{event.type}",
                     )  # fmt: skip
+
+    async def _withdraw_task(self, command: pipeline.WithdrawTask) -> None:
+        # By its sequence: a purge of the subject could take the task of a retry that another replica just published.
+        subject = topology.subject_of_task(command.stage, command.lane, command.job_id)
+        stored = await self._bus.last(topology.TASKS, subject)
+        if stored is not None and contracts.Task.model_validate_json(stored.body).run <= command.run:
+            await self._bus.delete(topology.TASKS, stored.seq)
 
     async def _publish_task(self, task: contracts.Task) -> None:
         try:

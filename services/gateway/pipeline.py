@@ -25,11 +25,12 @@ class PublishTask:
 
 @dataclass(frozen=True)
 class WithdrawTask:
-    """Take a task from its queue, and tell whoever runs it to stop."""
+    """Take a task of `run` or of one before from its queue, and tell whoever runs it to stop."""
 
     stage: contracts.Stage
     lane: contracts.Lane
     job_id: str
+    run: int
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,7 @@ def may_retry(job: Job) -> bool:
 
 
 def _withdrawal(job: Job, stage: contracts.Stage) -> tuple[WithdrawTask, ...]:
-    return (WithdrawTask(stage, _lane(job), job.id),)
+    return (WithdrawTask(stage, _lane(job), job.id, job.run),)
 
 
 def _lane(job: Job) -> contracts.Lane:
