@@ -69,6 +69,8 @@ def standing(
     """Whether `attempt`, which was running, may still go on, given the newest event of the job."""
     if newest is None or newest.run < task.run:
         return "mine"
+    if newest.run > task.run and isinstance(newest, contracts.RetryRequested):
+        return "cancelled"  # a retry follows a cancel, and nobody has begun it: this attempt may still say what it cost
     if newest.run > task.run or isinstance(newest, SETTLED):
         return "fenced"
     if isinstance(newest, CANCELLED):

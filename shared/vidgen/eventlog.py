@@ -89,9 +89,7 @@ class Claim:
         """Look at the log; raises FencedError or, unless `stopping`, Cancelled when this attempt must end."""
         seen = await newest(self.bus, self.task.job_id)
         standing = attempts.standing(self.task, self.attempt, seen.event)
-        # A retry that nobody has started yet is behind what a cancelled attempt still has to say: what it cost.
-        waiting = stopping and isinstance(seen.event, contracts.RetryRequested)
-        if standing == "fenced" and not waiting:
+        if standing == "fenced":
             raise FencedError
         if standing == "cancelled" and not stopping:
             raise errors.Cancelled

@@ -149,7 +149,7 @@ def test_an_edit_whose_video_has_begun_is_settled() -> None:
         (completed(attempt=3), "fenced"),
         (of_job(contracts.JobCompleted), "fenced"),
         (of_job(contracts.JobFailed, error=ERROR), "fenced"),
-        (of_job(contracts.RetryRequested, run=3), "fenced"),
+        (of_job(contracts.RetryRequested, run=3), "cancelled"),
         (of_job(contracts.CancelRequested, run=3), "fenced"),
         (of_job(contracts.CancelRequested), "cancelled"),
         (of_job(contracts.JobCancelled), "cancelled"),
