@@ -13,6 +13,7 @@ import secrets
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, Protocol
 
 import nats
@@ -568,6 +569,7 @@ async def connect(
     `on_denied` hears of a permission that this identity lacks: a configuration error that shows as time-outs only.
     """
 
+    _check_credentials(options.get("user_credentials"))
     made: JetStreamBus | None = None
     last_error = ""
 
@@ -596,12 +598,6 @@ async def connect(
     }  # fmt: skip
     try:
         client = await nats.connect(url, **(settings | options))
-    except ImportError as exc:
-        raise errors.FatalError(
-            "a NATS credentials file needs nkeys: pip install 'nats-py[nkeys]'", code="settings"
-        ) from exc
-    except FileNotFoundError as exc:
-        raise errors.FatalError(f"there is no NATS credentials file {exc.filename}", code="settings") from exc
     except (nats.errors.Error, TimeoutError, OSError) as exc:
         raise errors.BusError(
             f"no NATS server lets us in at {_without_credentials(url)}: {last_error or exc}; start one, or correct "
@@ -622,6 +618,19 @@ async def connect(
 async def _leave(bus: JetStreamBus) -> None:
     await bus.settle()
     await bus.client.drain()
+
+
+def _check_credentials(path: str | None) -> None:
+    # nats-py reads the file only when a server asks, and tries for ever what it cannot read then.
+    if path is None:
+        return
+    try:
+        Path(path).read_bytes()
+    except OSError as exc:
+        raise errors.FatalError(
+            f"the NATS credentials file {path} cannot be read ({exc.strerror}): correct VIDGEN_NATS_CREDS",
+            code="settings",
+        ) from exc
 
 
 def _without_credentials(url: str) -> str:
