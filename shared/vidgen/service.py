@@ -42,7 +42,7 @@ def run(stage: Stage, make_engine: MakeEngine) -> int:
     try:
         asyncio.run(_Service(stage, settings, make_engine).run())
     except errors.VidgenError as exc:
-        log.error(exc.message, _event="left", code=exc.code)
+        log.error(exc.message, _event="left", code=exc.code, exc_info=exc.__cause__)
         return 1
     return 0
 

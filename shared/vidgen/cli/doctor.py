@@ -111,10 +111,13 @@ def _engines(settings: WorkerSettings) -> Iterator[Check]:
     largest = max(gpus, key=lambda one: one.memory_total or 0, default=None)
     profile = profile_for(largest)
     few = "" if profile != "preview" else "24 GiB of GPU memory or more are needed for a real engine"
-    yield Check("profile", profile != "preview", profile, few)
+    planned = (
+        "" if profile in ("preview", "resident-bf16") else ", once it is built: the engines load in bfloat16 so far"
+    )
+    yield Check("profile", profile != "preview", profile + planned, few)
     for stage in contracts.STAGES:
         model, revision = settings.model_of(stage)
-        reason = weights.why_not(model, revision)
+        reason = weights.why_not(model, revision, gpu=bool(gpus))
         what, _, remedy = (reason or "").partition(": ")
         yield Check(f"{stage} weights", reason is None, model if reason is None else what, remedy)
         chosen = choice.choose(stage, settings, gpus=gpus, reason=reason)
