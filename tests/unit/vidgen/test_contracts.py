@@ -50,7 +50,7 @@ def wrong(payload: bytes) -> dict[str, str]:
         ({"edit": {"prompt": "p", "width": 64}}, "edit", "both or neither"),
         ({"edit": {"prompt": "p", "seed": -1}}, "edit.seed", "greater than or equal to 0"),
         ({"edit": {"prompt": "p", "seed": 2**32}}, "edit.seed", "4294967295"),
-        ({"edit": {"prompt": "p", "steps": 0}}, "edit.steps", "1"),
+        ({"edit": {"prompt": "p", "steps": 1}}, "edit.steps", "2"),
         ({"edit": {"prompt": "p", "candidates": 5}}, "edit.candidates", "4"),
         ({"edit": {"prompt": "p", "style": SECRET}}, "edit.style", "watercolor"),
         ({"edit": {"prompt": "p", "mood": SECRET}}, "edit.mood", "remove it"),
