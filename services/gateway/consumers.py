@@ -109,6 +109,9 @@ class Consumers:
 
     async def _count(self, event: contracts.AnyEvent) -> None:
         """Measure what gateways say of a job: each such event is in the log once, whichever replica wrote it."""
+        if isinstance(event, contracts.Accepted):  # its record may be a moment behind
+            self._metrics.request_accepted()
+            return
         job = await self._jobs.find(event.job_id)
         if job is None:
             return

@@ -127,11 +127,18 @@ class Intake:
         try:
             request = parse(delivery.body)
             job_id = request.job_id or job_id
-            existing = await self._jobs.find(job_id)
+            # Both at once: most requests are new.
+            existing, prepared = await asyncio.gather(
+                self._jobs.find(job_id), self._prepare(request, job_id, at), return_exceptions=True
+            )
+            if isinstance(existing, BaseException):
+                raise existing
             if existing is not None:
                 await self._jobs.enter(existing)
                 return existing
-            job, _ = await self._jobs.create(await self._prepare(request, job_id, at))
+            if isinstance(prepared, BaseException):
+                raise prepared
+            job, _ = await self._jobs.create(prepared)
         except InvalidRequestError as exc:
             return await self._turn_away(delivery, job_id, exc, at)
         return job
@@ -164,16 +171,16 @@ class Intake:
     async def _check(self, key: str, index: int, job_id: str) -> tuple[str, images.ImageFacts]:
         """A reference that every engine can read: itself where it is plain, else a normalised copy of the job's own."""
         artifacts.check_key(key, job_id)
-        with tempfile.TemporaryDirectory(prefix="vidgen-intake-") as folder:
-            source, target = Path(folder, "reference"), Path(folder, "normal.png")
-            await self._store.fetch(key, source, limit=self._max_bytes)
-            facts = await asyncio.to_thread(images.inspect, source)
+        with tempfile.NamedTemporaryFile(prefix="vidgen-intake-") as source:
+            await self._store.fetch(key, Path(source.name), limit=self._max_bytes)
+            facts = await asyncio.to_thread(images.inspect, Path(source.name))
             if facts.normal:
                 return key, facts
-            facts = await asyncio.to_thread(images.normalise, source, target)
-            own = artifacts.artifact_key(job_id, f"reference-{index}.png")
-            await self._store.put(own, target, "image/png")
-            return own, facts
+            with tempfile.NamedTemporaryFile(prefix="vidgen-intake-", suffix=".png") as target:
+                facts = await asyncio.to_thread(images.normalise, Path(source.name), Path(target.name))
+                own = artifacts.artifact_key(job_id, f"reference-{index}.png")
+                await self._store.put(own, Path(target.name), "image/png")
+                return own, facts
 
     async def _turn_away(self, delivery: Delivery, job_id: str, exc: InvalidRequestError, at: datetime) -> Job:
         claimed = _claimed_id(delivery.body)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
+from collections import OrderedDict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -19,6 +20,7 @@ from vidgen.contracts import Event, Job, JobStatus
 log = structlog.get_logger(__name__)
 
 CAS_TRIES = 20
+REMEMBERED = 1000  # records that a replica keeps in mind, a few KB each
 SCAN_LIMIT = 2000  # records that one page of a filtered list may look at
 
 
@@ -60,11 +62,14 @@ class Jobs:
     def __init__(self, bus: Bus) -> None:
         self._bus = bus
         self._records = bus.records(topology.JOBS_BUCKET)
+        # What this replica wrote last, and at which revision. Another may have written since: only a write that
+        # succeeds proves that it was the newest.
+        self._written: OrderedDict[str, tuple[Job, int]] = OrderedDict()
 
     async def find(self, job_id: str) -> Job | None:
         """The record, without the progress of the moment."""
-        found = await self._records.get(job_id)
-        return Job.model_validate_json(found[0]) if found else None
+        found = await self._read(job_id)
+        return found[0] if found else None
 
     async def get(self, job_id: str) -> Job:
         """The record with its newest progress; raises JobNotFoundError."""
@@ -82,58 +87,90 @@ class Jobs:
 
     async def create(self, job: Job) -> tuple[Job, bool]:
         """Write a new record, put it into the history and act on it; False where the job was there already."""
-        try:
-            await self._records.put(job.id, job.to_bytes(), revision=0)
-        except errors.ConflictError:
+        # Both at once: until the record is there nobody acts on the log, and a request that comes again finds it begun.
+        created, logged = await asyncio.gather(
+            self._write(job, revision=0), self._log_accepted(job), return_exceptions=True
+        )
+        if isinstance(created, errors.ConflictError):
             existing = await self.find(job.id)
             if existing is None:
-                raise
+                raise created
             await self.enter(existing)
             return existing, False
-        await self.enter(job)
+        for failure in (created, logged):
+            if isinstance(failure, BaseException):
+                raise failure
+        await self._act(job)
         return job, True
 
     async def enter(self, job: Job) -> None:
         """What the bus must hold of a job that was let in; harmless to repeat, so a crash half-way is made good."""
-        await asyncio.gather(self._record_history(job), self._begin(job))
-
-    async def _begin(self, job: Job) -> None:
         # The log begins before anybody can be told to work on the job.
-        await self._log_first_event(job)
+        await self._log_accepted(job)
+        await self._act(job)
+
+    async def _act(self, job: Job) -> None:
+        if job.status is JobStatus.REJECTED:
+            await self._log_rejected(job)
         await self.execute(pipeline.demands(job))
+        await self._record_history(job)
 
     async def _record_history(self, job: Job) -> None:
         with contextlib.suppress(errors.ConflictError):  # it is in the history: one message per subject, for ever
             await self._bus.publish(topology.subject_of_history(job.id), b"", message_id=job.id)
 
-    async def _log_first_event(self, job: Job) -> None:
-        first: contracts.AnyEvent
-        if job.status is JobStatus.REJECTED and job.error is not None:
-            first = contracts.Rejected(job_id=job.id, at=job.created_at, errors=job.error.fields)
-        else:
-            first = contracts.Accepted(job_id=job.id, at=job.created_at)
-        with contextlib.suppress(errors.ConflictError):  # the log has begun
-            await self._bus.publish(
-                topology.subject_of_events(job.id), first.to_bytes(), message_id=f"{job.id}:{first.type}", expect_last=0
-            )
+    async def _log_accepted(self, job: Job) -> None:
+        if job.status is not JobStatus.REJECTED:
+            with contextlib.suppress(errors.ConflictError):  # the log has begun
+                await self._log_first(contracts.Accepted(job_id=job.id, at=job.created_at), after=0)
+
+    async def _log_rejected(self, job: Job) -> None:
+        rejected = contracts.Rejected(job_id=job.id, at=job.created_at, errors=job.error.fields if job.error else ())
+        try:
+            await self._log_first(rejected, after=0)
+        except errors.ConflictError:
+            # Of two requests with one id that came at once, the other, good one began the log and lost the record.
+            begun = await self._bus.last(topology.EVENTS, topology.subject_of_events(job.id))
+            if begun is not None and isinstance(parse_event(begun.body), contracts.Accepted):
+                await self._log_first(rejected, after=begun.seq)
+
+    async def _log_first(self, event: contracts.Accepted | contracts.Rejected, after: int) -> None:
+        await self._bus.publish(
+            topology.subject_of_events(event.job_id), event.to_bytes(),
+            message_id=f"{event.job_id}:{event.type}", expect_last=after,
+        )  # fmt: skip
 
     async def apply(self, event: contracts.AnyEvent) -> Applied | None:
         """Move a job on by an event and act on its state; None for a job that has no record (any more)."""
         for attempt in range(CAS_TRIES):
-            found = await self._records.get(event.job_id)
+            written = self._written.pop(event.job_id, None)
+            found = written or await self._read(event.job_id)
             if found is None:
                 return None
-            job = Job.model_validate_json(found[0])
+            job, revision = found
             after, commands = pipeline.decide(job, event)
-            if after != job:
+            changed = after != job
+            if not changed and written is not None:
+                continue  # it may be out of date
+            if changed:
                 try:
-                    await self._records.put(job.id, after.to_bytes(), revision=found[1])
+                    await self._write(after, revision)
                 except errors.ConflictError:  # another replica moved it: decide again on what it wrote
-                    await asyncio.sleep(random.uniform(0, 0.002 * 2 ** min(attempt, 6)))  # noqa: S311
+                    if written is None:
+                        await asyncio.sleep(random.uniform(0, 0.002 * 2 ** min(attempt, 6)))  # noqa: S311
                     continue
             await self.execute(commands)
-            return Applied(after, after != job)
+            return Applied(after, changed)
         raise errors.BusError(f"job {event.job_id} is being written by too many at once")
+
+    async def _read(self, job_id: str) -> tuple[Job, int] | None:
+        found = await self._records.get(job_id)
+        return (Job.model_validate_json(found[0]), found[1]) if found else None
+
+    async def _write(self, job: Job, revision: int) -> None:
+        self._written[job.id] = job, await self._records.put(job.id, job.to_bytes(), revision=revision)
+        if len(self._written) > REMEMBERED:
+            self._written.popitem(last=False)
 
     async def request(self, event: contracts.CancelRequested | contracts.RetryRequested | contracts.Approved) -> Job:
         """Log what somebody asked of a job, and apply it at once; raises JobNotFoundError."""

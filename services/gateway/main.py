@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import os
 import secrets
 import signal
@@ -12,6 +13,7 @@ from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 import structlog
+import uvloop
 
 from gateway.api.app import create_app
 from gateway.api.parts import Parts
@@ -48,7 +50,7 @@ def main() -> None:
         raise SystemExit(1) from exc
     telemetry.configure(own, "gateway")
     try:
-        asyncio.run(_Gateway(own).run())
+        uvloop.run(_Gateway(own).run())
     except errors.VidgenError as exc:
         log.error(exc.message, _event="left", code=exc.code)
         raise SystemExit(1) from exc
@@ -99,6 +101,7 @@ class _Gateway:
         stopped = asyncio.create_task(self._stop.wait(), name="stop")
         try:
             async with probes.run_app(create_app(parts), own.http_host, own.http_port, grace=HTTP_GRACE_S) as url:
+                gc.freeze()  # what is loaded stays: the collector need not look at it each time
                 probes.write_ready_file(own.ready_file, url)
                 log.info("ready for requests", _event="ready", url=url)
                 await asyncio.wait((consuming, stopped), return_when=asyncio.FIRST_COMPLETED)

@@ -127,6 +127,15 @@ class _Clocks:
         )  # fmt: skip
 
 
+@dataclass(frozen=True)
+class _Gathered:
+    """What a task starts from: its inputs as files or, where it was done before, its result."""
+
+    folder: Path
+    files: list[Path]
+    result: results.Result | None
+
+
 class Handler:
     """Handles the tasks of one stage with one engine; several may be under way, one at a time on the device."""
 
@@ -186,6 +195,17 @@ class Handler:
         return outcome
 
     async def _attempt(self, delivery: Delivery, task: Task, turn: Turn, clocks: _Clocks) -> Outcome:
+        with contextlib.ExitStack() as scratch:
+            # While the claim is under way: looking and fetching leave no trace if it is not won.
+            gathering = asyncio.ensure_future(self._gather(task, scratch, clocks))
+            try:
+                return await self._hold(delivery, task, turn, clocks, gathering)
+            finally:
+                await asyncio.gather(gathering, return_exceptions=True)
+
+    async def _hold(
+        self, delivery: Delivery, task: Task, turn: Turn, clocks: _Clocks, gathering: asyncio.Future[_Gathered]
+    ) -> Outcome:
         info = self._engine.info
         held = await eventlog.claim(
             self._bus, task, self._policy.worker_id, self._policy.max_attempts,
@@ -199,7 +219,7 @@ class Handler:
         with structlog.contextvars.bound_contextvars(attempt=held.attempt):
             try:
                 async with self._lease(delivery, held, turn):
-                    return await self._run(delivery, held, turn, clocks)
+                    return await self._run(delivery, held, turn, clocks, gathering)
             except FencedError:
                 # A newer attempt holds the task: neither ack nor nak may come from here any more.
                 return "fenced"
@@ -228,48 +248,60 @@ class Handler:
                 unexpected = errors.RetryableError(f"unexpected {type(exc).__name__}", code="unexpected")
                 return await self._fail(delivery, held, clocks, unexpected, retryable=True)
 
-    async def _run(self, delivery: Delivery, held: Claim, turn: Turn, clocks: _Clocks) -> Outcome:
-        task, info = held.task, self._engine.info
+    async def _gather(self, task: Task, scratch: contextlib.ExitStack, clocks: _Clocks) -> _Gathered:
+        """The stored result of this very task, else its inputs in a folder of its own that goes with `scratch`."""
+        with clocks.timed("prepare"):
+            folder = Path(
+                scratch.enter_context(
+                    tempfile.TemporaryDirectory(
+                        prefix="vidgen-task-", dir=self._policy.work_dir, ignore_cleanup_errors=True
+                    )
+                )
+            )
+            found, files = await asyncio.gather(
+                results.find(self._store, task), self._fetch(task, folder), return_exceptions=True
+            )
+        if isinstance(found, BaseException):
+            raise found
+        if isinstance(files, BaseException):
+            if found is None:  # of no matter where there is a result
+                raise files
+            files = []
+        return _Gathered(folder, files, found)
+
+    async def _run(
+        self, delivery: Delivery, held: Claim, turn: Turn, clocks: _Clocks, gathering: asyncio.Future[_Gathered]
+    ) -> Outcome:
+        task = held.task
         _check_deadline(task)
         reporter = Reporter(self._bus, held, self._metrics, self._finishing.value or 0.0)
-        with tempfile.TemporaryDirectory(
-            prefix="vidgen-task-", dir=self._policy.work_dir, ignore_cleanup_errors=True
-        ) as name:
-            folder = Path(name)
-            with clocks.timed("prepare"):
-                reporter.phase("preparing")
-                found, files = await asyncio.gather(
-                    results.find(self._store, task), self._fetch(task, folder), return_exceptions=True
-                )
-            if isinstance(found, BaseException):
-                raise found
-            reused = found is not None
-            if found is None:
-                if isinstance(files, BaseException):  # of no matter where there is a result
-                    raise files
-                finished = await self._compute(held, files, folder, turn, clocks, reporter)
-                with clocks.timed("store"):
-                    found = await self._keep(task, finished)
-                self._finishing.add(clocks.decode + clocks.encode + clocks.store)
+        reporter.phase("preparing")
+        gathered = await asyncio.shield(gathering)
+        result = gathered.result
+        if result is None:
+            finished = await self._compute(held, gathered, turn, clocks, reporter)
+            with clocks.timed("store"):
+                result = await self._keep(task, finished)
+            self._finishing.add(clocks.decode + clocks.encode + clocks.store)
         event = contracts.StageCompleted.model_validate(
             held.stamp()
             | {
-                "engine": found.engine, "model": found.model, "revision": found.revision, "seed": found.seed,
-                "steps": found.steps, "artifacts": found.artifacts, "timings": clocks.timings(), "reused": reused,
-                "gpu_seconds": clocks.device, "cost_usd": self._cost(clocks),
+                "engine": result.engine, "model": result.model, "revision": result.revision, "seed": result.seed,
+                "steps": result.steps, "artifacts": result.artifacts, "timings": clocks.timings(),
+                "reused": gathered.result is not None, "gpu_seconds": clocks.device, "cost_usd": self._cost(clocks),
             }
         )  # fmt: skip
         await held.append(event)
         await delivery.ack()
-        log.debug("artifacts stored", _event="stored", count=len(found.artifacts), engine=info.name)
-        return "reused" if reused else "completed"
+        log.debug("artifacts stored", _event="stored", count=len(result.artifacts), engine=result.engine)
+        return "completed" if gathered.result is None else "reused"
 
     async def _compute(
-        self, held: Claim, files: list[Path], folder: Path, turn: Turn, clocks: _Clocks, reporter: Reporter
+        self, held: Claim, gathered: _Gathered, turn: Turn, clocks: _Clocks, reporter: Reporter
     ) -> tuple[Finished, ...]:
         task, loop = held.task, asyncio.get_running_loop()
         with clocks.timed("prepare"):
-            inputs = await asyncio.to_thread(self._engine.prepare, task.work, files)
+            inputs = await asyncio.to_thread(self._engine.prepare, task.work, gathered.files)
         decoding = self._decoding.value or 0.0
 
         def stepped(seconds: float, left_s: float | None) -> None:
@@ -302,7 +334,7 @@ class Handler:
         clocks.denoise, clocks.decode = generated.denoise_s, generated.decode_s
         reporter.phase("finishing")
         with clocks.timed("encode"):
-            out = folder / "out"
+            out = gathered.folder / "out"
             out.mkdir()
             return await asyncio.to_thread(self._engine.finish, generated.output, out)
 

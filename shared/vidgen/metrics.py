@@ -444,8 +444,6 @@ class GatewayMetrics(_Exposed):
     def observe(self, event: contracts.AnyEvent, job: contracts.Job) -> None:
         """Count an event that was just applied to `job` for the first time; never for a duplicate or a fenced one."""
         match event:
-            case contracts.Accepted():
-                self._inc("vidgen_requests_total", outcome="accepted")
             case contracts.Rejected():
                 self.request_rejected()
                 self.dead_lettered(None)
@@ -473,6 +471,10 @@ class GatewayMetrics(_Exposed):
         self._inc("vidgen_jobs_total", status=job.status)
         seconds = ((job.completed_at or job.updated_at) - job.created_at).total_seconds()
         self._observe("vidgen_job_seconds", seconds, status=job.status)
+
+    def request_accepted(self) -> None:
+        """A request that became a job."""
+        self._inc("vidgen_requests_total", outcome="accepted")
 
     def request_rejected(self) -> None:
         """A request refused at the HTTP edge; one from the bus is counted by its `rejected` event."""

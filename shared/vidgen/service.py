@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import os
 import signal
 import sys
@@ -12,6 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import structlog
+import uvloop
 
 from vidgen import bus, choice, errors, gpu, probes, telemetry, topology, weights
 from vidgen.artifacts import S3Store
@@ -40,7 +42,7 @@ def run(stage: Stage, make_engine: MakeEngine) -> int:
         return 1
     telemetry.configure(settings, f"{stage}-service")
     try:
-        asyncio.run(_Service(stage, settings, make_engine).run())
+        uvloop.run(_Service(stage, settings, make_engine).run())
     except errors.VidgenError as exc:
         log.error(exc.message, _event="left", code=exc.code, exc_info=exc.__cause__)
         return 1
@@ -119,6 +121,7 @@ class _Service:
             )  # fmt: skip
             if self._stop.is_set():
                 return
+            gc.freeze()  # what is loaded stays: with torch, the collector takes 0.1 s each time it looks at all of it
             probes.write_ready_file(settings.ready_file, url)
             log.info("ready for tasks", _event="ready", url=url)
             serving = self._serving = asyncio.create_task(worker.run(), name="worker")

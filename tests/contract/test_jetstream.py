@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import socket
 from pathlib import Path
@@ -68,7 +69,7 @@ async def test_a_waiting_pull_hears_of_an_outage_at_once_and_the_next_one_goes_o
         assert await connected.ready()
 
 
-async def test_a_lease_taken_before_a_restart_is_settled_after_it(nats_server: NatsServer) -> None:
+async def test_what_was_taken_before_a_restart_is_settled_after_it_or_comes_again(nats_server: NatsServer) -> None:
     async with connected_bus(nats_server) as connected:
         await connected.publish(SUBJECT, b"body", message_id="a")
         delivery = await pulled(connected)
@@ -82,7 +83,10 @@ async def test_a_lease_taken_before_a_restart_is_settled_after_it(nats_server: N
                     await delivery.ack()
                     break
                 except errors.BusError:
-                    continue
+                    # The server stores what it delivered a moment late: killed before, it does not answer for it, and
+                    # gives it to whoever asks next.
+                    with contextlib.suppress(errors.BusError):
+                        delivery = await connected.pull(QUEUE, 0) or delivery
         assert await connected.get(topology.TASKS, delivery.seq) is None
 
 

@@ -110,7 +110,7 @@ def busy_worker(on_worker: metrics.WorkerMetrics) -> metrics.WorkerMetrics:
 @pytest.fixture
 def busy_gateway(on_gateway: metrics.GatewayMetrics) -> metrics.GatewayMetrics:
     """Everything that a gateway can measure, measured once."""
-    on_gateway.observe(contracts.Accepted(job_id="j1", at=NOW), job())
+    on_gateway.request_accepted()
     on_gateway.observe(contracts.StageStarted(**common(engine="qwen", model="m", deliveries=2)), job())
     on_gateway.observe(completed(), job())
     on_gateway.observe(contracts.StageCancelled(**common(cancel_latency_s=0.3)), job())
