@@ -24,6 +24,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import uvloop
 from PIL import Image
 
 import vidgen
@@ -283,4 +284,4 @@ async def measure(
 
 
 if __name__ == "__main__":
-    asyncio.run(main())
+    uvloop.run(main())

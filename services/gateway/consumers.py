@@ -101,7 +101,7 @@ class Consumers:
         if isinstance(event, OWN):
             await self._count(event)
             return
-        applied = await self._jobs.apply(event)
+        applied = await self._jobs.apply(event, delivery.seq)
         if applied is None:
             log.warning("an event of an unknown job is passed over", _event="event_orphaned", job=event.job_id)
         elif applied.changed or isinstance(event, contracts.StageStarted):

@@ -97,32 +97,34 @@ class Jobs:
                 raise created
             await self.enter(existing)
             return existing, False
-        for failure in (created, logged):
-            if isinstance(failure, BaseException):
-                raise failure
-        await self._act(job)
+        if isinstance(created, BaseException):
+            raise created
+        if isinstance(logged, BaseException):
+            raise logged
+        await self._act(job, logged)
         return job, True
 
     async def enter(self, job: Job) -> None:
         """What the bus must hold of a job that was let in; harmless to repeat, so a crash half-way is made good."""
         # The log begins before anybody can be told to work on the job.
-        await self._log_accepted(job)
-        await self._act(job)
+        await self._act(job, await self._log_accepted(job))
 
-    async def _act(self, job: Job) -> None:
+    async def _act(self, job: Job, logged: int | None) -> None:
         if job.status is JobStatus.REJECTED:
             await self._log_rejected(job)
-        await self.execute(pipeline.demands(job))
+        await self._execute(pipeline.demands(job), logged)
         await self._record_history(job)
 
     async def _record_history(self, job: Job) -> None:
         with contextlib.suppress(errors.ConflictError):  # it is in the history: one message per subject, for ever
             await self._bus.publish(topology.subject_of_history(job.id), b"", message_id=job.id)
 
-    async def _log_accepted(self, job: Job) -> None:
+    async def _log_accepted(self, job: Job) -> int | None:
+        """Begin the log of a job, unless it has begun; where it begins now."""
         if job.status is not JobStatus.REJECTED:
-            with contextlib.suppress(errors.ConflictError):  # the log has begun
-                await self._log_first(contracts.Accepted(job_id=job.id, at=job.created_at), after=0)
+            with contextlib.suppress(errors.ConflictError):
+                return await self._log_first(contracts.Accepted(job_id=job.id, at=job.created_at), after=0)
+        return None
 
     async def _log_rejected(self, job: Job) -> None:
         rejected = contracts.Rejected(job_id=job.id, at=job.created_at, errors=job.error.fields if job.error else ())
@@ -134,14 +136,17 @@ class Jobs:
             if begun is not None and isinstance(parse_event(begun.body), contracts.Accepted):
                 await self._log_first(rejected, after=begun.seq)
 
-    async def _log_first(self, event: contracts.Accepted | contracts.Rejected, after: int) -> None:
-        await self._bus.publish(
+    async def _log_first(self, event: contracts.Accepted | contracts.Rejected, after: int) -> int:
+        return await self._bus.publish(
             topology.subject_of_events(event.job_id), event.to_bytes(),
             message_id=f"{event.job_id}:{event.type}", expect_last=after,
         )  # fmt: skip
 
-    async def apply(self, event: contracts.AnyEvent) -> Applied | None:
-        """Move a job on by an event and act on its state; None for a job that has no record (any more)."""
+    async def apply(self, event: contracts.AnyEvent, seq: int | None = None) -> Applied | None:
+        """Move a job on by an event and act on its state; None for a job that has no record (any more).
+
+        `seq` is where the event stands in the log.
+        """
         for attempt in range(CAS_TRIES):
             written = self._written.pop(event.job_id, None)
             found = written or await self._read(event.job_id)
@@ -159,7 +164,9 @@ class Jobs:
                     if written is None:
                         await asyncio.sleep(random.uniform(0, 0.002 * 2 ** min(attempt, 6)))  # noqa: S311
                     continue
-            await self.execute(commands)
+            # After an event of its own stage a task would not be at its first attempt.
+            opens = not isinstance(event, contracts.StageEvent) or isinstance(event, contracts.StageCompleted)
+            await self._execute(commands, seq if opens else None)
             return Applied(after, changed)
         raise errors.BusError(f"job {event.job_id} is being written by too many at once")
 
@@ -175,11 +182,8 @@ class Jobs:
     async def request(self, event: contracts.CancelRequested | contracts.RetryRequested | contracts.Approved) -> Job:
         """Log what somebody asked of a job, and apply it at once; raises JobNotFoundError."""
         # The log first: from here on every replica, and every worker, knows.
-        await self._bus.publish(
-            topology.subject_of_events(event.job_id), event.to_bytes(),
-            message_id=f"{event.job_id}:{event.run}:{event.type}",
-        )  # fmt: skip
-        applied = await self.apply(event)
+        seq = await self._publish_event(event)
+        applied = await self.apply(event, seq)
         if applied is None:
             raise JobNotFoundError
         return applied.job
@@ -232,20 +236,23 @@ class Jobs:
             if scanned >= SCAN_LIMIT:
                 return JobPage(tuple(found), str(before))
 
-    async def execute(self, commands: Iterable[pipeline.Command]) -> None:
-        """Carry out commands; each may be repeated."""
+    async def _execute(self, commands: Iterable[pipeline.Command], seq: int | None) -> None:
+        """Carry out commands; each may be repeated. `seq` is the place in the log of the event that led to them."""
         for command in commands:
             match command:
                 case pipeline.PublishTask(task):
-                    await self._publish_task(task)
+                    await self._publish_task(task, seq)
                 case pipeline.WithdrawTask():
                     await self._bus.signal(topology.subject_of_control(command.job_id), b"cancel")
                     await self._withdraw_task(command)
                 case pipeline.PublishEvent(event):
-                    await self._bus.publish(
-                        topology.subject_of_events(event.job_id), event.to_bytes(),
-                        message_id=f"{event.job_id}:{event.run}:{event.type}",
-                    )  # fmt: skip
+                    await self._publish_event(event)
+
+    async def _publish_event(self, event: contracts.AnyEvent) -> int:
+        return await self._bus.publish(
+            topology.subject_of_events(event.job_id), event.to_bytes(),
+            message_id=f"{event.job_id}:{event.run}:{event.type}",
+        )  # fmt: skip
 
     async def _withdraw_task(self, command: pipeline.WithdrawTask) -> None:
         # By its sequence: a purge of the subject could take the task of a retry that another replica just published.
@@ -254,11 +261,13 @@ class Jobs:
         if stored is not None and contracts.Task.model_validate_json(stored.body).run <= command.run:
             await self._bus.delete(topology.TASKS, stored.seq)
 
-    async def _publish_task(self, task: contracts.Task) -> None:
+    async def _publish_task(self, task: contracts.Task, seq: int | None) -> None:
+        # Saves the worker a look at the log: if nothing came after this, nobody has begun the task.
+        headers = {topology.HEADER_LOG_SEQ: str(seq)} if seq else None
         try:
             await self._bus.publish(
                 topology.subject_of_task(task.stage, task.lane, task.job_id), task.to_bytes(),
-                message_id=f"{task.job_id}:{task.stage}:{task.run}",
+                message_id=f"{task.job_id}:{task.stage}:{task.run}", headers=headers,
             )  # fmt: skip
         except errors.ConflictError as exc:
             if exc.code != "already_queued":

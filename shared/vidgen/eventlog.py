@@ -97,14 +97,17 @@ class Claim:
 
 
 async def claim(
-    bus: Bus, task: Task, worker: str, max_attempts: int, *, engine: str, model: str, deliveries: int
-) -> Claim | attempts.Drop | attempts.Exhausted:
+    bus: Bus, task: Task, worker: str, max_attempts: int, *, engine: str, model: str, deliveries: int,
+    queued_at_seq: int | None = None,
+) -> Claim | attempts.Drop | attempts.Exhausted:  # fmt: skip
     """Start an attempt, or learn that there is none to start. Two workers with the same task: one of them wins.
 
     The start is in the log before this returns, so a task that kills its process is counted all the same.
+    `queued_at_seq` is where the log stood when the task was queued: if it stands there still, nobody has begun.
     """
-    for _ in range(CLAIM_TRIES):
-        seen = await newest(bus, task.job_id)
+    for number in range(CLAIM_TRIES):
+        known = queued_at_seq if number == 0 else None
+        seen = Newest(None, known) if known else await newest(bus, task.job_id)
         verdict = attempts.judge(task, seen.event, max_attempts)
         if isinstance(verdict, attempts.Drop | attempts.Exhausted):
             return verdict

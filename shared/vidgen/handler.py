@@ -22,7 +22,7 @@ from typing import Any, Literal, TypeVar
 import pydantic
 import structlog
 
-from vidgen import attempts, contracts, dead, errors, eventlog, results
+from vidgen import attempts, contracts, dead, errors, eventlog, results, topology
 from vidgen.artifacts import ArtifactStore, check_key
 from vidgen.bus import Bus, Delivery
 from vidgen.contracts import Task, Timings
@@ -209,7 +209,7 @@ class Handler:
         info = self._engine.info
         held = await eventlog.claim(
             self._bus, task, self._policy.worker_id, self._policy.max_attempts,
-            engine=info.name, model=info.model, deliveries=delivery.num_delivered,
+            engine=info.name, model=info.model, deliveries=delivery.num_delivered, queued_at_seq=_log_seq(delivery),
         )  # fmt: skip
         if isinstance(held, attempts.Drop):
             await delivery.ack()
@@ -530,6 +530,11 @@ async def _device(turn: Turn) -> AsyncIterator[None]:
         if not taken.cancelled():
             turn.device.release()
         turn.ends()
+
+
+def _log_seq(delivery: Delivery) -> int | None:
+    told = delivery.headers.get(topology.HEADER_LOG_SEQ, "")
+    return int(told) if delivery.num_delivered == 1 and told.isdecimal() else None
 
 
 def _may_go_on(task: Task, stop: Stop) -> None:

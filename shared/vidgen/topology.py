@@ -90,6 +90,8 @@ def consumer_of(stage: Stage, lane: Lane) -> Consumer:
     return Consumer(TASKS, f"{stage}-{lane}", f"vidgen.tasks.{stage}.{lane}.>", max_deliver=10)
 
 
+HEADER_LOG_SEQ = "Vidgen-Log-Seq"  # of a task: where the job's log stood when it was queued
+
 SUBJECT_REQUESTS = "vidgen.requests"
 SUBJECT_CONTROL_ALL = "vidgen.control.*"
 

@@ -1,0 +1,120 @@
+"""The records: what a replica remembers of them, what begins a job's log, and what a task tells its worker."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import pytest
+from tests.gateways import EDIT, KEY, Gateway, completed, now, started
+
+from gateway import pipeline, plan
+from gateway.jobs import REMEMBERED, Jobs, parse_event
+from vidgen import contracts, topology
+from vidgen.bus import Stored
+from vidgen.contracts import Job, JobStatus
+from vidgen.testing import MemoryBus
+
+
+def a_job(job_id: str = "j1", **request: object) -> Job:
+    asked = contracts.VideoRequest.model_validate({"references": [KEY], "edit": EDIT} | request)
+    work = plan.plan(asked.edit, asked.i2v, job_id, (64, 48))
+    return pipeline.accept(asked, job_id, [KEY], work, now())
+
+
+def log_of(bus: MemoryBus, job_id: str) -> list[str]:
+    return [parse_event(stored.body).type for stored in bus.messages(topology.EVENTS, f"vidgen.events.{job_id}")]
+
+
+def tasks(bus: MemoryBus) -> list[Stored]:
+    return bus.messages(topology.TASKS)
+
+
+async def test_two_replicas_move_one_job_on_in_turn_though_each_remembers_what_it_wrote() -> None:
+    bus = MemoryBus()
+    one, other = Jobs(bus), Jobs(bus)
+    job, _ = await one.create(a_job(i2v={"prompt": "zoom"}))
+    await other.apply(started(job))
+    applied = await one.apply(completed(job))  # what it remembers is out of date by now
+    assert applied is not None
+    assert applied.job.stage == "i2v"
+    edit = applied.job.stage_record("edit")
+    assert edit is not None
+    assert edit.started_at is not None
+    assert edit.started_at < edit.completed_at
+    again = await other.apply(completed(job))
+    assert again is not None
+    assert not again.changed
+    assert again.job.stage == "i2v"
+
+
+async def test_the_next_event_of_a_job_costs_no_read() -> None:
+    bus = MemoryBus()
+    jobs = Jobs(bus)
+    job, _ = await jobs.create(a_job())
+    before = bus.calls["records.get"]
+    await jobs.apply(started(job))
+    assert bus.calls["records.get"] == before
+
+
+async def test_only_so_many_records_are_remembered() -> None:
+    bus = MemoryBus()
+    jobs = Jobs(bus)
+    first, _ = await jobs.create(a_job("first"))
+    for number in range(REMEMBERED):
+        await jobs.create(a_job(f"j{number}"))
+    before = bus.calls["records.get"]
+    applied = await jobs.apply(started(first))
+    assert applied is not None
+    assert applied.changed
+    assert bus.calls["records.get"] == before + 1
+
+
+async def test_a_rejection_is_logged_though_a_good_request_with_its_id_began_the_log() -> None:
+    bus = MemoryBus()
+    jobs = Jobs(bus)
+    bad = pipeline.reject(None, "j1", [contracts.FieldError(field="edit", message="missing")], now())
+    await bus.records(topology.JOBS_BUCKET).put("j1", bad.to_bytes(), revision=0)
+    job, new = await jobs.create(a_job("j1"))  # both came at once: this one lost the record
+    assert (job.status, new) == (JobStatus.REJECTED, False)
+    await jobs.enter(job)
+    assert log_of(bus, "j1") == ["accepted", "rejected"]
+    assert tasks(bus) == []
+
+
+@pytest.mark.parametrize("lost", [True, False])
+async def test_a_creation_that_was_interrupted_is_made_good_by_the_next(lost: bool) -> None:
+    bus = MemoryBus()
+    jobs = Jobs(bus)
+    bus.fail_next("records.put", after=lost)
+    with pytest.raises(bus.OUTAGE):
+        await jobs.create(a_job())
+    job, new = await Jobs(bus).create(a_job())
+    assert (job.status, new) == (JobStatus.QUEUED, not lost)
+    assert log_of(bus, "j1") == ["accepted"]
+    assert len(tasks(bus)) == len(bus.messages(topology.HISTORY)) == 1
+
+
+async def test_a_task_tells_where_the_log_stood_when_it_was_queued() -> None:
+    bus = MemoryBus()
+    gateway = await Gateway.open(bus)
+    job = await gateway.submit(i2v={"prompt": "zoom"})
+    begun = bus.messages(topology.EVENTS)[-1].seq
+    assert tasks(bus)[-1].headers[topology.HEADER_LOG_SEQ] == str(begun)
+    event = completed(job)
+    seq = await bus.publish(topology.subject_of_events(job.id), event.to_bytes(), message_id="done")
+    await gateway.parts.jobs.apply(event, seq)
+    assert tasks(bus)[-1].headers[topology.HEADER_LOG_SEQ] == str(seq)
+
+
+async def test_a_task_that_is_queued_again_after_a_try_tells_nothing() -> None:
+    bus = MemoryBus()
+    gateway = await Gateway.open(bus)
+    job = await gateway.submit()
+    await gateway.tell(started(job))
+    await bus.purge(topology.TASKS, tasks(bus)[0].subject)
+    bus.forget_ids(topology.TASKS)
+    released = contracts.StageReleased(
+        job_id=job.id, run=1, at=now() + timedelta(seconds=1), stage="edit", attempt=1, tries=0, worker="w1"
+    )
+    await gateway.parts.jobs.apply(released, 99)
+    assert topology.HEADER_LOG_SEQ not in tasks(bus)[-1].headers

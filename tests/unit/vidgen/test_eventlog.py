@@ -1,0 +1,59 @@
+"""Claims: a fresh task is claimed by one write, and whoever knows too little looks again."""
+
+from __future__ import annotations
+
+import pytest
+from tests.workbench import task_of
+
+from vidgen import attempts, contracts, eventlog, topology
+from vidgen.contracts import Task
+from vidgen.testing import MemoryBus
+
+TASK = task_of("j1")
+LOG = topology.subject_of_events("j1")
+
+
+async def accepted(bus: MemoryBus) -> int:
+    event = contracts.Accepted(job_id="j1", at=TASK.queued_at)
+    return await bus.publish(LOG, event.to_bytes(), message_id="accepted")
+
+
+async def claim(
+    bus: MemoryBus, task: Task = TASK, worker: str = "w1", seq: int | None = None
+) -> eventlog.Claim | attempts.Drop | attempts.Exhausted:
+    return await eventlog.claim(bus, task, worker, 3, engine="e", model="m", deliveries=1, queued_at_seq=seq)
+
+
+async def test_a_fresh_task_is_claimed_without_a_look_at_the_log() -> None:
+    bus = MemoryBus()
+    held = await claim(bus, seq=await accepted(bus))
+    assert isinstance(held, eventlog.Claim)
+    assert (held.attempt, held.tries) == (1, 1)
+    assert bus.calls["last"] == 0
+
+
+async def test_of_two_that_know_the_same_place_one_gets_the_first_attempt_and_one_the_second() -> None:
+    bus = MemoryBus()
+    seq = await accepted(bus)
+    first, second = await claim(bus, seq=seq), await claim(bus, worker="w2", seq=seq)
+    assert isinstance(first, eventlog.Claim)
+    assert isinstance(second, eventlog.Claim)
+    assert (first.attempt, second.attempt) == (1, 2)
+    with pytest.raises(eventlog.FencedError):
+        await first.check()
+
+
+async def test_a_cancel_since_then_is_seen() -> None:
+    bus = MemoryBus()
+    seq = await accepted(bus)
+    cancel = contracts.CancelRequested(job_id="j1", run=1, at=TASK.queued_at)
+    await bus.publish(LOG, cancel.to_bytes(), message_id="cancel")
+    assert await claim(bus, seq=seq) == attempts.Drop("cancelled")
+
+
+async def test_a_place_that_never_was_is_no_harm() -> None:
+    bus = MemoryBus()
+    await accepted(bus)
+    held = await claim(bus, seq=77)
+    assert isinstance(held, eventlog.Claim)
+    assert held.attempt == 1
