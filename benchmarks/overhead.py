@@ -29,9 +29,10 @@ from PIL import Image
 
 import vidgen
 from engines import HoldingEngine, Shape
-from vidgen import bus, contracts, topology
+from vidgen import contracts, jetstream, topology
 from vidgen.artifacts import S3Store
 from vidgen.contracts import EditParams, EditWork, I2VParams, I2VWork, VideoRequest
+from vidgen.jetstream import JetStreamBus
 from vidgen.local import NatsServer, S3Server
 from vidgen.local.stack import Service
 
@@ -115,7 +116,7 @@ def a_request(reference: str) -> VideoRequest:
 class Finals:
     """The time at which each job's final event went past, and what it was."""
 
-    def __init__(self, connected: bus.JetStreamBus) -> None:
+    def __init__(self, connected: JetStreamBus) -> None:
         self._bus = connected
         self.at: dict[str, float] = {}
         self._waiting: dict[str, asyncio.Future[None]] = {}
@@ -140,7 +141,7 @@ class Finals:
         return self.at[job_id]
 
 
-async def latency(connected: bus.JetStreamBus, finals: Finals, reference: str, jobs: int) -> list[float]:
+async def latency(connected: JetStreamBus, finals: Finals, reference: str, jobs: int) -> list[float]:
     """Seconds from publish to `completed`, one job at a time."""
     seconds = []
     for number in range(jobs + 10):
@@ -153,7 +154,7 @@ async def latency(connected: bus.JetStreamBus, finals: Finals, reference: str, j
     return seconds
 
 
-async def throughput(connected: bus.JetStreamBus, finals: Finals, reference: str, jobs: int) -> float:
+async def throughput(connected: JetStreamBus, finals: Finals, reference: str, jobs: int) -> float:
     """Jobs per second through both stages, all queued at once."""
     requests = [a_request(reference) for _ in range(jobs)]
     begun = time.perf_counter()
@@ -164,7 +165,7 @@ async def throughput(connected: bus.JetStreamBus, finals: Finals, reference: str
     return jobs / (time.perf_counter() - begun)
 
 
-async def duty(connected: bus.JetStreamBus, finals: Finals, reference: str, jobs: int) -> dict[str, float]:
+async def duty(connected: JetStreamBus, finals: Finals, reference: str, jobs: int) -> dict[str, float]:
     """Share of the time, from a stage's first start to its last end on the device, in which the device was held."""
     requests = [a_request(reference) for _ in range(jobs)]
     for request in requests:
@@ -234,14 +235,14 @@ async def main() -> None:
             gateway = Service("gateway", "gateway.main", folder, system.env)
             await gateway.start()
             try:
-                async with bus.connect(nats.url, "bench") as connected:
+                async with jetstream.connect(nats.url, "bench") as connected:
                     await measure(system, connected, reference, options, zero)
             finally:
                 await gateway.terminate()
 
 
 async def measure(
-    system: System, connected: bus.JetStreamBus, reference: Path, options: argparse.Namespace, zero: dict[str, Shape]
+    system: System, connected: JetStreamBus, reference: Path, options: argparse.Namespace, zero: dict[str, Shape]
 ) -> None:
     key = "uploads/bench/reference.png"
     await system.store().put(key, reference, "image/png")

@@ -1,7 +1,8 @@
-"""Starts real servers for tests. One that is not installed skips at home and fails in CI."""
+"""Starts real servers, and whole systems, for tests. A server that is not installed skips at home and fails in CI."""
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import os
 from collections.abc import AsyncIterator, Iterator
@@ -9,8 +10,11 @@ from pathlib import Path
 
 import pytest
 
-from vidgen import bus, topology
-from vidgen.local import LocalError, NatsServer
+from vidgen import bootstrap, jetstream, topology
+from vidgen.client import AsyncClient
+from vidgen.contracts import Job
+from vidgen.jetstream import JetStreamBus
+from vidgen.local import LocalError, NatsServer, Stack
 
 
 @contextlib.contextmanager
@@ -38,8 +42,30 @@ async def running_nats(folder: Path) -> AsyncIterator[NatsServer]:
 @contextlib.asynccontextmanager
 async def connected_bus(
     server: NatsServer, wanted: topology.Topology | None = None, name: str = "test"
-) -> AsyncIterator[bus.JetStreamBus]:
+) -> AsyncIterator[JetStreamBus]:
     """A connection to a server with the topology in place; it reconnects without waiting."""
-    async with bus.connect(server.url, name, reconnect_time_wait=0.05) as connected:
-        await bus.bootstrap(connected, wanted or topology.Topology())
+    async with jetstream.connect(server.url, name, reconnect_time_wait=0.05) as connected:
+        await bootstrap.ensure(connected, wanted or topology.Topology())
         yield connected
+
+
+@contextlib.contextmanager
+def running_stack(folder: Path, env: dict[str, str]) -> Iterator[Stack]:
+    """The whole system: servers, gateway and both services as processes."""
+    stack = Stack(folder, env=env, ephemeral=True)
+    with asyncio.Runner() as runner:
+        with skipped_at_home():
+            runner.run(stack.start())
+        try:
+            yield stack
+        finally:
+            runner.run(stack.stop())
+
+
+async def finished(client: AsyncClient, job: Job, bound: float = 300.0) -> Job:
+    """The job at its end."""
+    async with asyncio.timeout(bound):
+        async for update in client.watch(job.id):
+            if isinstance(update, Job):
+                return update
+    raise AssertionError("the stream ended without the job")

@@ -21,8 +21,9 @@ from gateway.consumers import Consumers
 from gateway.fleet import Fleet
 from gateway.intake import Intake
 from gateway.jobs import Jobs
-from vidgen import bus, errors, probes, settings, telemetry
+from vidgen import bootstrap, errors, jetstream, probes, settings, telemetry
 from vidgen.artifacts import S3Store
+from vidgen.jetstream import JetStreamBus
 from vidgen.metrics import GatewayMetrics
 from vidgen.settings import GatewaySettings
 from vidgen.topology import Topology
@@ -79,20 +80,20 @@ class _Gateway:
             )
         log.info("drained", _event="drained")
 
-    async def _connect(self, stack: contextlib.AsyncExitStack) -> bus.JetStreamBus:
+    async def _connect(self, stack: contextlib.AsyncExitStack) -> JetStreamBus:
         own = self._settings
         name = f"gateway-{secrets.token_hex(4)}"
 
-        async def attempt() -> bus.JetStreamBus:
-            connection = bus.connect(own.nats_url, name, on_denied=self._on_denied, **own.nats_options())
+        async def attempt() -> JetStreamBus:
+            connection = jetstream.connect(own.nats_url, name, on_denied=self._on_denied, **own.nats_options())
             return await stack.enter_async_context(connection)
 
         connected = await self._persist("the bus", attempt)
         wanted = Topology(own.stream_replicas, own.ack_wait)
-        await self._persist("the bus", lambda: bus.bootstrap(connected, wanted))
+        await self._persist("the bus", lambda: bootstrap.ensure(connected, wanted))
         return connected
 
-    async def _serve(self, connected: bus.JetStreamBus, store: S3Store) -> None:
+    async def _serve(self, connected: JetStreamBus, store: S3Store) -> None:
         own, metrics, jobs = self._settings, GatewayMetrics(), Jobs(connected)
         intake = Intake(connected, store, jobs, own.max_upload_bytes)
         parts = Parts(own, connected, store, jobs, intake, Fleet(connected), metrics, self._stop)

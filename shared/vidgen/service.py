@@ -15,11 +15,12 @@ from concurrent.futures import ThreadPoolExecutor
 import structlog
 import uvloop
 
-from vidgen import bus, choice, errors, gpu, probes, telemetry, topology, weights
+from vidgen import choice, errors, gpu, jetstream, probes, telemetry, topology, weights
 from vidgen.artifacts import S3Store
 from vidgen.contracts import LANES, Stage
 from vidgen.engine import Engine
 from vidgen.handler import Policy
+from vidgen.jetstream import JetStreamBus
 from vidgen.metrics import WorkerMetrics
 from vidgen.settings import WorkerSettings, read
 from vidgen.worker import Registration, Worker
@@ -135,15 +136,13 @@ class _Service:
             await serving
         log.info("drained", _event="drained")
 
-    async def _connect(
-        self, stack: contextlib.AsyncExitStack, on_denied: Callable[[str], None]
-    ) -> bus.JetStreamBus | None:
+    async def _connect(self, stack: contextlib.AsyncExitStack, on_denied: Callable[[str], None]) -> JetStreamBus | None:
         """The bus, None when told to stop: a model takes minutes to load, so a bus that is late is waited for."""
         settings = self._settings
         name = f"{self._stage}-{settings.worker_id}"
         give_up = time.monotonic() + START_PATIENCE_S
         while not self._stop.is_set():
-            connection = bus.connect(settings.nats_url, name, on_denied=on_denied, **settings.nats_options())
+            connection = jetstream.connect(settings.nats_url, name, on_denied=on_denied, **settings.nats_options())
             try:
                 return await stack.enter_async_context(connection)
             except errors.BusError as exc:
@@ -157,7 +156,7 @@ class _Service:
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._stop.wait(), START_PAUSE_S)
 
-    async def _wait_for_queues(self, connected: bus.JetStreamBus) -> None:
+    async def _wait_for_queues(self, connected: JetStreamBus) -> None:
         """The gateway makes the queues; a worker only binds, and waits for them."""
         give_up = time.monotonic() + START_PATIENCE_S
         while not self._stop.is_set():

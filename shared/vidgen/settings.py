@@ -49,7 +49,7 @@ class Settings(BaseSettings):
     ready_file: Path | None = Field(None, description="Where the process writes its HTTP URL once it listens.")
 
     def nats_options(self) -> dict[str, object]:
-        """Credentials for `bus.connect`."""
+        """Credentials for `jetstream.connect`."""
         if self.nats_creds is not None:
             return {"user_credentials": str(self.nats_creds)}
         if self.nats_user is not None:

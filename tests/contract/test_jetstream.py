@@ -12,7 +12,7 @@ import pytest
 from nats.js import api
 from tests.servers import connected_bus, running_nats
 
-from vidgen import bus, errors, topology
+from vidgen import bootstrap, bus, errors, jetstream, topology
 from vidgen.local import NatsServer
 
 QUEUE = topology.consumer_of("edit", "interactive")
@@ -175,7 +175,7 @@ async def test_connecting_to_nothing_fails_soon_and_names_the_place_without_its_
         place = f"127.0.0.1:{held.getsockname()[1]}"
 
         with pytest.raises(errors.BusError) as caught:
-            async with asyncio.timeout(BOUND), bus.connect(f"nats://user:secret@{place}", "test"):
+            async with asyncio.timeout(BOUND), jetstream.connect(f"nats://user:secret@{place}", "test"):
                 pass
 
     assert place in caught.value.message
@@ -186,7 +186,7 @@ async def test_connecting_to_nothing_fails_soon_and_names_the_place_without_its_
 
 async def test_credentials_that_cannot_be_read_are_a_wrong_setting(nats_server: NatsServer, tmp_path: Path) -> None:
     with pytest.raises(errors.FatalError) as caught:
-        async with bus.connect(nats_server.url, "test", user_credentials=str(tmp_path / "missing.creds")):
+        async with jetstream.connect(nats_server.url, "test", user_credentials=str(tmp_path / "missing.creds")):
             pass
     assert caught.value.code == "settings"
 
@@ -245,7 +245,7 @@ async def test_a_request_named_like_an_answer_of_the_server_is_a_message(nats_se
 async def test_the_bootstrap_creates_all_and_changes_nothing_the_second_time(nats_server: NatsServer) -> None:
     async with connected_bus(nats_server) as connected:
         before = {info.config.name: info for info in await connected.jetstream.streams_info()}
-        await bus.bootstrap(connected, topology.Topology())
+        await bootstrap.ensure(connected, topology.Topology())
         after = {info.config.name: info for info in await connected.jetstream.streams_info()}
 
         names = {stream.name for stream in topology.STREAMS} | {f"KV_{bucket.name}" for bucket in topology.BUCKETS}
@@ -259,8 +259,8 @@ async def test_the_bootstrap_creates_all_and_changes_nothing_the_second_time(nat
 
 
 async def test_several_services_may_bootstrap_at_once(tmp_path: Path) -> None:
-    async with running_nats(tmp_path / "nats") as server, bus.connect(server.url, "test") as connected:
-        await asyncio.gather(*(bus.bootstrap(connected, topology.Topology()) for _ in range(4)))
+    async with running_nats(tmp_path / "nats") as server, jetstream.connect(server.url, "test") as connected:
+        await asyncio.gather(*(bootstrap.ensure(connected, topology.Topology()) for _ in range(4)))
 
         assert await connected.ready()
 
@@ -275,7 +275,7 @@ async def test_the_bootstrap_repairs_limits_and_keeps_what_is_stored(nats_server
             buckets=tuple(dataclasses.replace(b, ttl=500.0) for b in topology.BUCKETS),
         )
 
-        await bus.bootstrap(connected, wanted)
+        await bootstrap.ensure(connected, wanted)
 
         for stream in wanted.streams:
             config = (await connected.jetstream.stream_info(stream.name)).config
@@ -289,11 +289,11 @@ async def test_the_bootstrap_repairs_limits_and_keeps_what_is_stored(nats_server
 
 
 async def test_the_bootstrap_refuses_a_stream_that_is_another(nats_server: NatsServer) -> None:
-    async with bus.connect(nats_server.url, "test") as connected:
+    async with jetstream.connect(nats_server.url, "test") as connected:
         await connected.jetstream.add_stream(name=topology.TASKS, subjects=["vidgen.tasks.*.*.*"], storage="memory")
 
         with pytest.raises(errors.FatalError) as caught:
-            await bus.bootstrap(connected, topology.Topology())
+            await bootstrap.ensure(connected, topology.Topology())
 
     assert caught.value.code == "topology_mismatch"
     for name in (topology.TASKS, "retention", "storage", "discard", "max_msgs_per_subject"):
@@ -301,21 +301,21 @@ async def test_the_bootstrap_refuses_a_stream_that_is_another(nats_server: NatsS
 
 
 async def test_the_bootstrap_refuses_a_consumer_with_another_filter(nats_server: NatsServer) -> None:
-    async with bus.connect(nats_server.url, "test") as connected:
-        await bus.bootstrap(connected, topology.Topology(consumers=()))
+    async with jetstream.connect(nats_server.url, "test") as connected:
+        await bootstrap.ensure(connected, topology.Topology(consumers=()))
         await connected.jetstream.add_consumer(
             topology.TASKS, api.ConsumerConfig(durable_name=QUEUE.name, filter_subject="vidgen.tasks.edit.>")
         )
 
         with pytest.raises(errors.FatalError, match="filter_subject") as caught:
-            await bus.bootstrap(connected, topology.Topology())
+            await bootstrap.ensure(connected, topology.Topology())
 
     assert caught.value.code == "topology_mismatch"
 
 
 async def test_the_bootstrap_refuses_a_bucket_in_another_storage(nats_server: NatsServer) -> None:
-    async with bus.connect(nats_server.url, "test") as connected:
+    async with jetstream.connect(nats_server.url, "test") as connected:
         await connected.jetstream.create_key_value(bucket=topology.WORKERS_BUCKET, history=1)
 
         with pytest.raises(errors.FatalError, match="storage"):
-            await bus.bootstrap(connected, topology.Topology())
+            await bootstrap.ensure(connected, topology.Topology())

@@ -21,9 +21,9 @@ from tests.servers import connected_bus
 from gateway import main
 from vidgen import contracts, errors, topology
 from vidgen.artifacts import artifact_key
-from vidgen.bus import JetStreamBus
 from vidgen.client import AsyncClient
 from vidgen.contracts import EditParams, I2VParams, Job, JobStatus, StageState
+from vidgen.jetstream import JetStreamBus
 from vidgen.local import NatsServer, S3Server
 from vidgen.local.stack import Service
 from vidgen.settings import GatewaySettings

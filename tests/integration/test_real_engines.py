@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.servers import skipped_at_home
+from tests.servers import finished, running_stack
 
 from vidgen import video
 from vidgen.client import AsyncClient
-from vidgen.contracts import EditParams, I2VParams, Job, JobStatus, VideoRequest
+from vidgen.contracts import EditParams, I2VParams, JobStatus, VideoRequest
 from vidgen.local import Stack
 
 PHOTO = Path(__file__).parents[2] / "examples" / "portrait.jpg"
@@ -34,28 +34,8 @@ def stack(tmp_path_factory: pytest.TempPathFactory, tiny_models: dict[str, Path]
         "PYTHONPATH": os.pathsep.join(filter(None, (str(SHIM), os.environ.get("PYTHONPATH")))),
         "OMP_NUM_THREADS": "1",
     }
-    stack = Stack(tmp_path_factory.mktemp("stack"), env=env, ephemeral=True)
-    with asyncio.Runner() as runner:
-        with skipped_at_home():
-            runner.run(stack.start())
-        try:
-            yield stack
-        finally:
-            runner.run(stack.stop())
-
-
-@pytest.fixture
-async def client(stack: Stack) -> AsyncIterator[AsyncClient]:
-    async with AsyncClient(stack.gateway_url) as client:
-        yield client
-
-
-async def finished(client: AsyncClient, job: Job) -> Job:
-    async with asyncio.timeout(BOUND):
-        async for update in client.watch(job.id):
-            if isinstance(update, Job):
-                return update
-    raise AssertionError("the stream ended without the job")
+    with running_stack(tmp_path_factory.mktemp("stack"), env) as stack:
+        yield stack
 
 
 def a_request(**more: object) -> VideoRequest:

@@ -6,12 +6,12 @@ import asyncio
 import hashlib
 import os
 import signal
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
 import pytest
-from tests.servers import skipped_at_home
+from tests.servers import finished, running_stack, skipped_at_home
 
 from vidgen import video
 from vidgen.client import AsyncClient
@@ -27,20 +27,8 @@ SMALL = {"width": 320, "height": 192}
 @pytest.fixture(scope="module")
 def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     env = {"VIDGEN_ENGINE": "preview", "VIDGEN_PREVIEW_SECONDS_PER_STEP": str(PACE), "VIDGEN_GPU_USD_PER_HOUR": "3.6"}
-    stack = Stack(tmp_path_factory.mktemp("stack"), env=env, ephemeral=True)
-    with asyncio.Runner() as runner:
-        with skipped_at_home():
-            runner.run(stack.start())
-        try:
-            yield stack
-        finally:
-            runner.run(stack.stop())
-
-
-@pytest.fixture
-async def client(stack: Stack) -> AsyncIterator[AsyncClient]:
-    async with AsyncClient(stack.gateway_url) as client:
-        yield client
+    with running_stack(tmp_path_factory.mktemp("stack"), env) as stack:
+        yield stack
 
 
 def edit(steps: int = 2, **more: object) -> EditParams:
@@ -54,14 +42,6 @@ def i2v(steps: int = 2, **more: object) -> I2VParams:
 
 def request(**parts: object) -> VideoRequest:
     return VideoRequest.model_validate({"references": ("uploads/from-the-form",)} | parts)
-
-
-async def finished(client: AsyncClient, job: Job) -> Job:
-    async with asyncio.timeout(BOUND):
-        async for update in client.watch(job.id):
-            if isinstance(update, Job):
-                return update
-    raise AssertionError("the stream ended without the job")
 
 
 async def until_step(client: AsyncClient, job: Job, stage: str) -> Progress:

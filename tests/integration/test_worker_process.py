@@ -20,8 +20,8 @@ from tests.workbench import photograph, task_of
 
 from vidgen import contracts, topology
 from vidgen.artifacts import S3Store
-from vidgen.bus import JetStreamBus
 from vidgen.contracts import Event, Task, WorkerInfo
+from vidgen.jetstream import JetStreamBus
 from vidgen.local import NatsServer, S3Server
 from vidgen.local.stack import Service
 

@@ -125,7 +125,7 @@ def _engines(settings: WorkerSettings) -> Iterator[Check]:
 
 
 async def _reachable(settings: WorkerSettings, gateway: str | None) -> AsyncIterator[Check]:
-    from vidgen import artifacts, bus, client  # noqa: F401  here, so that the questions' time is theirs alone
+    from vidgen import artifacts, client  # noqa: F401  here, jetstream, so that the questions' time is theirs alone
 
     yield await _reach(
         "bus", settings.nats_url.rsplit("@", 1)[-1], lambda: _ask_bus(settings),
@@ -158,10 +158,10 @@ async def _reach(name: str, place: str, question: Callable[[], Any], remedy: str
 
 
 async def _ask_bus(settings: WorkerSettings) -> None:
-    from vidgen import bus, errors
+    from vidgen import errors, jetstream
 
     options: dict[str, Any] = dict(settings.nats_options())
-    async with bus.connect(settings.nats_url, "doctor", **options) as connected:
+    async with jetstream.connect(settings.nats_url, "doctor", **options) as connected:
         if not await connected.ready():
             raise errors.BusError("a NATS server answers, but vidgen's streams are not there: start a gateway")
 

@@ -1,0 +1,506 @@
+"""The bus on NATS JetStream. No nats-py exception passes it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import logging
+import secrets
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import nats
+import nats.errors
+import nats.js.errors as js_errors
+from nats.aio.client import Client
+from nats.aio.msg import Msg
+from nats.aio.subscription import Subscription
+from nats.js import JetStreamContext, api
+from nats.js.kv import KeyValue
+
+from vidgen import errors, topology
+from vidgen.bus import PULL_WAIT, Delivery, Depth, Feed, Records, Stored
+
+log = logging.getLogger("vidgen.bus")
+
+PUBLISH_PATIENCE = 20.0  # a leader change in R3 takes 5–8 s (FACTS §4)
+REQUEST_TIMEOUT = 5.0
+READY_TIMEOUT = 2.0
+FIRST_CONNECT_ATTEMPTS = 2  # beyond the first one, a second apart
+FEED_MEMORY = 60.0  # seconds that the server keeps the place of a feed nobody reads
+RECORDS_AT_ONCE = 64
+
+WRONG_LAST_SEQUENCE = frozenset({10071, 10164})  # alone · in a cluster
+SEQUENCE_NOT_FOUND = frozenset({10037, 10043, 10057})  # never was · deleted · past the end
+STORE_FAILED = 10077
+FULL_CODES = frozenset({10023, 10028, 10047, STORE_FAILED})
+
+
+class _ConsumerGoneError(errors.BusError):
+    """The consumer is not there."""
+
+
+@contextlib.contextmanager
+def translated() -> Iterator[None]:
+    try:
+        yield
+    except js_errors.APIError as exc:
+        raise _from_api(exc) from exc
+    except nats.errors.MaxPayloadError as exc:
+        raise errors.RejectedError(
+            "the message is larger than the bus takes: send object keys, not contents", code="too_large"
+        ) from exc
+    except (nats.errors.BadSubjectError, nats.errors.BadHeaderError, js_errors.InvalidKeyError) as exc:
+        raise errors.RejectedError(
+            "the bus takes no such name: use letters, digits, - and _ only", code="bad_name"
+        ) from exc
+    except (nats.errors.Error, js_errors.Error, TimeoutError, OSError) as exc:
+        raise errors.BusError(f"the bus did not answer: {type(exc).__name__}") from exc
+
+
+def _from_api(exc: js_errors.APIError) -> errors.VidgenError:
+    # nats-py leaves these unset on some of its own errors.
+    code, text = getattr(exc, "err_code", None), getattr(exc, "description", None) or type(exc).__name__
+    if code in WRONG_LAST_SEQUENCE or isinstance(exc, js_errors.KeyWrongLastSequenceError):
+        return errors.ConflictError()
+    if code == STORE_FAILED and "per subject" in text:
+        return errors.ConflictError("a message already waits on this subject", code="already_queued")
+    if code in FULL_CODES:
+        return errors.QueueFullError(f"the bus is full: {text}")
+    return errors.BusError(f"the bus refused: {text}")
+
+
+def _headers(found: Mapping[Any, Any] | None) -> dict[str, str]:
+    return {str(name): str(value) for name, value in (found or {}).items()}
+
+
+class JetStreamDelivery:
+    def __init__(self, client: Client, msg: Msg) -> None:
+        meta = msg.metadata
+        self._client, self._msg = client, msg
+        self.subject, self.body = msg.subject, msg.data
+        self.seq, self.num_delivered = meta.sequence.stream, meta.num_delivered
+        self.at = meta.timestamp
+        self.headers = _headers(msg.headers)
+
+    async def ack(self) -> None:
+        await self._settle(b"+ACK")
+
+    async def nak(self, delay: float = 0.0) -> None:
+        await self._settle(b"-NAK" + (json.dumps({"delay": int(delay * 1e9)}).encode() if delay else b""))
+
+    async def in_progress(self) -> None:
+        await self._settle(b"+WPI")
+
+    async def _settle(self, verb: bytes) -> None:
+        with translated():
+            await self._client.request(self._msg.reply, verb, timeout=REQUEST_TIMEOUT)
+
+
+class ListenFeed:
+    def __init__(self, subscription: Subscription) -> None:
+        self._subscription = subscription
+
+    async def next(self, wait: float) -> Stored | None:
+        try:
+            msg = await self._subscription.next_msg(timeout=wait)
+        except TimeoutError:
+            return None
+        except nats.errors.Error as exc:
+            raise errors.BusError(f"the feed broke: {type(exc).__name__}") from exc
+        return Stored(msg.subject, msg.data, 0, datetime.now(UTC), _headers(msg.headers))
+
+    async def close(self) -> None:
+        with contextlib.suppress(nats.errors.Error, TimeoutError):
+            await self._subscription.unsubscribe()
+
+
+class FollowFeed:
+    """A stream read in order through a throw-away pull consumer.
+
+    nats-py's own ordered consumer is a push consumer and breaks on servers with `js_ack_fc_v2` (FACTS §4). Here the
+    place in the stream is ours: whatever goes wrong, the consumer is forgotten and a new one starts behind what was
+    seen last, so nothing is left out and nothing comes twice.
+    """
+
+    def __init__(self, bus: JetStreamBus, stream: str, subject: str, after: int) -> None:
+        self._bus, self._stream, self._subject = bus, stream, subject
+        self._seen = after
+        self._consumer: str | None = None
+        self._delivered = 0
+
+    async def open(self) -> None:
+        config = api.ConsumerConfig(
+            deliver_policy=api.DeliverPolicy.BY_START_SEQUENCE, opt_start_seq=self._seen + 1,
+            filter_subject=self._subject, ack_policy=api.AckPolicy.NONE, mem_storage=True, num_replicas=1,
+            inactive_threshold=FEED_MEMORY,
+        )  # fmt: skip
+        with translated():
+            info = await self._bus.jetstream.add_consumer(self._stream, config)
+        self._consumer, self._delivered = info.name, 0
+
+    async def next(self, wait: float) -> Stored | None:
+        clock = asyncio.get_running_loop().time
+        until = clock() + wait
+        while True:
+            try:
+                if self._consumer is None:
+                    await self.open()
+                msg = await self._bus.take(self._stream, self._consumer or "", max(0.0, until - clock()))
+            except _ConsumerGoneError:  # it expired, or the server restarted
+                self._consumer = None
+                if clock() >= until:
+                    return None
+                continue
+            except BaseException:
+                # A message may be on its way to nobody, and this consumer will not send it again.
+                self._consumer = None
+                raise
+            if msg is None:
+                return None
+            meta = msg.metadata
+            self._delivered += 1
+            if meta.sequence.consumer != self._delivered:  # one was lost on the way
+                self._consumer = None
+                continue
+            self._seen = meta.sequence.stream
+            return Stored(msg.subject, msg.data, self._seen, meta.timestamp, _headers(msg.headers))
+
+    async def close(self) -> None:
+        if self._consumer is not None:
+            consumer, self._consumer = self._consumer, None
+            with contextlib.suppress(nats.errors.Error, js_errors.Error, TimeoutError):
+                await self._bus.jetstream.delete_consumer(self._stream, consumer)
+
+
+class JetStreamRecords:
+    def __init__(self, js: JetStreamContext, bucket: str) -> None:
+        self._js, self._bucket = js, bucket
+        self._kv: KeyValue | None = None
+
+    async def _open(self) -> KeyValue:
+        if self._kv is None:
+            self._kv = await self._js.key_value(self._bucket)
+        return self._kv
+
+    async def get(self, key: str) -> tuple[bytes, int] | None:
+        with translated():
+            try:
+                entry = await (await self._open()).get(key)
+            except js_errors.KeyNotFoundError:
+                return None
+        # A key that expired with a limit marker comes back without a value.
+        return None if entry.value is None else (entry.value, entry.revision or 0)
+
+    async def put(self, key: str, value: bytes, revision: int | None = None) -> int:
+        with translated():
+            kv = await self._open()
+            try:
+                if revision is None:
+                    return await kv.put(key, value)
+                return await (kv.update(key, value, last=revision) if revision else kv.create(key, value))
+            except js_errors.KeyWrongLastSequenceError as exc:
+                raise errors.ConflictError from exc
+
+    async def all(self) -> dict[str, bytes]:
+        prefix = f"$KV.{self._bucket}."
+        with translated():
+            state = (await self._js.stream_info(f"KV_{self._bucket}", subjects_filter=f"{prefix}>")).state
+        keys = sorted(subject.removeprefix(prefix) for subject in state.subjects or {})
+        found: dict[str, bytes] = {}
+        for start in range(0, len(keys), RECORDS_AT_ONCE):
+            some = keys[start : start + RECORDS_AT_ONCE]
+            for key, record in zip(some, await asyncio.gather(*map(self.get, some)), strict=True):
+                if record is not None:  # None: it expired in between
+                    found[key] = record[0]
+        return found
+
+
+class JetStreamBus:
+    """The bus on NATS JetStream, over one connection."""
+
+    def __init__(self, client: Client) -> None:
+        self._client = client
+        self._js = client.jetstream(timeout=REQUEST_TIMEOUT)
+        self._records: dict[str, JetStreamRecords] = {}
+        self._lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._side_tasks: set[asyncio.Task[None]] = set()
+
+    @property
+    def client(self) -> Client:
+        return self._client
+
+    @property
+    def jetstream(self) -> JetStreamContext:
+        return self._js
+
+    def connection_lost(self) -> None:
+        """End the pulls that wait: the server that knew of them is gone."""
+        lost, self._lost = self._lost, asyncio.get_running_loop().create_future()
+        lost.set_result(None)
+
+    async def settle(self) -> None:
+        """Wait for the hand-backs of cancelled pulls, before the connection is closed."""
+        while self._side_tasks:
+            await asyncio.wait(self._side_tasks)
+
+    async def publish(
+        self, subject: str, body: bytes, *, message_id: str, expect_last: int | None = None,
+        headers: dict[str, str] | None = None,
+    ) -> int:  # fmt: skip
+        sent = {**(headers or {}), "Nats-Msg-Id": message_id}
+        if expect_last is not None:
+            sent["Nats-Expected-Last-Subject-Sequence"] = str(expect_last)
+        loop = asyncio.get_running_loop()
+        give_up, pause = loop.time() + PUBLISH_PATIENCE, 0.05
+        while True:
+            try:
+                with translated():
+                    ack = await self._js.publish(subject, body, timeout=REQUEST_TIMEOUT, headers=sent)
+                return ack.seq
+            except errors.QueueFullError:
+                raise
+            except errors.ConflictError:
+                if expect_last is not None and (seq := await self._stored_as(subject, message_id)):
+                    return seq
+                raise
+            except errors.BusError:
+                # The publish may be stored all the same: only the same message id makes trying again harmless.
+                if loop.time() + pause > give_up or self._client.is_closed:
+                    raise
+                await asyncio.sleep(pause)
+                pause = min(1.0, pause * 2)
+
+    async def _stored_as(self, subject: str, message_id: str) -> int | None:
+        # The server compares sequences before it looks for duplicates, so a publish that is repeated because its
+        # answer was lost looks like a conflict with itself. Sent again under a condition that no stream fulfils,
+        # the message is answered as a duplicate if it is one, and cannot be stored if it is not.
+        impossible = {"Nats-Msg-Id": message_id, "Nats-Expected-Last-Msg-Id": secrets.token_hex(16)}
+        try:
+            ack = await self._js.publish(subject, b"", timeout=REQUEST_TIMEOUT, headers=impossible)
+        except (nats.errors.Error, js_errors.Error, TimeoutError, OSError):
+            return None
+        return ack.seq if ack.duplicate else None
+
+    async def pull(self, consumer: topology.Consumer, wait: float = PULL_WAIT) -> Delivery | None:
+        msg = await self.take(consumer.stream, consumer.name, wait)
+        return None if msg is None else JetStreamDelivery(self._client, msg)
+
+    async def take(self, stream: str, consumer: str, wait: float) -> Msg | None:
+        """One message from a pull consumer, as nats-py has it."""
+        ask: dict[str, Any] = {"batch": 1}
+        ask |= {"expires": int(wait * 1e9)} if wait >= 0.001 else {"no_wait": True}
+        arrived: asyncio.Future[Msg] = asyncio.get_running_loop().create_future()
+        inbox = self._client.new_inbox()
+        with translated():
+            subscription = await self._client.subscribe(inbox, future=arrived, max_msgs=1)
+        try:
+            with translated():
+                await subscription.unsubscribe(limit=1)
+                await self._client.publish(
+                    f"$JS.API.CONSUMER.MSG.NEXT.{stream}.{consumer}", json.dumps(ask).encode(), reply=inbox
+                )
+            either: set[asyncio.Future[Any]] = {arrived, self._lost}
+            await asyncio.wait(either, timeout=wait + REQUEST_TIMEOUT, return_when=asyncio.FIRST_COMPLETED)
+        except BaseException:
+            self._on_the_side(self._hand_back(subscription, arrived))
+            raise
+        if not arrived.done():
+            self._on_the_side(self._hand_back(subscription, arrived))
+            raise errors.BusError("the bus did not answer a pull")
+        return self._message(arrived.result())
+
+    def _message(self, msg: Msg) -> Msg | None:
+        if msg.reply:  # what can be acked is a message, whatever headers its publisher gave it
+            return msg
+        status, text = (msg.headers or {}).get("Status"), (msg.headers or {}).get("Description", "")
+        if status in ("404", "408"):  # nothing there · the wait is over
+            return None
+        if status == "503" or (status == "409" and "deleted" in text.lower()):
+            raise _ConsumerGoneError("the consumer is not there: start a gateway, it creates what is missing")
+        raise errors.BusError(f"the bus gave no message: {status} {text}".rstrip())
+
+    async def _hand_back(self, subscription: Subscription, arrived: asyncio.Future[Msg]) -> None:
+        """Give up a pull: what is already on its way goes back into the queue now, not after `ack_wait`."""
+        with contextlib.suppress(nats.errors.Error, TimeoutError, OSError):
+            await subscription.drain()  # type: ignore[no-untyped-call]
+        if not arrived.done():
+            arrived.cancel()
+        elif arrived.result().reply:
+            with contextlib.suppress(nats.errors.Error, TimeoutError, OSError):
+                await self._client.publish(arrived.result().reply, b"-NAK")
+
+    def _on_the_side(self, work: Coroutine[Any, Any, None]) -> None:
+        task = asyncio.get_running_loop().create_task(work)
+        self._side_tasks.add(task)
+        task.add_done_callback(self._side_tasks.discard)
+
+    async def last(self, stream: str, subject: str) -> Stored | None:
+        return await self._get(stream, subject=subject)
+
+    async def get(self, stream: str, seq: int) -> Stored | None:
+        return await self._get(stream, seq=seq)
+
+    async def _get(self, stream: str, **query: Any) -> Stored | None:
+        with translated():
+            try:
+                raw = await self._js.get_msg(stream, **query)
+            except js_errors.APIError as exc:
+                if exc.err_code in SEQUENCE_NOT_FOUND:
+                    return None
+                raise
+        at = raw.time if isinstance(raw.time, datetime) else datetime.now(UTC)
+        return Stored(raw.subject or "", raw.data or b"", raw.seq or 0, at, _headers(raw.headers))
+
+    async def tail(self, stream: str, before: int | None, limit: int) -> list[Stored]:
+        with translated():
+            state = (await self._js.stream_info(stream)).state
+        at = min(state.last_seq, before - 1 if before is not None else state.last_seq)
+        found: list[Stored] = []
+        while at >= max(1, state.first_seq) and len(found) < limit:
+            low = max(state.first_seq, at - limit + 1, 1)
+            read = await asyncio.gather(*(self.get(stream, seq) for seq in range(at, low - 1, -1)))
+            found += [message for message in read if message is not None]
+            at = low - 1
+        return found[:limit]
+
+    async def delete(self, stream: str, seq: int) -> bool:
+        with translated():
+            try:
+                return await self._js.delete_msg(stream, seq)
+            except js_errors.APIError as exc:
+                if exc.err_code in SEQUENCE_NOT_FOUND:
+                    return False
+                raise
+
+    async def purge(self, stream: str, subject: str) -> int:
+        with translated():
+            answer = await self._client.request(
+                f"$JS.API.STREAM.PURGE.{stream}", json.dumps({"filter": subject}).encode(), timeout=REQUEST_TIMEOUT
+            )
+            told = json.loads(answer.data)
+            if "error" in told:
+                raise js_errors.APIError.from_error(told["error"])
+        return int(told["purged"])
+
+    async def follow(self, stream: str, subject: str, after: int = 0) -> Feed:
+        feed = FollowFeed(self, stream, subject, after)
+        await feed.open()
+        return feed
+
+    async def signal(self, subject: str, body: bytes) -> None:
+        with translated():
+            await self._client.publish(subject, body)
+
+    async def listen(self, subject: str) -> Feed:
+        with translated():
+            subscription = await self._client.subscribe(subject)
+            await self._client.flush(timeout=int(REQUEST_TIMEOUT))
+        return ListenFeed(subscription)
+
+    async def depth(self, consumer: topology.Consumer) -> Depth:
+        with translated():
+            info = await self._js.consumer_info(consumer.stream, consumer.name)
+        pending, ack_pending = info.num_pending or 0, info.num_ack_pending or 0
+        oldest = None
+        if pending + ack_pending:
+            floor = info.ack_floor.stream_seq if info.ack_floor else 0
+            first = await self._get(consumer.stream, seq=floor + 1, subject=consumer.filter_subject or ">", next=True)
+            oldest = first.at if first else None
+        return Depth(pending, ack_pending, info.num_redelivered or 0, oldest)
+
+    def records(self, bucket: str) -> Records:
+        return self._records.setdefault(bucket, JetStreamRecords(self._js, bucket))
+
+    async def ready(self) -> bool:
+        if not self._client.is_connected:
+            return False
+        try:
+            with translated():
+                async with asyncio.timeout(READY_TIMEOUT):
+                    await self._js.stream_info(topology.REQUESTS)
+        except errors.VidgenError:
+            return False
+        return True
+
+
+@contextlib.asynccontextmanager
+async def connect(
+    url: str, name: str, *, on_denied: Callable[[str], None] | None = None, **options: Any
+) -> AsyncIterator[JetStreamBus]:
+    """A bus on a live connection that reconnects for ever, drained at the end.
+
+    Raises BusError if no server lets us in within a few seconds, FatalError `settings` for credentials that cannot be
+    read. `options` are those of `nats.connect`.
+    `on_denied` hears of a permission that this identity lacks: a configuration error that shows as time-outs only.
+    """
+
+    _check_credentials(options.get("user_credentials"))
+    made: JetStreamBus | None = None
+    last_error = ""
+
+    async def failed(exc: Exception) -> None:
+        nonlocal last_error
+        text = str(exc) or type(exc).__name__
+        if text != last_error:  # once for an outage, not once for each attempt to reconnect
+            log.warning("bus: %s", text)
+        last_error = text
+        if on_denied is not None and "permissions violation" in last_error.lower():
+            on_denied(last_error)
+
+    async def lost() -> None:
+        if made is not None:
+            made.connection_lost()
+
+    async def back() -> None:
+        nonlocal last_error
+        last_error = ""
+        log.info("bus: connected again")
+
+    settings = {
+        "name": name, "error_cb": failed, "disconnected_cb": lost, "reconnected_cb": back, "ping_interval": 10,
+        "max_outstanding_pings": 2, "max_reconnect_attempts": FIRST_CONNECT_ATTEMPTS, "reconnect_time_wait": 1,
+        "connect_timeout": 5, "inbox_prefix": f"_INBOX_{name}".encode(),
+    }  # fmt: skip
+    try:
+        client = await nats.connect(url, **(settings | options))
+    except (nats.errors.Error, TimeoutError, OSError) as exc:
+        raise errors.BusError(
+            f"no NATS server lets us in at {_without_credentials(url)}: {last_error or exc}; start one, or correct "
+            "VIDGEN_NATS_URL"
+        ) from exc
+    client.options["max_reconnect_attempts"] = -1  # from here on for ever; for ever from the start would hang
+    made = JetStreamBus(client)
+    try:
+        yield made
+    finally:
+        with contextlib.suppress(Exception):
+            await asyncio.wait_for(_leave(made), 5)
+        if not client.is_closed:
+            with contextlib.suppress(OSError):  # with no server there, its last flush fails
+                await client.close()
+
+
+async def _leave(bus: JetStreamBus) -> None:
+    await bus.settle()
+    await bus.client.drain()
+
+
+def _check_credentials(path: str | None) -> None:
+    # nats-py reads the file only when a server asks, and tries for ever what it cannot read then.
+    if path is None:
+        return
+    try:
+        Path(path).read_bytes()
+    except OSError as exc:
+        raise errors.FatalError(
+            f"the NATS credentials file {path} cannot be read ({exc.strerror}): correct VIDGEN_NATS_CREDS",
+            code="settings",
+        ) from exc
+
+
+def _without_credentials(url: str) -> str:
+    return url.rsplit("@", 1)[-1].split("://", 1)[-1]
