@@ -1,0 +1,102 @@
+"""Linear layers in FP8: weights stored, and on cards that can also multiplied, as e4m3 with one scale a row.
+
+The weight of a row, and the activation of a token, are divided by their largest magnitude over 448 (the largest e4m3
+number), so that an outlier costs its own row's precision and no other's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+E4M3 = torch.float8_e4m3fn
+E4M3_MAX = 448.0
+# A row of zeros has no magnitude to divide by.
+SMALLEST = 1e-12
+# The matrix units take both sides in sixteens.
+MULTIPLE = 16
+# Smaller layers cost nothing either way: time and image-position embeddings, the last projection.
+LEAST_FEATURES = 512
+
+
+def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """The rows of a (rows, columns) matrix in e4m3, and their scales as (rows, 1) float32: x ≈ q · scale."""
+    scale = (x.abs().amax(dim=-1, keepdim=True).float() / E4M3_MAX).clamp(min=SMALLEST)
+    return (x.float() / scale).clamp(-E4M3_MAX, E4M3_MAX).to(E4M3), scale
+
+
+class Fp8Linear(nn.Module):
+    """A linear layer whose weight is (out, in) e4m3 with (out, 1) float32 scales.
+
+    With `arithmetic` the product is made in FP8 (compute capability 8.9 and later), the activations quantised row by
+    row on the way; else the weight is widened first, which saves memory only.
+    """
+
+    def __init__(self, weight: Tensor, scale: Tensor, bias: Tensor | None, *, arithmetic: bool) -> None:
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        self.arithmetic = arithmetic
+        self.weight: Tensor
+        self.weight_scale: Tensor
+        self.bias: Tensor | None
+        self.register_buffer("weight", weight)
+        self.register_buffer("weight_scale", scale)
+        self.register_buffer("bias", bias)
+
+    @classmethod
+    def of(cls, linear: nn.Linear, *, arithmetic: bool) -> Fp8Linear:
+        """Quantise a layer, where its weight is."""
+        weight, scale = quantise_rows(linear.weight.detach())
+        bias = linear.bias.detach() if linear.bias is not None else None
+        return cls(weight, scale, bias, arithmetic=arithmetic)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.arithmetic:
+            weight = self.weight.to(x.dtype) * self.weight_scale.to(x.dtype)
+            return nn.functional.linear(x, weight, self.bias)
+        rows, scale = quantise_rows(x.reshape(-1, self.in_features))
+        made = torch._scaled_mm(
+            rows, self.weight.t(), scale_a=scale, scale_b=self.weight_scale.t(), bias=self.bias,
+            out_dtype=x.dtype, use_fast_accum=True,
+        )  # fmt: skip
+        return made.reshape(*x.shape[:-1], self.out_features)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Fp8Linear:
+        weight, scale = self.weight, self.weight_scale
+        super()._apply(fn, recurse)
+        # Of `.to(device, dtype)` the device holds: another precision would undo the quantisation.
+        if self.weight.dtype != weight.dtype:
+            self.weight = weight.to(self.weight.device)
+        if self.weight_scale.dtype != scale.dtype:
+            self.weight_scale = scale.to(self.weight_scale.device)
+        return self
+
+    def extra_repr(self) -> str:
+        return f"in_features={self.in_features}, out_features={self.out_features}, arithmetic={self.arithmetic}"
+
+
+def suits(linear: nn.Module, least: int = LEAST_FEATURES) -> bool:
+    """Whether a module is a linear layer that gains by FP8."""
+    if not isinstance(linear, nn.Linear):
+        return False
+    sides = (linear.in_features, linear.out_features)
+    return min(sides) >= least and not any(side % MULTIPLE for side in sides)
+
+
+def quantise(model: nn.Module, *, arithmetic: bool, least: int = LEAST_FEATURES) -> int:
+    """Replace, in place and one by one, the linear layers of a model's blocks that gain by it; how many that were."""
+    replaced = 0
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            if suits(child, least):
+                assert isinstance(child, nn.Linear)
+                setattr(parent, name, Fp8Linear.of(child, arithmetic=arithmetic))
+                replaced += 1
+    return replaced
+
+
+def has_arithmetic(device: torch.device) -> bool:
+    """Whether a device multiplies FP8: Ada, Hopper, Blackwell (compute capability 8.9 and later)."""
+    return device.type == "cuda" and bool(torch.cuda.get_device_capability(device) >= (8, 9))

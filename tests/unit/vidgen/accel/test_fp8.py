@@ -1,0 +1,64 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from vidgen.accel import fp8
+
+
+def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    with torch.no_grad():
+        return float((found.float() - wanted.float()).norm() / wanted.float().norm())
+
+
+def test_each_row_keeps_its_own_precision() -> None:
+    x = torch.randn(8, 64) * torch.logspace(-6, 6, 8)[:, None]
+    q, scale = fp8.quantise_rows(x)
+    assert (q.dtype, scale.shape, scale.dtype) == (torch.float8_e4m3fn, (8, 1), torch.float32)
+    for row in range(8):
+        assert error(q[row].float() * scale[row], x[row]) < 0.04
+
+
+def test_a_row_of_zeros_stays_zero() -> None:
+    q, scale = fp8.quantise_rows(torch.zeros(2, 16))
+    assert torch.equal(q.float() * scale, torch.zeros(2, 16))
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_stored_layer_is_near_the_layer_it_was_made_of(bias: bool) -> None:
+    torch.manual_seed(1)
+    linear = nn.Linear(64, 32, bias=bias)
+    x = torch.randn(2, 5, 64)
+    made = fp8.Fp8Linear.of(linear, arithmetic=False)
+    assert made(x).shape == (2, 5, 32)
+    assert error(made(x), linear(x)) < 0.04
+
+
+def test_arithmetic_is_near_the_layer_it_was_made_of() -> None:
+    torch.manual_seed(1)
+    linear = nn.Linear(64, 32, dtype=torch.bfloat16)
+    x = torch.randn(3, 7, 64, dtype=torch.bfloat16)
+    made = fp8.Fp8Linear.of(linear, arithmetic=True)
+    try:
+        found = made(x)
+    except (RuntimeError, NotImplementedError) as exc:
+        pytest.skip(f"this build of torch multiplies no FP8 by rows on the CPU: {str(exc).splitlines()[0]}")
+    assert error(found, linear(x)) < 0.06
+
+
+def test_moving_a_model_to_another_precision_does_not_widen_it() -> None:
+    made = fp8.Fp8Linear.of(nn.Linear(32, 32), arithmetic=False).to(torch.bfloat16)
+    assert made.weight.dtype == torch.float8_e4m3fn
+    assert made.weight_scale.dtype == torch.float32
+
+
+def test_only_layers_that_gain_are_replaced() -> None:
+    model = nn.Sequential(nn.Linear(512, 1024), nn.Linear(1024, 8), nn.Sequential(nn.Linear(520, 512)), nn.LayerNorm(8))
+    assert fp8.quantise(model, arithmetic=False) == 1
+    assert isinstance(model[0], fp8.Fp8Linear)
+    assert type(model[1]) is nn.Linear
+
+
+def test_no_cpu_has_its_arithmetic() -> None:
+    assert not fp8.has_arithmetic(torch.device("cpu"))
