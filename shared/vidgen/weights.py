@@ -173,6 +173,11 @@ def _downloaded_commit(folder: Path) -> str | None:
     return line if COMMIT.fullmatch(line) else None
 
 
+def component_sizes(folder: Path) -> dict[str, int]:
+    """The bytes of weights in each component's folder of a model."""
+    return {part.name: size for part in sorted(folder.iterdir()) if part.is_dir() and (size := _size(part))}
+
+
 def _size(folder: Path) -> int:
     return sum(path.stat().st_size for path in folder.rglob("*.safetensors") if path.is_file())
 

@@ -46,10 +46,10 @@ class Fp8Linear(nn.Module):
         self.register_buffer("bias", bias)
 
     @classmethod
-    def of(cls, linear: nn.Linear, *, arithmetic: bool) -> Fp8Linear:
-        """Quantise a layer, where its weight is."""
-        weight, scale = quantise_rows(linear.weight.detach())
-        bias = linear.bias.detach() if linear.bias is not None else None
+    def of(cls, linear: nn.Linear, *, arithmetic: bool, through: torch.device | None = None) -> Fp8Linear:
+        """Quantise a layer on the device `through`, by default where its weight is; the new layer is there."""
+        weight, scale = quantise_rows(linear.weight.detach().to(through))
+        bias = linear.bias.detach().to(through) if linear.bias is not None else None
         return cls(weight, scale, bias, arithmetic=arithmetic)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -85,15 +85,24 @@ def suits(linear: nn.Module, least: int = LEAST_FEATURES) -> bool:
     return min(sides) >= least and not any(side % MULTIPLE for side in sides)
 
 
-def quantise(model: nn.Module, *, arithmetic: bool, least: int = LEAST_FEATURES) -> int:
-    """Replace, in place and one by one, the linear layers of a model's blocks that gain by it; how many that were."""
+def quantise(
+    model: nn.Module, *, arithmetic: bool, least: int = LEAST_FEATURES, through: torch.device | None = None,
+    keep_there: bool = False,
+) -> int:  # fmt: skip
+    """Replace, in place and one by one, the linear layers of a model that gain by it; how many that were.
+
+    The work is done on the device `through`, which never holds more than a layer, unless the results are to stay.
+    """
     replaced = 0
     for parent in list(model.modules()):
         for name, child in list(parent.named_children()):
-            if suits(child, least):
-                assert isinstance(child, nn.Linear)
-                setattr(parent, name, Fp8Linear.of(child, arithmetic=arithmetic))
-                replaced += 1
+            if not suits(child, least):
+                continue
+            assert isinstance(child, nn.Linear)
+            home = child.weight.device
+            made = Fp8Linear.of(child, arithmetic=arithmetic, through=through)
+            setattr(parent, name, made if keep_there else made.to(home))
+            replaced += 1
     return replaced
 
 
