@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 import torch
 
 from vidgen import diffusion, profiles, weights
-from vidgen.accel import fp8, speed
+from vidgen.accel import blocks, fp8, speed
 from vidgen.engine import EngineInfo
 from vidgen.profiles import GIB
 
@@ -116,7 +116,9 @@ class DiffusersEngine:
         if profile.endswith("fp8"):
             arithmetic = fp8.has_arithmetic(self._device)
             for model in transformers:
+                blocks.fuse_projections(model)
                 fp8.quantise(model, arithmetic=arithmetic, through=self._device, keep_there=profile == "resident-fp8")
+                blocks.fuse_feed_forwards(model)
         speed.choose_attention(transformers, self.layout.attention, self._device)
         if profile == "offload-fp8":
             speed.offload(self._pipe, self._device)
