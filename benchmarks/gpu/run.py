@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import gc
+import importlib.util
 import json
 import platform
 import statistics
@@ -50,9 +51,20 @@ class Bench:
 
     out: Path
     tiny: bool
+    variants: str
     device: torch.device
     dtype: torch.dtype
     rows: list[dict[str, Any]] = field(default_factory=list)
+
+    def layouts(self) -> list[tuple[str, Layout]]:
+        """The variants to measure, in an order in which one pipeline can take them all."""
+        found = [
+            ("bf16, compiled", Layout(profile="resident-bf16", attention="torch")),
+            ("fp8, compiled", Layout(profile="resident-fp8", attention="torch")),
+        ]
+        if importlib.util.find_spec("flash_attn_interface") is not None:
+            found.append(("fp8, compiled, FlashAttention 3", Layout(profile="resident-fp8", attention="flash3")))
+        return [(label, Layout() if self.tiny else layout) for label, layout in found if self.variants in label]
 
     def row(self, section: str, name: str, **figures: Any) -> None:
         shown = "  ".join(f"{key} {_shown(value)}" for key, value in figures.items())
@@ -262,13 +274,7 @@ def edit(bench: Bench) -> None:
         bench.row("edit", "plain diffusers: 8 steps, CFG 4", plain_s=long, peak_gib=peak())
         bench.row("edit", "plain diffusers: 4 steps, CFG off", plain_s=short, forward_s=captured.forward_s(3))
 
-        variants = [
-            ("bf16, compiled", Layout(profile="resident-bf16")),
-            ("fp8, compiled", Layout(profile="resident-fp8")),
-        ]
-        for label, layout in variants:
-            if bench.tiny:
-                layout = Layout()
+        for label, layout in bench.layouts():
             engine = engine_of("edit", pipe, layout, **areas)
             begun = time.perf_counter()
             engine.setup()
@@ -321,9 +327,7 @@ def i2v(bench: Bench) -> None:
         bench.row(
             "i2v", "plain diffusers: 4 steps, CFG off", plain_s=short, peak_gib=peak(), forward_s=captured.forward_s(1)
         )
-        for label, layout in [("fp8, compiled", Layout(profile="resident-fp8"))]:
-            if bench.tiny:
-                layout = Layout()
+        for label, layout in bench.layouts():
             engine = engine_of("i2v", pipe, layout)
             begun = time.perf_counter()
             engine.setup()
@@ -365,10 +369,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sections", nargs="*", choices=[*SECTIONS, []], help="by default all")
     parser.add_argument("--out", type=Path, default=Path("gpu-results.jsonl"))
+    parser.add_argument("--variants", default="", help="only those whose name has this in it")
     parser.add_argument("--tiny", action="store_true", help="rehearse with tiny models, on the CPU")
     options = parser.parse_args()
     device = torch.device("cpu" if options.tiny else "cuda:0")
-    bench = Bench(options.out, options.tiny, device, torch.float32 if options.tiny else torch.bfloat16)
+    bench = Bench(
+        options.out, options.tiny, options.variants, device, torch.float32 if options.tiny else torch.bfloat16
+    )
     done = (
         {json.loads(line)["name"] for line in options.out.read_text().splitlines()} if options.out.exists() else set()
     )

@@ -38,7 +38,7 @@ def main(flash: Path, cutlass: Path, target: Path) -> None:
     switches = [f"-DFLASHATTENTION_DISABLE_{name}" for name in DISABLED]
     switches += [f"-DFLASHATTENTION_DISABLE_{name}" for name in DIFFERING]
     includes = [f"-I{path}" for path in (hopper, cutlass / "include", sysconfig.get_path("include"))]
-    includes += [f"-isystem{path}" for path in include_paths("cuda")]
+    includes += [f"-I{path}" for path in include_paths("cuda")]
     common = [
         "-O3", "-std=c++17", "-DPy_LIMITED_API=0x03090000", "-DTORCH_TARGET_VERSION=0x0209000000000000", "-DUSE_CUDA",
         "-DTORCH_EXTENSION_NAME=_C", *switches, *includes,

@@ -47,27 +47,24 @@ if HAS_TRITON:
         token = tl.program_id(0)
         batch = tl.program_id(1).to(tl.int64)
         head = tl.arange(0, head_block)[:, None]
-        pair = tl.arange(0, pairs)[None, :]
-        here = (head < heads) & (pair < pairs)
+        lane = tl.arange(0, pairs * 2)[None, :]
+        here = (head < heads) & (lane < pairs * 2)
         width = heads * pairs * 2
-        source = from_ptr + (batch * tokens + token) * width * 3 + which * width + head * pairs * 2 + pair * 2
-        target = to_ptr + (batch * total + before + token) * width + head * pairs * 2 + pair * 2
-        even = tl.load(source, mask=here, other=0.0)
-        odd = tl.load(source + 1, mask=here, other=0.0)
+        source = from_ptr + (batch * tokens + token) * width * 3 + which * width + head * pairs * 2 + lane
+        target = to_ptr + (batch * total + before + token) * width + head * pairs * 2 + lane
+        x = tl.load(source, mask=here, other=0.0)
         if which < 2:
-            first, second = even.to(tl.float32), odd.to(tl.float32)
-            spread = tl.rsqrt(tl.sum(first * first + second * second, axis=1) / (pairs * 2) + eps)[:, None]
-            weight_first = tl.load(weight_ptr + pair * 2).to(tl.float32)
-            weight_second = tl.load(weight_ptr + pair * 2 + 1).to(tl.float32)
+            value = x.to(tl.float32)
+            spread = tl.rsqrt(tl.sum(value * value, axis=1) / (pairs * 2) + eps)[:, None]
+            weight = tl.load(weight_ptr + lane).to(tl.float32)
             # Rounded after each of the two products, as the layer does it.
-            first = ((first * spread).to(even.dtype).to(tl.float32) * weight_first).to(even.dtype).to(tl.float32)
-            second = ((second * spread).to(even.dtype).to(tl.float32) * weight_second).to(even.dtype).to(tl.float32)
-            cos = tl.load(freqs_ptr + token * pairs * 2 + pair * 2)
-            sin = tl.load(freqs_ptr + token * pairs * 2 + pair * 2 + 1)
-            even = (first * cos - second * sin).to(even.dtype)
-            odd = (first * sin + second * cos).to(odd.dtype)
-        tl.store(target, even, mask=here)
-        tl.store(target + 1, odd, mask=here)
+            value = ((value * spread).to(x.dtype).to(tl.float32) * weight).to(x.dtype).to(tl.float32)
+            first, second = tl.split(tl.reshape(value, (head_block, pairs, 2)))
+            turns = tl.load(freqs_ptr + token * pairs * 2 + lane)
+            cos, sin = tl.split(tl.reshape(turns, (1, pairs, 2)))
+            turned = tl.join(first * cos - second * sin, first * sin + second * cos)
+            x = tl.reshape(turned, (head_block, pairs * 2)).to(x.dtype)
+        tl.store(target, x, mask=here)
 
 
 def rows_in_e4m3(x: Tensor) -> tuple[Tensor, Tensor]:

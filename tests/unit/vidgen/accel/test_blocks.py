@@ -108,9 +108,8 @@ def test_a_fused_feed_forward_quantises_what_the_stock_one_would(monkeypatch: py
 
 
 def test_the_operators_agree_with_their_declared_shapes() -> None:
-    torch.library.opcheck(
-        kernels.quantise_rows, (torch.randn(4, 32), True), test_utils=("test_schema", "test_faketensor")
-    )
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(kernels.quantise_rows, (torch.randn(4, 32), True), test_utils=checks)
     weights = [torch.ones(16) for _ in range(4)]
     freqs = torch.randn(6, 8, 2), torch.randn(3, 8, 2)
     given = (torch.randn(1, 6, 3 * 2 * 16), torch.randn(1, 3, 3 * 2 * 16), *weights, *freqs, 1e-6)
