@@ -97,6 +97,10 @@ class WorkerSettings(Settings):
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         "auto", description="auto: bfloat16 on a GPU, float32 on the CPU."
     )
+    verify_weights: Literal["size", "full"] = Field(
+        "size",
+        description="What is compared with a model's manifest before it serves: the files' sizes, or (full) checksums.",
+    )
     preview_seconds_per_step: float = Field(0.0, ge=0, description="A pace for the preview engines, for load tests.")
 
     edit_model: str = Field(QWEN_MODEL, description="A model id or a local folder.")
