@@ -30,28 +30,31 @@ class Need:
     bytes: int
 
 
-def needs(parts: Mapping[str, int], work: int) -> tuple[Need, ...]:
+def needs(parts: Mapping[str, int], work: int, *, stored_fp8: bool = False) -> tuple[Need, ...]:
     """What each profile needs, fastest first.
 
-    `parts` is the size of each component's weights in bfloat16, `work` what a task takes beside them, both in bytes.
+    `parts` is the size of each component's weights as they are stored, `work` what a task takes beside them, both in
+    bytes. What is stored in FP8 is not widened again.
     """
     transformers = sum(parts.get(name, 0) for name in TRANSFORMERS)
     others = sum(parts.values()) - transformers
     # Offloaded, only one component is on the GPU at a time, and of it only some layers.
     largest_layer = max(parts.values(), default=0) // 16
+    in_fp8 = transformers if stored_fp8 else int(transformers * FP8_SHARE)
+    wide = () if stored_fp8 else (Need("resident-bf16", transformers + others + work + RESERVE),)
     return (
-        Need("resident-bf16", transformers + others + work + RESERVE),
-        Need("resident-fp8", int(transformers * FP8_SHARE) + others + work + RESERVE),
+        *wide,
+        Need("resident-fp8", in_fp8 + others + work + RESERVE),
         Need("offload-fp8", largest_layer + work + RESERVE),
     )
 
 
-def choose(wanted: str, total: int, parts: Mapping[str, int], work: int) -> Name:
+def choose(wanted: str, total: int, parts: Mapping[str, int], work: int, *, stored_fp8: bool = False) -> Name:
     """The profile for a GPU of `total` bytes; raises FatalError `gpu_too_small` with what each profile needs.
 
     `wanted` is `auto`, or a profile's name, which is then refused where it does not fit.
     """
-    found = needs(parts, work)
+    found = needs(parts, work, stored_fp8=stored_fp8)
     fitting = [need.name for need in found if need.bytes <= total]
     if wanted == "auto" and fitting:
         return fitting[0]

@@ -107,6 +107,10 @@ class WorkerSettings(Settings):
     compile: Literal["auto", "off", "blocks", "full"] = Field(
         "auto", description="auto: blocks, on a GPU; full: the VAE too, which takes a minute more at the start."
     )
+    verify_weights: Literal["size", "full"] = Field(
+        "size",
+        description="What is compared with a model's manifest before it serves: the files' sizes, or (full) checksums.",
+    )
     preview_seconds_per_step: float = Field(0.0, ge=0, description="A pace for the preview engines, for load tests.")
 
     edit_model: str = Field(QWEN_MODEL, description="A model id or a local folder.")

@@ -69,7 +69,7 @@ class JointAttention:
 def fuse_projections(model: nn.Module) -> int:
     """Put query, key and value side by side in each attention of a transformer; how many attentions those were.
 
-    To be called before quantising: one product for three, and one quantisation of what goes in.
+    One product for three, and one quantisation of what goes in.
     """
     fused = 0
     for attention in list(model.modules()):
@@ -105,8 +105,16 @@ def fuse_feed_forwards(model: nn.Module) -> int:
     return fused
 
 
-def _side_by_side(attention: Any, names: Sequence[str]) -> nn.Linear:
+def _side_by_side(attention: Any, names: Sequence[str]) -> nn.Module:
     layers = [getattr(attention, name) for name in names]
+    if isinstance(layers[0], Fp8Linear):
+        # As bytes: not every build of torch joins e4m3.
+        weight = torch.cat([layer.weight.view(torch.uint8) for layer in layers]).view(layers[0].weight.dtype)
+        scale = torch.cat([layer.weight_scale for layer in layers])
+        bias = torch.cat([layer.bias for layer in layers]) if layers[0].bias is not None else None
+        for name in names:
+            delattr(attention, name)
+        return Fp8Linear(weight, scale, bias, arithmetic=layers[0].arithmetic)
     weight = torch.cat([layer.weight.data for layer in layers])
     with torch.device("meta"):
         made = nn.Linear(weight.shape[1], weight.shape[0], bias=layers[0].bias is not None)

@@ -13,6 +13,7 @@ import torch
 from vidgen import diffusion, profiles, weights
 from vidgen.accel import blocks, fp8, speed
 from vidgen.engine import EngineInfo
+from vidgen.errors import FatalError
 from vidgen.profiles import GIB
 
 
@@ -57,7 +58,7 @@ class DiffusersEngine:
         found = self._timed("verify", self._find)
         self._device = self._timed("device", self._open_device)
         dtype = diffusion.dtype_of(self.layout.dtype, self._device)
-        profile = self._profile(self._sizes(found))
+        profile = self._profile(self._sizes(found), stored_fp8=found.profile == "fp8")
         resident = profile is None or profile.startswith("resident")
         quantised = profile is not None and profile.endswith("fp8")
         # What is quantised or offloaded must never be on the device as a whole.
@@ -88,7 +89,18 @@ class DiffusersEngine:
         return device
 
     def _load(self, found: weights.Weights, place: torch.device, dtypes: Mapping[str, torch.dtype]) -> Any:
-        return diffusion.load(self.PIPELINE, found, place, dtypes)
+        if found.profile != "fp8":
+            return diffusion.load(self.PIPELINE, found, place, dtypes)
+        if self._loras:
+            raise FatalError(
+                f"{found.folder} is an FP8 snapshot, into which no LoRA can be fused any more: "
+                "fuse it when quantising (vidgen weights quantize --lora) and leave the setting out",
+                code="settings",
+            )
+        from vidgen.accel.assemble import assemble
+
+        arithmetic = fp8.has_arithmetic(self._device)
+        return assemble(self.PIPELINE, found, place, dtypes, arithmetic=arithmetic, on_phase=self._add)
 
     def _dtypes(self, found: weights.Weights, dtype: torch.dtype) -> dict[str, torch.dtype]:
         """The precision of each component, with a `default`."""
@@ -100,13 +112,13 @@ class DiffusersEngine:
     def _warm_up(self) -> None:
         raise NotImplementedError
 
-    def _profile(self, parts: Mapping[str, int]) -> profiles.Name | None:
+    def _profile(self, parts: Mapping[str, int], *, stored_fp8: bool) -> profiles.Name | None:
         """The profile on a GPU, None on the CPU."""
         if self._device.type != "cuda":
             return None
         share = torch.cuda.get_per_process_memory_fraction(self._device)
         total = int(torch.cuda.get_device_properties(self._device).total_memory * share)
-        return profiles.choose(self.layout.profile, total, parts, self.WORK)
+        return profiles.choose(self.layout.profile, total, parts, self.WORK, stored_fp8=stored_fp8)
 
     def _lay_out(self, profile: profiles.Name | None) -> None:
         if profile is None:
@@ -135,4 +147,7 @@ class DiffusersEngine:
         try:
             return work()
         finally:
-            self.load_seconds[phase] = self.load_seconds.get(phase, 0.0) + time.perf_counter() - begun
+            self._add(phase, time.perf_counter() - begun)
+
+    def _add(self, phase: str, seconds: float) -> None:
+        self.load_seconds[phase] = self.load_seconds.get(phase, 0.0) + seconds

@@ -81,6 +81,20 @@ def suits(linear: nn.Module, least: int = LEAST_FEATURES) -> bool:
     return min(sides) >= least and not any(side % MULTIPLE for side in sides)
 
 
+def targets(model: nn.Module, least: int = LEAST_FEATURES) -> dict[str, nn.Linear]:
+    """The linear layers of a transformer's blocks that gain by FP8, by name.
+
+    What stands outside the blocks is small, and partly kept in float32 for its precision.
+    """
+    repeated = set(getattr(model, "_repeated_blocks", None) or ())
+    blocks = [name for name, module in model.named_modules() if type(module).__name__ in repeated]
+    inside = tuple(f"{name}." for name in blocks) or ("",)
+    return {
+        name: module for name, module in model.named_modules()
+        if name.startswith(inside) and isinstance(module, nn.Linear) and suits(module, least)
+    }  # fmt: skip
+
+
 def quantise(
     model: nn.Module, *, arithmetic: bool, least: int = LEAST_FEATURES, through: torch.device | None = None,
     keep_there: bool = False,
@@ -89,20 +103,14 @@ def quantise(
 
     The work is done on the device `through`, which never holds more than a layer, unless the results are to stay.
     """
-    replaced = 0
-    # What stands outside the blocks is small, and partly kept in float32 for its precision.
-    repeated = set(getattr(model, "_repeated_blocks", None) or ())
-    blocks = [module for module in model.modules() if type(module).__name__ in repeated] or [model]
-    for parent in [module for block in blocks for module in block.modules()]:
-        for name, child in list(parent.named_children()):
-            if not suits(child, least):
-                continue
-            assert isinstance(child, nn.Linear)
-            home = child.weight.device
-            made = Fp8Linear.of(child, arithmetic=arithmetic, through=through)
-            setattr(parent, name, made if keep_there else made.to(home))
-            replaced += 1
-    return replaced
+    found = targets(model, least)
+    for name in list(found):
+        linear = found.pop(name)  # so that its weight can go
+        home = linear.weight.device
+        made = Fp8Linear.of(linear, arithmetic=arithmetic, through=through)
+        model.set_submodule(name, made if keep_there else made.to(home))
+        del linear
+    return sum(isinstance(module, Fp8Linear) for module in model.modules())
 
 
 def has_arithmetic(device: torch.device) -> bool:
