@@ -289,10 +289,11 @@ def edit(bench: Bench) -> None:
                 profile_forward(bench, "edit", captured)
                 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus as module
 
-                module.VAE_IMAGE_SIZE = small[0] * small[1]
+                native, module.VAE_IMAGE_SIZE = module.VAE_IMAGE_SIZE, small[0] * small[1]
                 measured(
                     bench, "edit", f"{label}: draft for a 480p video", engine, work(4, 1.0, small), path_small, None
                 )
+                module.VAE_IMAGE_SIZE = native
 
 
 def i2v(bench: Bench) -> None:

@@ -199,7 +199,7 @@ def test_what_breaks_half_way_leaves_nothing(qwen: Path, tmp_path: Path, monkeyp
     def full(*args: Any) -> Any:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(fp8, "quantise_rows", full)
+    monkeypatch.setattr(kernels, "rows_in_e4m3", full)
     with pytest.raises(FatalError, match="No space left on device") as caught:
         quantized(qwen, tmp_path / "fp8")
     assert caught.value.code == "not_written"
