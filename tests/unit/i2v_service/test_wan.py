@@ -249,6 +249,6 @@ def test_work_of_the_other_stage_is_rejected(two_experts: WanI2VEngine, frame: P
 
 
 def test_a_model_that_is_not_there_is_fatal(make: Callable[..., WanI2VEngine]) -> None:
-    with pytest.raises(FatalError, match=r"vidgen\.weights") as caught:
+    with pytest.raises(FatalError, match=r"vidgen weights pull") as caught:
         make(A14B, model="somebody/unknown")
     assert caught.value.code == "weights_missing"
