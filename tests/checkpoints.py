@@ -13,10 +13,9 @@ from typing import Any
 
 SHIM = Path(__file__).parent / "shim"
 
-QWEN_SPECIAL = [
-    "<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>",
-    "<|image_pad|>", "<|video_pad|>",
-]  # fmt: skip
+QWEN_SPECIAL = (
+    "endoftext", "im_start", "im_end", "vision_start", "vision_end", "vision_pad", "image_pad", "video_pad",
+)  # fmt: skip
 
 
 def install_shim() -> None:
@@ -34,26 +33,15 @@ def install_shim() -> None:
 def qwen_edit(folder: Path) -> None:
     """Qwen-Image-Edit-2511: a byte-level tokenizer, a two-layer vision-language encoder, a two-block transformer."""
     import torch
-    from diffusers import (
-        AutoencoderKLQwenImage,
-        FlowMatchEulerDiscreteScheduler,
-        QwenImageEditPlusPipeline,
-        QwenImageTransformer2DModel,
-    )
-    from transformers import (
-        Qwen2_5_VLConfig,
-        Qwen2_5_VLForConditionalGeneration,
-        Qwen2VLImageProcessor,
-        Qwen2VLProcessor,
-        Qwen2VLVideoProcessor,
-    )
+    from diffusers import AutoencoderKLQwenImage, QwenImageEditPlusPipeline, QwenImageTransformer2DModel
+    from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessor, Qwen2VLVideoProcessor
 
-    tokenizer = _qwen_tokenizer()
-    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in QWEN_SPECIAL}
+    tokenizer = qwen_tokenizer()
     torch.manual_seed(0)
     patches = {"patch_size": 14, "merge_size": 2, "temporal_patch_size": 2}
-    config = Qwen2_5_VLConfig(
-        text_config={
+    config = qwen_config(
+        tokenizer,
+        text={
             "hidden_size": 16,
             "intermediate_size": 16,
             "num_hidden_layers": 2,
@@ -62,11 +50,8 @@ def qwen_edit(folder: Path) -> None:
             "vocab_size": len(tokenizer),
             "rope_scaling": {"mrope_section": [1, 1, 2], "rope_type": "default", "type": "default"},
             "rope_theta": 1e6,
-            "pad_token_id": ids["<|endoftext|>"],
-            "bos_token_id": ids["<|endoftext|>"],
-            "eos_token_id": ids["<|im_end|>"],
         },
-        vision_config={
+        vision={
             "depth": 2,
             "hidden_size": 16,
             "intermediate_size": 16,
@@ -77,11 +62,6 @@ def qwen_edit(folder: Path) -> None:
             "temporal_patch_size": 2,
             "fullatt_block_indexes": [1],
         },
-        image_token_id=ids["<|image_pad|>"],
-        video_token_id=ids["<|video_pad|>"],
-        vision_start_token_id=ids["<|vision_start|>"],
-        vision_end_token_id=ids["<|vision_end|>"],
-        vision_token_id=ids["<|vision_pad|>"],
     )
     pipe = QwenImageEditPlusPipeline(
         transformer=QwenImageTransformer2DModel(
@@ -106,21 +86,12 @@ def qwen_edit(folder: Path) -> None:
         ),
         text_encoder=Qwen2_5_VLForConditionalGeneration(config),
         tokenizer=tokenizer,
-        processor=Qwen2VLProcessor(
-            image_processor=Qwen2VLImageProcessor(size={"shortest_edge": 28**2, "longest_edge": 56**2}, **patches),
-            video_processor=Qwen2VLVideoProcessor(**patches),
-            tokenizer=tokenizer,
+        processor=qwen_processor(
+            tokenizer,
+            Qwen2VLImageProcessor(size={"shortest_edge": 28**2, "longest_edge": 56**2}, **patches),
+            Qwen2VLVideoProcessor(**patches),
         ),
-        scheduler=FlowMatchEulerDiscreteScheduler(
-            use_dynamic_shifting=True,
-            base_shift=0.5,
-            max_shift=0.9,
-            base_image_seq_len=256,
-            max_image_seq_len=8192,
-            shift=1.0,
-            shift_terminal=0.02,
-            time_shift_type="exponential",
-        ),
+        scheduler=qwen_scheduler(),
     )
     pipe.save_pretrained(folder)
 
@@ -130,7 +101,7 @@ def wan21_i2v(folder: Path) -> None:
     from diffusers import WanImageToVideoPipeline
     from transformers import CLIPImageProcessor, CLIPVisionConfig, CLIPVisionModel
 
-    parts = _wan_parts()
+    parts = wan_parts()
     vision = CLIPVisionConfig(
         hidden_size=4, num_hidden_layers=2, num_attention_heads=2, image_size=32, intermediate_size=16, patch_size=8
     )
@@ -147,7 +118,7 @@ def wan22_a14b(folder: Path) -> None:
     """Wan 2.2 A14B: two experts, one above and one below a boundary of noise."""
     from diffusers import WanImageToVideoPipeline
 
-    parts = _wan_parts()
+    parts = wan_parts()
     WanImageToVideoPipeline(
         **parts,
         vae=_wan_vae(),
@@ -161,7 +132,7 @@ def wan22_ti2v(folder: Path) -> None:
     """Wan 2.2 TI2V-5B: a VAE of 16 × 16 pixels, no image channels, and published as a `WanPipeline`."""
     from diffusers import WanPipeline
 
-    parts = _wan_parts()
+    parts = wan_parts()
     vae = _wan_vae(
         z_dim=48,
         in_channels=12,
@@ -208,7 +179,8 @@ def lora(folder: Path, pipe: Any, component: str = "transformer") -> Path:
     return folder / "lora.safetensors"
 
 
-def _qwen_tokenizer() -> Any:
+def qwen_tokenizer() -> Any:
+    """A token for each byte, and Qwen's special tokens."""
     from tokenizers import pre_tokenizers
     from transformers import Qwen2Tokenizer
 
@@ -218,13 +190,53 @@ def _qwen_tokenizer() -> Any:
         merges=[],
         pad_token="<|endoftext|>",
         eos_token="<|im_end|>",
-        additional_special_tokens=QWEN_SPECIAL,
+        additional_special_tokens=[f"<|{token}|>" for token in QWEN_SPECIAL],
     )
     tokenizer.padding_side = "left"
     return tokenizer
 
 
-def _wan_parts() -> dict[str, Any]:
+def qwen_config(tokenizer: Any, text: dict[str, Any], vision: dict[str, Any]) -> Any:
+    """The vision-language encoder of these sizes, with the tokenizer's special tokens."""
+    from transformers import Qwen2_5_VLConfig
+
+    ids = {token: tokenizer.convert_tokens_to_ids(f"<|{token}|>") for token in QWEN_SPECIAL}
+    ends = {"pad_token_id": ids["endoftext"], "bos_token_id": ids["endoftext"], "eos_token_id": ids["im_end"]}
+    return Qwen2_5_VLConfig(
+        text_config=text | ends,
+        vision_config=vision,
+        tie_word_embeddings=False,
+        image_token_id=ids["image_pad"],
+        video_token_id=ids["video_pad"],
+        vision_start_token_id=ids["vision_start"],
+        vision_end_token_id=ids["vision_end"],
+        vision_token_id=ids["vision_pad"],
+    )
+
+
+def qwen_processor(tokenizer: Any, images: Any, videos: Any) -> Any:
+    from transformers import Qwen2VLProcessor
+
+    return Qwen2VLProcessor(image_processor=images, video_processor=videos, tokenizer=tokenizer)
+
+
+def qwen_scheduler() -> Any:
+    """The released scheduler_config.json."""
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    return FlowMatchEulerDiscreteScheduler(
+        use_dynamic_shifting=True,
+        base_shift=0.5,
+        max_shift=0.9,
+        base_image_seq_len=256,
+        max_image_seq_len=8192,
+        shift=1.0,
+        shift_terminal=0.02,
+        time_shift_type="exponential",
+    )
+
+
+def wan_parts() -> dict[str, Any]:
     """Tokenizer, text encoder and scheduler: alike in every Wan."""
     import torch
     from diffusers import UniPCMultistepScheduler

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import warnings
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -15,8 +16,11 @@ from tests.servers import running_nats, skipped_at_home
 from vidgen.artifacts import S3Store
 from vidgen.local import NatsServer, S3Server
 
-# Nothing is asserted about time, and a busy machine is no failure.
-settings.register_profile("vidgen", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+# Nothing is asserted about time, and a busy machine is no failure. CI draws the same examples each time, so that
+# what it refuses is the change and not the draw; `pytest --hypothesis-profile=thorough` draws many new ones.
+untimed = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.register_profile("vidgen", untimed, derandomize="CI" in os.environ)
+settings.register_profile("thorough", untimed, max_examples=2000, derandomize=False)
 settings.load_profile("vidgen")
 
 

@@ -87,22 +87,10 @@ def _made_on(device: torch.device, dtype: torch.dtype) -> Iterator[None]:
 
 def qwen(device: torch.device, dtype: torch.dtype, *, tiny: bool = False) -> Any:
     """Qwen-Image-Edit-2511 with random weights."""
-    from diffusers import (
-        AutoencoderKLQwenImage,
-        FlowMatchEulerDiscreteScheduler,
-        QwenImageEditPlusPipeline,
-        QwenImageTransformer2DModel,
-    )
-    from transformers import (
-        Qwen2_5_VLConfig,
-        Qwen2_5_VLForConditionalGeneration,
-        Qwen2VLImageProcessor,
-        Qwen2VLProcessor,
-        Qwen2VLVideoProcessor,
-    )
+    from diffusers import AutoencoderKLQwenImage, QwenImageEditPlusPipeline, QwenImageTransformer2DModel
+    from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessor, Qwen2VLVideoProcessor
 
-    tokenizer = checkpoints._qwen_tokenizer()
-    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in checkpoints.QWEN_SPECIAL}
+    tokenizer = checkpoints.qwen_tokenizer()
     text, vision, transformer, vae = dict(QWEN_TEXT), dict(QWEN_VISION), dict(QWEN_TRANSFORMER), {}
     if tiny:
         text |= {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -113,14 +101,7 @@ def qwen(device: torch.device, dtype: torch.dtype, *, tiny: bool = False) -> Any
         transformer |= {"num_layers": 2, "attention_head_dim": 16, "num_attention_heads": 2, "joint_attention_dim": 16,
                         "axes_dims_rope": (8, 4, 4)}  # fmt: skip
         vae = {"base_dim": 8, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1}
-    config = Qwen2_5_VLConfig(
-        text_config=text | {"pad_token_id": ids["<|endoftext|>"], "bos_token_id": ids["<|endoftext|>"],
-                            "eos_token_id": ids["<|im_end|>"]},
-        vision_config=vision, tie_word_embeddings=False,
-        image_token_id=ids["<|image_pad|>"], video_token_id=ids["<|video_pad|>"],
-        vision_start_token_id=ids["<|vision_start|>"], vision_end_token_id=ids["<|vision_end|>"],
-        vision_token_id=ids["<|vision_pad|>"],
-    )  # fmt: skip
+    config = checkpoints.qwen_config(tokenizer, text, vision)
     config._attn_implementation = "sdpa"
     torch.manual_seed(0)
     with _made_on(device, dtype):
@@ -132,14 +113,9 @@ def qwen(device: torch.device, dtype: torch.dtype, *, tiny: bool = False) -> Any
     pipe = QwenImageEditPlusPipeline(
         **{name: part.eval().requires_grad_(False) for name, part in parts.items()},
         tokenizer=tokenizer,
-        processor=Qwen2VLProcessor(
-            image_processor=Qwen2VLImageProcessor(), video_processor=Qwen2VLVideoProcessor(), tokenizer=tokenizer
-        ),
-        scheduler=FlowMatchEulerDiscreteScheduler(
-            use_dynamic_shifting=True, base_shift=0.5, max_shift=0.9, base_image_seq_len=256, max_image_seq_len=8192,
-            shift=1.0, shift_terminal=0.02, time_shift_type="exponential",
-        ),
-    )  # fmt: skip
+        processor=checkpoints.qwen_processor(tokenizer, Qwen2VLImageProcessor(), Qwen2VLVideoProcessor()),
+        scheduler=checkpoints.qwen_scheduler(),
+    )
     # The tokenizer made here takes a token a letter: a template of as many tokens as the real one has.
     pipe.prompt_template_encode = "s" * TEMPLATE_TOKENS + "{}" + "eeeee"
     pipe.set_progress_bar_config(disable=True)
@@ -159,7 +135,7 @@ def wan(device: torch.device, dtype: torch.dtype, *, small: bool = False, tiny: 
             "is_residual": True, "patch_size": 2, "latents_mean": [0.0] * 48, "latents_std": [1.0] * 48,
             "scale_factor_spatial": 16, "scale_factor_temporal": 4,
         }  # fmt: skip
-    parts = checkpoints._wan_parts()
+    parts = checkpoints.wan_parts()
     if tiny:
         shape |= {"num_attention_heads": 2, "attention_head_dim": 12, "text_dim": 32, "ffn_dim": 32, "num_layers": 2}
         vae |= {"base_dim": 3, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1} | (

@@ -1,6 +1,6 @@
 """The real engines at full size, beside plain diffusers in the same process: seconds, phases, peak memory, ratio.
 
-    python benchmarks/gpu/run.py edit|i2v|memory … [--out results.jsonl] [--tiny]
+    python benchmarks/gpu/run.py edit|i2v … [--out results.jsonl] [--tiny]
 
 Random weights of the true shape: speed and memory are theirs, quality is nobody's. Each section prints as it goes and
 writes its rows to `--out`; a section that is there already is not run again.

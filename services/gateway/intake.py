@@ -127,18 +127,12 @@ class Intake:
         try:
             request = parse(delivery.body)
             job_id = request.job_id or job_id
-            # Both at once: most requests are new.
-            existing, prepared = await asyncio.gather(
-                self._jobs.find(job_id), self._prepare(request, job_id, at), return_exceptions=True
-            )
-            if isinstance(existing, BaseException):
-                raise existing
+            # Before its references are looked at: a normalised one is stored under the job's own key.
+            existing = await self._jobs.find(job_id)
             if existing is not None:
                 await self._jobs.enter(existing)
                 return existing
-            if isinstance(prepared, BaseException):
-                raise prepared
-            job, _ = await self._jobs.create(prepared)
+            job, _ = await self._jobs.create(await self._prepare(request, job_id, at))
         except InvalidRequestError as exc:
             return await self._turn_away(delivery, job_id, exc, at)
         return job

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -33,7 +34,7 @@ class Layout:
     compile: str = "auto"
 
 
-class DiffusersEngine:
+class DiffusersEngine(abc.ABC):
     """The part of an engine that does not depend on the model: load, lay out, speed up, warm up."""
 
     NAME: ClassVar[str]
@@ -106,11 +107,13 @@ class DiffusersEngine:
         """The precision of each component, with a `default`."""
         return {"default": dtype}
 
+    @abc.abstractmethod
     def _adopt(self) -> None:
         """Look at the pipeline that was loaded, before the warm-up."""
 
+    @abc.abstractmethod
     def _warm_up(self) -> None:
-        raise NotImplementedError
+        """Run once, so that the first task finds everything compiled and allocated."""
 
     def _profile(self, parts: Mapping[str, int], *, stored_fp8: bool) -> profiles.Name | None:
         """The profile on a GPU, None on the CPU."""

@@ -110,15 +110,16 @@ def joint_qkv(
     keys are RMS-normalised over a head's dimension by the weights and turned by the (tokens, dimension / 2, 2) cosines
     and sines.
     """
+    norms, added = (norm_q, norm_k), (norm_added_q, norm_added_k)
     if not _fused(image):
-        return _joint_qkv(image, text, (norm_q, norm_k), (norm_added_q, norm_added_k), image_freqs, text_freqs, eps)
+        return plain_joint_qkv(image, text, norms, added, image_freqs, text_freqs, eps)
     dimension = norm_q.shape[0]
     heads = image.shape[-1] // 3 // dimension
     total = text.shape[1] + image.shape[1]
     made = tuple(image.new_empty((image.shape[0], total, heads, dimension)) for _ in range(3))
     streams = (
-        (text.contiguous(), (norm_added_q, norm_added_k, norm_added_k), text_freqs.contiguous(), 0),
-        (image.contiguous(), (norm_q, norm_k, norm_k), image_freqs.contiguous(), text.shape[1]),
+        (text.contiguous(), (*added, norm_added_k), text_freqs.contiguous(), 0),
+        (image.contiguous(), (*norms, norm_k), image_freqs.contiguous(), text.shape[1]),
     )
     for stream, weights, freqs, before in streams:
         for which, (target, weight) in enumerate(zip(made, weights, strict=True)):
@@ -139,10 +140,11 @@ def _(
     return image.new_empty(shape), image.new_empty(shape), image.new_empty(shape)
 
 
-def _joint_qkv(
+def plain_joint_qkv(
     image: Tensor, text: Tensor, norms: tuple[Tensor, Tensor], added: tuple[Tensor, Tensor], image_freqs: Tensor,
     text_freqs: Tensor, eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """`joint_qkv` in plain torch; `norms` and `added` are the weights of query and key of image and of text."""
     streams = []
     for stream, weights, freqs in ((text, added, text_freqs), (image, norms, image_freqs)):
         parts = [part.unflatten(-1, (-1, weights[0].shape[0])) for part in stream.chunk(3, dim=-1)]

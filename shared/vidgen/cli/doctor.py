@@ -122,7 +122,7 @@ def _engines(settings: WorkerSettings) -> Iterator[Check]:
 
 
 async def _reachable(settings: WorkerSettings, gateway: str | None) -> AsyncIterator[Check]:
-    from vidgen import artifacts, client  # noqa: F401  here, jetstream, so that the questions' time is theirs alone
+    from vidgen import artifacts, client, jetstream  # noqa: F401  here, so that the questions' time is theirs alone
 
     yield await _reach(
         "bus", settings.nats_url.rsplit("@", 1)[-1], lambda: _ask_bus(settings),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import asyncio
 import contextlib
 import json
@@ -32,7 +33,7 @@ def program(name: str) -> str:
     return found
 
 
-class _Server:
+class _Server(abc.ABC):
     """What both servers share: a folder, a process, and being an async context manager."""
 
     def __init__(self, name: str, folder: Path) -> None:
@@ -43,8 +44,9 @@ class _Server:
     def pid(self) -> int:
         return self.process.pid
 
+    @abc.abstractmethod
     async def start(self) -> None:
-        raise NotImplementedError
+        """Start and wait until it serves; raises LocalError with the end of the log."""
 
     async def stop(self) -> None:
         """SIGTERM and wait; the data stay."""

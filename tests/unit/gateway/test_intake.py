@@ -203,3 +203,15 @@ async def test_a_store_out_of_reach_hands_the_request_back_and_rejects_nothing()
 def test_a_number_too_long_for_python_is_refused_like_any_other_body() -> None:
     with pytest.raises(InvalidRequestError):
         parse(b'{"references":["x"],"edit":{"prompt":"a","seed":' + b"9" * 6000 + b"}}")
+
+
+async def test_a_second_request_with_a_known_id_leaves_the_references_of_the_first_alone(door: Door) -> None:
+    await put(door.store, "uploads/first.png", picture(mode="L"))
+    await put(door.store, "uploads/second.png", picture(mode="L", size=(96, 96)))
+    await door.publish(GOOD | {"references": ["uploads/first.png"], "job_id": "j1"})
+    job = await door.handle_one()
+    before = b"".join([chunk async for chunk in door.store.read(job.inputs[0])])
+    await door.publish(GOOD | {"references": ["uploads/second.png"], "job_id": "j1"})
+    again = await door.handle_one()
+    assert again.inputs == job.inputs == ("jobs/j1/reference-0.png",)
+    assert b"".join([chunk async for chunk in door.store.read(job.inputs[0])]) == before

@@ -165,7 +165,6 @@ def test_a_job_without_a_seed_has_the_same_one_whenever_it_is_planned() -> None:
 
 
 @given(st.floats(min_value=0.2, max_value=5.0))
-@settings(deadline=None)
 def test_a_planned_size_is_about_a_megapixel_at_the_asked_aspect(aspect: float) -> None:
     width, height = plan.size_for(aspect)
     assert width % 32 == 0
@@ -196,7 +195,6 @@ def histories(draw: st.DrawFn) -> tuple[list[contracts.AnyEvent], float]:
 
 
 @given(histories(), st.booleans(), st.data())
-@settings(max_examples=200, deadline=None)
 def test_any_order_and_number_of_events_ends_in_one_final_state(
     history: tuple[list[contracts.AnyEvent], float], cancel: bool, data: st.DataObject
 ) -> None:
@@ -214,7 +212,6 @@ def test_any_order_and_number_of_events_ends_in_one_final_state(
 
 
 @given(histories())
-@settings(deadline=None)
 def test_in_order_the_final_state_is_the_one_that_happened(history: tuple[list[contracts.AnyEvent], float]) -> None:
     events, _ = history
     job = feed(new_job(), *events)
@@ -410,7 +407,7 @@ class System(RuleBasedStateMachine):
 
 
 TestSystem = System.TestCase
-TestSystem.settings = settings(max_examples=100, stateful_step_count=30, deadline=None)
+TestSystem.settings = settings(stateful_step_count=30)
 
 
 def test_a_task_carries_the_deadline_of_its_job() -> None:

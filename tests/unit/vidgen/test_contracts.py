@@ -135,7 +135,7 @@ def edits(draw: st.DrawFn) -> EditParams:
     size = draw(st.none() | st.tuples(sides, sides)) or (None, None)
     return EditParams(
         prompt=draw(prompts), negative_prompt=draw(text), quality=draw(quality), seed=draw(seeds),
-        steps=draw(st.none() | st.integers(1, 100)), true_cfg_scale=draw(st.none() | guidance),
+        steps=draw(st.none() | st.integers(2, 100)), true_cfg_scale=draw(st.none() | guidance),
         guidance_scale=draw(guidance), width=size[0], height=size[1], candidates=draw(st.integers(1, 4)),
         style=draw(st.none() | st.sampled_from(["cinematic", "vivid"])),
     )  # fmt: skip

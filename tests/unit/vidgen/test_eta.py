@@ -3,13 +3,11 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from vidgen import eta
 
-# A busy machine says nothing about the properties.
-untimed = settings(deadline=None, max_examples=50, suppress_health_check=[HealthCheck.too_slow])
 durations = st.lists(st.floats(0.001, 1000), min_size=1, max_size=20)
 
 
@@ -28,7 +26,6 @@ def test_nothing_is_claimed_before_a_step_was_measured() -> None:
     assert clock.eta_s() is None
 
 
-@untimed
 @given(st.floats(0.001, 100), st.integers(2, 50), st.integers(0, 50), st.floats(0, 60))
 def test_even_steps_give_an_exact_estimate(per_step: float, done: int, left: int, finishing_s: float) -> None:
     clock = run([per_step] * done, steps=done + left, finishing_s=finishing_s)
@@ -37,14 +34,12 @@ def test_even_steps_give_an_exact_estimate(per_step: float, done: int, left: int
     assert clock.eta_s() == pytest.approx(left * per_step + finishing_s, rel=1e-6)
 
 
-@untimed
 @given(st.floats(0.01, 100), st.floats(0.01, 1000), st.integers(2, 20))
 def test_the_warm_up_of_the_first_step_is_left_out_once_another_is_known(even: float, first: float, more: int) -> None:
     assert run([first]).seconds_per_step == pytest.approx(first)
     assert run([first, *[even] * more]).seconds_per_step == pytest.approx(even, rel=1e-6)
 
 
-@untimed
 @given(st.floats(0.01, 10), st.integers(3, 20), st.floats(1, 1000), st.data())
 def test_one_slow_step_does_not_move_the_estimate(even: float, count: int, slow: float, data: st.DataObject) -> None:
     seconds = [even] * (count + 1)
@@ -53,7 +48,6 @@ def test_one_slow_step_does_not_move_the_estimate(even: float, count: int, slow:
     assert run(seconds).seconds_per_step == pytest.approx(even, rel=1e-6)
 
 
-@untimed
 @given(durations, st.integers(0, 100), st.floats(-100, 100), st.floats(-10, 60))
 def test_the_time_left_is_finite_and_never_negative(
     seconds: list[float], more: int, later: float, finishing_s: float
@@ -67,7 +61,6 @@ def test_the_time_left_is_finite_and_never_negative(
         assert left >= 0
 
 
-@untimed
 @given(durations, st.integers(0, 20), st.lists(st.floats(0, 2000), min_size=2, max_size=5))
 def test_between_steps_the_time_left_only_shrinks(seconds: list[float], more: int, waits: list[float]) -> None:
     clock = run(seconds, steps=len(seconds) + more, finishing_s=3.0)
@@ -77,7 +70,6 @@ def test_between_steps_the_time_left_only_shrinks(seconds: list[float], more: in
     assert left == sorted(left, reverse=True)
 
 
-@untimed
 @given(durations)
 def test_a_step_noted_twice_changes_nothing(seconds: list[float]) -> None:
     clock = run(seconds)
@@ -115,7 +107,6 @@ def test_recent_forgets_what_is_older_than_its_window() -> None:
     assert recent.value == 2
 
 
-@untimed
 @given(st.lists(st.floats(0, 10), min_size=1, max_size=60), st.floats(0.5, 20))
 def test_the_pace_lets_the_first_and_the_last_through_and_at_most_so_many_a_second(
     gaps: list[float], per_second: float
@@ -132,7 +123,6 @@ def test_the_pace_lets_the_first_and_the_last_through_and_at_most_so_many_a_seco
         assert (len(within) - 1) / per_second < 1 + 1e-6
 
 
-@untimed
 @given(st.lists(st.floats(0, 0.1), min_size=2, max_size=50))
 def test_the_pace_speaks_again_as_soon_as_it_may(gaps: list[float]) -> None:
     pace, at, spoken = eta.Pace(5), 0.0, 0.0

@@ -1,0 +1,52 @@
+"""What both engines share: how a model comes to its device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests import checkpoints
+
+from vidgen.errors import FatalError
+
+AREAS = {"reference_area": 64 * 64, "condition_area": 56 * 56}
+
+
+@pytest.fixture(scope="module")
+def snapshot(tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from vidgen import weights
+    from vidgen.accel import quantize
+
+    folder = tmp_path_factory.mktemp("fp8") / "qwen-edit"
+    return quantize.quantize(weights.require(str(tiny_models["qwen-edit"])), folder, least=16).folder
+
+
+@pytest.fixture(scope="module")
+def make(tiny_models: dict[str, Path]) -> Callable[..., Any]:
+    from edit_service.engine.qwen import QwenEditEngine
+
+    def made(model: Path, **options: Any) -> Any:
+        engine = QwenEditEngine(str(model), **AREAS | options)
+        engine.setup()
+        return engine
+
+    return made
+
+
+def test_an_fp8_snapshot_is_served_as_it_is_stored(make: Callable[..., Any], snapshot: Path) -> None:
+    from vidgen.accel.fp8 import Fp8Linear
+
+    engine = make(snapshot)
+    assert any(isinstance(module, Fp8Linear) for module in engine._pipe.transformer.modules())
+    assert {"verify", "weights", "read", "build"} <= set(engine.load_seconds)
+
+
+def test_no_lora_can_be_fused_into_an_fp8_snapshot(
+    make: Callable[..., Any], snapshot: Path, tiny_models: dict[str, Path], tmp_path: Path
+) -> None:
+    lora = checkpoints.lora(tmp_path, make(tiny_models["qwen-edit"])._pipe)
+    with pytest.raises(FatalError, match="vidgen weights quantize --lora") as caught:
+        make(snapshot, lora=str(lora))
+    assert caught.value.code == "settings"

@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from vidgen.accel import speed
+from vidgen.errors import FatalError
+
+CPU = torch.device("cpu")
+
+
+class Model(nn.Module):
+    """Remembers the attention backend that it is told."""
+
+    backend = ""
+
+    def set_attention_backend(self, name: str) -> None:
+        self.backend = name
+
+
+def test_the_kernels_that_are_asked_for_are_set_in_every_transformer() -> None:
+    models = [Model(), Model()]
+    assert speed.choose_attention(models, "cudnn", CPU) == "cudnn"
+    assert [model.backend for model in models] == ["_native_cudnn"] * 2
+
+
+def test_kernels_that_are_not_installed_are_refused_by_the_name_of_their_package() -> None:
+    with pytest.raises(FatalError, match="VIDGEN_ATTENTION=flash3 needs the package flash_attn_interface") as caught:
+        speed.choose_attention([Model()], "flash3", CPU)
+    assert caught.value.code == "settings"
+
+
+def test_unknown_kernels_are_refused_with_those_that_there_are() -> None:
+    with pytest.raises(FatalError, match="use auto, torch, cudnn, flash3, sage"):
+        speed.choose_attention([Model()], "xformers", CPU)
+
+
+@pytest.mark.parametrize(("capability", "name"), [((9, 0), "flash3"), ((8, 9), "torch"), ((10, 0), "torch")])
+def test_flash_attention_3_is_chosen_on_a_hopper_alone(
+    monkeypatch: pytest.MonkeyPatch, capability: tuple[int, int], name: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(speed.importlib.util, "find_spec", lambda package: object())
+    assert speed.choose_attention([Model()], "auto", CPU) == name
+
+
+def test_without_flash_attention_3_a_hopper_uses_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(speed.importlib.util, "find_spec", lambda package: None)
+    assert speed.choose_attention([Model()], "auto", CPU) == "torch"
+
+
+def test_another_memory_format_leaves_a_convolution_as_it_is() -> None:
+    torch.manual_seed(0)
+    vae = nn.Sequential(nn.Conv3d(4, 8, 3, padding=1), nn.Flatten(1, 2), nn.Conv2d(32, 4, 1)).requires_grad_(False)
+    x = torch.randn(1, 4, 4, 6, 6)
+    wanted = vae(x)
+    speed.channels_last(vae)
+    assert vae[0].weight.is_contiguous(memory_format=torch.channels_last_3d)
+    torch.testing.assert_close(vae(x), wanted)
