@@ -135,7 +135,7 @@ def edits(draw: st.DrawFn) -> EditParams:
     size = draw(st.none() | st.tuples(sides, sides)) or (None, None)
     return EditParams(
         prompt=draw(prompts), negative_prompt=draw(text), quality=draw(quality), seed=draw(seeds),
-        steps=draw(st.none() | st.integers(1, 100)), true_cfg_scale=draw(st.none() | guidance),
+        steps=draw(st.none() | st.integers(2, 100)), true_cfg_scale=draw(st.none() | guidance),
         guidance_scale=draw(guidance), width=size[0], height=size[1], candidates=draw(st.integers(1, 4)),
         style=draw(st.none() | st.sampled_from(["cinematic", "vivid"])),
     )  # fmt: skip
@@ -184,7 +184,7 @@ EVENTS: dict[str, dict[str, Any]] = {
     "stage_completed": STAGE
     | {"engine": "preview", "model": "none", "seed": 7, "artifacts": [ARTIFACT], "timings": {"denoise": 1.5}},
     "stage_failed": STAGE | {"error": ERROR, "final": False, "retry_in_s": 2.0},
-    "stage_released": STAGE,
+    "stage_released": STAGE | {"checkpoint": {"attempt": 2, "step": 3, "steps": 8}, "preempted": 1},
     "stage_cancelled": STAGE | {"cancel_latency_s": 0.1},
     "cancel_requested": {},
     "retry_requested": {},
