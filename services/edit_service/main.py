@@ -15,15 +15,15 @@ def make_engine(settings: WorkerSettings, chosen: choice.Choice) -> Engine:
     if chosen.kind == "preview":
         return PreviewEditEngine(seconds_per_step=settings.preview_seconds_per_step)
     from edit_service.engine.qwen import QwenEditEngine
+    from vidgen.accel.engine import Layout
 
     return QwenEditEngine(
         model=settings.edit_model,
         revision=settings.edit_revision,
-        device=settings.device,
-        dtype=settings.dtype,
         lora=settings.edit_lora,
         reference_area=settings.edit_reference_area,
         condition_area=settings.edit_condition_area,
+        layout=Layout(**settings.layout()),
     )
 
 

@@ -15,14 +15,14 @@ def make_engine(settings: WorkerSettings, chosen: choice.Choice) -> Engine:
     if chosen.kind == "preview":
         return PreviewI2VEngine(seconds_per_step=settings.preview_seconds_per_step)
     from i2v_service.engine.wan import WanI2VEngine
+    from vidgen.accel.engine import Layout
 
     return WanI2VEngine(
         model=settings.i2v_model,
         revision=settings.i2v_revision,
-        device=settings.device,
-        dtype=settings.dtype,
         lora=settings.i2v_lora,
         lora_2=settings.i2v_lora_2,
+        layout=Layout(**settings.layout()),
     )
 
 

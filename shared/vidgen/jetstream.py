@@ -32,6 +32,7 @@ READY_TIMEOUT = 2.0
 FIRST_CONNECT_ATTEMPTS = 2  # beyond the first one, a second apart
 FEED_MEMORY = 60.0  # seconds that the server keeps the place of a feed nobody reads
 RECORDS_AT_ONCE = 64
+LAST_CALL = 0.1  # seconds that a pull which was given up still listens
 
 WRONG_LAST_SEQUENCE = frozenset({10071, 10164})  # alone · in a cluster
 SEQUENCE_NOT_FOUND = frozenset({10037, 10043, 10057})  # never was · deleted · past the end
@@ -325,6 +326,9 @@ class JetStreamBus:
 
     async def _hand_back(self, subscription: Subscription, arrived: asyncio.Future[Msg]) -> None:
         """Give up a pull: what is already on its way goes back into the queue now, not after `ack_wait`."""
+        # A message that the server sends just as nobody listens any more waits for its lease to run out, so what was
+        # there to be taken is given the time to come.
+        await asyncio.wait([arrived], timeout=LAST_CALL)
         with contextlib.suppress(nats.errors.Error, TimeoutError, OSError):
             await subscription.drain()  # type: ignore[no-untyped-call]
         if not arrived.done():

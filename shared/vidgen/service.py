@@ -81,6 +81,9 @@ class _Service:
         reason = await asyncio.to_thread(weights.why_not, model, revision, gpu=bool(gpus))
         chosen = choice.choose(self._stage, self._settings, gpus=gpus, reason=reason)
         log.info(chosen.reason, _event="engine_chosen", kind=chosen.kind)
+        if chosen.kind == "real" and self._settings.verify_weights == "full":
+            await asyncio.to_thread(weights.require, model, revision, check="full")
+            log.info("the weights are those of their manifest", _event="weights_verified")
         engine = self._make_engine(self._settings, chosen)
         try:
             await asyncio.get_running_loop().run_in_executor(device_thread, engine.setup)

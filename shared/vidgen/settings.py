@@ -105,6 +105,20 @@ class WorkerSettings(Settings):
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         "auto", description="auto: bfloat16 on a GPU, float32 on the CPU."
     )
+    profile: Literal["auto", "resident-bf16", "resident-fp8", "offload-fp8"] = Field(
+        "auto", description="How a model is laid into the GPU's memory; auto: the fastest that fits what is found."
+    )
+    attention: Literal["auto", "torch", "cudnn", "flash3", "sage"] = Field(
+        "auto",
+        description="auto: FlashAttention 3 where it is installed on a Hopper GPU, else torch's; sage is lossy.",
+    )
+    compile: Literal["auto", "off", "blocks", "full"] = Field(
+        "auto", description="auto: blocks, on a GPU; full: the VAE too, which takes a minute more at the start."
+    )
+    verify_weights: Literal["size", "full"] = Field(
+        "size",
+        description="What is compared with a model's manifest before it serves: the files' sizes, or (full) checksums.",
+    )
     preview_seconds_per_step: float = Field(0.0, ge=0, description="A pace for the preview engines, for load tests.")
 
     edit_model: str = Field(QWEN_MODEL, description="A model id or a local folder.")
@@ -120,6 +134,10 @@ class WorkerSettings(Settings):
     i2v_revision: str | None = Field(None, description="The commit of the model id; needed to download it.")
     i2v_lora: str | None = Field(None, description="A LoRA; with Wan 2.2 that of the high-noise expert.")
     i2v_lora_2: str | None = Field(None, description="The LoRA of Wan 2.2's low-noise expert.")
+
+    def layout(self) -> dict[str, str]:
+        """How an engine is laid into the device: the fields of `vidgen.accel.engine.Layout`."""
+        return {name: getattr(self, name) for name in ("device", "dtype", "profile", "attention", "compile")}
 
     def model_of(self, stage: Stage) -> tuple[str, str | None]:
         """Model id or folder, and pinned revision, of a stage."""

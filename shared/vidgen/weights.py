@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import io
 import json
 import re
-import sys
-from collections.abc import Iterator, Mapping
+import threading
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+from vidgen import __version__, manifest
 from vidgen.errors import FatalError
 
 INDEX = "model_index.json"
@@ -27,19 +29,30 @@ LIBRARIES = frozenset({"diffusers", "transformers"})
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "safetensors")
 # Formats that run code when they are read.
 PICKLED = frozenset({".bin", ".ckpt", ".joblib", ".pickle", ".pkl", ".pt", ".pth"})
-# What a pipeline of safetensors consists of: configurations, tokenizers, chat templates and weights.
-PATTERNS = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
 COMMIT = re.compile(r"[0-9a-f]{40}")
+# So many faults are named in a sentence; `vidgen weights verify` names them all.
+NAMED = 3
+
+OnProgress = Callable[[str, int, int | None], None]
+Check = Literal["structure", "size", "full"]
+
+
+def unheard(phase: str, done: int, total: int | None) -> None:
+    """For those who do not want to hear of the progress."""
 
 
 @dataclass(frozen=True)
 class Weights:
-    """A model that is on this machine: its folder, its id (or the folder's name), its commit, and its size."""
+    """A model that is on this machine: its folder, its id (or the folder's name), its commit, and its size.
+
+    `profile` says whether its transformers' layers are stored in FP8.
+    """
 
     folder: Path
     model: str
     revision: str | None
     bytes: int
+    profile: manifest.Profile = "bf16"
 
 
 def locate(model: str, revision: str | None = None) -> Weights | None:
@@ -48,9 +61,12 @@ def locate(model: str, revision: str | None = None) -> Weights | None:
     What it finds has not been looked into: `verify` does that.
     """
     folder = Path(model).expanduser()
-    if folder.is_dir():
-        return Weights(folder, folder.resolve().name, _downloaded_commit(folder), _size(folder))
-    return _cached(model, revision)
+    if not folder.is_dir():
+        return _cached(model, revision)
+    told = _manifest(folder)
+    if told is not None:
+        return Weights(folder, told.model, told.revision, _size(folder), told.profile)
+    return Weights(folder, folder.resolve().name, _downloaded_commit(folder), _size(folder))
 
 
 def verify(folder: Path, pipelines: frozenset[str] = PIPELINES) -> None:
@@ -65,16 +81,25 @@ def verify(folder: Path, pipelines: frozenset[str] = PIPELINES) -> None:
     if name == "WanPipeline" and not index.get("expand_timesteps"):
         raise _refused(folder, "it turns text into video and cannot start from an image: use an I2V or TI2V model")
     _refuse_code(folder)
-    for component, library, kind in _components(folder, index):
+    for component, library, kind in components(folder):
         if library not in LIBRARIES:
             raise _refused(folder, f"{component} wants {library}.{kind}, which is code of its own")
         _complete(folder, component)
 
 
-def pull(model: str, revision: str | None, *, pipelines: frozenset[str] = PIPELINES) -> Weights:
-    """Download one commit of a hub model, safetensors and configuration only, and verify it.
+def pull(
+    model: str,
+    revision: str | None,
+    *,
+    to: Path | None = None,
+    pipelines: frozenset[str] = PIPELINES,
+    on_progress: OnProgress = unheard,
+) -> Weights:
+    """Download one commit of a hub model, safetensors and configuration only, verify it and write its manifest.
 
-    Raises FatalError where `revision` is no full commit id: a branch or tag can be moved to other weights.
+    It goes into the hub's cache, or into the folder `to`. What was downloaded before is not downloaded again, and a
+    file that broke off goes on where it did. `on_progress` hears of the phases `download` and `check`, in bytes, in
+    any thread. Raises FatalError where `revision` is no full commit id: a branch or tag can be moved to other weights.
     """
     if revision is None or not COMMIT.fullmatch(revision):
         raise FatalError(
@@ -82,20 +107,36 @@ def pull(model: str, revision: str | None, *, pipelines: frozenset[str] = PIPELI
             "set the revision to the 40 hexadecimal digits of the commit that you trust",
             code="weights_unpinned",
         )
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError as exc:
-        raise FatalError('downloading needs huggingface-hub: pip install "vidgen[gpu]"', code="not_installed") from exc
-    try:
-        folder = Path(snapshot_download(model, revision=revision, allow_patterns=list(PATTERNS)))
-    except (OSError, ValueError, RuntimeError) as exc:  # its HTTP errors are OSErrors, its validation ValueErrors
-        raise FatalError(
-            f"{model} at {revision} could not be downloaded ({type(exc).__name__}: {_first_line(exc)}): "
-            "check the id, the commit, the network and, for a gated model, HF_TOKEN",
-            code="weights_missing",
-        ) from exc
+    folder = _download(model, revision, to, on_progress)
     verify(folder, pipelines)
+    wrong = _account_for(folder, model, revision, on_progress)
+    if wrong:
+        raise FatalError(
+            f"{_faults(wrong)} in {folder}, which the download should have made right: "
+            "delete what is named there and pull again",
+            code="weights_damaged",
+        )
     return Weights(folder, model, revision, _size(folder))
+
+
+def damage(found: Weights, on_progress: OnProgress = unheard) -> list[manifest.Fault]:
+    """Everything that is wrong with a model's files, told by their checksums; reads all of them.
+
+    They are compared with the manifest, else with what the hub told when they were downloaded; raises FatalError
+    where there is neither.
+    """
+    folder, told = found.folder, manifest.read(found.folder)
+    if told is not None:
+        return manifest.check(folder, told, counted(folder, [file.path for file in told.files], on_progress))
+    sums = manifest.of_hub(folder)
+    unknown = [name for name in manifest.paths(folder) if name.endswith(".safetensors") and name not in sums]
+    if unknown:
+        raise FatalError(
+            f"{folder} has no {manifest.NAME}, and the hub told nothing of {_listed(unknown[:NAMED])}: "
+            "`vidgen weights pull` downloads a model with its manifest",
+            code="weights_unverified",
+        )
+    return manifest.unlike(folder, sums, counted(folder, list(sums), on_progress))
 
 
 def why_not(
@@ -105,9 +146,9 @@ def why_not(
 
     With `gpu`, a torch that was built without CUDA is a reason too.
     """
-    missing = [package for package in PACKAGES if importlib.util.find_spec(package) is None]
-    if missing:
-        return f'{_listed(missing)} not installed: pip install "vidgen[gpu]"'
+    missing = not_installed()
+    if missing is not None:
+        return missing
     if gpu and importlib.metadata.version("torch").endswith("+cpu"):
         return "torch is a build for the CPU: install the one for this GPU's CUDA"
     try:
@@ -117,17 +158,38 @@ def why_not(
     return None
 
 
-def require(model: str, revision: str | None = None, *, pipelines: frozenset[str] = PIPELINES) -> Weights:
-    """Locate and verify; raises FatalError that names the remedy where either fails."""
+def not_installed() -> str | None:
+    """Say which packages of the real engines are not here and what to do, or None."""
+    missing = [package for package in PACKAGES if importlib.util.find_spec(package) is None]
+    return f'{_listed(missing)} not installed: pip install "vidgen[gpu]"' if missing else None
+
+
+def require(
+    model: str, revision: str | None = None, *, pipelines: frozenset[str] = PIPELINES, check: Check = "size"
+) -> Weights:
+    """Locate and verify; raises FatalError that names the remedy where either fails.
+
+    Where there is a manifest, the files must have the sizes in it, and with `full`, which reads them, the checksums.
+    """
     found = locate(model, revision)
     if found is None:
         at = f" at {revision}" if revision else ""
         raise FatalError(
             f"the weights of {model}{at} are not on this machine: "
-            f"download them with `python -m vidgen.weights {model} COMMIT`, or set the model to their folder",
+            f"download them with `vidgen weights pull {model} --revision COMMIT`, or set the model to their folder",
             code="weights_missing",
         )
     verify(found.folder, pipelines)
+    told = manifest.read(found.folder)
+    if told is None or check == "structure":
+        return found
+    wrong = manifest.check(found.folder, told) if check == "full" else manifest.wrong_sizes(found.folder, told)
+    if wrong:
+        raise FatalError(
+            f"the weights in {found.folder} are not those of their manifest ({_faults(wrong)}): "
+            "download or quantize the model again",
+            code="weights_damaged",
+        )
     return found
 
 
@@ -149,18 +211,102 @@ def lora_file(path: str) -> Path:
     return found[0]
 
 
+def _download(model: str, revision: str, to: Path | None, on_progress: OnProgress) -> Path:
+    try:
+        from huggingface_hub import snapshot_download
+    except ImportError as exc:
+        raise FatalError('downloading needs huggingface-hub: pip install "vidgen[gpu]"', code="not_installed") from exc
+    try:
+        return Path(
+            snapshot_download(
+                model, revision=revision, local_dir=to, allow_patterns=list(manifest.PATTERNS),
+                tqdm_class=_bar(on_progress),
+            )
+        )  # fmt: skip
+    except (OSError, ValueError, RuntimeError) as exc:  # its HTTP errors are OSErrors, its validation ValueErrors
+        raise FatalError(
+            f"{model} at {revision} could not be downloaded ({type(exc).__name__}: {_first_line(exc)}): "
+            "check the id, the commit, the network and, for a gated model, HF_TOKEN",
+            code="weights_missing",
+        ) from exc
+
+
+def _bar(on_progress: OnProgress) -> type:
+    """A bar for the hub's client that shows nothing and tells `on_progress` of the bytes that are on the disk."""
+    from tqdm import tqdm
+
+    class Bar(tqdm):  # type: ignore[misc]
+        monitor_interval = 0  # a thread that would outlive the download
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
+            # Of the client's bars one counts files, and one what came over the network, packed.
+            self._told = kwargs.get("unit") == "B" and not str(kwargs.get("desc")).startswith("Downloading")
+            super().__init__(*args, **kwargs | {"file": io.StringIO()})
+
+        def display(self, *args: Any, **kwargs: Any) -> bool:
+            return True
+
+        def update(self, n: float | None = 1) -> bool | None:
+            updated: bool | None = super().update(n)
+            if self._told:
+                on_progress("download", int(self.n), int(self.total) if self.total else None)
+            return updated
+
+    return Bar
+
+
+def _account_for(folder: Path, model: str, revision: str, on_progress: OnProgress) -> list[manifest.Fault]:
+    """Write the manifest of what was downloaded; where that is not what the hub told of it, say so instead."""
+    files = manifest.describe(folder, on_bytes=counted(folder, manifest.paths(folder), on_progress))
+    sums = manifest.of_hub(folder)
+    wrong = [file for file in files if sums.get(file.path, file.sha256) != file.sha256]
+    if not wrong:
+        made = manifest.Manifest(model=model, revision=revision, created_by=f"vidgen {__version__}", files=tuple(files))
+        manifest.write(folder, made)
+    return [manifest.Fault(file.path, "wrong checksum") for file in wrong]
+
+
+def counted(folder: Path, names: Collection[str], on_progress: OnProgress) -> manifest.OnBytes:
+    """Tell `on_progress` how much of some files several threads have checked together."""
+    total = sum((folder / name).stat().st_size for name in names if (folder / name).is_file())
+    done, lock = 0, threading.Lock()
+
+    def count(more: int) -> None:
+        nonlocal done
+        with lock:
+            done += more
+            on_progress("check", done, total)
+
+    return count
+
+
+def _faults(wrong: Sequence[manifest.Fault]) -> str:
+    more = [f"{len(wrong) - NAMED} more"] if len(wrong) > NAMED else []
+    return _listed([*map(str, wrong[:NAMED]), *more])
+
+
+def _manifest(folder: Path) -> manifest.Manifest | None:
+    try:
+        return manifest.read(folder)
+    except FatalError:  # `require` says so
+        return None
+
+
 def _cached(model: str, revision: str | None) -> Weights | None:
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
         return None
     try:
-        folder = Path(snapshot_download(model, revision=revision, local_files_only=True))
+        # Of what was never asked for, a model card above all, the client would else say that it is missing.
+        wanted = list(manifest.PATTERNS)
+        folder = Path(snapshot_download(model, revision=revision, allow_patterns=wanted, local_files_only=True))
     except (OSError, ValueError):  # not in the cache; not an id at all
         return None
     # The cache names a snapshot's folder after its commit.
     commit = folder.name if COMMIT.fullmatch(folder.name) else None
-    return Weights(folder, model, commit, _size(folder))
+    told = _manifest(folder)
+    return Weights(folder, model, commit, _size(folder), told.profile if told else "bf16")
 
 
 def _downloaded_commit(folder: Path) -> str | None:
@@ -171,6 +317,11 @@ def _downloaded_commit(folder: Path) -> str | None:
     except (OSError, UnicodeDecodeError):
         return None
     return line if COMMIT.fullmatch(line) else None
+
+
+def component_sizes(folder: Path) -> dict[str, int]:
+    """The bytes of weights in each component's folder of a model."""
+    return {part.name: size for part in sorted(folder.iterdir()) if part.is_dir() and (size := _size(part))}
 
 
 def _size(folder: Path) -> int:
@@ -189,8 +340,9 @@ def _read(path: Path) -> Mapping[str, Any]:
     return read
 
 
-def _components(folder: Path, index: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
-    for component, value in index.items():
+def components(folder: Path) -> Iterator[tuple[str, str, str]]:
+    """The components of a model with the library and the class of each, as its index tells them; raises FatalError."""
+    for component, value in _read(folder / INDEX).items():
         if not isinstance(value, list) or component.startswith("_"):
             continue
         if value == [None, None]:
@@ -235,21 +387,3 @@ def _listed(names: list[str]) -> str:
 
 def _first_line(exc: BaseException) -> str:
     return str(exc).strip().partition("\n")[0][:200]
-
-
-def main(arguments: list[str]) -> int:
-    """`python -m vidgen.weights MODEL COMMIT` downloads a model at a pinned commit."""
-    if len(arguments) != 2:
-        sys.stderr.write("usage: python -m vidgen.weights MODEL COMMIT\n")
-        return 2
-    try:
-        pulled = pull(arguments[0], arguments[1])
-    except FatalError as exc:
-        sys.stderr.write(f"{exc.message}\n")
-        return 1
-    sys.stdout.write(f"{pulled.folder}\n")
-    return 0
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -151,9 +151,9 @@ async def test_every_call_fails_in_an_outage_and_says_so_plainly(
         delivery = await pulled(connected)
         records = connected.records(topology.JOBS_BUCKET)
         await records.put("j1", b"")
-        monkeypatch.setattr(bus, "REQUEST_TIMEOUT", 0.3)
+        monkeypatch.setattr(jetstream, "REQUEST_TIMEOUT", 0.3)
         monkeypatch.setattr(connected.jetstream, "_timeout", 0.3)
-        monkeypatch.setattr(bus, "PUBLISH_PATIENCE", 0.3)
+        monkeypatch.setattr(jetstream, "PUBLISH_PATIENCE", 0.3)
         await nats_server.kill()
 
         calls = [

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +14,11 @@ from PIL import Image
 
 from vidgen import diffusion, images, weights
 from vidgen.accel import resume
+from vidgen.accel.engine import DiffusersEngine, Layout
 from vidgen.contracts import MAX_REFERENCES, EditWork, Work
-from vidgen.engine import EngineInfo, Finished, Generated, OnStep
+from vidgen.engine import Finished, Generated, OnStep
 from vidgen.errors import RejectedError
+from vidgen.profiles import GIB
 
 WARM_UP = EditWork(
     prompt="warm up", user_prompt="warm up", negative_prompt=" ", steps=2, true_cfg_scale=1.0, guidance_scale=1.0,
@@ -40,56 +42,43 @@ class Edited:
     pixels: np.ndarray[Any, np.dtype[np.uint8]]
 
 
-class QwenEditEngine:
+class QwenEditEngine(DiffusersEngine):
     """Qwen-Image-Edit on one device.
 
     `model` is a hub id (already downloaded) or a folder, `revision` its commit, `lora` a local .safetensors file or
-    folder that is fused into the transformer. `dtype` auto is bfloat16 on a GPU and float32 on the CPU.
+    folder that is fused into the transformer.
 
     `reference_area` and `condition_area` are the pixels to which each reference is resized for the VAE and for the
     text encoder (by default 1024² and 384²): fewer make every step cheaper. One such engine per process: the pipeline
     reads them from its module.
     """
 
+    NAME = "qwen"
+    PIPELINE = QwenImageEditPlusPipeline
+    PIPELINES = weights.EDIT_PIPELINES
+    WORK = 5 * GIB  # one image of a megapixel with one reference: 4.3 GiB measured
+
     def __init__(
         self,
         model: str,
         *,
         revision: str | None = None,
-        device: str = "auto",
-        dtype: str = "auto",
         lora: str | None = None,
         reference_area: int | None = None,
         condition_area: int | None = None,
+        layout: Layout = Layout(),  # noqa: B008  frozen
     ) -> None:
-        self.model = model
-        self.revision = revision
-        self.lora = lora
+        super().__init__(model, revision, {"transformer": lora}, layout)
         self.reference_area = reference_area
         self.condition_area = condition_area
-        self.info = EngineInfo("qwen", Path(model).name if Path(model).is_dir() else model, revision, device=device)
-        self._wanted = (device, dtype)
 
-    def setup(self) -> None:
-        """Load the weights, fuse the LoRA and, on a GPU, run once; raises FatalError with the remedy."""
-        found = weights.require(self.model, self.revision, pipelines=weights.EDIT_PIPELINES)
-        self._device = diffusion.device_of(self._wanted[0])
-        dtype = diffusion.dtype_of(self._wanted[1], self._device)
-        self._pipe: Any = diffusion.load(QwenImageEditPlusPipeline, found, self._device, dtype)
-        if self.lora is not None:
-            diffusion.fuse(self._pipe, self.lora)
+    def _adopt(self) -> None:
         # Module constants of diffusers: set for the whole process, which holds this one engine.
         if self.reference_area is not None:
             pipeline_qwenimage_edit_plus.VAE_IMAGE_SIZE = self.reference_area
         if self.condition_area is not None:
             pipeline_qwenimage_edit_plus.CONDITION_IMAGE_SIZE = self.condition_area
         self._multiple: int = self._pipe.vae_scale_factor * 2
-        self.info = replace(
-            self.info, model=found.model, revision=found.revision,
-            profile=str(dtype).removeprefix("torch."), device=str(self._device),
-        )  # fmt: skip
-        if self._device.type == "cuda":
-            self._warm_up()
 
     def prepare(self, work: Work, files: Sequence[Path]) -> Inputs:
         """Open the references; raises RejectedError for what is no image, or not one to three of them."""
@@ -141,14 +130,15 @@ class QwenEditEngine:
         return tuple(finished)
 
     def _made_with(self) -> dict[str, object]:
-        return {
-            "lora": self.lora, "reference_area": self.reference_area, "condition_area": self.condition_area
-        }  # fmt: skip
+        areas = {"reference_area": self.reference_area, "condition_area": self.condition_area}
+        return super()._made_with() | areas
 
     def _warm_up(self) -> None:
         grey = Image.new("RGB", (WARM_UP.width, WARM_UP.height), (128, 128, 128))
-        with diffusion.loading("the model", "see the log of this worker"):
-            self.generate(Inputs(WARM_UP, (grey,)), lambda step, steps: None)
+        # Two lengths of text: at the second, compilation learns that lengths vary, and no prompt compiles any more.
+        for prompt in ("warm up", "warm up with a longer text"):
+            work = WARM_UP.model_copy(update={"prompt": prompt})
+            self.generate(Inputs(work, (grey,)), lambda step, steps: None)
 
     def _refuse_control_tokens(self, work: EditWork) -> None:
         # The text encoder would read these as images or as another speaker's turn.

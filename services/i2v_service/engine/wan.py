@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,11 @@ from PIL import Image
 
 from vidgen import diffusion, images, video, weights
 from vidgen.accel import resume
+from vidgen.accel.engine import DiffusersEngine, Layout
 from vidgen.contracts import I2VWork, Work
-from vidgen.engine import EngineInfo, Finished, Generated, OnStep
+from vidgen.engine import Finished, Generated, OnStep
 from vidgen.errors import RejectedError
+from vidgen.profiles import GIB
 
 WARM_UP = I2VWork(
     prompt="warm up", negative_prompt="", steps=2, guidance_scale=1.0, seed=0, num_frames=5, fps=16, width=256,
@@ -41,53 +43,40 @@ class Animated:
     frames: np.ndarray[Any, np.dtype[np.uint8]]
 
 
-class WanI2VEngine:
+class WanI2VEngine(DiffusersEngine):
     """Wan image-to-video on one device.
 
     `model` is a hub id (already downloaded) or a folder, `revision` its commit. `lora` is fused into the transformer
     (Wan 2.2 A14B: the high-noise expert) and `lora_2` into the low-noise expert; each is a local .safetensors file or
-    folder. `dtype` auto is, on a GPU, bfloat16 with the VAE and the image encoder in float32, as Wan was made; an
-    explicit dtype holds for all of it, which makes encoding and decoding faster.
+    folder. With dtype auto on a GPU all is bfloat16 but what the model's makers keep in float32: the image encoder,
+    and, except in the models of two experts, the VAE. An explicit dtype holds for all of it.
     """
+
+    NAME = "wan"
+    PIPELINE = WanImageToVideoPipeline
+    PIPELINES = weights.I2V_PIPELINES
+    WORK = 6 * GIB  # 81 frames of 832x480: 4.9 GiB measured
 
     def __init__(
         self,
         model: str,
         *,
         revision: str | None = None,
-        device: str = "auto",
-        dtype: str = "auto",
         lora: str | None = None,
         lora_2: str | None = None,
+        layout: Layout = Layout(),  # noqa: B008  frozen
     ) -> None:
-        self.model = model
-        self.revision = revision
-        self.lora = lora
-        self.lora_2 = lora_2
-        self.info = EngineInfo("wan", Path(model).name if Path(model).is_dir() else model, revision, device=device)
-        self._wanted = (device, dtype)
+        super().__init__(model, revision, {"transformer": lora, "transformer_2": lora_2}, layout)
 
-    def setup(self) -> None:
-        """Load the weights, fuse the LoRAs and, on a GPU, run once; raises FatalError with the remedy."""
-        found = weights.require(self.model, self.revision, pipelines=weights.I2V_PIPELINES)
-        self._device = diffusion.device_of(self._wanted[0])
-        dtype = diffusion.dtype_of(self._wanted[1], self._device)
-        exact = torch.float32 if self._wanted[1] == "auto" else dtype
-        dtypes = {"default": dtype, "vae": exact, "image_encoder": exact}
-        self._pipe: Any = diffusion.load(WanImageToVideoPipeline, found, self._device, dtypes)
-        if self.lora is not None:
-            diffusion.fuse(self._pipe, self.lora)
-        if self.lora_2 is not None:
-            diffusion.fuse(self._pipe, self.lora_2, "transformer_2")
+    def _dtypes(self, found: weights.Weights, dtype: torch.dtype) -> dict[str, torch.dtype]:
+        exact = torch.float32 if self.layout.dtype == "auto" else dtype
+        vae = dtype if "transformer_2" in self._sizes(found) else exact
+        return {"default": dtype, "vae": vae, "image_encoder": exact}
+
+    def _adopt(self) -> None:
         # The VAE's own factor times the patches of the transformer: 16, and 32 for TI2V-5B.
         patch: Sequence[int] = self._pipe.transformer.config.patch_size
         self._multiple = math.lcm(16, self._pipe.vae_scale_factor_spatial * max(patch[1:]))
-        self.info = replace(
-            self.info, model=found.model, revision=found.revision,
-            profile=str(dtype).removeprefix("torch."), device=str(self._device),
-        )  # fmt: skip
-        if self._device.type == "cuda":
-            self._warm_up()
 
     def prepare(self, work: Work, files: Sequence[Path]) -> Inputs:
         """Open the start image and fit it to the video; raises RejectedError for what is no image, or not one."""
@@ -162,10 +151,6 @@ class WanI2VEngine:
         edges = ((top, high - start.height - top), (left, wide - start.width - left), (0, 0))
         return Image.fromarray(np.pad(np.asarray(start), edges, mode="symmetric"))
 
-    def _made_with(self) -> dict[str, object]:
-        return {"lora": self.lora, "lora_2": self.lora_2}
-
     def _warm_up(self) -> None:
         grey = Image.new("RGB", (WARM_UP.width, WARM_UP.height), (128, 128, 128))
-        with diffusion.loading("the model", "see the log of this worker"):
-            self.generate(Inputs(WARM_UP, self._laid_out(grey)), lambda step, steps: None)
+        self.generate(Inputs(WARM_UP, self._laid_out(grey)), lambda step, steps: None)

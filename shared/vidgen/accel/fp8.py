@@ -11,20 +11,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-E4M3 = torch.float8_e4m3fn
-E4M3_MAX = 448.0
-# A row of zeros has no magnitude to divide by.
-SMALLEST = 1e-12
+from vidgen.accel import kernels
+
 # The matrix units take both sides in sixteens.
 MULTIPLE = 16
 # Smaller layers cost nothing either way: time and image-position embeddings, the last projection.
 LEAST_FEATURES = 512
-
-
-def quantise_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """The rows of a (rows, columns) matrix in e4m3, and their scales as (rows, 1) float32: x ≈ q · scale."""
-    scale = (x.abs().amax(dim=-1, keepdim=True).float() / E4M3_MAX).clamp(min=SMALLEST)
-    return (x.float() / scale).clamp(-E4M3_MAX, E4M3_MAX).to(E4M3), scale
 
 
 class Fp8Linear(nn.Module):
@@ -46,22 +38,26 @@ class Fp8Linear(nn.Module):
         self.register_buffer("bias", bias)
 
     @classmethod
-    def of(cls, linear: nn.Linear, *, arithmetic: bool) -> Fp8Linear:
-        """Quantise a layer, where its weight is."""
-        weight, scale = quantise_rows(linear.weight.detach())
-        bias = linear.bias.detach() if linear.bias is not None else None
+    def of(cls, linear: nn.Linear, *, arithmetic: bool, through: torch.device | None = None) -> Fp8Linear:
+        """Quantise a layer on the device `through`, by default where its weight is; the new layer is there."""
+        weight, scale = kernels.rows_in_e4m3(linear.weight.detach().to(through))
+        bias = linear.bias.detach().to(through) if linear.bias is not None else None
         return cls(weight, scale, bias, arithmetic=arithmetic)
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.arithmetic:
             weight = self.weight.to(x.dtype) * self.weight_scale.to(x.dtype)
             return nn.functional.linear(x, weight, self.bias)
-        rows, scale = quantise_rows(x.reshape(-1, self.in_features))
-        made = torch._scaled_mm(
-            rows, self.weight.t(), scale_a=scale, scale_b=self.weight_scale.t(), bias=self.bias,
-            out_dtype=x.dtype, use_fast_accum=True,
+        rows, scale = kernels.quantise_rows(x.reshape(-1, self.in_features), False)
+        return self.multiply(rows, scale, x.dtype).reshape(*x.shape[:-1], self.out_features)
+
+    def multiply(self, rows: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+        """The (rows, out) product with rows that are quantised already."""
+        made: Tensor = torch._scaled_mm(
+            rows, self.weight.t(), scale_a=scale, scale_b=self.weight_scale.t(), bias=self.bias, out_dtype=dtype,
+            use_fast_accum=True,
         )  # fmt: skip
-        return made.reshape(*x.shape[:-1], self.out_features)
+        return made
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Fp8Linear:
         weight, scale = self.weight, self.weight_scale
@@ -85,16 +81,36 @@ def suits(linear: nn.Module, least: int = LEAST_FEATURES) -> bool:
     return min(sides) >= least and not any(side % MULTIPLE for side in sides)
 
 
-def quantise(model: nn.Module, *, arithmetic: bool, least: int = LEAST_FEATURES) -> int:
-    """Replace, in place and one by one, the linear layers of a model's blocks that gain by it; how many that were."""
-    replaced = 0
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            if suits(child, least):
-                assert isinstance(child, nn.Linear)
-                setattr(parent, name, Fp8Linear.of(child, arithmetic=arithmetic))
-                replaced += 1
-    return replaced
+def targets(model: nn.Module, least: int = LEAST_FEATURES) -> dict[str, nn.Linear]:
+    """The linear layers of a transformer's blocks that gain by FP8, by name.
+
+    What stands outside the blocks is small, and partly kept in float32 for its precision.
+    """
+    repeated = set(getattr(model, "_repeated_blocks", None) or ())
+    blocks = [name for name, module in model.named_modules() if type(module).__name__ in repeated]
+    inside = tuple(f"{name}." for name in blocks) or ("",)
+    return {
+        name: module for name, module in model.named_modules()
+        if name.startswith(inside) and isinstance(module, nn.Linear) and suits(module, least)
+    }  # fmt: skip
+
+
+def quantise(
+    model: nn.Module, *, arithmetic: bool, least: int = LEAST_FEATURES, through: torch.device | None = None,
+    keep_there: bool = False,
+) -> int:  # fmt: skip
+    """Replace, in place and one by one, the linear layers of a model that gain by it; how many that were.
+
+    The work is done on the device `through`, which never holds more than a layer, unless the results are to stay.
+    """
+    found = targets(model, least)
+    for name in list(found):
+        linear = found.pop(name)  # so that its weight can go
+        home = linear.weight.device
+        made = Fp8Linear.of(linear, arithmetic=arithmetic, through=through)
+        model.set_submodule(name, made if keep_there else made.to(home))
+        del linear
+    return sum(isinstance(module, Fp8Linear) for module in model.modules())
 
 
 def has_arithmetic(device: torch.device) -> bool:

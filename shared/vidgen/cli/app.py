@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from vidgen.cli import dead, doctor, jobs, run, up
+from vidgen.cli import dead, doctor, jobs, run, up, weights
 
 app = typer.Typer(
     name="vidgen",
@@ -47,6 +47,7 @@ app.command("approve")(jobs.approve)
 app.command("list")(jobs.list_jobs)
 app.command("workers")(jobs.workers)
 app.add_typer(dead.app, name="dead")
+app.add_typer(weights.app, name="weights")
 app.command("doctor")(doctor.doctor)
 
 

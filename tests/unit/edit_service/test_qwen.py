@@ -45,9 +45,11 @@ def ignore(step: int, steps: int) -> None:
 @pytest.fixture(scope="module")
 def make(tiny_models: dict[str, Path]) -> Callable[..., QwenEditEngine]:
     from edit_service.engine.qwen import QwenEditEngine
+    from vidgen.accel.engine import Layout
 
     def made(**changes: Any) -> QwenEditEngine:
-        engine = QwenEditEngine(**{"model": str(tiny_models["qwen-edit"]), "device": "cpu"} | AREAS | changes)
+        layout = Layout(**{name: changes.pop(name) for name in list(changes) if name in Layout.__match_args__})
+        engine = QwenEditEngine(**{"model": str(tiny_models["qwen-edit"]), "layout": layout} | AREAS | changes)
         engine.setup()
         return engine
 

@@ -46,9 +46,11 @@ def ignore(step: int, steps: int) -> None:
 @pytest.fixture(scope="module")
 def make(tiny_models: dict[str, Path]) -> Callable[..., WanI2VEngine]:
     from i2v_service.engine.wan import WanI2VEngine
+    from vidgen.accel.engine import Layout
 
     def made(kind: str, **changes: Any) -> WanI2VEngine:
-        engine = WanI2VEngine(**{"model": str(tiny_models[kind]), "device": "cpu"} | changes)
+        layout = Layout(**{name: changes.pop(name) for name in list(changes) if name in Layout.__match_args__})
+        engine = WanI2VEngine(**{"model": str(tiny_models[kind]), "layout": layout} | changes)
         engine.setup()
         return engine
 

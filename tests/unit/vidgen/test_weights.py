@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 import huggingface_hub
 import pytest
 
-from vidgen import weights
+from vidgen import manifest, weights
 from vidgen.errors import FatalError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -82,6 +83,17 @@ def test_what_is_not_here_is_not_found(empty_cache: Path, model: str) -> None:
 def test_a_cached_model_is_not_found_at_another_commit(empty_cache: Path) -> None:
     cached(empty_cache)
     assert weights.locate("someone/model", "f" * 40) is None
+
+
+def test_a_cached_model_is_found_without_the_files_that_are_never_downloaded(empty_cache: Path) -> None:
+    # The client notes what a repository holds, and called a snapshot without its model card incomplete.
+    snapshot = cached(empty_cache)
+    files = [*manifest.paths(snapshot), "README.md"]
+    trees = empty_cache / "models--someone--model" / "trees"
+    trees.mkdir()
+    told = {"format_version": 1, "files": {name: {"size": 1, "blob_id": "0" * 40} for name in files}}
+    (trees / f"{COMMIT}.json").write_text(json.dumps(told))
+    assert weights.locate("someone/model", COMMIT) is not None
 
 
 def test_a_complete_folder_passes(folder: Path) -> None:
@@ -220,7 +232,7 @@ def test_nothing_speaks_against_a_model_that_is_here(folder: Path) -> None:
 
 
 def test_why_not_names_the_first_thing_to_do(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert "python -m vidgen.weights someone/model" in (weights.why_not("someone/model") or "")
+    assert "vidgen weights pull someone/model --revision COMMIT" in (weights.why_not("someone/model") or "")
 
     (folder / "run.py").write_text("")
     assert "run.py is code" in (weights.why_not(str(folder)) or "")
@@ -252,13 +264,107 @@ def test_a_lora_is_one_file_of_safetensors(tmp_path: Path) -> None:
         weights.lora_file(str(tmp_path / "style.pt"))
 
 
-def test_the_command_prints_the_folder_or_the_remedy(
+# ── the manifest ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def pulled(folder: Path, monkeypatch: pytest.MonkeyPatch, **options: Any) -> weights.Weights:
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *args, **kwargs: str(folder))
+    return weights.pull("someone/model", COMMIT, **options)
+
+
+def test_a_download_writes_the_manifest_that_tells_where_the_folder_comes_from(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = pulled(folder, monkeypatch)
+    told = manifest.read(folder)
+    assert told is not None
+    assert (told.model, told.revision, told.profile) == ("someone/model", COMMIT, "bf16")
+    assert {file.path for file in told.files} >= {"model_index.json", "transformer/weights.safetensors"}
+    assert weights.locate(str(folder)) == found
+    assert weights.damage(found) == []
+
+
+def test_a_download_goes_where_it_is_told(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: dict[str, Any] = {}
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda model, **how: asked.update(how) or str(folder))
+    weights.pull("someone/model", COMMIT, to=folder)
+    assert asked["local_dir"] == folder
+
+
+def test_the_bytes_of_a_download_are_told_and_its_other_bars_are_not(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *args, **kwargs: str(folder))
+    def download(*args: Any, tqdm_class: Any, **kwargs: Any) -> str:
+        # As the hub's client does it.
+        network = tqdm_class(desc="Downloading bytes", total=0, initial=0, unit="B", unit_scale=True)
+        disk = tqdm_class(desc="Reconstructing", total=0, initial=0, unit="B", unit_scale=True)
+        with tqdm_class(desc="Fetching 2 files", total=2) as files:
+            disk.total = 300
+            for bar, more in ((network, 90), (disk, 100), (files, 1), (disk, 200)):
+                bar.update(more)
+            disk.set_description("Reconstruction complete")
+        network.close()
+        disk.close()
+        return str(folder)
 
-    assert weights.main(["someone/model", COMMIT]) == 0
-    assert capsys.readouterr().out == f"{folder}\n"
-    assert weights.main(["someone/model", "main"]) == 1
-    assert "pinned commit" in capsys.readouterr().err
-    assert weights.main([]) == 2
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    heard: list[tuple[str, int, int | None]] = []
+    weights.pull("someone/model", COMMIT, on_progress=lambda *told: heard.append(told))
+    size = sum((folder / name).stat().st_size for name in manifest.paths(folder))
+    assert [told for told in heard if told[0] == "download"] == [("download", 100, 300), ("download", 300, 300)]
+    assert heard[-1] == ("check", size, size)
+    assert capsys.readouterr() == ("", "")
+
+
+def hub_tells(folder: Path, sha256: str, name: str = "transformer/weights.safetensors") -> None:
+    note = folder / ".cache" / "huggingface" / "download" / f"{name}.metadata"
+    note.parent.mkdir(parents=True, exist_ok=True)
+    note.write_text(f"{COMMIT}\n{sha256}\n1700000000.0\n")
+
+
+def test_a_download_that_is_not_what_the_hub_tells_is_refused(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub_tells(folder, "a" * 64)
+    with pytest.raises(FatalError, match=r"transformer/weights\.safetensors: wrong checksum") as caught:
+        pulled(folder, monkeypatch)
+    assert caught.value.code == "weights_damaged"
+    assert manifest.read(folder) is None
+
+
+def test_without_a_manifest_the_hubs_checksums_serve(folder: Path) -> None:
+    found = weights.require(str(folder))
+    with pytest.raises(FatalError, match="vidgen weights pull") as caught:
+        weights.damage(found)
+    assert caught.value.code == "weights_unverified"
+
+    hub_tells(folder, hashlib.sha256(bytes(100)).hexdigest())
+    assert weights.damage(found) == []
+    (folder / "transformer" / "weights.safetensors").write_bytes(bytes(99) + b"1")
+    assert [fault.what for fault in weights.damage(found)] == ["wrong checksum"]
+
+
+def test_a_folder_that_is_not_as_its_manifest_says_is_not_served(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pulled(folder, monkeypatch)
+    file = folder / "transformer" / "weights.safetensors"
+    file.write_bytes(bytes(99) + b"1")
+    weights.require(str(folder))
+    with pytest.raises(FatalError, match="wrong checksum") as caught:
+        weights.require(str(folder), check="full")
+    assert caught.value.code == "weights_damaged"
+
+    file.write_bytes(bytes(99))
+    with pytest.raises(FatalError, match=r"weights\.safetensors: wrong size"):
+        weights.require(str(folder))
+    assert "wrong size" in (weights.why_not(str(folder)) or "")
+    weights.require(str(folder), check="structure")
+
+
+def test_a_folder_without_a_manifest_is_served_as_it_is(folder: Path) -> None:
+    assert weights.require(str(folder), check="full").profile == "bf16"
+
+
+def test_many_faults_are_counted(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pulled(folder, monkeypatch)
+    for number in range(5):
+        (folder / "transformer" / f"{number}.safetensors").write_bytes(b"")
+    with pytest.raises(FatalError, match=r"2\.safetensors: extra and 2 more"):
+        weights.require(str(folder))

@@ -48,11 +48,12 @@ Make = Callable[..., Any]
 def make(tiny_models: dict[str, Path]) -> Make:
     from edit_service.engine.qwen import QwenEditEngine
     from i2v_service.engine.wan import WanI2VEngine
+    from vidgen.accel.engine import Layout
 
     def made(kind: str, **changes: Any) -> Any:
         more = {"reference_area": 64 * 64, "condition_area": 56 * 56} if kind == QWEN else {}
         engine: Any = QwenEditEngine if kind == QWEN else WanI2VEngine
-        ready = engine(str(tiny_models[kind]), device="cpu", **more | changes)
+        ready = engine(str(tiny_models[kind]), layout=Layout(device="cpu", **changes), **more)
         ready.setup()
         return ready
 
@@ -219,10 +220,10 @@ def test_a_state_made_with_other_settings_or_another_scheduler_is_refused(make: 
     engine, work = make(A14B), work_of(A14B)
     left = Run(engine, work, picture, until=2).left
 
-    engine.lora = "another"
+    engine._loras = {"transformer": "another"}
     with pytest.raises(UnusableError, match="made with"):
         engine.resume(engine.prepare(work, [picture]), ignore, left)
-    engine.lora = None
+    engine._loras = {}
     engine._pipe.scheduler = DPMSolverMultistepScheduler()
     with pytest.raises(UnusableError, match="of a UniPCMultistepScheduler"):
         engine.resume(engine.prepare(work, [picture]), ignore, left)

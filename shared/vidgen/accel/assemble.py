@@ -1,0 +1,234 @@
+"""Builds a pipeline from a verified folder, its weights read once, by `vidgen.accel.loader`.
+
+While the weights are being read, the models are made without weights, and tokenizers and schedulers loaded. diffusers'
+models then take the tensors as they are; transformers' models are handed them, to rename and tie them by its own rules.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from accelerate import init_empty_weights
+from diffusers.utils import logging as diffusers_logging
+from torch import Tensor, nn
+from transformers import modeling_utils
+from transformers.utils import logging as transformers_logging
+
+from vidgen import diffusion, weights
+from vidgen.accel import fp8, kernels, loader
+from vidgen.errors import FatalError
+
+P = TypeVar("P")
+Tensors = dict[str, Tensor]
+OnPhase = Callable[[str, float], None]
+
+SCALE = ".weight_scale"
+STEMS = ("diffusion_pytorch_model", "model")
+
+
+@dataclass(frozen=True)
+class Part:
+    """A component of a pipeline: its class, from one of two libraries, and its folder."""
+
+    name: str
+    library: str
+    kind: Any
+    folder: Path
+
+    @property
+    def in_float32(self) -> frozenset[str]:
+        """The parts of tensors' names that its class keeps in float32, or does not want to be cast by others."""
+        listed = [getattr(self.kind, f"_keep_in_fp32_modules{more}", None) or () for more in ("", "_strict")]
+        return frozenset(name for names in listed for name in ([names] if isinstance(names, str) else names))
+
+
+def assemble(
+    pipeline: type[P],
+    found: weights.Weights,
+    device: torch.device,
+    dtypes: Mapping[str, torch.dtype],
+    *,
+    arithmetic: bool,
+    on_phase: OnPhase = lambda phase, seconds: None,
+) -> P:
+    """Build the pipeline of a verified folder on the device: what `from_pretrained` builds, in less time.
+
+    `dtypes` are the precisions of the components, with a `default`. What an FP8 snapshot holds in FP8 becomes
+    `Fp8Linear`, with that `arithmetic`. `on_phase` is told the seconds of `read`, and of `build` as far as it was not
+    done meanwhile. Raises FatalError.
+    """
+    # A worker's log is read by machines: loading bars have no place in it.
+    diffusers_logging.disable_progress_bar()
+    transformers_logging.disable_progress_bar()
+    begun = time.perf_counter()
+    with diffusion.loading(f"the weights in {found.folder}", "download the model again"):
+        parts = parts_of(found.folder)
+        # transformers takes its time to fill a model: that is to happen while the next one is read.
+        models = sorted((part for part in parts if is_model(part)), key=lambda part: part.library == "diffusers")
+        wanted = {part.name: dtypes.get(part.name, dtypes["default"]) for part in models}
+        with ThreadPoolExecutor(1, "reader") as reader:
+            reading = {part.name: reader.submit(_read, part, device, wanted[part.name]) for part in models}
+            try:
+                made = {part.name: part.kind.from_pretrained(part.folder, local_files_only=True)
+                        for part in parts if part not in models}  # fmt: skip
+                empty = {part.name: skeleton(part, wanted[part.name]) for part in models if part.library == "diffusers"}
+                waited = busy = 0.0
+                for part in models:
+                    asked = time.perf_counter()
+                    tensors, seconds = reading.pop(part.name).result()
+                    waited, busy = waited + time.perf_counter() - asked, busy + seconds
+                    if part.name in empty:
+                        made[part.name] = _filled(empty.pop(part.name), tensors, part, arithmetic=arithmetic)
+                    else:
+                        made[part.name] = _by_transformers(part, tensors, device, wanted[part.name])
+                    del tensors
+            except BaseException:
+                reader.shutdown(wait=False, cancel_futures=True)
+                raise
+        pipe: Any = pipeline.from_pretrained(  # type: ignore[attr-defined]
+            found.folder, local_files_only=True, trust_remote_code=False, **made
+        )
+        pipe.set_progress_bar_config(disable=True)
+        loaded: P = pipe.to(device)
+    loader.give_back(device)
+    on_phase("read", busy)
+    on_phase("build", time.perf_counter() - begun - waited)
+    return loaded
+
+
+def parts_of(folder: Path) -> list[Part]:
+    """The components of a verified folder."""
+    return [
+        Part(name, library, getattr(importlib.import_module(library), kind), folder / name)
+        for name, library, kind in weights.components(folder)
+    ]
+
+
+def is_model(part: Part) -> bool:
+    """Whether a component has weights; schedulers and tokenizers name their configurations differently."""
+    return (part.folder / "config.json").is_file()
+
+
+def tensor_files(part: Part) -> list[Path]:
+    """The files that hold a component's weights: the shards of its index, or the one that there is."""
+    for stem in STEMS:
+        index, single = (part.folder / f"{stem}.safetensors{more}" for more in (".index.json", ""))
+        if index.is_file():
+            return [part.folder / shard for shard in sorted(set(json.loads(index.read_bytes())["weight_map"].values()))]
+        if single.is_file():
+            return [single]
+    raise FatalError(f"{part.folder} has no weights: download the model again", code="weights_missing")
+
+
+def skeleton(part: Part, dtype: torch.dtype) -> nn.Module:
+    """A model of diffusers whose parameters are on the meta device.
+
+    What else it holds, tables of rotations above all, is on the CPU, and made in `dtype` as `from_pretrained` does.
+    """
+    config = part.kind.load_config(part.folder, local_files_only=True)
+    config.pop("quantization_config", None)
+    with _default_dtype(dtype), init_empty_weights(include_buffers=False):
+        model: nn.Module = part.kind.from_config(config)
+    return model.eval()
+
+
+def _read(part: Part, device: torch.device, dtype: torch.dtype) -> tuple[Tensors, float]:
+    """A component's tensors in the wanted precision, and the seconds that took.
+
+    File by file: of a model that is stored in float32 there is never all of it twice.
+    """
+    begun = time.perf_counter()
+    files = tensor_files(part)
+    scaled = {entry.name.removesuffix(SCALE) for file in files for entry in loader.header(file)
+              if entry.name.endswith(SCALE)}  # fmt: skip
+    stay = {f"{name}{end}" for name in scaled for end in (".weight", SCALE)}
+    tensors: Tensors = {}
+    for file in files:
+        for name, tensor in loader.read([file], device).items():
+            if name in stay or not tensor.is_floating_point():
+                tensors[name] = tensor
+            elif part.in_float32.isdisjoint(name.split(".")):
+                tensors[name] = tensor.to(dtype)
+            else:
+                # transformers decides by itself which of them it casts after all.
+                tensors[name] = tensor.float() if part.library == "diffusers" else tensor
+    diffusion.synchronize(device)
+    return tensors, time.perf_counter() - begun
+
+
+def _filled(model: nn.Module, tensors: Tensors, part: Part, *, arithmetic: bool) -> nn.Module:
+    """Give a model its tensors; a layer that comes with scales becomes an FP8 one."""
+    for name in [name.removesuffix(SCALE) for name in tensors if name.endswith(SCALE)]:
+        _put_fp8(model, name, tensors, part, arithmetic=arithmetic)
+    missing = model.load_state_dict(tensors, strict=False, assign=True).missing_keys
+    _refuse_missing(part, missing)
+    return model
+
+
+def _put_fp8(model: nn.Module, name: str, tensors: Tensors, part: Part, *, arithmetic: bool) -> None:
+    linear, weight, scale = model.get_submodule(name), tensors[f"{name}.weight"], tensors[name + SCALE]
+    if (
+        not isinstance(linear, nn.Linear)
+        or (weight.dtype, scale.dtype) != (kernels.E4M3, torch.float32)
+        or (weight.shape, scale.shape) != (linear.weight.shape, (linear.out_features, 1))
+    ):
+        raise FatalError(
+            f"{part.folder} holds {name} in another FP8 than this version's: make it again with "
+            "`vidgen weights quantize`",
+            code="weights_refused",
+        )
+    bias = tensors[f"{name}.bias"] if linear.bias is not None else None
+    model.set_submodule(name, fp8.Fp8Linear(weight, scale, bias, arithmetic=arithmetic))
+
+
+def _by_transformers(part: Part, tensors: Tensors, device: torch.device, dtype: torch.dtype) -> Any:
+    config = part.kind.config_class.from_pretrained(part.folder, local_files_only=True)
+    with _without_warm_up():
+        model, told = part.kind.from_pretrained(
+            None, config=config, state_dict=tensors, dtype=dtype, device_map={"": device}, output_loading_info=True,
+            local_files_only=True,
+        )  # fmt: skip
+    _refuse_missing(part, [*told["missing_keys"], *told["mismatched_keys"]])
+    return model
+
+
+@contextlib.contextmanager
+def _without_warm_up() -> Iterator[None]:
+    """Keep transformers from reserving the model's size on the device: its tensors are there already.
+
+    On a small device there is not room for both.
+    """
+    theirs = modeling_utils.caching_allocator_warmup
+    modeling_utils.caching_allocator_warmup = lambda *args, **kwargs: None
+    try:
+        yield
+    finally:
+        modeling_utils.caching_allocator_warmup = theirs
+
+
+@contextlib.contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _refuse_missing(part: Part, missing: Sequence[Any]) -> None:
+    if missing:
+        raise FatalError(
+            f"{part.folder} lacks {len(missing)} of the model's tensors, such as {missing[0]}: "
+            "download the model again",
+            code="weights_missing",
+        )

@@ -1,0 +1,75 @@
+"""The levers that leave what is computed alone: attention kernels, compilation, memory formats, offloading."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from vidgen.errors import FatalError
+
+# diffusers' names of the attention kernels, by ours.
+ATTENTION = {"torch": "native", "cudnn": "_native_cudnn", "flash3": "_flash_3", "sage": "sage"}
+PACKAGES = {"flash3": "flash_attn_interface", "sage": "sageattention"}
+HOPPER = (9, 0)
+# Each size of image or video that differs in kind recompiles once; by default dynamo gives up at eight.
+RECOMPILATIONS = 64
+
+
+def choose_attention(transformers: Sequence[nn.Module], wanted: str, device: torch.device) -> str:
+    """Set the attention kernels of the transformers, and say which; raises FatalError for one that is not here."""
+    name = wanted
+    if wanted == "auto":
+        hopper = torch.cuda.get_device_capability(device) == HOPPER
+        name = "flash3" if hopper and importlib.util.find_spec(PACKAGES["flash3"]) is not None else "torch"
+    if name not in ATTENTION:
+        raise FatalError(
+            f"attention {wanted} is unknown: use auto, {', '.join(ATTENTION)} for VIDGEN_ATTENTION", code="settings"
+        )
+    package = PACKAGES.get(name)
+    if package is not None and importlib.util.find_spec(package) is None:
+        raise FatalError(
+            f"VIDGEN_ATTENTION={name} needs the package {package}: install it, or use torch", code="settings"
+        )
+    for model in transformers:
+        model.set_attention_backend(ATTENTION[name])
+    return name
+
+
+def compile_blocks(transformers: Sequence[nn.Module]) -> None:
+    """Compile the blocks that a transformer repeats, once for all of them; the first call at a new size compiles."""
+    _allow_recompilation()
+    for model in transformers:
+        model.compile_repeated_blocks(fullgraph=True)
+
+
+def compile_vae(vae: Any) -> None:
+    """Compile the encoder and the decoder: a minute at the first call, a third less time at each later one."""
+    _allow_recompilation()
+    vae.encoder.compile()
+    vae.decoder.compile()
+
+
+def channels_last(vae: nn.Module) -> None:
+    """Lay the convolutions' weights out as cuDNN's fastest kernels want them."""
+    for module in vae.modules():
+        if isinstance(module, nn.Conv3d):
+            module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last_3d)
+        elif isinstance(module, nn.Conv2d):
+            module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
+
+
+def offload(pipe: Any, device: torch.device) -> None:
+    """Keep the weights in pinned host memory and let them stream through the device, the next ones while these work."""
+    pipe.vae.to(device)
+    pipe.enable_group_offload(
+        onload_device=device, offload_device=torch.device("cpu"), offload_type="leaf_level", use_stream=True,
+        exclude_modules=["vae"],
+    )  # fmt: skip
+
+
+def _allow_recompilation() -> None:
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, RECOMPILATIONS)

@@ -1,0 +1,155 @@
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+
+from vidgen.accel import loader
+from vidgen.errors import FatalError
+
+CPU = torch.device("cpu")
+KINDS = sorted(loader.DTYPES.values(), key=str)
+
+
+def made(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    noise = torch.randint(0, 2, shape) if dtype == torch.bool else torch.randn(shape) * 50
+    return noise.to(dtype)
+
+
+def some_tensors() -> dict[str, torch.Tensor]:
+    torch.manual_seed(0)
+    tensors = {f"kind.{number}": made((3, number + 1), kind) for number, kind in enumerate(KINDS)}
+    return tensors | {"scalar": torch.tensor(7.0), "nothing": torch.empty(0, 4), "large": torch.randn(101, 33)}
+
+
+def same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> bool:
+    return found.keys() == wanted.keys() and all(
+        found[name].dtype == tensor.dtype
+        and found[name].shape == tensor.shape
+        and torch.equal(found[name].reshape(-1).view(torch.uint8), tensor.reshape(-1).view(torch.uint8))
+        for name, tensor in wanted.items()
+    )
+
+
+@pytest.fixture
+def staged(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The way of a GPU, through buffers, with buffers and copies of the CPU."""
+    monkeypatch.setattr(loader, "_Straight", lambda: loader._Staged(CPU, None))
+
+
+@pytest.fixture(params=["straight", "staged"])
+def way(request: pytest.FixtureRequest) -> str:
+    if request.param == "staged":
+        request.getfixturevalue("staged")
+    return str(request.param)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 256, loader.CHUNK])
+@pytest.mark.usefixtures("way")
+def test_every_tensor_is_read_as_it_was_written(tmp_path: Path, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(loader, "CHUNK", chunk)
+    tensors = some_tensors()
+    names = sorted(tensors)
+    files = [tmp_path / "a.safetensors", tmp_path / "b.safetensors", tmp_path / "empty.safetensors"]
+    for file, part in zip(files, (names[::2], names[1::2], []), strict=True):
+        save_file({name: tensors[name] for name in part}, file, metadata={"format": "pt"})
+
+    assert same(loader.read(files, CPU), tensors)
+
+
+@given(
+    shapes=st.lists(st.lists(st.integers(0, 9), max_size=3).map(tuple), max_size=8),
+    kinds=st.lists(st.sampled_from(KINDS), min_size=8, max_size=8),
+    chunk=st.integers(1, 200),
+)
+def test_any_file_reads_as_the_library_reads_it(
+    tmp_path_factory: pytest.TempPathFactory, shapes: list[tuple[int, ...]], kinds: list[torch.dtype], chunk: int
+) -> None:
+    file = tmp_path_factory.mktemp("any") / "x.safetensors"
+    save_file({f"t{number}": made(shape, kinds[number]) for number, shape in enumerate(shapes)}, file)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loader, "CHUNK", chunk)
+        assert same(loader.read([file], CPU), load_file(file))
+
+
+def test_no_files_hold_no_tensors() -> None:
+    assert loader.read([], CPU) == {}
+
+
+def test_each_tensor_has_memory_of_its_own(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(4), "b": torch.ones(4)}, tmp_path / "x.safetensors")
+    read = loader.read([tmp_path / "x.safetensors"], CPU)
+    assert read["a"].untyped_storage().nbytes() == 16
+
+
+# ── damage ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def written(folder: Path, told: Any, data: bytes = b"", length: int | None = None) -> Path:
+    """A file with a header of one's own."""
+    header = told if isinstance(told, bytes) else json.dumps(told).encode()
+    file = folder / "x.safetensors"
+    file.write_bytes((len(header) if length is None else length).to_bytes(8, "little") + header + data)
+    return file
+
+
+def entry(shape: Any = (2,), begin: Any = 0, end: Any = 8, dtype: Any = "F32") -> dict[str, Any]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [begin, end]}
+
+
+@pytest.mark.parametrize(
+    ("told", "data", "length"),
+    [
+        pytest.param({"a": entry()}, bytes(4), None, id="cut short"),
+        pytest.param({"a": entry()}, bytes(12), None, id="longer than told"),
+        pytest.param({"a": entry()}, bytes(8), 1 << 60, id="a header of an exabyte"),
+        pytest.param({"a": entry()}, bytes(8), 10, id="a header cut short"),
+        pytest.param(b"", b"", None, id="no header"),
+        pytest.param([1], b"", None, id="a header that is a list"),
+        pytest.param({"a": 1}, b"", None, id="an entry that is a number"),
+        pytest.param({"a": entry(dtype="F13")}, bytes(8), None, id="an unknown type"),
+        pytest.param({"a": entry(dtype=["F32"])}, bytes(8), None, id="a type that is a list"),
+        pytest.param({"a": entry(shape=[-2])}, bytes(8), None, id="a negative shape"),
+        pytest.param({"a": entry(shape=["2"])}, bytes(8), None, id="a shape of words"),
+        pytest.param({"a": entry(shape=[3])}, bytes(8), None, id="a shape that is larger than its bytes"),
+        pytest.param({"a": entry(begin=-8, end=0)}, b"", None, id="before the file"),
+        pytest.param({"a": entry(begin=8, end=0)}, bytes(8), None, id="backwards"),
+        pytest.param({"a": entry(begin=8, end=16)}, bytes(16), None, id="a hole"),
+        pytest.param({"a": entry(), "b": entry()}, bytes(8), None, id="two in one place"),
+    ],
+)
+def test_a_file_that_is_not_what_it_says_is_named(tmp_path: Path, told: Any, data: bytes, length: int | None) -> None:
+    file = written(tmp_path, told, data, length)
+    with pytest.raises(FatalError, match="download the model again") as caught:
+        loader.read([file], CPU)
+    assert caught.value.code == "weights_missing"
+    assert str(file) in caught.value.message
+
+
+def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FatalError, match=r"gone\.safetensors is damaged"):
+        loader.read([tmp_path / "gone.safetensors"], CPU)
+
+
+@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("fault", [lambda *a: 0, lambda *a: os.preadv(-1, [], 0)], ids=["it ends", "the disk fails"])
+def test_a_file_that_breaks_while_it_is_read_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Callable[..., int]
+) -> None:
+    save_file({"a": torch.ones(400)}, tmp_path / "x.safetensors")
+    monkeypatch.setattr(loader, "CHUNK", 64)
+    preadv = os.preadv
+    monkeypatch.setattr(
+        "vidgen.accel.loader.os.preadv",
+        lambda handle, targets, at: preadv(handle, targets, at) if at < 800 or handle < 0 else fault(),
+    )
+    with pytest.raises(FatalError, match=r"x\.safetensors is damaged \(reading it failed"):
+        loader.read([tmp_path / "x.safetensors"], CPU)
