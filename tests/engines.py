@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import struct
@@ -9,10 +10,11 @@ import threading
 import time
 import zlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from vidgen import errors
+from vidgen import checkpoints, errors
 from vidgen.contracts import EditWork, I2VWork, Work
 from vidgen.engine import EngineInfo, Finished, Generated, OnStep
 
@@ -245,3 +247,48 @@ class Gated(Instant):
         if gate is not None:
             gate.reached.set()
             gate.opened.wait(PATIENCE)
+
+
+class Resumes(Gated):
+    """Can be left after any step and gone on with. What it makes depends on every step before.
+
+    `seen` are the steps that it did, `made` what came out; its state is a safetensors file without tensors.
+    """
+
+    def __init__(self, *, leaves: bool = True) -> None:
+        super().__init__()
+        self.info = replace(self.info, name="resumes")  # whatever a test makes of it
+        self.leaves = leaves
+        self.seen: list[int] = []
+        self.made: list[str] = []
+
+    def generate(self, inputs: Any, on_step: OnStep) -> Generated:
+        return self.resume(inputs, on_step, None)
+
+    def resume(self, inputs: Any, on_step: OnStep, state: bytes | None) -> Generated:
+        work: Work = inputs
+        done, made = 0, f"{work.seed}:"
+        if state is not None:
+            kept = checkpoints.metadata_of(state)
+            if "made" not in kept:
+                raise checkpoints.UnusableError("nothing of this engine's is in the state")
+            done, made = int(kept["step"]), kept["made"]
+        self.generated.append(work.seed)
+        self._pass("generate", work.seed)
+        for step in range(done + 1, work.steps + 1):
+            self._pass("generate", work.seed, step)
+            self.seen.append(step)
+            made += f" {step}"
+            try:
+                on_step(step, work.steps)
+            except errors.Suspended as exc:
+                exc.state = safetensors({"step": str(step), "made": made}) if self.leaves else None
+                raise
+        self.made.append(made)
+        return Generated(work, denoise_s=0.0, decode_s=0.0)
+
+
+def safetensors(metadata: dict[str, str], tensors: bytes = b"") -> bytes:
+    """The smallest file of that format: metadata, and bytes that no tensor owns."""
+    table = json.dumps({"__metadata__": metadata}).encode()
+    return len(table).to_bytes(8, "little") + table + tensors

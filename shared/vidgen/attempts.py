@@ -16,10 +16,15 @@ from vidgen import contracts
 
 @dataclass(frozen=True)
 class Run:
-    """Go: this is attempt `attempt`, the `tries`-th that counts against the task."""
+    """Go: this is attempt `attempt`, the `tries`-th that counts against the task.
+
+    It may go on from `checkpoint`; the task has made way for others `preempted` times.
+    """
 
     attempt: int
     tries: int
+    checkpoint: contracts.Checkpoint | None = None
+    preempted: int = 0
 
 
 @dataclass(frozen=True)
@@ -60,7 +65,11 @@ def judge(task: contracts.Task, newest: contracts.AnyEvent | None, max_attempts:
     if isinstance(newest, contracts.StageCompleted) or (isinstance(newest, contracts.StageFailed) and newest.final):
         return Drop("settled")
     attempt, tries = newest.attempt + 1, newest.tries + 1
-    return Exhausted(attempt, tries) if tries > max_attempts else Run(attempt, tries)
+    if tries > max_attempts:
+        return Exhausted(attempt, tries)
+    if isinstance(newest, contracts.StageFailed):  # of whatever it went on from, too: it starts over
+        return Run(attempt, tries)
+    return Run(attempt, tries, newest.checkpoint, newest.preempted)
 
 
 def standing(

@@ -328,12 +328,22 @@ class Rejected(JobEvent):
     errors: tuple[FieldError, ...]
 
 
+class Checkpoint(Message):
+    """Where a task can be gone on with: after `step` of `steps`, with what `attempt` stored."""
+
+    attempt: int
+    step: int
+    steps: int
+
+
 class StageStarted(StageEvent):
     type: Literal["stage_started"] = "stage_started"
     engine: str
     model: str
     queued_s: float = 0.0
     deliveries: int = 1
+    checkpoint: Checkpoint | None = Field(None, description="What this attempt may go on from.")
+    preempted: int = Field(0, description="How often the task has made way for an interactive one.")
 
 
 class StageCompleted(StageEvent):
@@ -360,11 +370,13 @@ class StageFailed(StageEvent):
 
 
 class StageReleased(StageEvent):
-    """Handed back unharmed (a drain): not held against the task."""
+    """Handed back unharmed (a drain, or to make way): not held against the task."""
 
     type: Literal["stage_released"] = "stage_released"
     gpu_seconds: float = 0.0
     cost_usd: float = 0.0
+    checkpoint: Checkpoint | None = Field(None, description="What the next attempt may go on from.")
+    preempted: int = Field(0, description="How often the task has made way for an interactive one, this time included.")
 
 
 class StageCancelled(StageEvent):

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from vidgen.contracts import GpuFigures, Work
 
@@ -43,7 +43,10 @@ class Finished:
 
 
 class OnStep(Protocol):
-    """Called after each denoising step; raises `errors.Cancelled` to stop the engine there."""
+    """Called after each denoising step; raises `errors.Cancelled` to stop the engine there.
+
+    `errors.Suspended`, one of those, asks an engine that is `Resumable` for its state.
+    """
 
     def __call__(self, step: int, steps: int) -> None: ...
 
@@ -70,6 +73,20 @@ class Engine(Protocol):
 
     def finish(self, output: Any, folder: Path) -> tuple[Finished, ...]:
         """Encode `Generated.output` into files in `folder`, named as the artifacts are (`edit-0.png`, `video.mp4`)."""
+
+
+@runtime_checkable
+class Resumable(Protocol):
+    """What an engine has besides where its `generate` can be gone on with elsewhere, and with the same result.
+
+    Where `on_step` raises `Suspended`, `generate` and `resume` put into it all that the rest depends on.
+    """
+
+    def resume(self, inputs: Any, on_step: OnStep, state: bytes) -> Generated:
+        """Go on from the step in `state`: `on_step(k, n)` begins behind it.
+
+        Raises `checkpoints.UnusableError`, before any step, for a state that does not fit this engine.
+        """
 
 
 class GpuMonitor(Protocol):

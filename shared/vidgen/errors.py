@@ -5,6 +5,7 @@ VidgenError
 ├── RetryableError    it may succeed later: hand it back with back-off, up to `max_attempts`
 ├── FatalError        the task is healthy, this worker is not: hand the task back, leave
 ├── Cancelled         somebody asked for the job to stop: free the GPU, settle as cancelled
+│   └── Suspended                     the task is to go on elsewhere: keep its state, hand it back
 └── bus and store, raised by the seams' adapters
     ├── BusError (RetryableError)         the bus did not answer
     │   └── QueueFullError                a limit of a stream was reached: try again later
@@ -57,6 +58,19 @@ class Cancelled(VidgenError):  # noqa: N818  an outcome, not a fault
     """The job was cancelled."""
 
     code = "cancelled"
+
+
+class Suspended(Cancelled):
+    """The task is wanted back in the middle of its denoising.
+
+    Raised by `on_step` after `step` of `steps`. An engine that can go on elsewhere puts its `state` there, one
+    safetensors file, and lets it pass.
+    """
+
+    def __init__(self, step: int, steps: int) -> None:
+        super().__init__()
+        self.step, self.steps = step, steps
+        self.state: bytes | None = None
 
 
 class ConflictError(VidgenError):

@@ -28,12 +28,14 @@ class StepClock:
 
     `started` is when generation began; without it the first step only starts the clock. The first step carries the
     warm-up and counts only while no other is known. `finishing_s` is what follows the last step: decode, encode,
-    store; a worker keeps it in a `Recent` over its earlier tasks.
+    store; a worker keeps it in a `Recent` over its earlier tasks. `done` steps were done elsewhere.
     """
 
-    def __init__(self, started: float | None = None, *, finishing_s: float = 0.0, window: int = WINDOW) -> None:
+    def __init__(
+        self, started: float | None = None, *, finishing_s: float = 0.0, window: int = WINDOW, done: int = 0
+    ) -> None:
         self._at = started
-        self._step = self._steps = 0
+        self._done = self._step = self._steps = done
         self._finishing_s = max(0.0, finishing_s)
         self._first: float | None = None
         self._recent = Recent(window)
@@ -46,7 +48,7 @@ class StepClock:
         new, before = step - self._step, self._at
         if new <= 0:
             return None
-        first = self._step == 0
+        first = self._step == self._done
         self._step, self._steps, self._at = step, steps, at
         if before is None:
             return None

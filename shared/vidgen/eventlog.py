@@ -60,6 +60,8 @@ class Claim:
     tries: int
     worker: str
     seq: int
+    checkpoint: contracts.Checkpoint | None = None
+    preempted: int = 0
     nonce: str = field(default_factory=lambda: secrets.token_hex(4))
 
     def stamp(self) -> dict[str, object]:
@@ -68,6 +70,10 @@ class Claim:
             "job_id": self.task.job_id, "run": self.task.run, "stage": self.task.stage, "attempt": self.attempt,
             "tries": self.tries, "worker": self.worker, "at": datetime.now(UTC),
         }  # fmt: skip
+
+    def carried(self) -> dict[str, object]:
+        """What goes from one attempt to the next."""
+        return {"checkpoint": self.checkpoint, "preempted": self.preempted}
 
     def message_id(self, what: str) -> str:
         """Names one event of this attempt, of this process: two workers never share one."""
@@ -111,11 +117,12 @@ async def claim(
         verdict = attempts.judge(task, seen.event, max_attempts)
         if isinstance(verdict, attempts.Drop | attempts.Exhausted):
             return verdict
-        held = Claim(bus, task, verdict.attempt, verdict.tries, worker, seen.seq)
+        held = Claim(bus, task, verdict.attempt, verdict.tries, worker, seen.seq, verdict.checkpoint, verdict.preempted)
         queued = (datetime.now(UTC) - task.queued_at).total_seconds()
         started = contracts.StageStarted.model_validate(
-            held.stamp() | {"engine": engine, "model": model, "queued_s": max(0.0, queued), "deliveries": deliveries}
-        )
+            held.stamp() | held.carried()
+            | {"engine": engine, "model": model, "queued_s": max(0.0, queued), "deliveries": deliveries}
+        )  # fmt: skip
         try:
             held.seq = await bus.publish(
                 topology.subject_of_events(task.job_id), started.to_bytes(), expect_last=seen.seq,

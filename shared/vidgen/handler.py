@@ -12,7 +12,7 @@ import contextvars
 import re
 import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import Executor
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -22,11 +22,11 @@ from typing import Any, Literal, TypeVar
 import pydantic
 import structlog
 
-from vidgen import attempts, contracts, dead, errors, eventlog, results, topology
+from vidgen import attempts, checkpoints, contracts, dead, errors, eventlog, results, topology
 from vidgen.artifacts import ArtifactStore, check_key
 from vidgen.bus import Bus, Delivery
 from vidgen.contracts import Task, Timings
-from vidgen.engine import Engine, Finished
+from vidgen.engine import Engine, Finished, Generated, OnStep, Resumable
 from vidgen.eta import Recent
 from vidgen.eventlog import Claim, FencedError
 from vidgen.metrics import WorkerMetrics
@@ -41,6 +41,7 @@ Outcome = Literal[
 ]
 MAX_INPUT_BYTES = 64 << 20
 HAND_BACK_S = 2.0  # what a worker that leaves in a hurry takes to hand a task back
+KEEP_S = 15.0  # what storing a checkpoint may take: the machine may be gone soon after
 SUBJECT = re.compile(r"vidgen\.tasks\.\w+\.(?P<lane>interactive|batch)\.(?P<job>.+)")
 JOB_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
@@ -57,20 +58,29 @@ class Policy:
     backoff_limit: float = 60.0
     gpu_usd_per_hour: float = 0.0
     work_dir: Path | None = None
+    checkpoint_over_s: float | None = 20.0  # None: a task is never handed back in its middle
+
+
+Reason = Literal["cancelled", "fenced", "released", "drained", "preempted"]
+# What hands a task back with its state; a cancel or a newer attempt may still come over it.
+SUSPENDING: tuple[Reason, ...] = ("drained", "preempted")
 
 
 @dataclass
 class Stop:
-    """Why a running task is to end early; read by the engine's thread at each step."""
+    """Why a running task is to end early; read by the engine's thread at each step.
 
-    reason: Literal["cancelled", "fenced", "released"] | None = None
+    Where it is drained or preempted an engine that is Resumable leaves its state, for the next attempt.
+    """
+
+    reason: Reason | None = None
     since: float = 0.0
     asked_at: datetime | None = None
     raised: asyncio.Event = field(default_factory=asyncio.Event)
 
-    def now(self, reason: Literal["cancelled", "fenced", "released"], asked_at: datetime | None = None) -> None:
+    def now(self, reason: Reason, asked_at: datetime | None = None) -> None:
         """Ask for the end; the first reason stays. `asked_at` is when somebody wished it."""
-        if self.reason is None:
+        if self.reason is None or (self.reason in SUSPENDING and reason in ("cancelled", "fenced")):
             self.since, self.asked_at = time.monotonic(), asked_at
             self.reason = reason
             self.raised.set()
@@ -79,6 +89,13 @@ class Stop:
         """Raise Cancelled if the end was asked for."""
         if self.reason is not None:
             raise errors.Cancelled
+
+    def check_step(self, step: int, steps: int) -> None:
+        """Raise after a step if the end was asked for: Suspended where the state is wanted, else Cancelled."""
+        if self.reason not in SUSPENDING:
+            self.check()
+        elif step < steps:  # behind the last step finishing is quicker
+            raise errors.Suspended(step, steps)
 
 
 @dataclass(eq=False)  # a turn is itself: kept in sets
@@ -92,9 +109,17 @@ class Turn:
     stop: Stop = field(default_factory=Stop)
     look: asyncio.Event = field(default_factory=asyncio.Event)
     phase: Literal["preparing", "generating", "finishing"] = "preparing"
+    preempted: int = 0
+    _frees_at: float | None = None
 
     def frees_in(self, seconds: float) -> None:
         """The device is likely to be free in `seconds`; told anew with each step."""
+        self._frees_at = asyncio.get_running_loop().time() + seconds
+
+    @property
+    def left_s(self) -> float | None:
+        """Seconds until the device is likely to be free, None while nobody knows."""
+        return None if self._frees_at is None else max(0.0, self._frees_at - asyncio.get_running_loop().time())
 
     def ends(self) -> None:
         """The device is free."""
@@ -145,6 +170,9 @@ class Handler:
     ) -> None:  # fmt: skip
         self._bus, self._store, self._engine = bus, store, engine
         self._device_thread, self._metrics, self._policy = device_thread, metrics, policy
+        self._resumable: Resumable | None = None
+        if isinstance(engine, Resumable) and policy.checkpoint_over_s is not None:
+            self._resumable = engine
         self._pace: float | None = None  # seconds per step of the newest task
         self._decoding, self._finishing = Recent(), Recent()
         self._busy_seconds = 0.0
@@ -153,6 +181,16 @@ class Handler:
     @property
     def seconds_per_step(self) -> float | None:
         return self._pace
+
+    @property
+    def suspends(self) -> bool:
+        """Whether a task can be handed back in the middle of its denoising, for another worker to go on."""
+        return self._resumable is not None
+
+    @property
+    def after_device_s(self) -> float:
+        """Seconds that a task is likely to take behind the device: to be encoded and stored."""
+        return max(0.0, (self._finishing.value or 0.0) - (self._decoding.value or 0.0))
 
     @property
     def busy_seconds(self) -> float:
@@ -216,6 +254,7 @@ class Handler:
             return "dropped"
         if isinstance(held, attempts.Exhausted):
             return await self._exhausted(delivery, task, held)
+        turn.preempted = held.preempted
         with structlog.contextvars.bound_contextvars(attempt=held.attempt):
             try:
                 async with self._lease(delivery, held, turn):
@@ -279,7 +318,12 @@ class Handler:
         gathered = await asyncio.shield(gathering)
         result = gathered.result
         if result is None:
-            finished = await self._compute(held, gathered, turn, clocks, reporter)
+            try:
+                finished = await self._compute(held, gathered, turn, clocks, reporter)
+            except errors.Suspended as exc:  # here the lease is still renewed
+                if turn.stop.reason in SUSPENDING:
+                    await self._keep_state(held, gathered.folder, exc, turn.stop)
+                raise
             with clocks.timed("store"):
                 result = await self._keep(task, finished)
             self._finishing.add(clocks.decode + clocks.encode + clocks.store)
@@ -299,9 +343,10 @@ class Handler:
     async def _compute(
         self, held: Claim, gathered: _Gathered, turn: Turn, clocks: _Clocks, reporter: Reporter
     ) -> tuple[Finished, ...]:
-        task, loop = held.task, asyncio.get_running_loop()
+        task = held.task
         with clocks.timed("prepare"):
             inputs = await asyncio.to_thread(self._engine.prepare, task.work, gathered.files)
+            begun = await self._begun_elsewhere(held, gathered.folder)
         decoding = self._decoding.value or 0.0
 
         def stepped(seconds: float, left_s: float | None) -> None:
@@ -316,14 +361,15 @@ class Handler:
                 turn.stop.now("released")
                 turn.stop.check()
             if self._pace is not None:
-                turn.frees_in(self._pace * task.work.steps + decoding)
-            on_step = reporter.on_step(lambda: _may_go_on(task, turn.stop), stepped)
-            context = contextvars.copy_context()  # so that what the engine logs names the job
+                done = begun.step if begun else 0
+                turn.frees_in(self._pace * (task.work.steps - done) + decoding)
+
+            def on_step(done: int) -> OnStep:
+                return reporter.on_step(lambda step, steps: _may_go_on(task, turn.stop, step, steps), stepped, done)
+
             try:
                 with clocks.timed("device"):
-                    generated = await loop.run_in_executor(
-                        self._device_thread, context.run, self._engine.generate, inputs, on_step
-                    )
+                    generated = await self._generate(inputs, on_step, begun)
             except errors.FatalError:
                 self._device_lost = True
                 raise
@@ -337,6 +383,66 @@ class Handler:
             out = gathered.folder / "out"
             out.mkdir()
             return await asyncio.to_thread(self._engine.finish, generated.output, out)
+
+    async def _generate(
+        self, inputs: Any, on_step: Callable[[int], OnStep], begun: checkpoints.Found | None
+    ) -> Generated:
+        """Go on from what was begun elsewhere, or from the first step; `on_step` takes the steps that are done."""
+        if begun is not None and self._resumable is not None:
+            outcome: Literal["resumed", "refused"] = "resumed"
+            try:
+                return await self._on_device(self._resumable.resume, inputs, on_step(begun.step), begun.state)
+            except checkpoints.UnusableError as exc:
+                outcome = "refused"
+                log.warning(f"{exc.message}: the task starts over", _event="checkpoint_refused")
+            finally:
+                self._metrics.checkpoint(outcome)
+        return await self._on_device(self._engine.generate, inputs, on_step(0))
+
+    async def _on_device(self, work: Callable[..., T], *given: Any) -> T:
+        context = contextvars.copy_context()  # so that what the engine logs names the job
+        return await asyncio.get_running_loop().run_in_executor(self._device_thread, lambda: context.run(work, *given))
+
+    async def _begun_elsewhere(self, held: Claim, folder: Path) -> checkpoints.Found | None:
+        """What an earlier attempt left of this task, None if there is nothing or it cannot be used."""
+        if held.checkpoint is None or self._resumable is None:
+            return None
+        begun = time.monotonic()
+        try:
+            found = await checkpoints.fetch(self._store, held.task, held.checkpoint, self._engine.info, folder)
+        except checkpoints.UnusableError as exc:
+            self._metrics.checkpoint("refused")
+            log.warning(f"{exc.message}: the task starts over", _event="checkpoint_refused")
+            return None
+        except errors.VidgenError as exc:
+            self._metrics.checkpoint("failed")
+            log.warning(f"{exc.message}: the task starts over", _event="checkpoint_failed")
+            return None
+        self._metrics.artifact_moved("get", len(found.state), time.monotonic() - begun)
+        log.info(f"the task goes on behind step {found.step}", _event="checkpoint_found", step=found.step)
+        return found
+
+    async def _keep_state(self, held: Claim, folder: Path, suspended: errors.Suspended, stop: Stop) -> None:
+        """Store what the engine left, so that the next attempt goes on from there; without it, from where this began.
+
+        The event that hands the task back names it, and the log takes that event from the holder alone.
+        """
+        held.preempted += stop.reason == "preempted"
+        try:
+            async with asyncio.timeout(KEEP_S):
+                held.checkpoint = await checkpoints.keep(
+                    self._store, held.task, held.attempt, self._engine.info, suspended, folder
+                )
+        except (errors.VidgenError, TimeoutError) as exc:
+            self._metrics.checkpoint("failed")
+            reason = exc.message if isinstance(exc, errors.VidgenError) else f"it took longer than {KEEP_S:.0f} s"
+            log.warning(f"the task is handed back without its state: {reason}", _event="checkpoint_failed")
+        else:
+            self._metrics.checkpoint("stored")
+            log.info(
+                f"the task's state is kept behind step {suspended.step}", _event="checkpoint_stored",
+                step=suspended.step, reason=stop.reason,
+            )  # fmt: skip
 
     async def _fetch(self, task: Task, folder: Path) -> list[Path]:
         paths = [folder / f"input-{index}" for index in range(len(task.inputs))]
@@ -368,7 +474,7 @@ class Handler:
         if stop.reason == "fenced":
             return "fenced"
         try:
-            if stop.reason == "released":
+            if stop.reason == "released" or stop.reason in SUSPENDING:
                 return await self._release(delivery, held, clocks)
         except FencedError:
             return "fenced"
@@ -395,7 +501,7 @@ class Handler:
 
     async def _release(self, delivery: Delivery, held: Claim, clocks: _Clocks) -> Outcome:
         # Not held against the task: the next attempt has the same number of tries.
-        stamp = held.stamp() | {"tries": held.tries - 1}
+        stamp = held.stamp() | held.carried() | {"tries": held.tries - 1}
         await held.append(contracts.StageReleased.model_validate(stamp | self._spent(clocks)))
         await delivery.nak()
         return "released"
@@ -537,8 +643,8 @@ def _log_seq(delivery: Delivery) -> int | None:
     return int(told) if delivery.num_delivered == 1 and told.isdecimal() else None
 
 
-def _may_go_on(task: Task, stop: Stop) -> None:
-    stop.check()
+def _may_go_on(task: Task, stop: Stop, step: int, steps: int) -> None:
+    stop.check_step(step, steps)
     _check_deadline(task)
 
 

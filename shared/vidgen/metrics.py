@@ -27,6 +27,7 @@ Outcome = Literal[
 GatewayOutcome = Literal["completed", "reused", "failed", "retried", "cancelled", "released"]
 RequestOutcome = Literal["accepted", "rejected", "duplicate"]
 Direction = Literal["get", "put"]
+CheckpointOutcome = Literal["stored", "resumed", "refused", "failed"]
 State = Literal["starting", "ready", "busy", "draining", "unhealthy"]
 
 STATES: tuple[State, ...] = get_args(State)
@@ -79,9 +80,9 @@ ON_WORKER = (STAGE, Label("worker"), *GPU)
 WORKER = (
     Metric(
         "vidgen_worker_tasks_total", "counter", "tasks",
-        "Tasks settled. retried: handed back with back-off; released: handed back unharmed by a drain; fenced: a newer "
-        "attempt held the task; rejected: it can never succeed; dead: its attempts were used up; dropped: "
-        "it was settled or cancelled already; lost: the bus went away before it was settled.",
+        "Tasks settled. retried: handed back with back-off; released: handed back unharmed by a drain or to make way; "
+        "fenced: a newer attempt held the task; rejected: it can never succeed; dead: its attempts were used up; "
+        "dropped: it was settled or cancelled already; lost: the bus went away before it was settled.",
         (STAGE, LANE, Label("outcome", get_args(Outcome))),
     ),
     Metric(
@@ -137,6 +138,13 @@ WORKER = (
     Metric(
         "vidgen_worker_artifact_seconds", "histogram", "seconds", "One transfer from or to the object store.",
         (STAGE, DIRECTION), MOMENTS,
+    ),
+    Metric(
+        "vidgen_worker_checkpoints_total", "counter", "checkpoints",
+        "Checkpoints of tasks in the middle of their denoising. stored: the task was handed back with it; resumed: a "
+        "task went on from it; refused: it was made by or for something else, or damaged, and the task started over; "
+        "failed: it could not be made, stored or fetched.",
+        (STAGE, Label("outcome", get_args(CheckpointOutcome))),
     ),
     Metric(
         "vidgen_worker_heartbeats_failed_total", "counter", "heartbeats",
@@ -427,6 +435,9 @@ class WorkerMetrics(_Exposed):
         """`size` in bytes."""
         self._inc("vidgen_worker_artifact_bytes_total", size, direction=direction)
         self._observe("vidgen_worker_artifact_seconds", seconds, direction=direction)
+
+    def checkpoint(self, outcome: CheckpointOutcome) -> None:
+        self._inc("vidgen_worker_checkpoints_total", outcome=outcome)
 
     def heartbeat_failed(self) -> None:
         self._inc("vidgen_worker_heartbeats_failed_total")

@@ -45,18 +45,20 @@ class Reporter:
         """Say that a phase begins."""
         self._send(phase)
 
-    def on_step(self, check: Callable[[], None], stepped: Stepped) -> OnStep:
+    def on_step(self, check: OnStep, stepped: Stepped, done: int = 0) -> OnStep:
         """What the engine calls after each step, in its own thread; `check` raises to end the attempt there.
 
         `stepped` hears, in the event loop, of the seconds since it was last told and of those left to the last step.
+        An engine that goes on where another one stopped begins behind step `done`.
         """
         loop = asyncio.get_running_loop()
         self._begun = self._counted_to = time.monotonic()
-        self._clock = StepClock(self._begun, finishing_s=self._finishing_s)
+        self._clock = StepClock(self._begun, finishing_s=self._finishing_s, done=done)
+        self._step = done
 
         def on_step(step: int, steps: int) -> None:
             loop.call_soon_threadsafe(self._stepped, step, steps, time.monotonic(), stepped)
-            check()
+            check(step, steps)
 
         return on_step
 

@@ -120,6 +120,7 @@ class _Service:
                     max_attempts=settings.max_attempts, backoff_base=settings.backoff_base,
                     backoff_limit=settings.backoff_limit, gpu_usd_per_hour=settings.gpu_usd_per_hour,
                     work_dir=settings.work_dir,
+                    checkpoint_over_s=settings.checkpoint_over_s if settings.checkpoint == "auto" else None,
                 ),
                 Registration(settings.heartbeat_s, settings.grace_s, load_seconds),
             )  # fmt: skip
@@ -188,7 +189,7 @@ class _Service:
             log.warning("leaving now: what runs is handed back", _event="killed")
             self._leaving = asyncio.get_running_loop().create_task(self._leave(128 + number))
             return
-        log.info("draining: no new task is taken, what runs is finished", _event="draining")
+        log.info("draining: no new task is taken, what runs is finished or handed back", _event="draining")
         self._stop.set()
         if self._worker is not None:
             self._worker.drain()

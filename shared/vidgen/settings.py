@@ -87,6 +87,14 @@ class WorkerSettings(Settings):
     backoff_base: float = Field(1.0, ge=0, description="Seconds before the second attempt; doubles with each.")
     backoff_limit: float = Field(60.0, ge=0, description="The longest wait between two attempts, in seconds.")
     grace_s: float = Field(600.0, gt=0, description="How long a draining worker may finish what runs.")
+    checkpoint: Literal["auto", "off"] = Field(
+        "auto",
+        description="auto: a task with much left to do is handed back in the middle when the worker drains, or an "
+        "interactive task waits for a batch one, and goes on from that step elsewhere. off: it runs to its end.",
+    )
+    checkpoint_over_s: float = Field(
+        20.0, ge=0, description="Seconds that must be left of a task to hand it back; what is shorter is finished."
+    )
     heartbeat_s: float = Field(3.0, gt=0, description="How often the worker registry is refreshed.")
     gpu_usd_per_hour: float = Field(0.0, ge=0, description="What this worker's GPU costs; gives cost_usd.")
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -37,6 +37,16 @@ CANCEL_WAIT_S = 5.0
 IDLE_WAIT_S = 0.5
 BUS_PAUSE_S = 0.5
 BATCH_SHARE = 10  # at least one task in ten is a batch task while any waits
+LOOK_S = 1.0  # how often a worker with a long batch task looks for an interactive one
+MAX_PREEMPTIONS = 3  # of one task: then it runs to its end
+
+
+@dataclass(frozen=True)
+class Pulled:
+    """A task just taken; `gives_way` where a later interactive task goes before it: a batch task out of turn."""
+
+    delivery: Delivery
+    gives_way: bool
 
 
 class LanePuller:
@@ -48,22 +58,26 @@ class LanePuller:
         self._batch = topology.consumer_of(stage, "batch")
         self._since_batch = 0
 
-    async def next(self, wait: float = IDLE_WAIT_S) -> Delivery | None:
+    async def next(self, wait: float = IDLE_WAIT_S) -> Pulled | None:
         """The next task, None when `wait` seconds brought none; raises BusError."""
         owed = self._since_batch >= BATCH_SHARE - 1
         order = (self._batch, self._interactive) if owed else (self._interactive, self._batch)
         for consumer in order:
             delivery = await self._bus.pull(consumer, wait=0)
             if delivery is not None:
-                return self._count(consumer, delivery)
+                return self._count(consumer, delivery, gives_way=consumer is self._batch and not owed)
             if owed:
                 self._since_batch = 0  # nothing was waiting there
+        return await self.interactive(wait)
+
+    async def interactive(self, wait: float = 0) -> Pulled | None:
+        """The next interactive task, None when `wait` seconds brought none; raises BusError."""
         delivery = await self._bus.pull(self._interactive, wait=wait)
         return self._count(self._interactive, delivery) if delivery is not None else None
 
-    def _count(self, consumer: topology.Consumer, delivery: Delivery) -> Delivery:
+    def _count(self, consumer: topology.Consumer, delivery: Delivery, *, gives_way: bool = False) -> Pulled:
         self._since_batch = 0 if consumer is self._batch else self._since_batch + 1
-        return delivery
+        return Pulled(delivery, gives_way)
 
 
 @dataclass(eq=False)
@@ -71,11 +85,15 @@ class _JustInTimeTurn(Turn):
     """Lets the next task be taken shortly before this one leaves the device; at its end if nobody knows when."""
 
     job_id: str = ""
+    gives_way: bool = False
     open_next: Callable[[], None] = lambda: None
+    told: Callable[[_JustInTimeTurn], None] = lambda turn: None
     _timer: asyncio.TimerHandle | None = None
     _opened: bool = False
 
     def frees_in(self, seconds: float) -> None:
+        super().frees_in(seconds)
+        self.told(self)
         self._stop_timer()
         if seconds <= LEAD_S:
             self._open()
@@ -85,6 +103,13 @@ class _JustInTimeTurn(Turn):
     def ends(self) -> None:
         self._stop_timer()
         self._open()
+
+    def pass_on(self) -> Callable[[], None]:
+        """What this turn would open, for the one that goes before it to open; nothing if it is open already."""
+        self._stop_timer()
+        open_next = (lambda: None) if self._opened else self.open_next
+        self._opened = True
+        return open_next
 
     def _stop_timer(self) -> None:
         if self._timer is not None:
@@ -145,11 +170,22 @@ class Worker:
         return "busy" if self._turns else "ready"
 
     def drain(self) -> None:
-        """Take no more tasks, hand back what only waits, finish what runs."""
+        """Take no more tasks, hand back what only waits; what runs is finished, or handed back if that takes long."""
         self._draining.set()
         for turn in self._turns:
             if turn.phase == "preparing":
                 turn.stop.now("released")
+            self._leave_if_long(turn)
+
+    def _leave_if_long(self, turn: _JustInTimeTurn) -> None:
+        """While it drains: hand back in the middle what cannot be done soon; looked at again with each step."""
+        left_s, over_s = turn.left_s, self._policy.checkpoint_over_s
+        if not self._draining.is_set() or not self._handler.suspends or turn.phase != "generating":
+            return
+        if left_s is None or over_s is None:
+            return
+        if left_s + self._handler.after_device_s > min(over_s, self._registration.grace_s):
+            turn.stop.now("drained")
 
     async def run(self) -> None:
         """Serve until drained; raises FatalError when this worker can no longer work.
@@ -175,22 +211,60 @@ class Worker:
 
     async def _serve(self) -> None:
         async with asyncio.TaskGroup() as tasks:
+            if self._handler.suspends:
+                tasks.create_task(self._make_way(tasks), name="make-way")
             while not self._draining.is_set():
                 await self._places.acquire()
                 await self._next.acquire()
-                delivery = None if self._draining.is_set() else await self._pull()
-                if delivery is None:
+                pulled = None if self._draining.is_set() else await self._pull(self._puller.next)
+                if pulled is None:
                     self._next.release()
                     self._places.release()
                     continue
-                job_id = delivery.subject.rsplit(".", 1)[-1]
-                turn = _JustInTimeTurn(self._device, job_id=job_id, open_next=self._next.release)
-                self._turns.add(turn)
-                tasks.create_task(self._see_through(delivery, turn), name=f"task-{delivery.seq}")
+                self._begin(tasks, pulled, self._next.release)
 
-    async def _pull(self) -> Delivery | None:
+    def _begin(self, tasks: asyncio.TaskGroup, pulled: Pulled, open_next: Callable[[], None]) -> None:
+        """See a task through that has a place."""
+        delivery = pulled.delivery
+        turn = _JustInTimeTurn(
+            self._device, job_id=delivery.subject.rsplit(".", 1)[-1], gives_way=pulled.gives_way, open_next=open_next,
+            told=self._leave_if_long,
+        )  # fmt: skip
+        self._turns.add(turn)
+        tasks.create_task(self._see_through(delivery, turn), name=f"task-{delivery.seq}")
+
+    async def _make_way(self, tasks: asyncio.TaskGroup) -> None:
+        """While a batch task with much left to do runs: an interactive task that no other worker takes goes first.
+
+        It is taken before the batch task is stopped, so one task never stops two; and only what nobody else waits for
+        is taken, so an idle worker comes first.
+        """
+        while not self._draining.is_set():
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._draining.wait(), LOOK_S)
+            turn = next((turn for turn in self._turns if self._gives_way(turn)), None)
+            if turn is None or self._places.locked() or self._draining.is_set():
+                continue
+            await self._places.acquire()
+            pulled = await self._pull(self._puller.interactive)
+            if pulled is None:
+                self._places.release()
+                continue
+            if self._gives_way(turn):
+                turn.stop.now("preempted")
+            self._begin(tasks, pulled, turn.pass_on())
+
+    def _gives_way(self, turn: _JustInTimeTurn) -> bool:
+        left_s, over_s = turn.left_s, self._policy.checkpoint_over_s
+        return (
+            turn.gives_way and turn.phase == "generating" and turn.stop.reason is None
+            and turn.preempted < MAX_PREEMPTIONS
+            and left_s is not None and over_s is not None and left_s > over_s
+        )  # fmt: skip
+
+    async def _pull(self, pull: Callable[[], Awaitable[Pulled | None]]) -> Pulled | None:
         """The next task, None where there is none or a drain begins; a cancelled pull hands back what it would take."""
-        pulling = asyncio.ensure_future(self._puller.next())
+        pulling = asyncio.ensure_future(pull())
         draining = asyncio.ensure_future(self._draining.wait())
         try:
             await asyncio.wait([pulling, draining], return_when=asyncio.FIRST_COMPLETED)
@@ -200,15 +274,15 @@ class Worker:
                 pulling.cancel()
                 await asyncio.wait([pulling])
         try:
-            delivery = None if pulling.cancelled() else pulling.result()
-            if delivery is not None and self._draining.is_set():
-                await delivery.nak()  # both at once: nobody needs to hear of it
+            pulled = None if pulling.cancelled() else pulling.result()
+            if pulled is not None and self._draining.is_set():
+                await pulled.delivery.nak()  # both at once: nobody needs to hear of it
                 return None
         except errors.BusError as exc:
             log.warning(exc.message, _event="bus_lost")
             await asyncio.sleep(BUS_PAUSE_S)
             return None
-        return delivery
+        return pulled
 
     async def _see_through(self, delivery: Delivery, turn: _JustInTimeTurn) -> None:
         try:
@@ -242,7 +316,10 @@ class Worker:
                 await asyncio.sleep(BUS_PAUSE_S)
 
     async def _end_grace(self, ending: asyncio.Event) -> None:
-        """A drain that takes longer than the grace period hands back what still runs, at its next step."""
+        """A drain that takes longer than the grace period hands back what still runs, at its next step.
+
+        With its state where the engine can leave one.
+        """
         draining = asyncio.ensure_future(self._draining.wait())
         ended = asyncio.ensure_future(ending.wait())
         await asyncio.wait([draining, ended], return_when=asyncio.FIRST_COMPLETED)
@@ -250,7 +327,7 @@ class Worker:
         await asyncio.wait([ended], timeout=self._registration.grace_s)
         ended.cancel()
         for turn in self._turns:
-            turn.stop.now("released")
+            turn.stop.now("drained" if self._handler.suspends and turn.phase == "generating" else "released")
 
     async def _register(self, ending: asyncio.Event) -> None:
         records = self._bus.records(topology.WORKERS_BUCKET)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from tests.servers import finished, running_stack
 
 from vidgen import video
 from vidgen.client import AsyncClient
-from vidgen.contracts import EditParams, I2VParams, JobStatus, VideoRequest
+from vidgen.contracts import EditParams, I2VParams, Job, JobStatus, StageReleased, StageStarted, VideoRequest
 from vidgen.local import Stack
 
 PHOTO = Path(__file__).parents[2] / "examples" / "portrait.jpg"
@@ -31,6 +32,7 @@ def stack(tmp_path_factory: pytest.TempPathFactory, tiny_models: dict[str, Path]
         "VIDGEN_EDIT_REFERENCE_AREA": str(64 * 64),
         "VIDGEN_EDIT_CONDITION_AREA": str(56 * 56),
         "VIDGEN_I2V_MODEL": str(tiny_models["wan2.2-a14b-i2v"]),
+        "VIDGEN_CHECKPOINT_OVER_S": "0",  # nothing that these models do takes long
         "PYTHONPATH": os.pathsep.join(filter(None, (str(SHIM), os.environ.get("PYTHONPATH")))),
         "OMP_NUM_THREADS": "1",
     }
@@ -81,3 +83,32 @@ async def test_a_cancel_stops_the_real_pipeline_and_leaves_it_usable(client: Asy
     assert (await client.cancel(job.id)).status is JobStatus.CANCELLED
     after = await finished(client, await client.submit(a_request(i2v=None), images=[PHOTO]))
     assert after.status is JobStatus.COMPLETED, after.error
+
+
+async def test_a_worker_that_is_reclaimed_in_the_middle_leaves_its_steps_to_the_next(
+    stack: Stack, client: AsyncClient
+) -> None:
+    long = I2VParams(prompt="slowly", steps=100, guidance_scale=3.0, seed=5, num_frames=9, width=128, height=128)
+    request = a_request(edit=None, i2v=long)
+    job = await client.submit(request, images=[PHOTO])
+    async with asyncio.timeout(BOUND):
+        async for update in client.watch(job.id):
+            if getattr(update, "step", 0) > 0:
+                break
+    [worker] = [service for service in stack.services if service.name == "i2v-service"]
+    worker.process.signal(signal.SIGTERM)
+    assert await worker.process.wait(BOUND) == 0
+
+    await worker.start(BOUND)  # another process
+    updates = [update async for update in client.watch(job.id)]
+
+    assert isinstance(updates[-1], Job)
+    assert updates[-1].status is JobStatus.COMPLETED, updates[-1].error
+    [released] = [update for update in updates if isinstance(update, StageReleased)]
+    second = [update for update in updates if isinstance(update, StageStarted)][-1]
+    assert released.checkpoint is not None
+    assert 0 < released.checkpoint.step < 100
+    assert (second.attempt, second.tries, second.checkpoint) == (2, 1, released.checkpoint)
+    assert second.worker != released.worker
+    whole = await finished(client, await client.submit(request, images=[PHOTO]))
+    assert [made.sha256 for made in updates[-1].artifacts] == [made.sha256 for made in whole.artifacts]

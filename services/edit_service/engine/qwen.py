@@ -13,6 +13,7 @@ from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus
 from PIL import Image
 
 from vidgen import diffusion, images, weights
+from vidgen.accel import resume
 from vidgen.accel.engine import DiffusersEngine, Layout
 from vidgen.contracts import MAX_REFERENCES, EditWork, Work
 from vidgen.engine import Finished, Generated, OnStep
@@ -93,10 +94,15 @@ class QwenEditEngine(DiffusersEngine):
 
     def generate(self, inputs: Inputs, on_step: OnStep) -> Generated:
         """Run the pipeline; the output's pixels are on the host."""
+        return self.resume(inputs, on_step, None)
+
+    def resume(self, inputs: Inputs, on_step: OnStep, state: bytes | None) -> Generated:
+        """Go on behind the step of a state that an interrupted run left; None: from the first step."""
         work = inputs.work
-        steps = diffusion.Steps(on_step, self._device)
+        generators = diffusion.generators(work.seed, work.candidates)
+        steps = resume.Course(on_step, self._device, generators, self._made_with(), state)
         guidance = {"guidance_scale": work.guidance_scale} if self._pipe.transformer.config.guidance_embeds else {}
-        with diffusion.faults(steps):
+        with diffusion.faults(steps), steps.on(self._pipe) as given:
             pictures = self._pipe(
                 image=list(inputs.references),
                 prompt=work.prompt,
@@ -107,11 +113,9 @@ class QwenEditEngine(DiffusersEngine):
                 width=diffusion.round_up(work.width, self._multiple),
                 height=diffusion.round_up(work.height, self._multiple),
                 num_images_per_prompt=work.candidates,
-                generator=diffusion.generators(work.seed, work.candidates),
-                callback_on_step_end=steps,
-                callback_on_step_end_tensor_inputs=[],
                 output_type="pt",
                 **guidance,
+                **given,
             ).images
             pixels = diffusion.cropped(diffusion.to_pixels(pictures), work.width, work.height).cpu().numpy()
         return Generated(Edited(work, pixels), denoise_s=steps.denoise_s, decode_s=steps.decode_s())
@@ -124,6 +128,10 @@ class QwenEditEngine(DiffusersEngine):
             images.write_png(picture, path, diffusion.provenance(self.info, work.seed) | {"candidate": str(index)})
             finished.append(Finished(path, "image/png", work.width, work.height))
         return tuple(finished)
+
+    def _made_with(self) -> dict[str, object]:
+        areas = {"reference_area": self.reference_area, "condition_area": self.condition_area}
+        return super()._made_with() | areas
 
     def _warm_up(self) -> None:
         grey = Image.new("RGB", (WARM_UP.width, WARM_UP.height), (128, 128, 128))

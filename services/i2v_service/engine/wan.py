@@ -14,6 +14,7 @@ from diffusers import WanImageToVideoPipeline
 from PIL import Image
 
 from vidgen import diffusion, images, video, weights
+from vidgen.accel import resume
 from vidgen.accel.engine import DiffusersEngine, Layout
 from vidgen.contracts import I2VWork, Work
 from vidgen.engine import Finished, Generated, OnStep
@@ -87,10 +88,14 @@ class WanI2VEngine(DiffusersEngine):
 
     def generate(self, inputs: Inputs, on_step: OnStep) -> Generated:
         """Run the pipeline; the output's frames are on the host."""
+        return self.resume(inputs, on_step, None)
+
+    def resume(self, inputs: Inputs, on_step: OnStep, state: bytes | None) -> Generated:
+        """Go on behind the step of a state that an interrupted run left; None: from the first step."""
         work = inputs.work
-        steps = diffusion.Steps(on_step, self._device)
+        steps = resume.Course(on_step, self._device, diffusion.generators(work.seed), self._made_with(), state)
         scale, scale_2 = self._guidance(work)
-        with diffusion.faults(steps):
+        with diffusion.faults(steps), steps.on(self._pipe) as given:
             clip = self._pipe(
                 image=inputs.start,
                 prompt=work.prompt,
@@ -101,10 +106,8 @@ class WanI2VEngine(DiffusersEngine):
                 num_frames=self._rendered_frames(work.num_frames),
                 width=inputs.start.width,
                 height=inputs.start.height,
-                generator=diffusion.generators(work.seed),
-                callback_on_step_end=steps,
-                callback_on_step_end_tensor_inputs=[],
                 output_type="pt",
+                **given,
             ).frames[0]
             pixels = diffusion.to_pixels(clip[: work.num_frames])
             frames = diffusion.cropped(pixels, work.width, work.height).cpu().numpy()

@@ -111,6 +111,11 @@ class DiffusersEngine(abc.ABC):
     def _adopt(self) -> None:
         """Look at the pipeline that was loaded, before the warm-up."""
 
+    def _made_with(self) -> dict[str, object]:
+        """What decides over the numbers besides model, profile and task: of a checkpoint, too, it must be the same."""
+        layout = self.layout
+        return {"loras": self._loras, "dtype": layout.dtype, "attention": layout.attention, "compile": layout.compile}
+
     @abc.abstractmethod
     def _warm_up(self) -> None:
         """Run once, so that the first task finds everything compiled and allocated."""

@@ -80,7 +80,8 @@ def news_of(update: Update) -> tuple[contracts.Stage | None, str] | None:
         case contracts.StageFailed():
             return update.stage, f"failed: {update.error.message}"
         case contracts.StageReleased():
-            return update.stage, f"handed back by {update.worker}: it waits for another worker"
+            at = f" after step {update.checkpoint.step} of {update.checkpoint.steps}" if update.checkpoint else ""
+            return update.stage, f"handed back by {update.worker}{at}: it waits for another worker"
         case contracts.StageCancelled():
             return update.stage, "cancelled"
         case contracts.CancelRequested():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import UTC, datetime
 
 import pytest
@@ -130,6 +131,28 @@ def test_the_end_of_the_edit_is_the_beginning_of_the_video() -> None:
 
 def test_an_edit_whose_video_has_begun_is_settled() -> None:
     assert attempts.judge(task("edit"), started(stage="i2v"), MAX) == Drop("settled")
+
+
+KEPT = contracts.Checkpoint(attempt=1, step=3, steps=8)
+
+
+@pytest.mark.parametrize("begin", [started, released], ids=["a worker died", "handed back"])
+def test_a_task_goes_on_from_the_checkpoint_that_its_newest_event_names(
+    begin: Callable[..., contracts.StageEvent],
+) -> None:
+    newest = begin(attempt=2, tries=1).model_copy(update={"checkpoint": KEPT, "preempted": 2})
+
+    assert attempts.judge(task(), newest, MAX) == Run(3, 2, KEPT, 2)  # type: ignore[arg-type]
+
+
+def test_a_task_that_failed_starts_over() -> None:
+    assert attempts.judge(task(), failed(final=False, attempt=2), MAX) == Run(3, 3, None)
+
+
+def test_a_checkpoint_of_a_run_before_does_not_count() -> None:
+    newest = released(run=1).model_copy(update={"checkpoint": KEPT})
+
+    assert attempts.judge(task(run=2), newest, MAX) == Run(1, 1)
 
 
 # ── standing ─────────────────────────────────────────────────────────────────────────────────────────────────────

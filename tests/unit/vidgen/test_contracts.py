@@ -184,7 +184,7 @@ EVENTS: dict[str, dict[str, Any]] = {
     "stage_completed": STAGE
     | {"engine": "preview", "model": "none", "seed": 7, "artifacts": [ARTIFACT], "timings": {"denoise": 1.5}},
     "stage_failed": STAGE | {"error": ERROR, "final": False, "retry_in_s": 2.0},
-    "stage_released": STAGE,
+    "stage_released": STAGE | {"checkpoint": {"attempt": 2, "step": 3, "steps": 8}, "preempted": 1},
     "stage_cancelled": STAGE | {"cancel_latency_s": 0.1},
     "cancel_requested": {},
     "retry_requested": {},

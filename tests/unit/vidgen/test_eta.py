@@ -132,3 +132,13 @@ def test_the_pace_speaks_again_as_soon_as_it_may(gaps: list[float]) -> None:
         assume(abs(at - spoken - 0.2) > 1e-9)
         assert pace.allows(at) == (at - spoken >= 0.2)
         spoken = at if at - spoken >= 0.2 else spoken
+
+
+def test_a_clock_that_goes_on_behind_a_step_counts_only_its_own() -> None:
+    clock = eta.StepClock(0.0, done=30)
+
+    assert clock.step(31, 40, 5.0) == 5.0  # carries the warm-up
+    assert clock.step(32, 40, 7.0) == 2.0
+
+    assert clock.seconds_per_step == 2.0
+    assert clock.eta_s() == 16.0

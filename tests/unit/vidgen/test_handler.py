@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from tests.workbench import BOUND, Bench, LoopClock, settled, task_of
 from vidgen import contracts, errors, topology
 from vidgen.contracts import MAX_REFERENCES
 from vidgen.engine import Engine
-from vidgen.handler import Turn
+from vidgen.handler import Reason, Turn
 from vidgen.testing import FakeClock
 
 MakeBench = Callable[..., Bench]
@@ -1000,3 +1001,385 @@ async def test_progress_that_cannot_be_sent_does_no_harm(bench_of: MakeBench) ->
     bench.bus.fail_next("signal", times=100)
 
     assert await bench.run() == "completed"
+
+
+# ── checkpoints ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+WHOLE = "7: 1 2 3 4"
+
+
+async def left_behind_step_two(bench: Bench, reason: Reason = "drained") -> engines.Resumes:
+    """Let a worker begin j1, of four steps, and hand it back behind the second."""
+    engine = engines.Resumes()
+    gate = engine.hold("generate", step=2)
+    bench.use(engine)
+    turn = bench.turn()
+    running = await bench.begin(turn)
+    await reached(gate)
+    turn.stop.now(reason)
+    gate.open()
+    assert await ended(running) == "released"
+    return engine
+
+
+async def test_a_task_that_is_handed_back_in_the_middle_goes_on_there_on_another_worker(bench_of: MakeBench) -> None:
+    bench = bench_of()
+    await bench.queue()
+    first = await left_behind_step_two(bench)
+    released = bench.events()[-1]
+    assert (released.type, released.attempt, released.tries) == ("stage_released", 1, 0)
+    assert released.checkpoint == contracts.Checkpoint(attempt=1, step=2, steps=4)
+    assert released.gpu_seconds > 0
+    assert "checkpoints/j1/edit-1-1.safetensors" in bench.store.objects
+
+    second = engines.Resumes()
+    bench.use(second)
+    told = await bench.hear_progress()
+    assert await bench.run() == "completed"
+
+    assert (first.seen, second.seen) == ([1, 2], [3, 4])
+    assert second.made == [WHOLE]
+    started, completed = bench.events()[-2:]
+    assert (started.attempt, started.tries, started.checkpoint) == (2, 1, released.checkpoint)
+    assert (completed.steps, completed.reused) == (4, False)
+    assert {(at.step, at.steps) for at in told() if at.phase == "denoising"} <= {(3, 4), (4, 4)}
+    assert bench.metric("vidgen_worker_checkpoints_total", outcome="stored") == 1
+    assert bench.metric("vidgen_worker_checkpoints_total", outcome="resumed") == 1
+    assert bench.metric("vidgen_worker_steps_total") == 4
+
+
+async def test_the_state_is_stored_before_the_log_says_so_and_the_task_is_handed_back_last(bench_of: MakeBench) -> None:
+    bench = bench_of()
+    await bench.queue()
+    await left_behind_step_two(bench)
+
+    entries = bench.journal.entries
+    order = [entries.index("put checkpoints/j1/edit-1-1.safetensors"), entries.index("stage_released")]
+    assert [*order, entries.index("nak")] == sorted([*order, entries.index("nak")])
+
+
+async def test_a_first_attempt_asks_the_store_for_no_checkpoint(bench_of: MakeBench) -> None:
+    bench = bench_of(engines.Resumes())
+    await bench.queue()
+
+    assert await bench.run() == "completed"
+
+    assert bench.store.calls["fetch"] == 1  # its one input
+
+
+async def test_a_task_may_be_handed_back_again_and_again(bench_of: MakeBench) -> None:
+    bench = bench_of()
+    await bench.queue(steps=6)
+    await left_behind_step_two(bench)
+    second = engines.Resumes()
+    gate = second.hold("generate", step=5)
+    bench.use(second)
+    turn = bench.turn()
+    running = await bench.begin(turn)
+    await reached(gate)
+    turn.stop.now("preempted")
+    gate.open()
+    assert await ended(running) == "released"
+    assert bench.events()[-1].checkpoint == contracts.Checkpoint(attempt=2, step=5, steps=6)
+    assert bench.events()[-1].preempted == 1
+
+    third = engines.Resumes()
+    bench.use(third)
+    assert await bench.run() == "completed"
+
+    assert (second.seen, third.seen) == ([3, 4, 5], [6])
+    assert third.made == ["7: 1 2 3 4 5 6"]
+    assert bench.events()[-2].preempted == 1  # a drain does not count
+
+
+async def test_a_worker_that_dies_behind_a_checkpoint_leaves_it_to_the_next(bench_of: MakeBench) -> None:
+    bench = bench_of()
+    await bench.queue()
+    await left_behind_step_two(bench)
+    kept = bench.events()[-1].checkpoint
+    await bench.say(
+        contracts.StageStarted(
+            job_id="j1", at=datetime.now(UTC), stage="edit", attempt=2, tries=1, worker="another", engine="e",
+            model="m", checkpoint=kept,
+        )
+    )  # fmt: skip
+
+    bench.use(engines.Resumes())
+    assert await bench.run() == "completed"
+
+    assert bench.engine.seen == [3, 4]  # type: ignore[attr-defined]
+    assert bench.events()[-1].attempt == 3
+
+
+class LosesItsDeviceAgain(engines.Resumes):
+    def resume(self, inputs: Any, on_step: Any, state: bytes | None) -> Any:
+        raise errors.FatalError("the device fell off the bus", code="device_lost")
+
+
+async def test_a_sick_worker_hands_the_checkpoint_on_with_the_task(bench_of: MakeBench) -> None:
+    bench = bench_of()
+    await bench.queue()
+    await left_behind_step_two(bench)
+    bench.use(LosesItsDeviceAgain())
+    with pytest.raises(errors.FatalError):
+        await bench.run()
+
+    bench.use(engines.Resumes())
+    assert await bench.run() == "completed"
+
+    assert bench.engine.seen == [3, 4]  # type: ignore[attr-defined]
+
+
+class FailsOnceWhereItGoesOn(engines.Resumes):
+    def resume(self, inputs: Any, on_step: Any, state: bytes | None) -> Any:
+        if state is not None:
+            raise errors.RetryableError("out of memory", code="out_of_memory")
+        return super().resume(inputs, on_step, state)
+
+
+async def test_an_attempt_that_failed_is_followed_by_one_that_starts_over(bench_of: MakeBench) -> None:
+    clock = FakeClock()
+    bench = bench_of(clock=clock)
+    await bench.queue()
+    await left_behind_step_two(bench)
+    bench.use(FailsOnceWhereItGoesOn())
+    assert await bench.run() == "retried"
+    clock.advance(1)
+
+    assert await bench.run() == "completed"
+
+    assert bench.engine.made == [WHOLE]  # type: ignore[attr-defined]
+    assert bench.events()[-2].checkpoint is None
+
+
+# ── checkpoints that are refused, or missing ─────────────────────────────────────────────────────────────────────
+
+
+def another_model(bench: Bench) -> None:
+    bench.engine.info = replace(bench.engine.info, model="another")
+
+
+def another_profile(bench: Bench) -> None:
+    bench.engine.info = replace(bench.engine.info, profile="resident-fp8")
+
+
+def truncated(bench: Bench) -> None:
+    [key] = [key for key in bench.store.objects if key.startswith("checkpoints/")]
+    bench.store.add(key, bench.store.objects[key][:-1])
+
+
+def of_another_schema(bench: Bench) -> None:
+    [key] = [key for key in bench.store.objects if key.startswith("checkpoints/")]
+    bench.store.add(key, bench.store.objects[key].replace(b'_version\\":1', b'_version\\":2'))
+
+
+def not_for_the_engine(bench: Bench) -> None:
+    """The header fits, but not what the engine finds in it."""
+    [key] = [key for key in bench.store.objects if key.startswith("checkpoints/")]
+    bench.store.add(key, bench.store.objects[key].replace(b'"made":', b'"mode":'))
+
+
+@pytest.mark.parametrize("spoil", [another_model, another_profile, truncated, of_another_schema, not_for_the_engine])
+async def test_a_checkpoint_that_does_not_fit_is_refused_and_the_task_starts_over(
+    bench_of: MakeBench, spoil: Callable[[Bench], None]
+) -> None:
+    bench = bench_of()
+    await bench.queue()
+    await left_behind_step_two(bench)
+    second = engines.Resumes()
+    bench.use(second)
+    spoil(bench)
+
+    with structlog.testing.capture_logs() as logs:
+        assert await bench.run() == "completed"
+
+    assert second.made == [WHOLE]
+    assert bench.events()[-1].tries == 1
+    assert bench.metric("vidgen_worker_checkpoints_total", outcome="refused") == 1
+    assert bench.metric("vidgen_worker_checkpoints_total", outcome="resumed") == 0
+    assert "checkpoint_refused" in [entry.get("_event") for entry in logs]
+
+
+def gone(bench: Bench) -> None:
+    [key] = [key for key in bench.store.objects if key.startswith("checkpoints/")]
+    del bench.store.objects[key]
+
+
+def not_now(bench: Bench) -> None:
+    fetch = bench.store.fetch
+
+    async def fetch_inputs_only(key: str, path: Path, limit: int | None = None) -> None:
+        if key.startswith("checkpoints/"):
+            raise errors.StoreError("the object store did not answer")
+        await fetch(key, path, limit)
+
+    bench.store.fetch = fetch_inputs_only  # type: ignore[method-assign]
+
+
+@pytest.mark.parametrize("spoil", [gone, not_now])
+async def test_a_checkpoint_that_cannot_be_fetched_costs_the_steps_and_nothing_more(
+    bench_of: MakeBench, spoil: Callable[[Bench], None]
+) -> None:
+    bench = bench_of()
+    await bench.queue()
+    await left_behind_step_two(bench)
+    second = engines.Resumes()
+    bench.use(second)
+    spoil(bench)
+
+    assert await bench.run() == "completed"
+
+    assert second.made == [WHOLE]
+    assert bench.metric("vidgen_worker_checkpoints_total", outcome="failed") == 1
+
+
+async def test_an_engine_that_cannot_go_on_ignores_the_checkpoint(bench_of: MakeBench) -> None:
+    bench = bench_of()
+    await bench.queue()
+    await left_behind_step_two(bench)
+    bench.use(engines.Instant())
+
+    assert await bench.run() == "completed"
+
+    assert bench.store.calls["fetch"] == 2  # the input of each attempt
+
+
+async def test_where_checkpoints_are_off_none_is_made_or_read(bench_of: MakeBench) -> None:
+    bench = bench_of()
+    await bench.queue()
+    await left_behind_step_two(bench)
+    bench.policy = replace(bench.policy, checkpoint_over_s=None)
+    second = engines.Resumes()
+    bench.use(second)
+
+    assert await bench.run() == "completed"
+
+    assert not bench.handler.suspends
+    assert second.made == [WHOLE]
+
+
+# ── checkpoints that cannot be stored, or come too late ──────────────────────────────────────────────────────────
+
+
+async def test_where_the_state_cannot_be_stored_the_task_is_handed_back_without(bench_of: MakeBench) -> None:
+    bench = bench_of()
+    await bench.queue()
+    bench.store.fail_next("put")
+    await left_behind_step_two(bench, "preempted")
+    assert bench.events()[-1].checkpoint is None
+    assert bench.events()[-1].preempted == 1
+    assert bench.metric("vidgen_worker_checkpoints_total", outcome="failed") == 1
+
+    second = engines.Resumes()
+    bench.use(second)
+    assert await bench.run() == "completed"
+
+    assert second.made == [WHOLE]
+    assert bench.events()[-1].tries == 1
+
+
+async def test_where_a_later_state_cannot_be_stored_the_earlier_one_still_stands(bench_of: MakeBench) -> None:
+    bench = bench_of()
+    await bench.queue(steps=6)
+    await left_behind_step_two(bench)
+    engine = engines.Resumes()
+    gate = engine.hold("generate", step=4)
+    bench.use(engine)
+    turn = bench.turn()
+    running = await bench.begin(turn)
+    await reached(gate)
+    bench.store.fail_next("put")
+    turn.stop.now("drained")
+    gate.open()
+    assert await ended(running) == "released"
+
+    assert bench.events()[-1].checkpoint == contracts.Checkpoint(attempt=1, step=2, steps=6)
+
+
+async def test_a_store_that_hangs_does_not_keep_the_task(bench_of: MakeBench, loop_clock: LoopClock) -> None:
+    engine = engines.Resumes()
+    gate = engine.hold("generate", step=2)
+    bench = bench_of(engine)
+    await bench.queue()
+    asked = asyncio.Event()
+
+    async def hang(*args: object, **given: object) -> None:
+        asked.set()
+        await asyncio.Event().wait()
+
+    bench.store.put = hang  # type: ignore[assignment]
+    turn = bench.turn()
+    running = await bench.begin(turn)
+    await reached(gate)
+    turn.stop.now("drained")
+    gate.open()
+    await asyncio.wait_for(asked.wait(), BOUND)
+    loop_clock.advance(16)
+
+    assert await ended(running) == "released"
+    assert bench.events()[-1].checkpoint is None
+
+
+async def test_an_engine_that_leaves_nothing_is_handed_back_without(bench_of: MakeBench) -> None:
+    engine = engines.Resumes(leaves=False)
+    gate = engine.hold("generate", step=2)
+    bench = bench_of(engine)
+    await bench.queue()
+    turn = bench.turn()
+    running = await bench.begin(turn)
+    await reached(gate)
+    turn.stop.now("drained")
+    gate.open()
+
+    assert await ended(running) == "released"
+    assert bench.events()[-1].checkpoint is None
+
+
+async def test_behind_the_last_step_a_task_is_finished_and_not_handed_back(bench_of: MakeBench) -> None:
+    engine = engines.Resumes()
+    gate = engine.hold("generate", step=4)
+    bench = bench_of(engine)
+    await bench.queue()
+    turn = bench.turn()
+    running = await bench.begin(turn)
+    await reached(gate)
+    turn.stop.now("preempted")
+    gate.open()
+
+    assert await ended(running) == "completed"
+
+
+async def test_a_cancel_comes_over_a_task_that_is_being_handed_back(bench_of: MakeBench) -> None:
+    engine = engines.Resumes()
+    gate = engine.hold("generate", step=2)
+    bench = bench_of(engine)
+    await bench.queue()
+    turn = bench.turn()
+    running = await bench.begin(turn)
+    await reached(gate)
+    turn.stop.now("preempted")
+    await bench.cancel()
+    turn.stop.now("cancelled")
+    gate.open()
+
+    assert await ended(running) == "cancelled"
+    assert not [key for key in bench.store.objects if key.startswith("checkpoints/")]
+
+
+async def test_an_attempt_that_was_overtaken_leaves_no_checkpoint_that_a_newer_one_reads(bench_of: MakeBench) -> None:
+    engine = engines.Resumes()
+    gate = engine.hold("generate", step=2)
+    bench = bench_of(engine)
+    await bench.queue()
+    turn = bench.turn()
+    running = await bench.begin(turn)
+    await reached(gate)
+    await bench.start_elsewhere(2)
+    turn.stop.now("drained")
+    gate.open()
+
+    assert await ended(running) == "fenced"
+
+    assert "checkpoints/j1/edit-1-1.safetensors" in bench.store.objects  # under its own name
+    assert bench.events()[-1].checkpoint is None  # and nobody says so
+    assert not {"ack", "nak"} & set(bench.journal.entries)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Iterator
+from itertools import pairwise
 from types import SimpleNamespace
 from typing import Any
 
@@ -15,7 +16,7 @@ from tests.workbench import BOUND, Bench, LoopClock, settled
 
 from vidgen import errors, topology
 from vidgen.bus import Delivery
-from vidgen.contracts import WorkerInfo
+from vidgen.contracts import Checkpoint, WorkerInfo
 from vidgen.testing import FakeClock
 from vidgen.worker import LanePuller, Registration, Worker
 
@@ -199,10 +200,10 @@ async def test_what_somebody_waits_for_comes_before_the_batch() -> None:
 async def pulled(puller: LanePuller, count: int) -> list[str]:
     lanes = []
     for _ in range(count):
-        delivery: Delivery | None = await puller.next(wait=0)
-        assert delivery is not None
-        lanes.append(delivery.subject.split(".")[3])
-        await delivery.ack()
+        found = await puller.next(wait=0)
+        assert found is not None
+        lanes.append(found.delivery.subject.split(".")[3])
+        await found.delivery.ack()
     return lanes
 
 
@@ -306,6 +307,250 @@ async def test_when_the_grace_is_over_what_still_runs_is_handed_back_at_its_next
         assert (event.type, event.tries) == ("stage_released", 0)
         assert event.gpu_seconds > 0
         assert (await shop.bench.take()).num_delivered == 2
+
+
+# ── handed back in the middle ────────────────────────────────────────────────────────────────────────────────────
+
+
+class Steady:
+    """The time of steps: each takes ten seconds once the test lets it end."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 1000.0
+        monkeypatch.setattr("vidgen.progress.time", SimpleNamespace(monotonic=lambda: self.now))
+
+    async def passes(self, gate: engines.Gate, after: engines.Gate, seconds: float = 10) -> None:
+        """Let the step at `gate` end, and wait until the one at `after` runs and the worker has heard."""
+        self.now += seconds
+        gate.open()
+        await reached(after)
+        await settled()
+
+
+@pytest.fixture
+def steady(monkeypatch: pytest.MonkeyPatch) -> Steady:
+    return Steady(monkeypatch)
+
+
+async def test_a_drain_hands_back_in_the_middle_what_takes_long(steady: Steady) -> None:
+    async with open_shop(engines.Resumes()) as shop:
+        gates = [shop.engine.hold("generate", 1, step) for step in (1, 2)]
+        await shop.queue(1, steps=10)
+        shop.start()
+        await reached(gates[0])
+        await steady.passes(*gates)
+
+        shop.worker.drain()
+        gates[1].open()
+        await shop.left()
+
+        event = shop.bench.events("j1")[-1]
+        assert (event.type, event.tries, event.preempted) == ("stage_released", 0, 0)
+        assert event.checkpoint == Checkpoint(attempt=1, step=2, steps=10)
+        assert (await shop.bench.take()).num_delivered == 2
+
+
+async def test_a_drain_finishes_what_is_soon_done(steady: Steady) -> None:
+    async with open_shop(engines.Resumes()) as shop:
+        gates = [shop.engine.hold("generate", 1, step) for step in (1, 2)]
+        await shop.queue(1, steps=2)
+        shop.start()
+        await reached(gates[0])
+        await steady.passes(*gates)
+
+        shop.worker.drain()
+        gates[1].open()
+        await shop.left()
+
+        assert shop.bench.types("j1") == ["stage_started", "stage_completed"]
+
+
+async def test_a_drain_before_the_first_step_decides_when_it_is_known_how_long_a_step_takes(steady: Steady) -> None:
+    async with open_shop(engines.Resumes()) as shop:
+        gates = [shop.engine.hold("generate", 1, step) for step in (1, 2)]
+        await shop.queue(1, steps=10)
+        shop.start()
+        await reached(gates[0])
+
+        shop.worker.drain()
+        await steady.passes(*gates)
+        gates[1].open()
+        await shop.left()
+
+        assert shop.bench.events("j1")[-1].checkpoint == Checkpoint(attempt=1, step=2, steps=10)
+
+
+async def test_a_drain_hands_back_at_once_what_the_grace_period_is_too_short_for(steady: Steady) -> None:
+    async with open_shop(engines.Resumes(), grace_s=5) as shop:
+        gates = [shop.engine.hold("generate", 1, step) for step in (1, 2)]
+        await shop.queue(1, steps=3)
+        shop.start()
+        await reached(gates[0])
+        await steady.passes(*gates, seconds=8)  # sixteen are left: fewer than twenty, more than five
+
+        shop.worker.drain()
+        gates[1].open()
+        await shop.left()
+
+        assert shop.bench.events("j1")[-1].checkpoint == Checkpoint(attempt=1, step=2, steps=3)
+
+
+async def test_when_the_grace_is_over_the_state_is_kept_where_it_can_be(loop_clock: LoopClock) -> None:
+    async with open_shop(engines.Resumes(), grace_s=100) as shop:
+        gate = shop.engine.hold("generate", 1, 1)
+        await shop.queue(1, steps=50)
+        shop.start()
+        await reached(gate)
+        shop.worker.drain()
+        await settled()
+        loop_clock.advance(101)
+        await settled()
+        gate.open()
+
+        await shop.left()
+
+        assert shop.bench.events("j1")[-1].checkpoint == Checkpoint(attempt=1, step=1, steps=50)
+
+
+# ── an interactive task goes before a long batch task ────────────────────────────────────────────────────────────
+
+
+async def a_long_batch_task(shop: Shop, steady: Steady, steps: int = 10) -> engines.Gate:
+    """Bring j1 of the batch lane to its second step, of ten seconds each; the gate at which it waits there."""
+    gates = [shop.engine.hold("generate", 1, step) for step in (1, 2)]
+    await shop.queue(1, lane="batch", steps=steps)
+    if shop.running is None:
+        shop.start()
+    await reached(gates[0])
+    await steady.passes(*gates)
+    return gates[1]
+
+
+async def looked(shop: Shop, loop_clock: LoopClock) -> None:
+    """Let the worker look once for an interactive task."""
+    loop_clock.advance(1.1)
+    await settled()
+
+
+async def test_an_interactive_task_goes_before_a_batch_task_that_takes_long(
+    steady: Steady, loop_clock: LoopClock
+) -> None:
+    async with open_shop(engines.Resumes()) as shop:
+        gate = await a_long_batch_task(shop, steady)
+        await shop.queue(2)
+        await looked(shop, loop_clock)
+        gate.open()
+
+        await shop.until("stage_completed", 2)
+
+        assert shop.engine.generated == [1, 2, 1]
+        released = shop.bench.events("j1")[1]
+        assert (released.type, released.tries, released.preempted) == ("stage_released", 0, 1)
+        assert released.checkpoint == Checkpoint(attempt=1, step=2, steps=10)
+        assert shop.engine.made[-1] == "1: 1 2 3 4 5 6 7 8 9 10"
+        assert shop.bench.events("j1")[-1].tries == 1
+        await shop.until("ack", 2)
+        assert shop.bench.queued() == 0
+
+
+async def test_only_one_task_is_taken_ahead_of_the_device_after_one_made_way(
+    steady: Steady, loop_clock: LoopClock
+) -> None:
+    async with open_shop(engines.Resumes()) as shop:
+        gate = await a_long_batch_task(shop, steady)
+        before = shop.engine.hold("generate", 2, 1)
+        await shop.queue(2, steps=3)
+        await shop.queue(3)
+        await looked(shop, loop_clock)
+        gate.open()
+        await reached(before)
+        await settled()
+
+        assert shop.bench.types("j3") == []  # nobody knows yet how long j2 takes
+
+        before.open()
+        await shop.until("stage_completed", 3)
+        assert shop.engine.generated == [1, 2, 3, 1]
+
+
+async def test_a_batch_task_that_is_soon_done_makes_no_way(steady: Steady, loop_clock: LoopClock) -> None:
+    async with open_shop(engines.Resumes()) as shop:
+        gate = await a_long_batch_task(shop, steady, steps=2)
+        await shop.queue(2)
+        await looked(shop, loop_clock)
+        gate.open()
+
+        await shop.until("stage_completed", 2)
+
+        assert shop.engine.generated == [1, 2]
+
+
+async def test_an_interactive_task_makes_no_way(steady: Steady, loop_clock: LoopClock) -> None:
+    async with open_shop(engines.Resumes()) as shop:
+        gates = [shop.engine.hold("generate", 1, step) for step in (1, 2)]
+        await shop.queue(1, steps=10)
+        shop.start()
+        await reached(gates[0])
+        await steady.passes(*gates)
+        await shop.queue(2)
+        await looked(shop, loop_clock)
+        gates[1].open()
+
+        await shop.until("stage_completed", 2)
+
+        assert shop.engine.generated == [1, 2]
+
+
+async def test_a_batch_task_whose_turn_it_is_makes_no_way(steady: Steady, loop_clock: LoopClock) -> None:
+    """The one in ten that goes before waiting interactive tasks would else never come to its end."""
+    async with open_shop(engines.Resumes()) as shop:
+        gates = [shop.engine.hold("generate", 19, step) for step in (1, 2)]
+        for number in (*range(10, 19), 20):
+            await shop.queue(number)
+        await shop.queue(19, lane="batch", steps=10)
+        shop.start()
+        await reached(gates[0])
+        await steady.passes(*gates)
+        await looked(shop, loop_clock)
+        gates[1].open()
+
+        await shop.until("stage_completed", 11)
+
+        assert shop.engine.generated[-2:] == [19, 20]
+
+
+async def test_a_task_that_made_way_three_times_runs_to_its_end(steady: Steady, loop_clock: LoopClock) -> None:
+    async with open_shop(engines.Resumes()) as shop:
+        steps = [shop.engine.hold("generate", 1, step) for step in range(1, 7)]
+        await shop.queue(1, lane="batch", steps=20)
+        shop.start()
+        await reached(steps[0])
+        for number, (at, then) in enumerate(pairwise(steps), 2):
+            await steady.passes(at, then)
+            if number % 2:
+                continue
+            await shop.queue(number)
+            await looked(shop, loop_clock)
+        shop.engine.open_all()
+
+        await shop.until("stage_completed", 4)
+
+        assert shop.bench.events("j1")[-1].type == "stage_completed"
+        assert max(event.preempted for event in shop.bench.events("j1")[:-1]) == 3
+
+
+async def test_a_worker_whose_engine_cannot_go_on_lets_the_batch_task_run(
+    steady: Steady, loop_clock: LoopClock
+) -> None:
+    async with open_shop() as shop:
+        gate = await a_long_batch_task(shop, steady)
+        await shop.queue(2)
+        await looked(shop, loop_clock)
+        gate.open()
+
+        await shop.until("stage_completed", 2)
+
+        assert shop.engine.generated == [1, 2]
 
 
 # ── a sick worker ────────────────────────────────────────────────────────────────────────────────────────────────

@@ -1,0 +1,241 @@
+"""A run that is left after any step and gone on with in another pipeline ends as one that nobody interrupted."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import structlog
+import torch
+from PIL import Image
+from safetensors.torch import load, save
+
+from vidgen import checkpoints
+from vidgen.checkpoints import UnusableError
+from vidgen.contracts import EditWork, I2VWork, Work
+from vidgen.errors import Suspended
+
+pytestmark = pytest.mark.timeout(600)  # importing diffusers takes minutes on a machine that is busy
+
+QWEN, A14B = "qwen-edit", "wan2.2-a14b-i2v"
+KINDS = [QWEN, "wan2.1-i2v", A14B, "wan2.2-ti2v-5b"]
+STEPS = 4
+
+
+def work_of(kind: str, steps: int = STEPS, **changes: Any) -> Work:
+    common: dict[str, Any] = {
+        "prompt": "p",
+        "negative_prompt": "n",
+        "steps": steps,
+        "seed": 7,
+        "width": 64,
+        "height": 64,
+    }
+    if kind == QWEN:
+        edit: dict[str, Any] = {"user_prompt": "p", "true_cfg_scale": 4.0, "guidance_scale": 1.0, "candidates": 1}
+        return EditWork(**common | edit | changes)
+    return I2VWork(**common | {"guidance_scale": 3.0, "num_frames": 5, "fps": 16} | changes)
+
+
+Make = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def make(tiny_models: dict[str, Path]) -> Make:
+    from edit_service.engine.qwen import QwenEditEngine
+    from i2v_service.engine.wan import WanI2VEngine
+    from vidgen.accel.engine import Layout
+
+    def made(kind: str, **changes: Any) -> Any:
+        more = {"reference_area": 64 * 64, "condition_area": 56 * 56} if kind == QWEN else {}
+        engine: Any = QwenEditEngine if kind == QWEN else WanI2VEngine
+        ready = engine(str(tiny_models[kind]), layout=Layout(device="cpu", **changes), **more)
+        ready.setup()
+        return ready
+
+    return made
+
+
+@pytest.fixture(scope="module")
+def pair(make: Make) -> Make:
+    """Two engines that share nothing but their model, as two workers have them; built once."""
+
+    @functools.cache
+    def made(kind: str, dtype: str = "float32") -> tuple[Any, Any]:
+        return make(kind, dtype=dtype), make(kind, dtype=dtype)
+
+    return made
+
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("picture") / "picture.png"
+    Image.radial_gradient("L").convert("RGB").resize((64, 96)).save(path)
+    return path
+
+
+def ignore(step: int, steps: int) -> None:
+    pass
+
+
+class Run:
+    """One run of an engine: its pixels, the latents that it decoded, and the steps that it told of."""
+
+    def __init__(self, engine: Any, work: Work, picture: Path, state: bytes | None = None, until: int = 0) -> None:
+        self.latents: list[torch.Tensor] = []
+        self.seen: list[tuple[int, int]] = []
+        self.left: bytes | None = None
+        self.pixels: np.ndarray[Any, Any] | None = None
+        vae = engine._pipe.vae
+        decode = vae.decode
+
+        def decoded(latents: torch.Tensor, **more: Any) -> Any:
+            self.latents.append(latents.clone())
+            return decode(latents, **more)
+
+        def on_step(step: int, steps: int) -> None:
+            self.seen.append((step, steps))
+            if step == until:
+                raise Suspended(step, steps)
+
+        vae.decode = decoded
+        try:
+            output = engine.resume(engine.prepare(work, [picture]), on_step, state).output
+            self.pixels = output.pixels if isinstance(work, EditWork) else output.frames
+        except Suspended as exc:
+            self.left = exc.state
+        finally:
+            vae.decode = decode
+
+    def same_as(self, other: Run) -> bool:
+        assert self.pixels is not None
+        assert other.pixels is not None
+        return torch.equal(self.latents[0], other.latents[0]) and np.array_equal(self.pixels, other.pixels)
+
+
+@pytest.mark.parametrize(("kind", "dtype"), [*((kind, "float32") for kind in KINDS), (QWEN, "bfloat16")])
+def test_a_run_that_is_left_after_any_step_ends_in_another_pipeline_as_if_it_had_not_been(
+    pair: Make, picture: Path, kind: str, dtype: str
+) -> None:
+    (engine, other), work = pair(kind, dtype), work_of(kind)
+    whole = Run(engine, work, picture)
+    assert whole.seen == [(step, STEPS) for step in range(1, STEPS + 1)]
+
+    for until in range(1, STEPS):
+        first = Run(engine, work, picture, until=until)
+        assert first.left is not None
+        second = Run(other, work, picture, first.left)
+
+        assert first.seen + second.seen == whole.seen
+        assert second.same_as(whole)
+
+
+@pytest.mark.parametrize(("kind", "more"), [(QWEN, {"candidates": 2}), (A14B, {})])
+def test_a_run_may_be_left_again_and_again(pair: Make, picture: Path, kind: str, more: dict[str, int]) -> None:
+    (engine, other), work = pair(kind), work_of(kind, **more)
+    first = Run(engine, work, picture, until=1)
+    second = Run(other, work, picture, first.left, until=2)
+    third = Run(engine, work, picture, second.left, until=3)
+    last = Run(other, work, picture, third.left)
+
+    assert first.seen + second.seen + third.seen + last.seen == [(step, STEPS) for step in range(1, STEPS + 1)]
+    assert last.same_as(Run(engine, work, picture))
+
+
+@pytest.mark.parametrize("kind", [QWEN, A14B])
+def test_a_pipeline_that_went_on_is_as_good_as_new(pair: Make, picture: Path, kind: str) -> None:
+    (engine, _), work = pair(kind), work_of(kind)
+    before = Run(engine, work, picture)
+    left = Run(engine, work, picture, until=2).left
+    Run(engine, work, picture, left)
+
+    assert Run(engine, work, picture).same_as(before)
+    assert not {"step", "set_timesteps"} & set(vars(engine._pipe.scheduler))
+
+
+def test_the_state_has_the_latents_the_generators_and_what_a_multistep_scheduler_gathers(
+    pair: Make, picture: Path
+) -> None:
+    left = Run(pair(A14B)[0], work_of(A14B), picture, until=3).left
+    assert left is not None
+    tensors = load(left)
+
+    assert {"latents", "generator.0", "scheduler.last_sample", "scheduler.model_outputs.1"} <= set(tensors)
+    assert tensors["latents"].dtype == torch.float32
+    assert tensors["generator.0"].dtype == torch.uint8
+
+
+# ── refused ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def damaged(left: bytes) -> bytes:
+    return left[: len(left) // 2]
+
+
+def without_latents(left: bytes) -> bytes:
+    tensors = load(left)
+    del tensors["latents"]
+    return save(tensors, checkpoints.metadata_of(left))
+
+
+def of_something_else(left: bytes) -> bytes:
+    return save({"latents": torch.zeros(1)}, {"format": "pt"})
+
+
+@pytest.mark.parametrize("broken", [damaged, without_latents, of_something_else])
+def test_a_state_that_cannot_be_read_is_refused(pair: Make, picture: Path, broken: Callable[[bytes], bytes]) -> None:
+    (engine, _), work = pair(QWEN), work_of(QWEN)
+    left = Run(engine, work, picture, until=2).left
+    assert left is not None
+
+    with pytest.raises(UnusableError):
+        engine.resume(engine.prepare(work, [picture]), ignore, broken(left))
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"), [({"steps": STEPS + 1}, "another schedule"), ({"candidates": 2}, "1 at once")]
+)
+def test_a_state_of_another_schedule_or_of_more_candidates_is_refused_before_any_step(
+    pair: Make, picture: Path, changed: dict[str, int], message: str
+) -> None:
+    (engine, _), other = pair(QWEN), work_of(QWEN, **changed)
+    left = Run(engine, work_of(QWEN), picture, until=2).left
+    whole = Run(engine, other, picture)
+    seen: list[int] = []
+
+    with pytest.raises(UnusableError, match=message):
+        engine.resume(engine.prepare(other, [picture]), lambda step, steps: seen.append(step), left)
+
+    assert seen == []
+    assert Run(engine, other, picture).same_as(whole)
+
+
+def test_a_state_made_with_other_settings_or_another_scheduler_is_refused(make: Make, picture: Path) -> None:
+    from diffusers import DPMSolverMultistepScheduler
+
+    engine, work = make(A14B), work_of(A14B)
+    left = Run(engine, work, picture, until=2).left
+
+    engine._loras = {"transformer": "another"}
+    with pytest.raises(UnusableError, match="made with"):
+        engine.resume(engine.prepare(work, [picture]), ignore, left)
+    engine._loras = {}
+    engine._pipe.scheduler = DPMSolverMultistepScheduler()
+    with pytest.raises(UnusableError, match="of a UniPCMultistepScheduler"):
+        engine.resume(engine.prepare(work, [picture]), ignore, left)
+
+
+def test_what_a_scheduler_has_that_cannot_be_kept_leaves_no_state_and_says_so(make: Make, picture: Path) -> None:
+    engine, work = make(A14B), work_of(A14B)
+    engine._pipe.scheduler.odd = object()
+
+    with structlog.testing.capture_logs() as logs:
+        stopped = Run(engine, work, picture, until=2)
+
+    assert stopped.left is None
+    assert stopped.pixels is None
+    assert [entry["event"] for entry in logs] == ["a checkpoint cannot keep the scheduler's odd: it is of type object"]
