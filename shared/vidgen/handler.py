@@ -124,6 +124,9 @@ class Turn:
     def ends(self) -> None:
         """The device is free."""
 
+    def lost(self) -> None:
+        """The device is lost: no task should be taken for it any more, not even this one, which is handed back."""
+
 
 @dataclass
 class _Clocks:
@@ -372,6 +375,7 @@ class Handler:
                     generated = await self._generate(inputs, on_step, begun)
             except errors.FatalError:
                 self._device_lost = True
+                turn.lost()
                 raise
             finally:
                 self._count_busy(clocks.device - reporter.counted_s)

@@ -88,6 +88,7 @@ class _JustInTimeTurn(Turn):
     gives_way: bool = False
     open_next: Callable[[], None] = lambda: None
     told: Callable[[_JustInTimeTurn], None] = lambda turn: None
+    lose: Callable[[], None] = lambda: None
     _timer: asyncio.TimerHandle | None = None
     _opened: bool = False
 
@@ -103,6 +104,9 @@ class _JustInTimeTurn(Turn):
     def ends(self) -> None:
         self._stop_timer()
         self._open()
+
+    def lost(self) -> None:
+        self.lose()
 
     def pass_on(self) -> Callable[[], None]:
         """What this turn would open, for the one that goes before it to open; nothing if it is open already."""
@@ -228,7 +232,7 @@ class Worker:
         delivery = pulled.delivery
         turn = _JustInTimeTurn(
             self._device, job_id=delivery.subject.rsplit(".", 1)[-1], gives_way=pulled.gives_way, open_next=open_next,
-            told=self._leave_if_long,
+            told=self._leave_if_long, lose=self.drain,
         )  # fmt: skip
         self._turns.add(turn)
         tasks.create_task(self._see_through(delivery, turn), name=f"task-{delivery.seq}")

@@ -580,6 +580,7 @@ async def test_a_worker_that_lost_its_device_hands_everything_back_and_leaves() 
             assert shop.bench.events(job)[-1].type == "stage_released"
             assert shop.bench.events(job)[-1].tries == 0
         assert shop.engine.generated == [1]
+        assert shop.bench.types("j3") == []  # not even taken, though the device was free for a moment
         assert shop.bench.queued() == 3
         assert not shop.worker.healthy
         assert (await shop.registered()).state == "unhealthy"
