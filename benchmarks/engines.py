@@ -43,7 +43,7 @@ class HoldingEngine:
         self._never = threading.Event()
         self._payload = b""
 
-    def setup(self) -> None:
+    def setup(self) -> dict[str, float]:
         if self._stage == "edit":
             buffer = io.BytesIO()
             Image.fromarray(np.zeros((64, 64, 3), np.uint8)).save(buffer, "PNG")
@@ -51,6 +51,7 @@ class HoldingEngine:
         # Random, so that nothing on the way can make it smaller.
         missing = max(0, self._shape.artifact_bytes - len(self._payload))
         self._payload += np.random.default_rng(0).bytes(missing)
+        return {}
 
     def prepare(self, work: Work, files: Sequence[Path]) -> int:
         return sum(len(file.read_bytes()) for file in files)

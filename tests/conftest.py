@@ -16,6 +16,8 @@ from tests.servers import running_nats, skipped_at_home
 from vidgen.artifacts import S3Store
 from vidgen.local import NatsServer, S3Server
 
+checkpoints.install_shim()  # before any test imports transformers
+
 # Nothing is asserted about time, and a busy machine is no failure. CI draws the same examples each time, so that
 # what it refuses is the change and not the draw; `pytest --hypothesis-profile=thorough` draws many new ones.
 untimed = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -46,8 +46,9 @@ class Instant:
         self.png, self.mp4 = png, mp4
         self.calls: list[str] = []
 
-    def setup(self) -> None:
+    def setup(self) -> dict[str, float]:
         self.calls.append("setup")
+        return {"weights": 0.5}
 
     def prepare(self, work: Work, files: Sequence[Path]) -> Any:
         self.calls.append("prepare")
@@ -192,7 +193,7 @@ class WritesNothing(Instant):
 class DiesInSetup(Instant):
     """Finds no weights."""
 
-    def setup(self) -> None:
+    def setup(self) -> dict[str, float]:
         raise errors.FatalError("the weights are not there: set VIDGEN_EDIT_MODEL", code="weights_missing")
 
 

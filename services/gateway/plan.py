@@ -43,9 +43,10 @@ def size_for(aspect: float, area: int = MEGAPIXEL) -> tuple[int, int]:
 def plan_edit(edit: EditParams, i2v: I2VParams | None, job_id: str, reference: tuple[int, int]) -> EditWork:
     """The edit of a job whose first reference has the size `reference`."""
     effort = EDIT_EFFORT[edit.quality]
+    cheap = i2v is not None and edit.quality == "draft"  # more than the video shows is not made
     if edit.width is not None and edit.height is not None:
         width, height = edit.width, edit.height
-    elif i2v is not None and edit.quality == "draft":
+    elif i2v is not None and cheap:
         width, height = i2v.width, i2v.height
     else:
         shape = (i2v.width, i2v.height) if i2v is not None else reference
@@ -60,6 +61,7 @@ def plan_edit(edit: EditParams, i2v: I2VParams | None, job_id: str, reference: t
         seed=edit.seed if edit.seed is not None else seed_of(job_id),
         width=width,
         height=height,
+        reference_area=width * height if cheap else None,
         candidates=edit.candidates,
         background=edit.background,
         style=edit.style,

@@ -204,6 +204,9 @@ class EditWork(Message):
     seed: Seed
     width: Side
     height: Side
+    reference_area: int | None = Field(
+        None, ge=4096, description="Pixels to which each reference is at most resized; None: the engine's own."
+    )
     candidates: int
     background: Background | None = None
     style: Style | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -62,8 +62,8 @@ class Engine(Protocol):
 
     info: EngineInfo
 
-    def setup(self) -> None:
-        """Load and warm up; afterwards `info` is complete."""
+    def setup(self) -> Mapping[str, float]:
+        """Load and warm up; afterwards `info` is complete. Returns the seconds that each phase took."""
 
     def prepare(self, work: Work, files: Sequence[Path]) -> Any:
         """Decode and lay out the inputs on the CPU."""

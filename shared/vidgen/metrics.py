@@ -119,7 +119,7 @@ WORKER = (
         "vidgen_worker_gpu_temperature_celsius", "gauge", "celsius", "Temperature.", (STAGE, *GPU), snapshot=True
     ),
     Metric(
-        "vidgen_worker_model_load_seconds", "gauge", "seconds", "The last model load, by phase.",
+        "vidgen_worker_model_load_seconds", "gauge", "seconds", "The last model load, by phase; `total` is all of it.",
         (STAGE, Label("phase")),
     ),
     Metric(
@@ -392,7 +392,7 @@ class WorkerMetrics(_Exposed):
             self._set("vidgen_worker_state", name == state, state=name)
 
     def model_loaded(self, phases: Mapping[str, float]) -> None:
-        """Seconds of each phase of a load, such as `import`, `load` and `warm_up`."""
+        """Seconds of each phase of a load, such as `imports`, `weights` and `warm_up`."""
         for phase, seconds in phases.items():
             self._set("vidgen_worker_model_load_seconds", seconds, phase=phase)
 

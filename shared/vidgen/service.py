@@ -84,9 +84,11 @@ class _Service:
         if chosen.kind == "real" and self._settings.verify_weights == "full":
             await asyncio.to_thread(weights.require, model, revision, check="full")
             log.info("the weights are those of their manifest", _event="weights_verified")
+        importing = time.monotonic()
         engine = self._make_engine(self._settings, chosen)
+        imported = time.monotonic() - importing
         try:
-            await asyncio.get_running_loop().run_in_executor(device_thread, engine.setup)
+            phases = await asyncio.get_running_loop().run_in_executor(device_thread, engine.setup)
         except errors.VidgenError:
             raise
         except Exception as exc:  # whatever a model's libraries raise
@@ -95,8 +97,12 @@ class _Service:
             ) from exc
         seconds = time.monotonic() - begun
         self._metrics.describe(engine.info)
-        self._metrics.model_loaded({"total": seconds})
-        log.info("the engine is set up", _event="engine_ready", engine=engine.info.name, seconds=round(seconds, 3))
+        phases = {"imports": imported, **phases, "total": seconds}
+        self._metrics.model_loaded(phases)
+        log.info(
+            "the engine is set up", _event="engine_ready", engine=engine.info.name,
+            **{f"{name}_s": round(value, 3) for name, value in phases.items()},
+        )  # fmt: skip
         return engine, seconds
 
     async def _serve(self, engine: Engine, load_seconds: float, device_thread: ThreadPoolExecutor, url: str) -> None:

@@ -8,7 +8,7 @@ import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from pydantic import Field, SecretStr, ValidationError
 from pydantic.fields import FieldInfo
@@ -115,6 +115,16 @@ class WorkerSettings(Settings):
     compile: Literal["auto", "off", "blocks", "full"] = Field(
         "auto", description="auto: blocks, on a GPU; full: the VAE too, which takes a minute more at the start."
     )
+    compile_cache: Path | None = Field(
+        None,
+        description="Where what was compiled is kept for the next start: a folder beside the weights, say. By default "
+        "torch's temporary folder.",
+    )
+    step_cache: int = Field(
+        1, ge=1, le=5,
+        description="N over 1: in the middle of a run one step in N is computed, the others are foretold from those "
+        "before. Faster in long runs, and lossy.",
+    )  # fmt: skip
     verify_weights: Literal["size", "full"] = Field(
         "size",
         description="What is compared with a model's manifest before it serves: the files' sizes, or (full) checksums.",
@@ -135,9 +145,10 @@ class WorkerSettings(Settings):
     i2v_lora: str | None = Field(None, description="A LoRA; with Wan 2.2 that of the high-noise expert.")
     i2v_lora_2: str | None = Field(None, description="The LoRA of Wan 2.2's low-noise expert.")
 
-    def layout(self) -> dict[str, str]:
+    def layout(self) -> dict[str, Any]:
         """How an engine is laid into the device: the fields of `vidgen.accel.engine.Layout`."""
-        return {name: getattr(self, name) for name in ("device", "dtype", "profile", "attention", "compile")}
+        names = ("device", "dtype", "profile", "attention", "compile", "compile_cache", "step_cache")
+        return {name: getattr(self, name) for name in names}
 
     def model_of(self, stage: Stage) -> tuple[str, str | None]:
         """Model id or folder, and pinned revision, of a stage."""

@@ -47,8 +47,9 @@ class PreviewEditEngine:
         self._seconds_per_step = seconds_per_step
         self._pace = threading.Event()  # never set: waiting on it is a pause
 
-    def setup(self) -> None:
+    def setup(self) -> dict[str, float]:
         """Nothing to load."""
+        return {}
 
     def prepare(self, work: Work, files: Sequence[Path]) -> Inputs:
         if not isinstance(work, EditWork):

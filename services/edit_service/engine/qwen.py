@@ -20,6 +20,7 @@ from vidgen.engine import Finished, Generated, OnStep
 from vidgen.errors import RejectedError
 from vidgen.profiles import GIB
 
+REFERENCE_AREA: int = pipeline_qwenimage_edit_plus.VAE_IMAGE_SIZE
 WARM_UP = EditWork(
     prompt="warm up", user_prompt="warm up", negative_prompt=" ", steps=2, true_cfg_scale=1.0, guidance_scale=1.0,
     seed=0, width=256, height=256, candidates=1,
@@ -49,8 +50,8 @@ class QwenEditEngine(DiffusersEngine):
     folder that is fused into the transformer.
 
     `reference_area` and `condition_area` are the pixels to which each reference is resized for the VAE and for the
-    text encoder (by default 1024² and 384²): fewer make every step cheaper. One such engine per process: the pipeline
-    reads them from its module.
+    text encoder (by default 1024² and 384²): fewer make every step cheaper. A task may ask for fewer still. One such
+    engine per process: the pipeline reads them from its module.
     """
 
     NAME = "qwen"
@@ -73,9 +74,7 @@ class QwenEditEngine(DiffusersEngine):
         self.condition_area = condition_area
 
     def _adopt(self) -> None:
-        # Module constants of diffusers: set for the whole process, which holds this one engine.
-        if self.reference_area is not None:
-            pipeline_qwenimage_edit_plus.VAE_IMAGE_SIZE = self.reference_area
+        # A module constant of diffusers: set for the whole process, which holds this one engine.
         if self.condition_area is not None:
             pipeline_qwenimage_edit_plus.CONDITION_IMAGE_SIZE = self.condition_area
         self._multiple: int = self._pipe.vae_scale_factor * 2
@@ -101,6 +100,10 @@ class QwenEditEngine(DiffusersEngine):
         work = inputs.work
         generators = diffusion.generators(work.seed, work.candidates)
         steps = resume.Course(on_step, self._device, generators, self._made_with(), state)
+        # A module constant of diffusers, too: set by every task, one at a time.
+        pipeline_qwenimage_edit_plus.VAE_IMAGE_SIZE = min(
+            self.reference_area or REFERENCE_AREA, work.reference_area or REFERENCE_AREA
+        )
         guidance = {"guidance_scale": work.guidance_scale} if self._pipe.transformer.config.guidance_embeds else {}
         with diffusion.faults(steps), steps.on(self._pipe) as given:
             pictures = self._pipe(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import functools
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -25,6 +26,8 @@ class Layout:
     `dtype` auto is bfloat16 on a GPU and float32 on the CPU. `profile` auto follows the GPU's memory; on the CPU there
     is none. `attention` auto is FlashAttention 3 where it is installed and the GPU is a Hopper, else torch's own.
     `compile` auto compiles the transformer's blocks on a GPU that holds them all, `full` the VAE too, `off` nothing.
+    What is compiled is kept in `compile_cache` for the next start.
+    With `step_cache` over 1 one step in so many is computed in the middle of a run (`vidgen.accel.stepcache`).
     """
 
     device: str = "auto"
@@ -32,6 +35,8 @@ class Layout:
     profile: str = "auto"
     attention: str = "auto"
     compile: str = "auto"
+    compile_cache: Path | None = None
+    step_cache: int = 1
 
 
 class DiffusersEngine(abc.ABC):
@@ -54,7 +59,7 @@ class DiffusersEngine(abc.ABC):
         self._loras = {component: path for component, path in loras.items() if path is not None}
         self._pipe: Any
 
-    def setup(self) -> None:
+    def setup(self) -> Mapping[str, float]:
         """Load the weights, fuse the LoRAs and, on a GPU, run once; raises FatalError with the remedy."""
         found = self._timed("verify", self._find)
         self._device = self._timed("device", self._open_device)
@@ -66,7 +71,7 @@ class DiffusersEngine(abc.ABC):
         place = self._device if resident and not quantised else torch.device("cpu")
         self._pipe = self._timed("weights", lambda: self._load(found, place, self._dtypes(found, dtype)))
         for component, path in self._loras.items():
-            diffusion.fuse(self._pipe, path, component)
+            self._timed("lora", functools.partial(diffusion.fuse, self._pipe, path, component))
         self._timed("layout", lambda: self._lay_out(profile))
         self.info = replace(
             self.info, model=found.model, revision=found.revision,
@@ -76,6 +81,7 @@ class DiffusersEngine(abc.ABC):
         if self._device.type == "cuda":
             with diffusion.loading("the model", "see the log of this worker"):
                 self._timed("warm_up", self._warm_up)
+        return self.load_seconds
 
     def _find(self) -> weights.Weights:
         return weights.require(self.model, self.revision, pipelines=self.PIPELINES)
@@ -145,6 +151,8 @@ class DiffusersEngine(abc.ABC):
             return
         self._pipe.to(self._device)
         speed.channels_last(self._pipe.vae)
+        if self.layout.compile_cache is not None:
+            speed.keep_compiled(self.layout.compile_cache)
         if self.layout.compile != "off":
             speed.compile_blocks(transformers)
         if self.layout.compile == "full":

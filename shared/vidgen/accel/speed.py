@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,6 +39,12 @@ def choose_attention(transformers: Sequence[nn.Module], wanted: str, device: tor
     for model in transformers:
         model.set_attention_backend(ATTENTION[name])
     return name
+
+
+def keep_compiled(folder: Path) -> None:
+    """Have inductor and Triton keep what they compile in this folder; their own variables, where set, win."""
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder / "inductor"))
+    os.environ.setdefault("TRITON_CACHE_DIR", str(folder / "triton"))
 
 
 def compile_blocks(transformers: Sequence[nn.Module]) -> None:

@@ -38,6 +38,21 @@ def work(**changes: Any) -> EditWork:
     return EditWork(**fields | changes)
 
 
+def tokens_of(engine: QwenEditEngine, photo: Path, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> int:
+    """How many image tokens the transformer sees of a 96 × 64 output and its reference."""
+    seen: list[int] = []
+    forward = engine._pipe.transformer.forward
+
+    def looked_at(*args: Any, **options: Any) -> Any:
+        seen.append(options["hidden_states"].shape[1])
+        return forward(*args, **options)
+
+    monkeypatch.setattr(engine._pipe.transformer, "forward", looked_at)
+    engine.generate(engine.prepare(work(**changes), [photo]), ignore)
+    monkeypatch.undo()
+    return seen[0]
+
+
 def ignore(step: int, steps: int) -> None:
     pass
 
@@ -85,6 +100,16 @@ def pixels(engine: QwenEditEngine, photo: Path, **changes: Any) -> np.ndarray[An
 def test_setup_says_what_was_loaded(engine: QwenEditEngine) -> None:
     assert (engine.info.name, engine.info.model) == ("qwen", "qwen-edit")
     assert (engine.info.profile, engine.info.device) == ("float32", "cpu")
+
+
+def test_a_task_may_ask_for_smaller_references_than_the_engines_but_not_for_larger(
+    make: Callable[..., QwenEditEngine], photo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make(reference_area=96 * 96)
+    whole = tokens_of(engine, photo, monkeypatch)
+    assert tokens_of(engine, photo, monkeypatch, reference_area=64 * 64) < whole
+    assert tokens_of(engine, photo, monkeypatch, reference_area=512 * 512) == whole
+    assert tokens_of(engine, photo, monkeypatch) == whole
 
 
 @pytest.mark.parametrize("references", [1, 2, 3])

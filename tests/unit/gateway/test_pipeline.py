@@ -146,11 +146,19 @@ def test_every_attempt_is_paid_for_once() -> None:
 
 
 @pytest.mark.parametrize(
-    ("quality", "expected"), [("draft", (832, 480)), ("standard", (1344, 768)), ("high", (1344, 768))]
+    ("quality", "size", "area"),
+    [("draft", (832, 480), 832 * 480), ("standard", (1344, 768), None), ("high", (1344, 768), None)],
 )
-def test_a_draft_is_edited_at_the_size_of_its_video(quality: str, expected: tuple[int, int]) -> None:
+def test_a_draft_is_edited_at_the_size_of_its_video_references_too(
+    quality: str, size: tuple[int, int], area: int | None
+) -> None:
     work = plan.plan_edit(EditParams(prompt="x", quality=quality), I2VParams(), "job", (512, 512))
-    assert (work.width, work.height) == expected
+    assert (work.width, work.height) == size
+    assert work.reference_area == area
+
+
+def test_a_draft_without_a_video_has_its_references_whole() -> None:
+    assert plan.plan_edit(EditParams(prompt="x", quality="draft"), None, "job", (512, 512)).reference_area is None
 
 
 def test_an_explicit_field_wins_over_the_quality() -> None:

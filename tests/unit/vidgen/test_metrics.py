@@ -95,7 +95,7 @@ def busy_worker(on_worker: metrics.WorkerMetrics) -> metrics.WorkerMetrics:
     """Everything that a worker can measure, measured once."""
     on_worker.describe(EngineInfo("qwen", "m", "abc", "bf16", "cuda:1"))
     on_worker.state("ready")
-    on_worker.model_loaded({"load": 12.0, "warm_up": 3.0})
+    on_worker.model_loaded({"weights": 12.0, "warm_up": 3.0})
     on_worker.task_settled("batch", "completed")
     on_worker.task_timed(TIMINGS)
     on_worker.step(0.5, 0.4)

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from torch import nn
@@ -59,3 +61,14 @@ def test_another_memory_format_leaves_a_convolution_as_it_is() -> None:
     speed.channels_last(vae)
     assert vae[0].weight.is_contiguous(memory_format=torch.channels_last_3d)
     torch.testing.assert_close(vae(x), wanted)
+
+
+def test_what_is_compiled_is_kept_where_the_setting_says(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", "")
+    monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR")
+    monkeypatch.setenv("TRITON_CACHE_DIR", "/its/own")
+    speed.keep_compiled(tmp_path)
+    assert Path(cache_dir()) == tmp_path / "inductor"
+    assert speed.os.environ["TRITON_CACHE_DIR"] == "/its/own"

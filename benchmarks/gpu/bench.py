@@ -1,0 +1,265 @@
+"""What every section of the GPU benchmark measures with: rows, clocks, errors, and our engines over random weights."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from vidgen import weights
+from vidgen.accel.engine import Layout
+
+PROMPT = "turn the car bright red, golden hour light"
+CEILINGS = {"bf16": 799e12, "fp8": 1519e12}  # FLOP/s of a large product on one H200, docs/performance.md
+BEGUN = time.perf_counter()
+
+
+@dataclass
+class Bench:
+    """Where the rows go, and what machine this is."""
+
+    out: Path
+    tiny: bool
+    variants: str
+    device: torch.device
+    dtype: torch.dtype
+    rows: list[dict[str, Any]] = field(default_factory=list)
+
+    def layouts(self) -> list[tuple[str, Layout]]:
+        """The variants to measure, in an order in which one pipeline can take them all."""
+        found = [
+            ("bf16, compiled", Layout(profile="resident-bf16", attention="torch")),
+            ("fp8, compiled", Layout(profile="resident-fp8", attention="torch")),
+        ]
+        if importlib.util.find_spec("flash_attn_interface") is not None:
+            found.append(("fp8, compiled, FlashAttention 3", Layout(profile="resident-fp8", attention="flash3")))
+        return [(label, Layout() if self.tiny else layout) for label, layout in found if self.variants in label]
+
+    def row(self, section: str, name: str, **figures: Any) -> None:
+        shown = "  ".join(f"{key} {_shown(value)}" for key, value in figures.items())
+        print(f"[{time.perf_counter() - BEGUN:6.1f}] {section:6} {name:44} {shown}", flush=True)
+        self.rows.append({"section": section, "name": name} | figures)
+        with self.out.open("a") as file:
+            file.write(json.dumps(self.rows[-1]) + "\n")
+
+
+def _shown(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def sync() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def peak() -> float:
+    """GiB since the last call."""
+    if not torch.cuda.is_available():
+        return 0.0
+    found = torch.cuda.max_memory_allocated() / 2**30
+    torch.cuda.reset_peak_memory_stats()
+    return round(found, 2)
+
+
+def seconds(work: Callable[[], Any], runs: int, warm: int = 1) -> float:
+    """The median of `runs` calls after `warm` ones."""
+    for _ in range(warm):
+        work()
+    found = []
+    for _ in range(runs):
+        sync()
+        begun = time.perf_counter()
+        work()
+        sync()
+        found.append(time.perf_counter() - begun)
+    return statistics.median(found)
+
+
+@contextlib.contextmanager
+def phases(pipe: Any) -> Iterator[dict[str, float]]:
+    """Seconds in each component while the block runs, the device waited for at each border: slower by a little."""
+    spent: dict[str, float] = {}
+    restore: list[Callable[[], None]] = []
+
+    def watch(owner: Any, method: str, name: str) -> None:
+        original = getattr(owner, method)
+
+        def timed(*args: Any, **options: Any) -> Any:
+            sync()
+            begun = time.perf_counter()
+            made = original(*args, **options)
+            sync()
+            spent[name] = spent.get(name, 0.0) + time.perf_counter() - begun
+            spent[f"{name} calls"] = spent.get(f"{name} calls", 0) + 1
+            return made
+
+        setattr(owner, method, timed)
+        restore.append(lambda: setattr(owner, method, original))
+
+    watch(pipe.text_encoder, "forward", "text")
+    watch(pipe.vae, "encode", "vae encode")
+    watch(pipe.vae, "decode", "vae decode")
+    for transformer in filter(None, (pipe.transformer, getattr(pipe, "transformer_2", None))):
+        watch(transformer, "forward", "transformer")
+    try:
+        yield spent
+    finally:
+        for undo in restore:
+            undo()
+
+
+class Captured:
+    """The first inputs of a transformer, and what it made of them: to compare later layouts with."""
+
+    def __init__(self, pipe: Any) -> None:
+        self.pipe, self.inputs, self.wanted = pipe, None, None
+        original = pipe.transformer.forward
+
+        def forward(*args: Any, **options: Any) -> Any:
+            made = original(*args, **options)
+            if self.inputs is None:
+                self.inputs, self.wanted = (args, options), made[0].float().clone()
+            return made
+
+        pipe.transformer.forward = forward
+        self.restore = lambda: setattr(pipe.transformer, "forward", original)
+
+    def error(self) -> float:
+        args, options = self.inputs
+        return error(self.pipe.transformer(*args, **options)[0].float(), self.wanted)
+
+    def forward_s(self, runs: int) -> float:
+        args, options = self.inputs
+        return seconds(lambda: self.pipe.transformer(*args, **options), runs)
+
+
+class Final(contextlib.AbstractContextManager["Final"]):
+    """The latents that a pipeline last handed to its VAE while the block ran: what all its steps came to."""
+
+    def __init__(self, pipe: Any) -> None:
+        self.latents = torch.empty(0)
+        self._vae, self._decode = pipe.vae, pipe.vae.decode
+
+    def __enter__(self) -> Final:
+        def decode(z: torch.Tensor, *args: Any, **options: Any) -> Any:
+            self.latents = z.float().clone()
+            return self._decode(z, *args, **options)
+
+        self._vae.decode = decode
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._vae.decode = self._decode
+
+
+def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((found - wanted).norm() / wanted.norm())
+
+
+def engine_of(kind: str, pipe: Any, layout: Layout, **options: Any) -> Any:
+    """The engine class that the service runs, with its weights made here instead of read from a disk."""
+    from edit_service.engine.qwen import QwenEditEngine
+    from i2v_service.engine.wan import WanI2VEngine
+
+    base: Any = QwenEditEngine if kind == "edit" else WanI2VEngine
+
+    class Made(base):
+        def _find(self) -> weights.Weights:
+            return weights.Weights(Path(), "random weights", None, 0)
+
+        def _sizes(self, found: weights.Weights) -> dict[str, int]:
+            parts = ("transformer", "transformer_2", "text_encoder", "vae")
+            return {
+                name: sum(p.numel() for p in getattr(pipe, name).parameters()) * 2
+                for name in parts if getattr(pipe, name, None) is not None
+            }  # fmt: skip
+
+        def _load(self, found: weights.Weights, place: torch.device, dtypes: Any) -> Any:
+            return pipe
+
+    return Made("random", layout=layout, **options)
+
+
+def picture(width: int, height: int) -> Image.Image:
+    return Image.fromarray(np.random.default_rng(0).integers(0, 255, (height, width, 3), dtype=np.uint8))
+
+
+def through(engine: Any, work: Any, source: Path, folder: Path) -> dict[str, float]:
+    """One task as the service runs it: prepare, generate, finish."""
+    at = [time.perf_counter()]
+    inputs = engine.prepare(work, [source])
+    at.append(time.perf_counter())
+    made = engine.generate(inputs, lambda step, steps: None)
+    at.append(time.perf_counter())
+    engine.finish(made.output, folder)
+    at.append(time.perf_counter())
+    return {"prepare": at[1] - at[0], "generate": at[2] - at[1], "finish": at[3] - at[2]}
+
+
+@dataclass(frozen=True)
+class Plain:
+    """What plain diffusers took for a work, and the latents that it came to."""
+
+    seconds: float
+    latents: torch.Tensor
+
+
+def measured(
+    bench: Bench, section: str, name: str, engine: Any, work: Any, source: Path, plain: Plain | None = None
+) -> None:
+    """A row of the table: what the GPU is held for, and speed and error against plain diffusers doing the same."""
+    final = Final(engine._pipe)
+    with tempfile.TemporaryDirectory() as folder, final:
+        first = through(engine, work, source, Path(folder))["generate"]
+        peak()
+        taken = [through(engine, work, source, Path(folder)) for _ in range(1 if first > 30 else 2)]
+        most = peak()
+        with phases(engine._pipe) as spent:
+            through(engine, work, source, Path(folder))
+    generate = min(one["generate"] for one in taken)
+    compared: dict[str, float] = {}
+    if plain is not None:
+        compared = {
+            "plain_s": plain.seconds, "ratio": plain.seconds / generate,
+            "latents_error": error(final.latents, plain.latents),
+        }  # fmt: skip
+    bench.row(
+        section, name, generate_s=generate, **compared, first_s=first,
+        forward_s=spent["transformer"] / spent["transformer calls"], text_s=spent["text"],
+        vae_encode_s=spent["vae encode"], vae_decode_s=spent["vae decode"], prepare_s=taken[-1]["prepare"],
+        finish_s=taken[-1]["finish"], peak_gib=most, profile=engine.info.profile,
+    )  # fmt: skip
+
+
+def profile_forward(bench: Bench, section: str, captured: Captured) -> None:
+    """Where one forward's time goes on the GPU, by kernel."""
+    if bench.tiny:
+        return
+    from torch.profiler import ProfilerActivity, profile
+
+    args, options = captured.inputs
+    with profile(activities=[ProfilerActivity.CUDA]) as profiled:
+        captured.pipe.transformer(*args, **options)
+        sync()
+    spent: dict[str, list[float]] = {}
+    for event in profiled.key_averages():
+        one = spent.setdefault(event.key[:90], [0.0, 0])
+        one[0] += event.self_device_time_total / 1e3
+        one[1] += event.count
+    for name, (ms, count) in sorted(spent.items(), key=lambda item: -item[1][0])[:16]:
+        bench.row(section, f"kernel: {name}", ms=round(ms, 2), calls=count)
+
+
+def rounded(found: dict[str, float]) -> dict[str, float]:
+    return {name: round(value, 2) for name, value in found.items()}
