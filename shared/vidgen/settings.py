@@ -8,7 +8,7 @@ import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from pydantic import Field, SecretStr, ValidationError
 from pydantic.fields import FieldInfo
@@ -115,6 +115,11 @@ class WorkerSettings(Settings):
     compile: Literal["auto", "off", "blocks", "full"] = Field(
         "auto", description="auto: blocks, on a GPU; full: the VAE too, which takes a minute more at the start."
     )
+    sleep_in: Literal["auto", "memory", "disk"] = Field(
+        "auto",
+        description="Where a model's weights are while another one has the GPU (`vidgen worker`): in pinned host "
+        "memory, or in VIDGEN_WORK_DIR on disk; auto: in memory where enough of it is available.",
+    )
     verify_weights: Literal["size", "full"] = Field(
         "size",
         description="What is compared with a model's manifest before it serves: the files' sizes, or (full) checksums.",
@@ -135,9 +140,10 @@ class WorkerSettings(Settings):
     i2v_lora: str | None = Field(None, description="A LoRA; with Wan 2.2 that of the high-noise expert.")
     i2v_lora_2: str | None = Field(None, description="The LoRA of Wan 2.2's low-noise expert.")
 
-    def layout(self) -> dict[str, str]:
+    def layout(self) -> dict[str, Any]:
         """How an engine is laid into the device: the fields of `vidgen.accel.engine.Layout`."""
-        return {name: getattr(self, name) for name in ("device", "dtype", "profile", "attention", "compile")}
+        names = ("device", "dtype", "profile", "attention", "compile", "sleep_in", "work_dir")
+        return {name: getattr(self, name) for name in names}
 
     def model_of(self, stage: Stage) -> tuple[str, str | None]:
         """Model id or folder, and pinned revision, of a stage."""
@@ -157,7 +163,8 @@ def read(kind: type[T]) -> T:
 
 BEGIN, END = "<!-- settings: begin (python -m vidgen.settings FILE writes this) -->", "<!-- settings: end -->"
 GROUPS: tuple[tuple[str, type[Settings]], ...] = (
-    ("Every process", Settings), ("The gateway", GatewaySettings), ("edit-service and i2v-service", WorkerSettings),
+    ("Every process", Settings), ("The gateway", GatewaySettings),
+    ("edit-service, i2v-service and vidgen worker", WorkerSettings),
 )  # fmt: skip
 
 

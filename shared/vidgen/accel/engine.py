@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import torch
 
 from vidgen import diffusion, profiles, weights
-from vidgen.accel import blocks, fp8, speed
+from vidgen.accel import blocks, fp8, residency, speed
 from vidgen.engine import EngineInfo
 from vidgen.errors import FatalError
 from vidgen.profiles import GIB
@@ -32,6 +32,8 @@ class Layout:
     profile: str = "auto"
     attention: str = "auto"
     compile: str = "auto"
+    sleep_in: str = "auto"
+    work_dir: Path | None = None
 
 
 class DiffusersEngine(abc.ABC):
@@ -53,6 +55,7 @@ class DiffusersEngine(abc.ABC):
         self.load_seconds: dict[str, float] = {}
         self._loras = {component: path for component, path in loras.items() if path is not None}
         self._pipe: Any
+        self._residency: residency.Residency | None = None
 
     def setup(self) -> None:
         """Load the weights, fuse the LoRAs and, on a GPU, run once; raises FatalError with the remedy."""
@@ -76,6 +79,38 @@ class DiffusersEngine(abc.ABC):
         if self._device.type == "cuda":
             with diffusion.loading("the model", "see the log of this worker"):
                 self._timed("warm_up", self._warm_up)
+
+    def demand(self) -> profiles.Demand | None:
+        """What the model asks of its GPU, None on the CPU: found before `setup`, without loading anything."""
+        self._device = self._open_device()
+        if self._device.type != "cuda":
+            return None
+        found = self._find()
+        return profiles.Demand(
+            found.model, self._total(), self._sizes(found), self.WORK, stored_fp8=found.profile == "fp8"
+        )
+
+    def settle_for(self, profile: profiles.Name) -> None:
+        """Take this profile in `setup`."""
+        self.layout = replace(self.layout, profile=profile)
+
+    def sleep(self) -> None:
+        """Leave the device to another engine: the weights go home, and all else stays as it is."""
+        if self._residency is None:
+            # What is offloaded is on the host already.
+            offloaded = self.info.profile == "offload-fp8"
+            parts = [self._pipe.vae] if offloaded else self._pipe.components.values()
+            modules = [part for part in parts if isinstance(part, torch.nn.Module)]
+            layout = self.layout
+            self._residency = residency.Residency(modules, self._device, layout.sleep_in, layout.work_dir)
+        with diffusion.moving(f"{self.info.model} could not be put to sleep", self._device):
+            self._residency.sleep()
+
+    def wake(self) -> None:
+        """Come back to the device, for results that are the same to the last bit."""
+        if self._residency is not None:
+            with diffusion.moving(f"{self.info.model} could not be woken", self._device):
+                self._residency.wake()
 
     def _find(self) -> weights.Weights:
         return weights.require(self.model, self.revision, pipelines=self.PIPELINES)
@@ -124,9 +159,12 @@ class DiffusersEngine(abc.ABC):
         """The profile on a GPU, None on the CPU."""
         if self._device.type != "cuda":
             return None
+        return profiles.choose(self.layout.profile, self._total(), parts, self.WORK, stored_fp8=stored_fp8)
+
+    def _total(self) -> int:
+        """The bytes of the GPU that this process may take."""
         share = torch.cuda.get_per_process_memory_fraction(self._device)
-        total = int(torch.cuda.get_device_properties(self._device).total_memory * share)
-        return profiles.choose(self.layout.profile, total, parts, self.WORK, stored_fp8=stored_fp8)
+        return int(torch.cuda.get_device_properties(self._device).total_memory * share)
 
     def _lay_out(self, profile: profiles.Name | None) -> None:
         if profile is None:
