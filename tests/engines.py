@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from vidgen import checkpoints, errors
+from vidgen import checkpoints, errors, profiles
 from vidgen.contracts import EditWork, I2VWork, Work
 from vidgen.engine import EngineInfo, Finished, Generated, OnStep
 
@@ -155,6 +155,34 @@ class KillsItself(Instant):
     def generate(self, inputs: Any, on_step: OnStep) -> Generated:
         os.kill(os.getpid(), signal.SIGKILL)
         raise AssertionError("still alive")
+
+
+class Naps(Paced):
+    """Is too large to share a GPU with another of its kind, and insists on being awake where it generates."""
+
+    GPU = 40 << 30
+
+    def __init__(self) -> None:
+        super().__init__(seconds=0.05)
+        self.asleep = False
+
+    def demand(self) -> profiles.Demand | None:
+        return profiles.Demand("naps", self.GPU, {"transformer": self.GPU, "vae": 4 << 30}, 4 << 30)
+
+    def settle_for(self, profile: profiles.Name) -> None:
+        self.info = replace(self.info, profile=profile)
+
+    def sleep(self) -> None:
+        assert not self.asleep
+        self.asleep = True
+
+    def wake(self) -> None:
+        assert self.asleep
+        self.asleep = False
+
+    def generate(self, inputs: Any, on_step: OnStep) -> Generated:
+        assert not self.asleep
+        return super().generate(inputs, on_step)
 
 
 class Hangs(Instant):

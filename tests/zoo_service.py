@@ -1,4 +1,4 @@
-"""A GPU service whose engine comes from the zoo: `python -m tests.zoo_service STAGE ENGINE`.
+"""A GPU service whose engines come from the zoo: `python -m tests.zoo_service STAGE ENGINE`, or two stages: `edit,i2v`.
 
 `Paced` holds the device until the file named by ZOO_RELEASED is there.
 """
@@ -36,4 +36,5 @@ def make_engine(_settings: WorkerSettings, _chosen: choice.Choice) -> Engine:
 
 
 if __name__ == "__main__":
-    sys.exit(service.run(cast("service.Stage", sys.argv[1]), make_engine))
+    stages = cast("list[service.Stage]", sys.argv[1].split(","))
+    sys.exit(service.run_stages(dict.fromkeys(stages, make_engine), f"{sys.argv[1]}-service"))

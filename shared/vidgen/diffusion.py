@@ -170,6 +170,22 @@ def faults(steps: Steps) -> Iterator[None]:
         raise fault from exc
 
 
+@contextlib.contextmanager
+def moving(what: str, device: torch.device) -> Iterator[None]:
+    """Name what moving weights raises: RetryableError where memory ran out, else FatalError."""
+    try:
+        yield
+    except Exception as exc:
+        traceback.clear_frames(exc.__traceback__)  # they hold what was on its way
+        fault = as_error(exc)
+        if isinstance(fault, RetryableError):
+            free(device)
+            raise RetryableError(f"{what}: {fault.message}", code=fault.code) from exc
+        if isinstance(fault, FatalError):
+            raise fault from exc
+        raise FatalError(f"{what}: {type(exc).__name__}: {exc}", code="setup_failed") from exc
+
+
 def as_error(exc: Exception) -> VidgenError | None:
     """What an exception of the pipeline means to the worker; None for what has no meaning of its own."""
     import torch

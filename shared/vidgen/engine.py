@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
+from vidgen import profiles
 from vidgen.contracts import GpuFigures, Work
 
 
@@ -86,6 +87,32 @@ class Resumable(Protocol):
         """Go on from the step in `state`: `on_step(k, n)` begins behind it.
 
         Raises `checkpoints.UnusableError`, before any step, for a state that does not fit this engine.
+        """
+
+
+@runtime_checkable
+class Sleeper(Protocol):
+    """What an engine has besides where it can share its device with other engines; all of it in the device's thread.
+
+    `demand` and `settle_for` come before `setup`. Asleep, an engine can `prepare` and `finish`, but not `generate`.
+    """
+
+    def demand(self) -> profiles.Demand | None:
+        """What its model asks of its GPU; None where it is not to have one. Raises FatalError."""
+
+    def settle_for(self, profile: profiles.Name) -> None:
+        """Take this profile instead of the one that it would choose alone."""
+
+    def sleep(self) -> None:
+        """Leave the device's memory to another engine; raises RetryableError if memory ran out, else FatalError.
+
+        Then it is awake as before.
+        """
+
+    def wake(self) -> None:
+        """Come back, to give the same results as if it had never slept; raises as `sleep` does.
+
+        Then it is asleep as before.
         """
 
 

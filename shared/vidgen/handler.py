@@ -26,6 +26,7 @@ from vidgen import attempts, checkpoints, contracts, dead, errors, eventlog, res
 from vidgen.artifacts import ArtifactStore, check_key
 from vidgen.bus import Bus, Delivery
 from vidgen.contracts import Task, Timings
+from vidgen.device import Device
 from vidgen.engine import Engine, Finished, Generated, OnStep, Resumable
 from vidgen.eta import Recent
 from vidgen.eventlog import Claim, FencedError
@@ -105,7 +106,7 @@ class Turn:
     `look` asks for a look at the job's log now: somebody says that the job was cancelled.
     """
 
-    device: asyncio.Lock
+    device: Device
     stop: Stop = field(default_factory=Stop)
     look: asyncio.Event = field(default_factory=asyncio.Event)
     phase: Literal["preparing", "generating", "finishing"] = "preparing"
@@ -629,6 +630,7 @@ async def _device(turn: Turn) -> AsyncIterator[None]:
     try:
         await asyncio.wait([taken, raised], return_when=asyncio.FIRST_COMPLETED)
         turn.stop.check()
+        taken.result()  # raises where the engine could not be woken
         turn.phase = "generating"
         yield
         turn.phase = "finishing"
@@ -637,7 +639,7 @@ async def _device(turn: Turn) -> AsyncIterator[None]:
         if not taken.done():
             taken.cancel()
             await asyncio.wait([taken])
-        if not taken.cancelled():
+        if not taken.cancelled() and taken.exception() is None:
             turn.device.release()
         turn.ends()
 

@@ -150,6 +150,11 @@ WORKER = (
         "vidgen_worker_heartbeats_failed_total", "counter", "heartbeats",
         "Renewals of a task's lease or of the registry entry that the bus did not answer.", (STAGE,),
     ),
+    Metric(
+        "vidgen_worker_switch_seconds", "histogram", "seconds",
+        "One change of models on a device on which they take turns: until this stage's was awake.", (STAGE,),
+        PHASE_BUCKETS,
+    ),
     Metric("vidgen_worker_state", "gauge", "boolean", "1 for the state that the worker is in.", (STAGE, STATE)),
     Metric(
         "vidgen_worker_info", "gauge", "boolean", "Always 1: what this worker runs.",
@@ -303,13 +308,34 @@ class _Snapshots(Collector):
         yield from self._families.values()
 
 
+class _Merged:
+    """The families of several registries as those of one, so that each is described once."""
+
+    def __init__(self, registries: Iterable[CollectorRegistry]) -> None:
+        self._registries = tuple(registries)
+
+    def collect(self) -> Iterator[Family]:
+        merged: dict[str, Family] = {}
+        for registry in self._registries:
+            for family in registry.collect():
+                if family.name not in merged:
+                    merged[family.name] = Family(family.name, family.documentation, family.type, family.unit)
+                merged[family.name].samples.extend(family.samples)
+        yield from merged.values()
+
+
+def exposition(parts: Sequence[_Exposed]) -> tuple[bytes, str]:
+    """One exposition of all that a process measures, and its content type; may be called from any thread."""
+    return generate_latest(_Merged(part.registry for part in parts)), CONTENT_TYPE_LATEST
+
+
 class _Exposed:
     """The metrics of one process on a registry of their own."""
 
     def __init__(self, metrics: Sequence[Metric], **fixed: str) -> None:
-        self._registry = _Registry()
+        self.registry = _Registry()
         self._snapshots = _Snapshots(metrics)
-        self._registry.register(self._snapshots)
+        self.registry.register(self._snapshots)
         self._counters: dict[str, Counter] = {}
         self._gauges: dict[str, Gauge] = {}
         self._histograms: dict[str, Histogram] = {}
@@ -320,17 +346,17 @@ class _Exposed:
 
     def render(self) -> tuple[bytes, str]:
         """The exposition and its content type; may be called from any thread."""
-        return generate_latest(self._registry), CONTENT_TYPE_LATEST
+        return exposition((self,))
 
     def _add(self, metric: Metric) -> None:
         if metric.type == "histogram":
             self._histograms[metric.name] = Histogram(
-                metric.name, metric.help, metric.label_names, buckets=metric.buckets, registry=self._registry
+                metric.name, metric.help, metric.label_names, buckets=metric.buckets, registry=self.registry
             )
         elif metric.type == "gauge":
-            self._gauges[metric.name] = Gauge(metric.name, metric.help, metric.label_names, registry=self._registry)
+            self._gauges[metric.name] = Gauge(metric.name, metric.help, metric.label_names, registry=self.registry)
         else:
-            counter = Counter(metric.name, metric.help, metric.label_names, registry=self._registry)
+            counter = Counter(metric.name, metric.help, metric.label_names, registry=self.registry)
             self._counters[metric.name] = counter
             # A counter that starts at 1 has no increase for rate(): begin at 0 wherever the labels are known.
             values = [(self._fixed[la.name],) if la.name in self._fixed else la.values for la in metric.labels]
@@ -372,11 +398,14 @@ def _gpu_figures(
 
 
 class WorkerMetrics(_Exposed):
-    """What one worker measures. `gpus` are the devices that it uses: GPU busy seconds are counted on them."""
+    """What one worker measures. `gpus` are the devices that it uses: GPU busy seconds are counted on them.
 
-    def __init__(self, stage: Stage, gpus: Sequence[GpuFigures] = ()) -> None:
+    Of several workers in one process only one `tells_figures` of the devices, so that a sum over the stages is true.
+    """
+
+    def __init__(self, stage: Stage, gpus: Sequence[GpuFigures] = (), *, tells_figures: bool = True) -> None:
         super().__init__(WORKER, stage=stage)
-        self._stage = stage
+        self._stage, self._tells_figures = stage, tells_figures
         self._gpus = [dict(zip(("gpu", "gpu_uuid", "gpu_name"), _gpu_labels(gpu), strict=True)) for gpu in gpus]
         self.gpu_figures(gpus)
         self.gpu_busy(0)
@@ -419,7 +448,8 @@ class WorkerMetrics(_Exposed):
 
     def gpu_figures(self, gpus: Sequence[GpuFigures]) -> None:
         """Replace the devices' figures; one that cannot be read has no series."""
-        figures = (figure for gpu in gpus for figure in _gpu_figures("vidgen_worker", (self._stage,), gpu))
+        told = gpus if self._tells_figures else ()
+        figures = (figure for gpu in told for figure in _gpu_figures("vidgen_worker", (self._stage,), gpu))
         self._snapshots.replace(figures, only="vidgen_worker_gpu_")
 
     def redelivered(self) -> None:
@@ -438,6 +468,10 @@ class WorkerMetrics(_Exposed):
 
     def checkpoint(self, outcome: CheckpointOutcome) -> None:
         self._inc("vidgen_worker_checkpoints_total", outcome=outcome)
+
+    def switched(self, seconds: float) -> None:
+        """This stage's model came to the device in another one's place."""
+        self._observe("vidgen_worker_switch_seconds", seconds)
 
     def heartbeat_failed(self) -> None:
         self._inc("vidgen_worker_heartbeats_failed_total")
@@ -552,10 +586,13 @@ def _fleet_figures(workers: Sequence[WorkerInfo]) -> Iterator[tuple[str, Sequenc
     for stage, state in product(STAGES, STATES):
         alive = sum(worker.stage == stage and worker.state == state for worker in workers)
         yield "vidgen_fleet_workers", (stage, state), alive
-    for worker in workers:
+    told: set[tuple[str, str]] = set()
+    for worker in sorted(workers, key=lambda worker: STAGES.index(worker.stage)):
         for gpu in worker.gpus:
             where = (worker.stage, worker.id, *_gpu_labels(gpu))
-            yield from _gpu_figures("vidgen_fleet", (worker.stage, worker.id), gpu)
+            if (worker.id, gpu.uuid) not in told:  # one process may serve both stages on it
+                yield from _gpu_figures("vidgen_fleet", (worker.stage, worker.id), gpu)
+            told.add((worker.id, gpu.uuid))
             yield "vidgen_fleet_gpu_busy_seconds_total", where, worker.busy_seconds
             yield "vidgen_fleet_seconds_per_step", where, worker.seconds_per_step
             yield "vidgen_fleet_model_load_seconds", where, worker.load_seconds

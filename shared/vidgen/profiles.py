@@ -5,7 +5,7 @@ What a profile needs follows from the sizes of the model's own files, and from w
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -13,6 +13,7 @@ from vidgen.errors import FatalError
 
 Name = Literal["resident-bf16", "resident-fp8", "offload-fp8"]
 NAMES: tuple[Name, ...] = get_args(Name)
+IN_FP8: Name = "resident-fp8"
 
 GIB = 1 << 30
 # The CUDA context, cuBLAS' and cuDNN's workspaces, and what the allocator cannot use.
@@ -67,3 +68,67 @@ def choose(wanted: str, total: int, parts: Mapping[str, int], work: int, *, stor
         f"this GPU has {total / GIB:.0f} GiB, and this model needs: {told}. {remedy[0].upper()}{remedy[1:]}",
         code="gpu_too_small",
     )
+
+
+# ── several models on one GPU ────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What one model asks of the GPU: the sizes that `needs` takes, and the bytes of the GPU that are there."""
+
+    model: str
+    total: int
+    parts: Mapping[str, int]
+    work: int
+    stored_fp8: bool = False
+
+    def held(self) -> dict[Name, int]:
+        """What the model holds in each profile while no task runs, fastest first."""
+        found = needs(self.parts, self.work, stored_fp8=self.stored_fp8)
+        return {need.name: need.bytes - self.work - RESERVE for need in found}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How several models share a GPU: a profile for each, in their order, and whether only one is there at a time."""
+
+    profiles: tuple[Name, ...]
+    takes_turns: bool
+
+
+def share(wanted: str, demands: Sequence[Demand]) -> Plan:
+    """How models share one GPU, on which one task runs at a time; raises FatalError `gpu_too_small`.
+
+    All of them stay in the fastest profile in which they are resident, else all in FP8. Where they do not fit so, they
+    take turns, each in the profile that it would have alone; unless that leaves so little on the GPU that they fit
+    after all, as it does where they stream their weights. `wanted` is `auto`, or the profile that all are to have.
+    """
+    total = min(demand.total for demand in demands)
+    if wanted == "auto":
+        fastest = tuple(next(iter(demand.held())) for demand in demands)
+        for together in (fastest, (IN_FP8,) * len(demands)):
+            if _bytes(demands, together) <= total:
+                return Plan(together, takes_turns=False)
+    alone = tuple(_alone(wanted, total, demand, demands) for demand in demands)
+    return Plan(alone, takes_turns=_bytes(demands, alone) > total)
+
+
+def _bytes(demands: Sequence[Demand], names: Sequence[Name]) -> int:
+    """What models need that are on the GPU together: what a task takes beside them, they take one at a time."""
+    held = (demand.held()[name] for demand, name in zip(demands, names, strict=True))
+    return sum(held) + max(demand.work for demand in demands) + RESERVE
+
+
+def _alone(wanted: str, total: int, demand: Demand, demands: Sequence[Demand]) -> Name:
+    try:
+        return choose(wanted, total, demand.parts, demand.work, stored_fp8=demand.stored_fp8)
+    except FatalError as exc:
+        fastest = _bytes(demands, [next(iter(each.held())) for each in demands])
+        in_fp8 = _bytes(demands, [IN_FP8] * len(demands))
+        raise FatalError(
+            f"{demand.model}: {exc.message}. Together, {' and '.join(each.model for each in demands)} need "
+            f"{fastest / GIB:.0f} GiB to stay as they are, {in_fp8 / GIB:.0f} GiB to stay in FP8, and to take turns "
+            "what the larger one needs alone",
+            code=exc.code,
+        ) from exc

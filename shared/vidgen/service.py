@@ -1,24 +1,31 @@
-"""The life of a GPU service: probes first, then the model, then the bus; drain on SIGTERM; leave when sick."""
+"""The life of a GPU service: probes first, then the model, then the bus; drain on SIGTERM; leave when sick.
+
+It serves one stage, or several in one process: then one connection, one device thread and one set of probes.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import gc
+import itertools
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TypeVar
 
 import structlog
 import uvloop
 
-from vidgen import choice, errors, gpu, jetstream, probes, telemetry, topology, weights
+from vidgen import choice, errors, gpu, jetstream, metrics, probes, profiles, telemetry, topology, weights
 from vidgen.artifacts import S3Store
 from vidgen.contracts import LANES, Stage
-from vidgen.engine import Engine
+from vidgen.device import Device, TakingTurns
+from vidgen.engine import Engine, Sleeper
 from vidgen.handler import Policy
 from vidgen.jetstream import JetStreamBus
 from vidgen.metrics import WorkerMetrics
@@ -31,32 +38,55 @@ START_PATIENCE_S = 120.0
 START_PAUSE_S = 0.25
 LEAVE_S = 2.0  # what a second signal leaves to hand the tasks back
 
+T = TypeVar("T")
+
 MakeEngine = Callable[[WorkerSettings, choice.Choice], Engine]
 
 
 def run(stage: Stage, make_engine: MakeEngine) -> int:
     """Serve `stage` until told to stop; the exit code: 0 drained, 1 could not start or became sick."""
+    return run_stages({stage: make_engine}, f"{stage}-service")
+
+
+def run_stages(makers: Mapping[Stage, MakeEngine], service: str) -> int:
+    """Serve some stages in this process, as `run` serves one; the logs name the `service`.
+
+    Where the models take turns on the device, the first stage's is awake at the start.
+    """
     try:
         settings = read(WorkerSettings)
     except errors.FatalError as exc:
         sys.stderr.write(f"{exc.message}\n")
         return 1
-    telemetry.configure(settings, f"{stage}-service")
+    telemetry.configure(settings, service)
     try:
-        uvloop.run(_Service(stage, settings, make_engine).run())
+        uvloop.run(_Service(makers, settings).run())
     except errors.VidgenError as exc:
         log.error(exc.message, _event="left", code=exc.code, exc_info=exc.__cause__)
         return 1
     return 0
 
 
+@dataclass(frozen=True)
+class _Loaded:
+    """An engine, the seconds that it took so far to have it, and those of each phase."""
+
+    engine: Engine
+    seconds: float
+    phases: Mapping[str, float]
+
+
 class _Service:
-    def __init__(self, stage: Stage, settings: WorkerSettings, make_engine: MakeEngine) -> None:
-        self._stage, self._settings, self._make_engine = stage, settings, make_engine
+    def __init__(self, makers: Mapping[Stage, MakeEngine], settings: WorkerSettings) -> None:
+        self._makers, self._settings = makers, settings
+        self._stages = tuple(makers)
         self._monitor = gpu.monitor(settings.device)
-        self._metrics = WorkerMetrics(stage, self._monitor.read())
+        gpus = self._monitor.read()
+        self._metrics = {
+            stage: WorkerMetrics(stage, gpus, tells_figures=stage == self._stages[0]) for stage in self._stages
+        }
         self._stop = asyncio.Event()
-        self._worker: Worker | None = None
+        self._workers: list[Worker] = []
         self._serving: asyncio.Task[None] | None = None
         self._leaving: asyncio.Task[None] | None = None
 
@@ -67,45 +97,72 @@ class _Service:
         structlog.contextvars.bind_contextvars(worker=settings.worker_id, gpu=gpus)
         probing = probes.serve(
             settings.metrics_host, settings.metrics_port, healthy=self._healthy, ready=self._ready,
-            metrics=self._metrics.render,
+            metrics=lambda: metrics.exposition(list(self._metrics.values())),
         )  # fmt: skip
         async with probing as url:
             with ThreadPoolExecutor(1, "device") as device_thread:
-                engine, load_seconds = await self._load(device_thread)
-                await self._serve(engine, load_seconds, device_thread, url)
+                loaded, takes_turns = await self._load(device_thread)
+                await self._serve(loaded, takes_turns, device_thread, url)
 
-    async def _load(self, device_thread: ThreadPoolExecutor) -> tuple[Engine, float]:
+    async def _load(self, device_thread: ThreadPoolExecutor) -> tuple[dict[Stage, _Loaded], bool]:
+        """The engines, set up, and whether they take turns; then all but the first stage's are asleep."""
+        made = {stage: await self._make(stage) for stage in self._stages}
+        plan = await _on(device_thread, lambda: self._plan({stage: one.engine for stage, one in made.items()}))
+        loaded = {}
+        # The last one first: so the first one ends awake, and there is never more than one on the device.
+        for stage in reversed(self._stages):
+            loaded[stage] = await self._set_up(stage, made[stage], device_thread)
+            engine = made[stage].engine
+            if plan is not None and plan.takes_turns and stage != self._stages[0] and isinstance(engine, Sleeper):
+                await _on(device_thread, engine.sleep)
+        return loaded, plan is not None and plan.takes_turns
+
+    async def _make(self, stage: Stage) -> _Loaded:
         begun = time.monotonic()
-        model, revision = self._settings.model_of(self._stage)
+        model, revision = self._settings.model_of(stage)
         gpus = gpu.visible()
         reason = await asyncio.to_thread(weights.why_not, model, revision, gpu=bool(gpus))
-        chosen = choice.choose(self._stage, self._settings, gpus=gpus, reason=reason)
-        log.info(chosen.reason, _event="engine_chosen", kind=chosen.kind)
+        chosen = choice.choose(stage, self._settings, gpus=gpus, reason=reason)
+        log.info(chosen.reason, _event="engine_chosen", stage=stage, kind=chosen.kind)
         if chosen.kind == "real" and self._settings.verify_weights == "full":
             await asyncio.to_thread(weights.require, model, revision, check="full")
             log.info("the weights are those of their manifest", _event="weights_verified")
         importing = time.monotonic()
-        engine = self._make_engine(self._settings, chosen)
-        imported = time.monotonic() - importing
-        try:
-            phases = await asyncio.get_running_loop().run_in_executor(device_thread, engine.setup)
-        except errors.VidgenError:
-            raise
-        except Exception as exc:  # whatever a model's libraries raise
-            raise errors.FatalError(
-                f"the engine could not be set up: {type(exc).__name__}: {exc}", code="setup_failed"
-            ) from exc
-        seconds = time.monotonic() - begun
-        self._metrics.describe(engine.info)
-        phases = {"imports": imported, **phases, "total": seconds}
-        self._metrics.model_loaded(phases)
+        engine = self._makers[stage](self._settings, chosen)
+        return _Loaded(engine, time.monotonic() - begun, {"imports": time.monotonic() - importing})
+
+    def _plan(self, engines: Mapping[Stage, Engine]) -> profiles.Plan | None:
+        """How the engines share their GPU, and have them do so; None where there is nothing to share."""
+        if len(engines) == 1:
+            return None
+        sleepers = [engine for engine in engines.values() if isinstance(engine, Sleeper)]
+        asked = [(engine, demand) for engine in sleepers if (demand := engine.demand()) is not None]
+        if len(asked) < 2:
+            return None
+        plan = profiles.share(self._settings.profile, [demand for _, demand in asked])
+        for (engine, _), profile in zip(asked, plan.profiles, strict=True):
+            engine.settle_for(profile)
+        how = "take turns on the GPU" if plan.takes_turns else "stay on the GPU together"
+        log.info(f"the models {how}: {', '.join(plan.profiles)}", _event="gpu_shared", takes_turns=plan.takes_turns)
+        return plan
+
+    async def _set_up(self, stage: Stage, made: _Loaded, device_thread: ThreadPoolExecutor) -> _Loaded:
+        begun = time.monotonic()
+        engine = made.engine
+        phases = await _on(device_thread, engine.setup)
+        seconds = made.seconds + time.monotonic() - begun
+        phases = {**made.phases, **phases, "total": seconds}
+        self._metrics[stage].describe(engine.info)
+        self._metrics[stage].model_loaded(phases)
         log.info(
-            "the engine is set up", _event="engine_ready", engine=engine.info.name,
+            "the engine is set up", _event="engine_ready", stage=stage, engine=engine.info.name,
             **{f"{name}_s": round(value, 3) for name, value in phases.items()},
         )  # fmt: skip
-        return engine, seconds
+        return _Loaded(engine, seconds, phases)
 
-    async def _serve(self, engine: Engine, load_seconds: float, device_thread: ThreadPoolExecutor, url: str) -> None:
+    async def _serve(
+        self, loaded: Mapping[Stage, _Loaded], takes_turns: bool, device_thread: ThreadPoolExecutor, url: str
+    ) -> None:
         settings = self._settings
         denied = asyncio.get_running_loop().create_future()
 
@@ -119,23 +176,21 @@ class _Service:
                 return
             store = S3Store.from_settings(settings)
             await self._wait_for_queues(connected)
-            worker = self._worker = Worker(
-                connected, store, engine, device_thread, self._monitor, self._metrics,
-                Policy(
-                    worker_id=settings.worker_id, stage=self._stage, ack_wait=settings.ack_wait,
-                    max_attempts=settings.max_attempts, backoff_base=settings.backoff_base,
-                    backoff_limit=settings.backoff_limit, gpu_usd_per_hour=settings.gpu_usd_per_hour,
-                    work_dir=settings.work_dir,
-                    checkpoint_over_s=settings.checkpoint_over_s if settings.checkpoint == "auto" else None,
-                ),
-                Registration(settings.heartbeat_s, settings.grace_s, load_seconds),
-            )  # fmt: skip
+            devices = self._devices(loaded, device_thread, takes_turns=takes_turns)
+            self._workers = [
+                Worker(
+                    connected, store, loaded[stage].engine, device_thread, self._monitor, self._metrics[stage],
+                    self._policy(stage), Registration(settings.heartbeat_s, settings.grace_s, loaded[stage].seconds),
+                    devices[stage],
+                )
+                for stage in self._stages
+            ]  # fmt: skip
             if self._stop.is_set():
                 return
             gc.freeze()  # what is loaded stays: with torch, the collector takes 0.1 s each time it looks at all of it
             probes.write_ready_file(settings.ready_file, url)
             log.info("ready for tasks", _event="ready", url=url)
-            serving = self._serving = asyncio.create_task(worker.run(), name="worker")
+            serving = self._serving = asyncio.create_task(_run_all(self._workers), name="workers")
             await asyncio.wait([serving, denied], return_when=asyncio.FIRST_COMPLETED)
             if denied.done() and not serving.done():
                 serving.cancel()
@@ -146,10 +201,32 @@ class _Service:
             await serving
         log.info("drained", _event="drained")
 
+    def _devices(
+        self, loaded: Mapping[Stage, _Loaded], device_thread: ThreadPoolExecutor, *, takes_turns: bool
+    ) -> Mapping[Stage, Device]:
+        """The one device as each stage has it: first come, first served where all the models stay on it."""
+        if not takes_turns:
+            return dict.fromkeys(self._stages, asyncio.Lock())
+        sleepers = {stage: one.engine for stage, one in loaded.items() if isinstance(one.engine, Sleeper)}
+        shared = TakingTurns(
+            sleepers, self._stages[0], device_thread, lambda stage, seconds: self._metrics[stage].switched(seconds)
+        )
+        return {stage: shared.of(stage) for stage in self._stages}
+
+    def _policy(self, stage: Stage) -> Policy:
+        settings = self._settings
+        return Policy(
+            worker_id=settings.worker_id, stage=stage, ack_wait=settings.ack_wait,
+            max_attempts=settings.max_attempts, backoff_base=settings.backoff_base,
+            backoff_limit=settings.backoff_limit, gpu_usd_per_hour=settings.gpu_usd_per_hour,
+            work_dir=settings.work_dir,
+            checkpoint_over_s=settings.checkpoint_over_s if settings.checkpoint == "auto" else None,
+        )  # fmt: skip
+
     async def _connect(self, stack: contextlib.AsyncExitStack, on_denied: Callable[[str], None]) -> JetStreamBus | None:
         """The bus, None when told to stop: a model takes minutes to load, so a bus that is late is waited for."""
         settings = self._settings
-        name = f"{self._stage}-{settings.worker_id}"
+        name = "-".join((*self._stages, settings.worker_id))
         give_up = time.monotonic() + START_PATIENCE_S
         while not self._stop.is_set():
             connection = jetstream.connect(settings.nats_url, name, on_denied=on_denied, **settings.nats_options())
@@ -171,12 +248,13 @@ class _Service:
         give_up = time.monotonic() + START_PATIENCE_S
         while not self._stop.is_set():
             try:
-                for lane in LANES:
-                    await connected.depth(topology.consumer_of(self._stage, lane))
+                for stage, lane in itertools.product(self._stages, LANES):
+                    await connected.depth(topology.consumer_of(stage, lane))
             except errors.BusError as exc:
                 if time.monotonic() > give_up:
+                    stages = " and ".join(self._stages)
                     raise errors.FatalError(
-                        f"the queues of {self._stage} are not there: start the gateway first ({exc.message})",
+                        f"the queues of {stages} are not there: start the gateway first ({exc.message})",
                         code="queues_missing",
                     ) from exc
             else:
@@ -197,8 +275,8 @@ class _Service:
             return
         log.info("draining: no new task is taken, what runs is finished or handed back", _event="draining")
         self._stop.set()
-        if self._worker is not None:
-            self._worker.drain()
+        for worker in self._workers:
+            worker.drain()
 
     async def _leave(self, code: int) -> None:
         """Hand back what is held and go, without waiting for the engine's step to end."""
@@ -208,9 +286,33 @@ class _Service:
         os._exit(code)
 
     def _healthy(self) -> bool:
-        return self._worker is None or self._worker.healthy
+        return all(worker.healthy for worker in self._workers)
 
     def _ready(self) -> tuple[bool, str]:
-        if self._worker is None:
+        if not self._workers:
             return False, "the model is being loaded, or the bus is not there yet"
-        return self._worker.state in ("ready", "busy"), f"the worker is {self._worker.state}"
+        states = [worker.state for worker in self._workers]
+        return all(state in ("ready", "busy") for state in states), f"the worker is {' and '.join(states)}"
+
+
+async def _run_all(workers: Sequence[Worker]) -> None:
+    """Run until all are drained; where one must leave, the others hand back at once what they hold."""
+    running = [asyncio.create_task(worker.run(), name="worker") for worker in workers]
+    try:
+        await asyncio.gather(*running)
+    finally:
+        for one in running:
+            one.cancel()
+        await asyncio.wait(running)
+
+
+async def _on(device_thread: ThreadPoolExecutor, work: Callable[[], T]) -> T:
+    """What the engines do on their device at the start; whatever their libraries raise is a FatalError."""
+    try:
+        return await asyncio.get_running_loop().run_in_executor(device_thread, work)
+    except errors.VidgenError:
+        raise
+    except Exception as exc:
+        raise errors.FatalError(
+            f"the engine could not be set up: {type(exc).__name__}: {exc}", code="setup_failed"
+        ) from exc

@@ -125,6 +125,11 @@ class WorkerSettings(Settings):
         description="N over 1: in the middle of a run one step in N is computed, the others are foretold from those "
         "before. Faster in long runs, and lossy.",
     )  # fmt: skip
+    sleep_in: Literal["auto", "memory", "disk"] = Field(
+        "auto",
+        description="Where a model's weights are while another one has the GPU (`vidgen worker`): in pinned host "
+        "memory, or in VIDGEN_WORK_DIR on disk; auto: in memory where enough of it is available.",
+    )
     verify_weights: Literal["size", "full"] = Field(
         "size",
         description="What is compared with a model's manifest before it serves: the files' sizes, or (full) checksums.",
@@ -147,7 +152,9 @@ class WorkerSettings(Settings):
 
     def layout(self) -> dict[str, Any]:
         """How an engine is laid into the device: the fields of `vidgen.accel.engine.Layout`."""
-        names = ("device", "dtype", "profile", "attention", "compile", "compile_cache", "step_cache")
+        names = (
+            "device", "dtype", "profile", "attention", "compile", "compile_cache", "step_cache", "sleep_in", "work_dir",
+        )  # fmt: skip
         return {name: getattr(self, name) for name in names}
 
     def model_of(self, stage: Stage) -> tuple[str, str | None]:
@@ -168,7 +175,8 @@ def read(kind: type[T]) -> T:
 
 BEGIN, END = "<!-- settings: begin (python -m vidgen.settings FILE writes this) -->", "<!-- settings: end -->"
 GROUPS: tuple[tuple[str, type[Settings]], ...] = (
-    ("Every process", Settings), ("The gateway", GatewaySettings), ("edit-service and i2v-service", WorkerSettings),
+    ("Every process", Settings), ("The gateway", GatewaySettings),
+    ("edit-service, i2v-service and vidgen worker", WorkerSettings),
 )  # fmt: skip
 
 

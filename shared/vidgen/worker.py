@@ -23,6 +23,7 @@ from vidgen import errors, topology
 from vidgen.artifacts import ArtifactStore
 from vidgen.bus import Bus, Delivery
 from vidgen.contracts import GpuFigures, Stage, WorkerInfo
+from vidgen.device import Device
 from vidgen.engine import Engine, GpuMonitor
 from vidgen.handler import JOB_ID, Handler, Policy, Turn
 from vidgen.metrics import WorkerMetrics
@@ -135,7 +136,10 @@ class Registration:
 
 
 class Worker:
-    """One engine serving one stage. `run` returns once drained and raises FatalError when the worker is sick."""
+    """One engine serving one stage. `run` returns once drained and raises FatalError when the worker is sick.
+
+    `device` is what it shares with the other workers of its process, where there are any.
+    """
 
     def __init__(
         self,
@@ -147,12 +151,13 @@ class Worker:
         metrics: WorkerMetrics,
         policy: Policy,
         registration: Registration,
+        device: Device | None = None,
     ) -> None:
         self._bus, self._engine, self._monitor, self._metrics = bus, engine, monitor, metrics
         self._policy, self._registration = policy, registration
         self._handler = Handler(bus, store, engine, device_thread, metrics, policy)
         self._puller = LanePuller(bus, policy.stage)
-        self._device = asyncio.Lock()
+        self._device = device or asyncio.Lock()
         self._places = asyncio.Semaphore(IN_FLIGHT)
         self._next = asyncio.Semaphore(1)
         self._turns: set[_JustInTimeTurn] = set()

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 
 from vidgen import diffusion, profiles, weights
-from vidgen.accel import blocks, fp8, speed
+from vidgen.accel import blocks, fp8, residency, speed
 from vidgen.engine import EngineInfo
 from vidgen.errors import FatalError
 from vidgen.profiles import GIB
@@ -26,8 +26,9 @@ class Layout:
     `dtype` auto is bfloat16 on a GPU and float32 on the CPU. `profile` auto follows the GPU's memory; on the CPU there
     is none. `attention` auto is FlashAttention 3 where it is installed and the GPU is a Hopper, else torch's own.
     `compile` auto compiles the transformer's blocks on a GPU that holds them all, `full` the VAE too, `off` nothing.
-    What is compiled is kept in `compile_cache` for the next start.
-    With `step_cache` over 1 one step in so many is computed in the middle of a run (`vidgen.accel.stepcache`).
+    What is compiled is kept in `compile_cache` for the next start. With `step_cache` over 1 one step in so many is
+    computed in the middle of a run (`vidgen.accel.stepcache`). While another engine has the device the weights are
+    in `sleep_in`: `memory`, `disk` (in `work_dir`), or auto.
     """
 
     device: str = "auto"
@@ -37,6 +38,8 @@ class Layout:
     compile: str = "auto"
     compile_cache: Path | None = None
     step_cache: int = 1
+    sleep_in: str = "auto"
+    work_dir: Path | None = None
 
 
 class DiffusersEngine(abc.ABC):
@@ -58,6 +61,7 @@ class DiffusersEngine(abc.ABC):
         self.load_seconds: dict[str, float] = {}
         self._loras = {component: path for component, path in loras.items() if path is not None}
         self._pipe: Any
+        self._residency: residency.Residency | None = None
 
     def setup(self) -> Mapping[str, float]:
         """Load the weights, fuse the LoRAs and, on a GPU, run once; raises FatalError with the remedy."""
@@ -82,6 +86,38 @@ class DiffusersEngine(abc.ABC):
             with diffusion.loading("the model", "see the log of this worker"):
                 self._timed("warm_up", self._warm_up)
         return self.load_seconds
+
+    def demand(self) -> profiles.Demand | None:
+        """What the model asks of its GPU, None on the CPU: found before `setup`, without loading anything."""
+        self._device = self._open_device()
+        if self._device.type != "cuda":
+            return None
+        found = self._find()
+        return profiles.Demand(
+            found.model, self._total(), self._sizes(found), self.WORK, stored_fp8=found.profile == "fp8"
+        )
+
+    def settle_for(self, profile: profiles.Name) -> None:
+        """Take this profile in `setup`."""
+        self.layout = replace(self.layout, profile=profile)
+
+    def sleep(self) -> None:
+        """Leave the device to another engine: the weights go home, and all else stays as it is."""
+        if self._residency is None:
+            # What is offloaded is on the host already.
+            offloaded = self.info.profile == "offload-fp8"
+            parts = [self._pipe.vae] if offloaded else self._pipe.components.values()
+            modules = [part for part in parts if isinstance(part, torch.nn.Module)]
+            layout = self.layout
+            self._residency = residency.Residency(modules, self._device, layout.sleep_in, layout.work_dir)
+        with diffusion.moving(f"{self.info.model} could not be put to sleep", self._device):
+            self._residency.sleep()
+
+    def wake(self) -> None:
+        """Come back to the device, for results that are the same to the last bit."""
+        if self._residency is not None:
+            with diffusion.moving(f"{self.info.model} could not be woken", self._device):
+                self._residency.wake()
 
     def _find(self) -> weights.Weights:
         return weights.require(self.model, self.revision, pipelines=self.PIPELINES)
@@ -130,9 +166,12 @@ class DiffusersEngine(abc.ABC):
         """The profile on a GPU, None on the CPU."""
         if self._device.type != "cuda":
             return None
+        return profiles.choose(self.layout.profile, self._total(), parts, self.WORK, stored_fp8=stored_fp8)
+
+    def _total(self) -> int:
+        """The bytes of the GPU that this process may take."""
         share = torch.cuda.get_per_process_memory_fraction(self._device)
-        total = int(torch.cuda.get_device_properties(self._device).total_memory * share)
-        return profiles.choose(self.layout.profile, total, parts, self.WORK, stored_fp8=stored_fp8)
+        return int(torch.cuda.get_device_properties(self._device).total_memory * share)
 
     def _lay_out(self, profile: profiles.Name | None) -> None:
         if profile is None:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from vidgen.cli import dead, doctor, jobs, run, up, weights
+from vidgen.cli import dead, doctor, jobs, run, up, weights, worker
 
 app = typer.Typer(
     name="vidgen",
@@ -38,6 +38,7 @@ def _root(
 
 app.command("run")(run.run)
 app.command("up")(up.up)
+app.command("worker")(worker.worker)
 app.command("submit")(jobs.submit)
 app.command("status")(jobs.status)
 app.command("watch")(jobs.watch)

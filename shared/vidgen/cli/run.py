@@ -113,7 +113,7 @@ def _show_log(out_put: Output, stack: Stack, job: Job) -> None:
     """The end of the failed service's log: it is gone with the embedded stack."""
     stage = job.error.stage if job.error is not None else None
     for service in stack.services:
-        if stage is not None and service.name == f"{stage}-service":
+        if stage is not None and service.name in (f"{stage}-service", "worker"):
             out_put.note(f"The end of the log of {service.name}:\n{service.process.tail()}\n")
 
 

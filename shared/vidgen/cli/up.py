@@ -21,7 +21,7 @@ def up(
     workers: Annotated[int, typer.Option(min=1, max=16, metavar="N", help="Workers per stage.")] = 1,
     as_json: options.Json = False,
 ) -> None:
-    """Run NATS, S3, the gateway and both services here until Ctrl-C; a second start finds the same jobs."""
+    """Run NATS, S3, the gateway and both stages here until Ctrl-C; a second start finds the same jobs."""
     with output.speaking(as_json) as out_put:
         if data.exists() and not data.is_dir():
             raise WrongUsageError([options.wrong("--data", f"{data} is not a folder")])
@@ -35,8 +35,10 @@ def up(
 async def _up(out_put: Output, data: Path, workers: int) -> None:
     from vidgen.local import Stack
 
-    out_put.say(f"Starting nats-server, the S3 server, gateway, edit-service and i2v-service in {data} …")
-    async with Stack(data, workers=workers) as stack:
+    stack = Stack(data, workers=workers)
+    services = "one worker for both stages" if stack.one_gpu else "edit-service and i2v-service"
+    out_put.say(f"Starting nats-server, the S3 server, gateway, {services} in {data} …")
+    async with stack:
         urls = {"gateway": stack.gateway_url, "nats": stack.nats_url, "s3": stack.s3_endpoint}
         out_put.emit("up", {**urls, "data": str(stack.folder), "environment": str(stack.environment_file)})
         for name, url in urls.items():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import fcntl
+import functools
 import os
 import shlex
 import signal
@@ -34,11 +35,13 @@ _OWN = frozenset(
 
 
 class Service:
-    """One service as a child process: `python -m <module>`, log and ready file in `folder`."""
+    """One service as a child process: `python -m <module> <arguments>`, log and ready file in `folder`."""
 
-    def __init__(self, name: str, module: str, folder: Path, env: Mapping[str, str]) -> None:
+    def __init__(
+        self, name: str, module: str, folder: Path, env: Mapping[str, str], arguments: Sequence[str] = ()
+    ) -> None:
         self.folder = folder.absolute()
-        self.name, self.module, self.env = name, module, dict(env)
+        self.name, self.module, self.arguments, self.env = name, module, tuple(arguments), dict(env)
         self.process = Process(name, self.folder / f"{name}.log")
         self._ready_file = self.folder / f"{name}.url"
         self.url = ""
@@ -61,7 +64,7 @@ class Service:
         self._ready_file.unlink(missing_ok=True)
         env = {**self.env, "VIDGEN_READY_FILE": str(self._ready_file)}
         # -P: a module of the same name in the caller's folder must not stand in for the service.
-        self.process.start([sys.executable, "-P", "-m", self.module], env)
+        self.process.start([sys.executable, "-P", "-m", self.module, *self.arguments], env)
 
     async def until_ready(self, limit: float = START_LIMIT) -> None:
         """Wait until it has written its URL and `/readyz` answers 200; kills it if that does not happen."""
@@ -107,6 +110,8 @@ class Service:
 
 class Stack:
     """NATS, S3, the gateway and the two GPU services as child processes, all their data in one folder.
+
+    Where a GPU and the weights of both models are here, one process serves both stages instead.
 
     `env` adds to what the services inherit from this process (`VIDGEN_ENGINE`, `VIDGEN_EDIT_MODEL`, …). With
     `ephemeral` the data are not needed afterwards: everything is killed instead of stopped, which saves seconds.
@@ -162,6 +167,11 @@ class Stack:
             found["VIDGEN_GATEWAY_URL"] = self.gateway.url
         return found
 
+    @functools.cached_property
+    def one_gpu(self) -> bool:
+        """Whether the real models of both stages would run on a GPU here: then one worker serves both on it."""
+        return len(self._stages) > 1 and both_on_gpu(self._stages, {**os.environ, **self._env})
+
     async def start(self, *, wait_for_workers: bool = True) -> None:
         """Start everything; raises LocalError, and then nothing is left running.
 
@@ -194,6 +204,7 @@ class Stack:
     async def _launch_services(self) -> None:
         if not self.nats.process.running:
             await self.nats.start()
+        await asyncio.to_thread(lambda: self.one_gpu)  # looks at the GPU's driver and at the weights' files
         self.services = self._make_services()
         for service in self.services:
             service.launch()
@@ -209,12 +220,19 @@ class Stack:
 
     def _make_workers(self, logs: Path, env: dict[str, str]) -> Iterator[Service]:
         for number in range(1, self._workers + 1):
-            for stage in self._stages:
-                name, module = f"{stage}-service", f"{stage}_service.main"
+            for name, module, arguments in self._kinds():
                 name = name if number == 1 else f"{name}-{number}"
                 work = self.folder / "work" / name
                 work.mkdir(parents=True, exist_ok=True)
-                yield Service(name, module, logs, {**env, "VIDGEN_WORK_DIR": str(work)})
+                yield Service(name, module, logs, {**env, "VIDGEN_WORK_DIR": str(work)}, arguments)
+
+    def _kinds(self) -> Iterator[tuple[str, str, Sequence[str]]]:
+        """The workers that there is one of, or several: name, module and arguments."""
+        if self.one_gpu:
+            yield "worker", "vidgen.cli", ("worker", "--stages", ",".join(self._stages))
+            return
+        for stage in self._stages:
+            yield f"{stage}-service", f"{stage}_service.main", ()
 
     async def lost(self) -> LocalError:
         """Wait until one of the processes ends by itself, and say which."""
@@ -269,6 +287,28 @@ class Stack:
 
     async def __aexit__(self, *exc: object) -> None:
         await self.stop()
+
+
+def both_on_gpu(stages: Sequence[Stage], env: Mapping[str, str]) -> bool:
+    """Whether services with this environment would run the real model of each stage on a GPU of this machine."""
+    from vidgen import choice, gpu, weights
+    from vidgen.settings import WorkerSettings
+
+    gpus = gpu.visible()
+    fields = WorkerSettings.model_fields
+    given: dict[str, Any] = {name: env[key] for name in fields if (key := f"VIDGEN_{name.upper()}") in env}
+    if not gpus or given.get("engine") == "preview" or given.get("device") == "cpu":
+        return False
+    try:
+        settings = WorkerSettings(**given)
+    except ValueError:
+        return False  # the services say what is wrong
+
+    def real(stage: Stage) -> bool:
+        reason = weights.why_not(*settings.model_of(stage), gpu=True)
+        return reason is None and choice.choose(stage, settings, gpus=gpus, reason=reason).kind == "real"
+
+    return all(real(stage) for stage in stages)
 
 
 async def _together(*actions: Coroutine[Any, Any, object]) -> None:

@@ -465,3 +465,37 @@ def test_help_imports_nothing_heavy() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 0, done.stderr
     assert "doctor" in done.stdout
+
+
+# ── worker ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("stages", [["edit", "i2v"], ["i2v", "edit"], ["edit"]])
+def test_worker_serves_the_stages_in_their_order_with_the_engines_of_the_services(
+    stages: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from edit_service.main import make_engine as make_edit
+    from i2v_service.main import make_engine as make_i2v
+    from vidgen import service
+
+    served: list[tuple[dict[str, Any], str]] = []
+
+    def run_stages(makers: dict[str, Any], name: str) -> int:
+        served.append((makers, name))
+        return 1
+
+    monkeypatch.setattr(service, "run_stages", run_stages)
+
+    assert vidgen("worker", "--stages", ", ".join(stages)).exit_code == 1
+    [(makers, name)] = served
+    assert (list(makers), name) == (stages, "worker")
+    assert all(made is {"edit": make_edit, "i2v": make_i2v}[stage] for stage, made in makers.items())
+
+
+@pytest.mark.parametrize("stages", ["", "video", "edit,edit", "edit,,i2v"])
+def test_worker_refuses_what_is_no_list_of_stages(stages: str) -> None:
+    refused = vidgen("worker", "--stages", stages)
+
+    assert refused.exit_code == 2
+    assert "--stages: " in refused.stderr
+    assert "name edit, i2v, each once" in refused.stderr

@@ -104,6 +104,7 @@ def busy_worker(on_worker: metrics.WorkerMetrics) -> metrics.WorkerMetrics:
     on_worker.dead_lettered()
     on_worker.cancelled_after(0.3)
     on_worker.artifact_moved("put", 2000, 0.02)
+    on_worker.switched(1.5)
     on_worker.heartbeat_failed()
     return on_worker
 
@@ -433,3 +434,47 @@ def test_the_docs_list_the_metrics_as_they_are() -> None:
     between = text.partition(metrics.BEGIN)[2].partition(metrics.END)[0]
 
     assert between.strip() == metrics.reference_table().strip(), "run: python -m vidgen.metrics docs/reference.md"
+
+
+# ── two stages in one process ────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_metrics_of_two_stages_are_one_exposition_that_describes_each_metric_once(
+    busy_worker: metrics.WorkerMetrics,
+) -> None:
+    other = metrics.WorkerMetrics("i2v", (GPU,), tells_figures=False)
+    other.step(0.5)
+
+    text = metrics.exposition((busy_worker, other))[0].decode()
+
+    described = [line for line in text.splitlines() if line.startswith("# TYPE")]
+    assert len(described) == len(set(described)) == len(metrics.WORKER)
+    found = {
+        (sample.name, sample.labels["stage"])
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+    assert {("vidgen_worker_steps_total", stage) for stage in contracts.STAGES} <= found
+    assert metrics.exposition((busy_worker,)) == busy_worker.render()
+
+
+def test_the_figures_of_a_device_are_told_by_one_of_its_stages(on_worker: metrics.WorkerMetrics) -> None:
+    other = metrics.WorkerMetrics("i2v", (GPU,), tells_figures=False)
+    other.gpu_figures((GPU,))
+
+    assert value(on_worker, "vidgen_worker_gpu_memory_used_bytes") == 10
+    assert value(other, "vidgen_worker_gpu_memory_used_bytes") is None
+    assert value(other, "vidgen_worker_gpu_busy_seconds_total") == 0
+
+
+def test_the_fleet_tells_the_figures_of_a_process_for_both_stages_once(on_gateway: metrics.GatewayMetrics) -> None:
+    on_gateway.fleet([worker(stage="i2v"), worker(stage="edit"), worker("w2", stage="i2v")], DEPTHS, NOW)
+
+    figures = [
+        (sample.labels["worker"], sample.labels["stage"])
+        for family in families(on_gateway)
+        for sample in family.samples
+        if sample.name == "vidgen_fleet_gpu_memory_used_bytes"
+    ]
+    assert sorted(figures) == [("w1", "edit"), ("w2", "i2v")]
+    assert value(on_gateway, "vidgen_fleet_gpu_busy_seconds_total", worker="w1", stage="i2v") == 77.0

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from vidgen import profiles
 from vidgen.errors import FatalError
@@ -59,3 +63,90 @@ def test_a_snapshot_in_fp8_is_not_widened() -> None:
     assert profiles.choose("auto", 140 * GIB, halved, WORK, stored_fp8=True) == "resident-fp8"
     with pytest.raises(FatalError):
         profiles.choose("resident-bf16", 140 * GIB, halved, WORK, stored_fp8=True)
+
+
+# ── two models on one GPU ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def demands(gib: float, *, stored_fp8: bool = False) -> list[profiles.Demand]:
+    return [
+        profiles.Demand("qwen", int(gib * GIB), QWEN, 5 * GIB, stored_fp8),
+        profiles.Demand("wan", int(gib * GIB), WAN, 6 * GIB),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("gib", "chosen", "takes_turns"),
+    [
+        (139.8, ("resident-bf16", "resident-bf16"), False), (94, ("resident-fp8", "resident-fp8"), False),
+        (79.2, ("resident-bf16", "resident-bf16"), True), (47.4, ("resident-fp8", "resident-fp8"), True),
+        (23.6, ("offload-fp8", "offload-fp8"), False),
+    ],
+)  # fmt: skip
+def test_two_models_stay_where_they_fit_and_else_take_turns(
+    gib: float, chosen: tuple[str, ...], takes_turns: bool
+) -> None:
+    assert profiles.share("auto", demands(gib)) == profiles.Plan(chosen, takes_turns)
+
+
+def test_a_snapshot_in_fp8_stays_beside_a_model_in_bfloat16() -> None:
+    plan = profiles.share("auto", demands(139.8, stored_fp8=True))
+    assert plan == profiles.Plan(("resident-fp8", "resident-bf16"), takes_turns=False)
+
+
+def test_the_profile_that_is_asked_for_is_that_of_all_models() -> None:
+    assert profiles.share("resident-bf16", demands(79.2)) == profiles.Plan(("resident-bf16",) * 2, takes_turns=True)
+    assert profiles.share("offload-fp8", demands(139.8)) == profiles.Plan(("offload-fp8",) * 2, takes_turns=False)
+
+
+def test_a_gpu_that_is_too_small_for_one_of_them_is_told_what_they_need_together() -> None:
+    with pytest.raises(FatalError, match=r"qwen: this GPU has 6 GiB, .*qwen and wan need 1\d\d GiB") as caught:
+        profiles.share("auto", demands(6))
+    assert caught.value.code == "gpu_too_small"
+
+
+sizes = st.integers(min_value=0, max_value=60 * GIB)
+models = st.builds(
+    lambda transformer, others, work, stored_fp8: ({"transformer": transformer, "vae": others}, work, stored_fp8),
+    sizes, st.integers(0, 20 * GIB), st.integers(GIB, 8 * GIB), st.booleans(),
+)  # fmt: skip
+
+
+@given(st.lists(models, min_size=2, max_size=3), st.integers(10 * GIB, 200 * GIB))
+def test_every_plan_fits_and_nothing_faster_does(drawn: list[Any], total: int) -> None:
+    asked = [profiles.Demand("m", total, parts, work, stored_fp8) for parts, work, stored_fp8 in drawn]
+    try:
+        plan = profiles.share("auto", asked)
+    except FatalError:
+        # Then one of them does not even fit alone.
+        assert any(min(each.held().values()) + each.work + profiles.RESERVE > total for each in asked)
+        return
+    work = max(each.work for each in asked) + profiles.RESERVE
+    held = [each.held()[name] for each, name in zip(asked, plan.profiles, strict=True)]
+    alone = [profiles.choose("auto", total, each.parts, each.work, stored_fp8=each.stored_fp8) for each in asked]
+    if plan.takes_turns:
+        assert list(plan.profiles) == alone
+        assert sum(held) + work > total
+        assert sum(each.held()["resident-fp8"] for each in asked) + work > total
+    else:
+        assert sum(held) + work <= total
+
+
+@given(st.lists(models, min_size=2, max_size=2), st.integers(10 * GIB, 200 * GIB), st.integers(0, 100 * GIB))
+def test_models_that_stay_on_a_gpu_stay_on_a_larger_one_unless_they_are_faster_there(
+    drawn: list[Any], total: int, more: int
+) -> None:
+    def plan(of: int) -> profiles.Plan | None:
+        try:
+            return profiles.share("auto", [profiles.Demand("m", of, *each) for each in drawn])
+        except FatalError:
+            return None
+
+    small, large = plan(total), plan(total + more)
+    if small is not None:
+        assert large is not None
+        order = profiles.NAMES.index
+        if small.profiles[0].startswith("resident") and small.profiles[1].startswith("resident"):
+            assert not (large.takes_turns and not small.takes_turns)
+        if small.takes_turns == large.takes_turns:
+            assert all(order(b) <= order(a) for a, b in zip(small.profiles, large.profiles, strict=True))

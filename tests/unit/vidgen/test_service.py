@@ -1,3 +1,5 @@
+"""How a service comes to its engines: weights are checked first, and two models share one GPU as far as they fit."""
+
 from __future__ import annotations
 
 import shutil
@@ -5,11 +7,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-from tests.engines import Instant
+from tests import engines
 
-from vidgen import choice, manifest, service
+from vidgen import choice, manifest, profiles, service
+from vidgen.contracts import Stage
 from vidgen.engine import Engine
 from vidgen.errors import FatalError
+from vidgen.profiles import GIB
 from vidgen.settings import WorkerSettings
 
 
@@ -30,17 +34,72 @@ async def test_weights_that_are_to_be_verified_in_full_are_before_the_engine_is_
         ThreadPoolExecutor(1) as device_thread,
         pytest.raises(FatalError, match=r"vae/diffusion_pytorch_model\.safetensors: wrong checksum"),
     ):
-        await service._Service("edit", settings, make_engine)._load(device_thread)
+        await service._Service({"edit": make_engine}, settings)._load(device_thread)
 
 
 async def test_what_each_phase_of_the_start_took_is_in_the_metrics() -> None:
-    def make_engine(settings: WorkerSettings, chosen: choice.Choice) -> Engine:
-        return Instant()
-
-    serving = service._Service("edit", WorkerSettings(engine="preview"), make_engine)
+    serving = service._Service({"edit": lambda settings, chosen: engines.Instant()}, WorkerSettings(engine="preview"))
     with ThreadPoolExecutor(1) as device_thread:
-        _, seconds = await serving._load(device_thread)
-    shown = serving._metrics.render()[0].decode()
+        loaded, _ = await serving._load(device_thread)
+    shown = serving._metrics["edit"].render()[0].decode()
     assert 'vidgen_worker_model_load_seconds{phase="weights",stage="edit"} 0.5' in shown
-    assert f'vidgen_worker_model_load_seconds{{phase="total",stage="edit"}} {seconds}' in shown
+    assert f'vidgen_worker_model_load_seconds{{phase="total",stage="edit"}} {loaded["edit"].seconds}' in shown
     assert 'vidgen_worker_model_load_seconds{phase="imports",stage="edit"}' in shown
+
+
+class Model(engines.Instant):
+    """Asks for a GPU, and writes down what it is told."""
+
+    def __init__(self, gib: int, total_gib: int, journal: list[str]) -> None:
+        super().__init__()
+        self.gib, self.total_gib, self.journal = gib, total_gib, journal
+
+    def demand(self) -> profiles.Demand | None:
+        return profiles.Demand(f"{self.gib} GiB", self.total_gib * GIB, {"text_encoder": self.gib * GIB}, GIB)
+
+    def settle_for(self, profile: profiles.Name) -> None:
+        self.journal.append(f"{self.gib}: {profile}")
+
+    def setup(self) -> dict[str, float]:
+        self.journal.append(f"{self.gib} is set up")
+        return {}
+
+    def sleep(self) -> None:
+        self.journal.append(f"{self.gib} sleeps")
+
+    def wake(self) -> None:
+        raise AssertionError("nobody waits for it")
+
+
+async def load(total_gib: int, *stages: Stage) -> tuple[list[str], bool]:
+    """What happens while services load a model of 30 GiB for edit and one of 40 GiB for i2v."""
+    journal: list[str] = []
+
+    def maker(stage: Stage) -> service.MakeEngine:
+        return lambda settings, chosen: Model(30 if stage == "edit" else 40, total_gib, journal)
+
+    made = service._Service({stage: maker(stage) for stage in stages}, WorkerSettings(engine="preview", device="cpu"))
+    with ThreadPoolExecutor(1) as device_thread:
+        _, takes_turns = await made._load(device_thread)
+    return journal, takes_turns
+
+
+async def test_models_that_fit_together_are_set_up_and_stay() -> None:
+    assert await load(80, "edit", "i2v") == (
+        ["30: resident-bf16", "40: resident-bf16", "40 is set up", "30 is set up"], False,
+    )  # fmt: skip
+
+
+async def test_of_models_that_take_turns_the_first_stages_is_awake_at_the_start() -> None:
+    assert await load(48, "i2v", "edit") == (
+        ["40: resident-bf16", "30: resident-bf16", "30 is set up", "30 sleeps", "40 is set up"], True,
+    )  # fmt: skip
+
+
+async def test_one_stage_alone_chooses_its_profile_itself() -> None:
+    assert await load(48, "i2v") == (["40 is set up"], False)
+
+
+async def test_a_model_that_does_not_fit_ends_the_start_before_anything_is_loaded() -> None:
+    with pytest.raises(FatalError, match="3 GiB"):
+        await load(3, "edit", "i2v")

@@ -1,0 +1,281 @@
+"""Where an engine's weights are while another engine has the device: in pinned host memory, or in unnamed files.
+
+They are copied there once, at the first sleep. To sleep is then to let go of the device's tensors, and to wake is to
+copy them back: modules, compiled blocks and hooks stay as they are, and so does every bit of the weights.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+import re
+import tempfile
+import weakref
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Literal
+
+import torch
+from torch import Tensor, nn
+
+from vidgen import diffusion
+from vidgen.accel import loader
+
+Home = Literal["memory", "disk"]
+
+CHUNK = 256 << 20  # pinned memory is given in powers of two
+ALIGNED = 512  # as torch's allocator aligns tensors
+# What is smaller may be a table or a counter that a run changes: it is kept anew at each sleep, always in memory.
+SMALL = 1 << 20
+SPARE = 4 << 30  # of the host's memory: for inputs, outputs and encoders
+
+
+def home_for(wanted: str, size: int, available: int | None) -> Home:
+    """Where weights of `size` bytes go on a host with so much memory available; pure. None: nobody knows."""
+    if wanted == "auto":
+        return "memory" if available is None or size + SPARE <= available else "disk"
+    return "disk" if wanted == "disk" else "memory"
+
+
+def host_memory(meminfo: Path = Path("/proc/meminfo"), cgroup: Path = Path("/sys/fs/cgroup")) -> int | None:
+    """The bytes of host memory that may still be taken, the container's limit included; None where nobody says."""
+    found = _number(meminfo, r"^MemAvailable:\s*(\d+) kB")
+    limit, used = _number(cgroup / "memory.max", r"^(\d+)$"), _number(cgroup / "memory.stat", r"^anon (\d+)$")
+    left = [found * 1024] if found is not None else []
+    # What a container holds of the page cache is given back when it is needed.
+    return min([*left, max(0, limit - used)] if limit is not None and used is not None else left, default=None)
+
+
+def _number(file: Path, pattern: str) -> int | None:
+    try:
+        found = re.search(pattern, file.read_text(), re.MULTILINE)
+    except OSError:
+        return None
+    return int(found[1]) if found else None
+
+
+class Residency:
+    """Moves the tensors of some modules off the device and back; one call at a time.
+
+    `home` is `memory`, `disk` or `auto`, `folder` where the files lie, which end with the process. What was not on the
+    device stays where it is. An exception leaves everything as it was.
+    """
+
+    def __init__(self, modules: Sequence[nn.Module], device: torch.device, home: str, folder: Path | None) -> None:
+        self._modules, self._device, self._wanted, self._folder = list(modules), device, home, folder
+        self._asleep = False
+        self._small: _Kept | None = None
+        self._large: _InMemory | _OnDisk | None = None
+        self._places: list[_Place] = []
+        self._lies_in: list[int] = []
+
+    def sleep(self) -> None:
+        """Let go of the device's memory."""
+        if self._asleep:
+            return
+        tensors = list(_tensors(self._modules, self._device))
+        if self._small is not None and self._knows(tensors):
+            self._small.take(_storages(place.here() for place in self._places if place.chunk == 0))
+        else:
+            self._move_in(tensors)
+        diffusion.synchronize(self._device)
+        for tensor in tensors:
+            tensor.data = torch.empty(0, dtype=tensor.dtype)
+        self._asleep = True
+        diffusion.free(self._device)
+
+    def wake(self) -> None:
+        """Come back to the device."""
+        if not self._asleep:
+            return
+        assert self._small is not None
+        assert self._large is not None
+        chunks = [self._small.on(self._device), *self._large.on(self._device)]
+        diffusion.synchronize(self._device)
+        for place in self._places:
+            place.here().data = place.of(chunks)
+        self._lies_in = [chunk.untyped_storage().data_ptr() for chunk in chunks]
+        self._asleep = False
+
+    def _knows(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether the tensors are those that came back at the last waking, and no layout has moved since."""
+        return len(tensors) == len(self._places) and all(
+            place.is_as(tensor) and tensor.untyped_storage().data_ptr() == self._lies_in[place.chunk]
+            for place, tensor in zip(self._places, tensors, strict=True)
+        )
+
+    def _move_in(self, tensors: Sequence[Tensor]) -> None:
+        """Copy everything to a new home."""
+        self._small = self._large = None  # before the new ones take the host's memory
+        self._places = []
+        loader.give_back(self._device)
+        pinned = self._device.type == "cuda"
+        largest: dict[int, int] = {}
+        for tensor in tensors:
+            lies_in = tensor.untyped_storage().data_ptr()
+            largest[lies_in] = max(largest.get(lies_in, 0), tensor.numel() * tensor.itemsize)
+        storages = _storages(tensors)
+        small = [storage for storage in storages if largest[storage.data_ptr()] < SMALL]
+        groups = list(_chunks(storage for storage in storages if largest[storage.data_ptr()] >= SMALL))
+        kept = _Kept(small, pinned=pinned)
+        size = sum(_rounded(storage.numel()) for group in groups for storage in group)
+        home = home_for(self._wanted, size, host_memory())
+        large = _InMemory(groups, pinned=pinned) if home == "memory" else _OnDisk(groups, self._folder, pinned=pinned)
+        diffusion.synchronize(self._device)
+        begins = {
+            storage.data_ptr(): (chunk, begin)
+            for chunk, group in enumerate([small, *groups])
+            for storage, begin in zip(group, _begins(group), strict=True)
+        }
+        self._places = [_Place.at(tensor, *begins[tensor.untyped_storage().data_ptr()]) for tensor in tensors]
+        self._small, self._large = kept, large
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Where a tensor lies in the chunks: `begin` is the byte at which its storage starts."""
+
+    tensor: weakref.ref[Tensor]
+    chunk: int
+    begin: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    offset: int
+
+    @classmethod
+    def at(cls, tensor: Tensor, chunk: int, begin: int) -> _Place:
+        stride, offset = tensor.stride(), tensor.storage_offset()
+        return cls(weakref.ref(tensor), chunk, begin, tensor.dtype, tuple(tensor.shape), tuple(stride), offset)
+
+    def here(self) -> Tensor:
+        tensor = self.tensor()
+        assert tensor is not None, "the module that had it was taken apart while it slept"
+        return tensor
+
+    def is_as(self, tensor: Tensor) -> bool:
+        seen = (tensor.dtype, tuple(tensor.shape), tuple(tensor.stride()))
+        return self.tensor() is tensor and seen == (self.dtype, self.shape, self.stride)
+
+    def of(self, chunks: Sequence[Tensor]) -> Tensor:
+        chunk = chunks[self.chunk]
+        whole = chunk[: chunk.numel() // self.dtype.itemsize * self.dtype.itemsize].view(self.dtype)
+        return whole.as_strided(self.shape, self.stride, self.begin // self.dtype.itemsize + self.offset)
+
+
+class _Kept:
+    """Some storages side by side in host memory; the copies from the device and to it are queued, not waited for."""
+
+    def __init__(self, storages: Sequence[Tensor], *, pinned: bool) -> None:
+        self._size = sum(_rounded(storage.numel()) for storage in storages)
+        self._pieces = [
+            torch.empty(min(CHUNK, self._size - begin), dtype=torch.uint8, pin_memory=pinned)
+            for begin in range(0, self._size, CHUNK)
+        ]
+        self._put(_begins(storages), storages)
+
+    def take(self, wholes: Sequence[Tensor]) -> None:
+        """Copy what `on` gave back, if it gave anything."""
+        self._put([0] * len(wholes), wholes)
+
+    def _put(self, begins: Sequence[int], storages: Sequence[Tensor]) -> None:
+        for begin, storage in zip(begins, storages, strict=True):
+            done = 0
+            while done < storage.numel():
+                piece, at = self._pieces[(begin + done) // CHUNK], (begin + done) % CHUNK
+                take = min(storage.numel() - done, piece.numel() - at)
+                piece[at : at + take].copy_(storage[done : done + take], non_blocking=True)
+                done += take
+
+    def on(self, device: torch.device) -> Tensor:
+        """All of it as one new tensor on the device."""
+        whole = torch.empty(self._size, dtype=torch.uint8, device=device)
+        for target, piece in zip(whole.split(CHUNK), self._pieces, strict=False):
+            target.copy_(piece, non_blocking=True)
+        return whole
+
+    def write(self, file: IO[bytes], name: str) -> None:
+        """As a safetensors file of one tensor."""
+        told = {name: {"dtype": "U8", "shape": [self._size], "data_offsets": [0, self._size]}}
+        header = json.dumps(told).encode()
+        file.write(len(header).to_bytes(8, "little") + header)
+        for piece in self._pieces:
+            file.write(piece.numpy())
+        file.flush()
+
+
+class _InMemory:
+    def __init__(self, groups: Sequence[Sequence[Tensor]], *, pinned: bool) -> None:
+        self._kept = [_Kept(group, pinned=pinned) for group in groups]
+
+    def on(self, device: torch.device) -> list[Tensor]:
+        return [kept.on(device) for kept in self._kept]
+
+
+class _OnDisk:
+    """Files without a name: whatever ends this process, their space is free again."""
+
+    def __init__(self, groups: Sequence[Sequence[Tensor]], folder: Path | None, *, pinned: bool) -> None:
+        self._files: list[IO[bytes]] = []
+        weakref.finalize(self, _close, self._files)
+        for number, group in enumerate(groups):
+            kept = _Kept(group, pinned=pinned)
+            if pinned:
+                torch.cuda.synchronize()
+            file = tempfile.TemporaryFile(prefix="vidgen-asleep-", dir=folder)  # noqa: SIM115  as long as this lives
+            self._files.append(file)
+            kept.write(file, str(number))
+
+    def on(self, device: torch.device) -> list[Tensor]:
+        read = loader.read([Path(f"/proc/self/fd/{file.fileno()}") for file in self._files], device)
+        loader.give_back(device)
+        return [read[str(number)] for number in range(len(self._files))]
+
+
+def _close(files: Sequence[IO[bytes]]) -> None:
+    for file in files:
+        file.close()
+
+
+def _tensors(modules: Iterable[nn.Module], device: torch.device) -> Iterator[Tensor]:
+    """Every parameter and buffer on the device, once however many modules have it."""
+    seen: set[int] = set()
+    for module in itertools.chain.from_iterable(module.modules() for module in modules):
+        for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
+            if tensor.device == device and tensor.numel() and id(tensor) not in seen:
+                seen.add(id(tensor))
+                yield tensor
+
+
+def _storages(tensors: Iterable[Tensor]) -> list[Tensor]:
+    """The bytes of each storage that the tensors lie in, in their order; views of one storage share it."""
+    found: dict[int, Tensor] = {}
+    for tensor in tensors:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in found:
+            whole = torch.empty(0, dtype=torch.uint8, device=tensor.device)
+            found[storage.data_ptr()] = whole.set_(storage)
+    return list(found.values())
+
+
+def _chunks(storages: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Groups of storages of at most CHUNK bytes together; one that is larger is a group of its own."""
+    group: list[Tensor] = []
+    for storage in storages:
+        if group and sum(_rounded(one.numel()) for one in (*group, storage)) > CHUNK:
+            yield group
+            group = []
+        group.append(storage)
+    if group:
+        yield group
+
+
+def _begins(storages: Sequence[Tensor]) -> list[int]:
+    sizes = (_rounded(storage.numel()) for storage in storages)
+    return list(itertools.accumulate(sizes, initial=0))[:-1]
+
+
+def _rounded(size: int) -> int:
+    return math.ceil(size / ALIGNED) * ALIGNED

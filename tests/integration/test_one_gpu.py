@@ -1,0 +1,172 @@
+"""One process for both stages, as machines with one GPU have it: mixed queues, turns on the device, a kill, a drain."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from tests.servers import finished, skipped_at_home
+
+from vidgen.client import AsyncClient
+from vidgen.contracts import EditParams, I2VParams, JobStatus, StageStarted, VideoRequest
+from vidgen.local import Service, Stack
+
+PHOTO = Path(__file__).parents[2] / "examples" / "portrait.jpg"
+ROOT = Path(__file__).parents[2]
+BOUND = 180.0
+SMALL = {"width": 320, "height": 192}
+
+pytestmark = pytest.mark.timeout(600)
+
+
+class OneGpu(Stack):
+    """A stack whose workers are one process, as if there were a GPU with weights; its engines are those of `kind`."""
+
+    kind: tuple[str, Sequence[str]] = ("vidgen.cli", ("worker", "--stages", "edit,i2v"))
+    one_gpu = True
+
+    def _kinds(self) -> Iterator[tuple[str, str, Sequence[str]]]:
+        yield "worker", *self.kind
+
+    @property
+    def worker(self) -> Service:
+        [worker] = self.services[1:]
+        return worker
+
+
+class TakingTurns(OneGpu):
+    kind = ("tests.zoo_service", ("edit,i2v", "Naps"))
+
+
+async def running(stack: OneGpu) -> AsyncIterator[OneGpu]:
+    with skipped_at_home():
+        await stack.start()
+    try:
+        yield stack
+    finally:
+        await stack.stop()
+
+
+ENV = {
+    "VIDGEN_ENGINE": "preview", "VIDGEN_PREVIEW_SECONDS_PER_STEP": "0.05", "VIDGEN_ACK_WAIT": "3",
+    "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path]),
+}  # fmt: skip
+
+
+@pytest.fixture
+async def stack(tmp_path: Path) -> AsyncIterator[OneGpu]:
+    async for started in running(OneGpu(tmp_path, env=ENV, ephemeral=True)):
+        yield started
+
+
+@pytest.fixture
+async def turns(tmp_path: Path) -> AsyncIterator[OneGpu]:
+    async for started in running(TakingTurns(tmp_path, env=ENV, ephemeral=True)):
+        yield started
+
+
+def request(*, edit: bool = True, i2v: bool = True, steps: int = 2) -> VideoRequest:
+    parts: dict[str, Any] = {"references": ("uploads/from-the-form",)}
+    if edit:
+        parts["edit"] = EditParams.model_validate({"prompt": "warm light", "steps": steps, "seed": 7} | SMALL)
+    if i2v:
+        frames = {"num_frames": 9, "fps": 8}
+        parts["i2v"] = I2VParams.model_validate({"prompt": "zoom in", "steps": steps, "seed": 7} | SMALL | frames)
+    return VideoRequest.model_validate(parts)
+
+
+MIXED = [request(), request(i2v=False), request(edit=False), request(), request(edit=False)]
+
+
+async def exposition(url: str) -> str:
+    async with httpx.AsyncClient() as http:
+        return (await http.get(f"{url}/metrics")).text
+
+
+def total(text: str, name: str, **labels: str) -> float:
+    return sum(
+        sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+        if sample.name == name and labels.items() <= sample.labels.items()
+    )
+
+
+async def test_one_process_serves_a_mixed_queue_of_both_stages_to_its_end(stack: OneGpu, client: AsyncClient) -> None:
+    jobs = [await client.submit(wish, images=[PHOTO]) for wish in MIXED]
+    ended = await asyncio.gather(*(finished(client, job, BOUND) for job in jobs))
+    assert [job.status for job in ended] == [JobStatus.COMPLETED] * 5, [job.error for job in ended]
+
+    alive = await client.workers()
+    assert [(worker.stage, worker.engine) for worker in alive] == [("edit", "preview"), ("i2v", "preview")]
+    assert len({worker.id for worker in alive}) == 1
+    text = await exposition(stack.worker.url)
+    described = [line for line in text.splitlines() if line.startswith("# HELP")]
+    assert len(described) == len(set(described))
+    for stage, count in (("edit", 3), ("i2v", 4)):
+        assert total(text, "vidgen_worker_tasks_total", stage=stage, outcome="completed") == count
+        assert total(text, "vidgen_worker_state", stage=stage) == 1
+    assert total(text, "vidgen_worker_switch_seconds_count") == 0
+    figures = [line for line in text.splitlines() if line.startswith("vidgen_worker_gpu_memory_total_bytes{")]
+    assert len(figures) == 1
+
+
+async def test_models_that_do_not_fit_together_take_turns_and_every_job_is_done(turns: OneGpu) -> None:
+    async with AsyncClient(turns.gateway_url) as client:
+        jobs = [await client.submit(wish, images=[PHOTO]) for wish in MIXED]
+        ended = await asyncio.gather(*(finished(client, job, BOUND) for job in jobs))
+
+    assert [job.status for job in ended] == [JobStatus.COMPLETED] * 5, [job.error for job in ended]
+    text = await exposition(turns.worker.url)
+    assert total(text, "vidgen_worker_switch_seconds_count", stage="i2v") >= 1
+    assert total(text, "vidgen_worker_info", profile="resident-fp8") == 2
+    assert "Traceback" not in turns.worker.process.log.read_text()
+
+
+async def test_a_process_that_is_killed_in_a_task_of_one_stage_leaves_those_of_both_to_the_next(
+    stack: OneGpu, client: AsyncClient
+) -> None:
+    long = await client.submit(request(steps=40), images=[PHOTO])
+    other = await client.submit(request(edit=False, steps=40), images=[PHOTO])
+    async with asyncio.timeout(BOUND):
+        async for update in client.watch(long.id):
+            if getattr(update, "step", 0) > 0:
+                break
+
+    stack.worker.process.kill()
+    await stack.worker.start(BOUND)
+    ended = await asyncio.gather(*(finished(client, job, BOUND) for job in (long, other)))
+
+    assert [job.status for job in ended] == [JobStatus.COMPLETED] * 2, [job.error for job in ended]
+
+
+async def test_a_drain_finishes_what_runs_and_hands_back_what_waits_in_both_stages(
+    stack: OneGpu, client: AsyncClient
+) -> None:
+    runs = await client.submit(request(i2v=False, steps=40), images=[PHOTO])
+    async with asyncio.timeout(BOUND):
+        async for update in client.watch(runs.id):
+            if getattr(update, "step", 0) > 0:
+                break
+    waits = await client.submit(request(edit=False), images=[PHOTO])
+    async with asyncio.timeout(BOUND):
+        async for update in client.watch(waits.id):
+            if isinstance(update, StageStarted):
+                break  # claimed by the other stage, which waits for the device
+
+    stack.worker.process.signal(signal.SIGTERM)
+    assert await stack.worker.process.wait(BOUND) == 0
+
+    assert (await client.get(runs.id)).status is JobStatus.COMPLETED
+    await stack.worker.start(BOUND)
+    after = await finished(client, waits, BOUND)
+    assert after.status is JobStatus.COMPLETED, after.error
+    assert (after.stages[0].attempt, after.stages[0].tries) == (2, 1)

@@ -1,0 +1,272 @@
+"""A model that slept is the one that it was before, to the last bit, wherever its weights were meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from vidgen import errors
+from vidgen.accel import residency
+from vidgen.accel.fp8 import Fp8Linear
+from vidgen.accel.residency import Residency, home_for, host_memory
+from vidgen.contracts import EditWork, I2VWork, Work
+
+pytestmark = pytest.mark.timeout(600)  # importing diffusers takes minutes on a machine that is busy
+
+CPU = torch.device("cpu")
+GIB = 1 << 30
+homes = pytest.mark.parametrize("home", ["memory", "disk"])
+
+
+class Odd(nn.Module):
+    """Whatever is difficult about tensors: shared, strided, views of one storage, not persistent, FP8, empty."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embedding = nn.Embedding(700, 512)
+        self.head = nn.Linear(512, 700, bias=False)
+        self.head.weight = self.embedding.weight
+        self.convolution = nn.Conv2d(64, 96, 3)
+        self.convolution.weight.data = self.convolution.weight.data.contiguous(memory_format=torch.channels_last)
+        both = torch.randn(3, 600, 600)
+        self.left, self.right = nn.Parameter(both[0]), nn.Parameter(both[2].t())
+        self.register_buffer("table", torch.randn(40), persistent=False)
+        self.register_buffer("calls", torch.zeros((), dtype=torch.int64))
+        self.register_buffer("nothing", torch.empty(0))
+        self.fp8 = Fp8Linear.of(nn.Linear(512, 528).bfloat16(), arithmetic=False)
+        self.half = nn.Linear(1024, 777).bfloat16().requires_grad_(False)
+
+    def all(self) -> dict[str, torch.Tensor]:
+        return {**dict(self.named_parameters()), **dict(self.named_buffers())}
+
+    def bits(self) -> dict[str, tuple[Any, ...]]:
+        """Everything that there is to know of each tensor."""
+        return {
+            name: (
+                tensor.dtype, tuple(tensor.shape), tuple(tensor.stride()), tensor.requires_grad,
+                bytes(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy()),
+            )
+            for name, tensor in self.all().items()
+        }  # fmt: skip
+
+
+@pytest.fixture
+def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(residency, "CHUNK", 1 << 18)
+    monkeypatch.setattr(residency, "SMALL", 1 << 10)
+
+
+@homes
+@pytest.mark.usefixtures("small_chunks")
+def test_every_tensor_comes_back_as_it_was(home: str, tmp_path: Path) -> None:
+    model = Odd()
+    before, tensors = model.bits(), list(model.all().values())
+    kept = Residency([model, model.fp8], CPU, home, tmp_path)
+    for _ in range(3):
+        kept.sleep()
+        assert all(tensor.numel() == 0 for tensor in model.all().values())
+        kept.wake()
+
+        assert model.bits() == before
+    assert all(one is other for one, other in zip(model.all().values(), tensors, strict=True))
+    assert model.head.weight is model.embedding.weight
+    assert model.right.untyped_storage().data_ptr() == model.left.untyped_storage().data_ptr()
+
+
+@homes
+@pytest.mark.usefixtures("small_chunks")
+def test_what_a_run_changed_in_a_small_tensor_is_not_forgotten(home: str, tmp_path: Path) -> None:
+    model = Odd()
+    kept = Residency([model], CPU, home, tmp_path)
+    for number in range(1, 4):
+        model.calls += 1  # type: ignore[operator]
+        kept.sleep()
+        kept.wake()
+        assert model.calls.item() == number  # type: ignore[operator]
+
+
+@homes
+@pytest.mark.usefixtures("small_chunks")
+def test_a_model_that_was_laid_out_anew_moves_into_a_new_home(home: str, tmp_path: Path) -> None:
+    model = Odd()
+    kept = Residency([model], CPU, home, tmp_path)
+    kept.sleep()
+    kept.wake()
+    model.half = nn.Linear(1024, 500)  # type: ignore[assignment]
+    model.left.data = torch.randn(600, 600)
+    before = model.bits()
+
+    kept.sleep()
+    kept.wake()
+
+    assert model.bits() == before
+
+
+def test_to_sleep_or_to_wake_twice_is_to_do_it_once(tmp_path: Path) -> None:
+    model = Odd()
+    before = model.bits()
+    kept = Residency([model], CPU, "memory", tmp_path)
+    kept.wake()
+    kept.sleep()
+    kept.sleep()
+    kept.wake()
+    kept.wake()
+    assert model.bits() == before
+
+
+def test_the_home_on_disk_has_no_name_and_ends_with_the_process(tmp_path: Path) -> None:
+    kept = Residency([Odd()], CPU, "disk", tmp_path)
+    kept.sleep()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_takes_nothing_leaves_the_model_awake(tmp_path: Path) -> None:
+    model = Odd()
+    before = model.bits()
+    kept = Residency([model], CPU, "disk", tmp_path / "missing")
+    for _ in range(2):
+        with pytest.raises(OSError, match="missing"):
+            kept.sleep()
+        assert model.bits() == before
+
+
+def test_weights_go_into_memory_only_where_the_host_has_some_to_spare() -> None:
+    assert home_for("auto", 57 * GIB, 100 * GIB) == "memory"
+    assert home_for("auto", 57 * GIB, 58 * GIB) == "disk"
+    assert home_for("auto", 57 * GIB, None) == "memory"
+    assert home_for("disk", 1, 100 * GIB) == "disk"
+    assert home_for("memory", 57 * GIB, 1) == "memory"
+
+
+def test_the_hosts_memory_is_what_is_available_within_the_containers_limit(tmp_path: Path) -> None:
+    meminfo = tmp_path / "meminfo"
+    assert host_memory(meminfo, tmp_path) is None
+    meminfo.write_text("MemTotal:       100 kB\nMemFree: 1 kB\nMemAvailable:   50 kB\n")
+    assert host_memory(meminfo, tmp_path) == 50 * 1024
+    (tmp_path / "memory.stat").write_text("anon 10240\nfile 99999\n")
+    (tmp_path / "memory.max").write_text("max\n")
+    assert host_memory(meminfo, tmp_path) == 50 * 1024
+    (tmp_path / "memory.max").write_text("20480\n")
+    assert host_memory(meminfo, tmp_path) == 10240
+
+
+# ── the engines ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+EDIT = EditWork(
+    prompt="p", user_prompt="p", negative_prompt="n", steps=3, true_cfg_scale=4.0, guidance_scale=1.0, seed=7, width=64,
+    height=64, candidates=1,
+)  # fmt: skip
+I2V = I2VWork(
+    prompt="p", negative_prompt="n", steps=3, guidance_scale=3.0, seed=7, num_frames=5, fps=16, width=64, height=64
+)
+
+
+@pytest.fixture(scope="module")
+def make(tiny_models: dict[str, Path]) -> Callable[..., Any]:
+    from edit_service.engine.qwen import QwenEditEngine
+    from i2v_service.engine.wan import WanI2VEngine
+    from vidgen.accel.engine import Layout
+
+    def made(kind: str, model: Path | None = None, **changes: Any) -> Any:
+        more = {"reference_area": 64 * 64, "condition_area": 56 * 56} if kind == "qwen-edit" else {}
+        engine: Any = QwenEditEngine if kind == "qwen-edit" else WanI2VEngine
+        ready = engine(str(model or tiny_models[kind]), layout=Layout(device="cpu", **changes), **more)
+        assert ready.demand() is None  # on the CPU
+        ready.setup()
+        return ready
+
+    return made
+
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("picture") / "picture.png"
+    Image.radial_gradient("L").convert("RGB").resize((64, 96)).save(path)
+    return path
+
+
+def pixels_of(engine: Any, picture: Path) -> np.ndarray[Any, Any]:
+    work: Work = EDIT if engine.NAME == "qwen" else I2V
+    output = engine.generate(engine.prepare(work, [picture]), lambda step, steps: None).output
+    pixels: np.ndarray[Any, Any] = output.pixels if engine.NAME == "qwen" else output.frames
+    return pixels
+
+
+@homes
+@pytest.mark.usefixtures("small_chunks")
+@pytest.mark.parametrize("kind", ["qwen-edit", "wan2.1-i2v", "wan2.2-a14b-i2v"])
+def test_an_engine_that_slept_makes_the_same_pixels(
+    make: Callable[..., Any], picture: Path, tmp_path: Path, kind: str, home: str
+) -> None:
+    engine = make(kind, sleep_in=home, work_dir=tmp_path)
+    before = pixels_of(engine, picture)
+    engine.wake()  # it is
+    for _ in range(2):
+        engine.sleep()
+        prepared = engine.prepare(EDIT if kind == "qwen-edit" else I2V, [picture])
+        assert prepared is not None
+        engine.wake()
+        assert np.array_equal(pixels_of(engine, picture), before)
+
+
+@homes
+@pytest.mark.usefixtures("small_chunks")
+def test_an_engine_in_fp8_that_slept_makes_the_same_pixels(
+    make: Callable[..., Any], tiny_models: dict[str, Path], picture: Path, tmp_path: Path, home: str
+) -> None:
+    from vidgen import weights
+    from vidgen.accel import quantize
+
+    snapshot = quantize.quantize(weights.require(str(tiny_models["qwen-edit"])), tmp_path / "fp8", least=16).folder
+    engine = make("qwen-edit", snapshot, sleep_in=home, work_dir=tmp_path)
+    before = pixels_of(engine, picture)
+    engine.sleep()
+    engine.wake()
+    assert any(isinstance(module, Fp8Linear) for module in engine._pipe.transformer.modules())
+    assert np.array_equal(pixels_of(engine, picture), before)
+
+
+@pytest.mark.usefixtures("small_chunks")
+def test_an_engine_that_finds_no_place_to_sleep_says_so_and_stays_awake(
+    make: Callable[..., Any], picture: Path, tmp_path: Path
+) -> None:
+    engine = make("wan2.1-i2v", sleep_in="disk", work_dir=tmp_path / "missing")
+    with pytest.raises(errors.FatalError, match=r"could not be put to sleep: FileNotFoundError"):
+        engine.sleep()
+    assert pixels_of(engine, picture).shape == (5, 64, 64, 3)
+
+
+def test_memory_that_runs_out_on_the_way_is_for_another_try(
+    make: Callable[..., Any], picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = make("qwen-edit", sleep_in="memory")
+    before = pixels_of(engine, picture)
+    engine.sleep()
+
+    def no_room(kept: residency._Kept, device: torch.device) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 256 MiB")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(residency._Kept, "on", no_room)
+        with pytest.raises(errors.RetryableError, match="could not be woken: the device ran out of memory"):
+            engine.wake()
+    engine.wake()
+    assert np.array_equal(pixels_of(engine, picture), before)
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts open files in /proc")
+def test_a_home_on_disk_that_is_left_closes_its_files(tmp_path: Path) -> None:
+    before = len(list(Path("/proc/self/fd").iterdir()))
+    kept = Residency([Odd()], CPU, "disk", tmp_path)
+    kept.sleep()
+    assert len(list(Path("/proc/self/fd").iterdir())) > before
+    del kept
+    assert len(list(Path("/proc/self/fd").iterdir())) == before

@@ -1,0 +1,69 @@
+"""Which workers the embedded stack has: two services, or one process for both stages where there is a GPU for it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from vidgen import gpu, weights
+from vidgen.contracts import GpuFigures, Stage
+from vidgen.local import Stack
+
+H200 = GpuFigures(index=0, uuid="GPU-aaaa", name="NVIDIA H200")
+
+
+@pytest.fixture(autouse=True)
+def _no_settings(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("ENGINE", "DEVICE", "EDIT_MODEL", "I2V_MODEL"):
+        monkeypatch.delenv(f"VIDGEN_{name}", raising=False)
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+    """A machine with a GPU; the models whose weights are there."""
+    here = {"models/edit", "models/i2v"}
+    monkeypatch.setattr(gpu, "visible", lambda: (H200,))
+    monkeypatch.setattr(weights, "why_not", lambda model, revision, *, gpu: None if model in here else "not here")
+    return here
+
+
+def workers(folder: Path, *stages: Stage, **env: str) -> list[tuple[str, str, tuple[str, ...]]]:
+    models = {"VIDGEN_EDIT_MODEL": "models/edit", "VIDGEN_I2V_MODEL": "models/i2v"}
+    stack = Stack(folder, env=models | env, stages=stages or ("edit", "i2v"), workers=1)
+    return [(name, module, tuple(arguments)) for name, module, arguments in stack._kinds()]
+
+
+SERVICES = [("edit-service", "edit_service.main", ()), ("i2v-service", "i2v_service.main", ())]
+
+
+@pytest.mark.usefixtures("machine")
+def test_a_gpu_with_the_weights_of_both_models_has_one_worker(tmp_path: Path) -> None:
+    assert workers(tmp_path) == [("worker", "vidgen.cli", ("worker", "--stages", "edit,i2v"))]
+    assert workers(tmp_path, VIDGEN_ENGINE="real") == workers(tmp_path)
+
+
+def test_without_the_weights_of_one_there_are_two_services(tmp_path: Path, machine: set[str]) -> None:
+    machine.remove("models/i2v")
+    assert workers(tmp_path) == SERVICES
+
+
+@pytest.mark.usefixtures("machine")
+@pytest.mark.parametrize(
+    "env", [{"VIDGEN_ENGINE": "preview"}, {"VIDGEN_DEVICE": "cpu"}, {"VIDGEN_ENGINE": "none of them"}]
+)
+def test_where_the_gpu_is_not_wanted_there_are_two_services(tmp_path: Path, env: dict[str, str]) -> None:
+    assert workers(tmp_path, **env) == SERVICES
+
+
+def test_without_a_gpu_there_are_two_services(
+    tmp_path: Path, machine: set[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gpu, "visible", lambda: ())
+    assert machine
+    assert workers(tmp_path, VIDGEN_ENGINE="real") == SERVICES
+
+
+@pytest.mark.usefixtures("machine")
+def test_one_stage_has_its_service(tmp_path: Path) -> None:
+    assert workers(tmp_path, "edit") == SERVICES[:1]
