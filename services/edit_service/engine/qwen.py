@@ -105,6 +105,7 @@ class QwenEditEngine(DiffusersEngine):
             self.reference_area or REFERENCE_AREA, work.reference_area or REFERENCE_AREA
         )
         guidance = {"guidance_scale": work.guidance_scale} if self._pipe.transformer.config.guidance_embeds else {}
+        self._step_cache.begin(work.steps, steps.done)
         with diffusion.faults(steps), steps.on(self._pipe) as given:
             pictures = self._pipe(
                 image=list(inputs.references),

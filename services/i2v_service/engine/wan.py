@@ -95,6 +95,7 @@ class WanI2VEngine(DiffusersEngine):
         work = inputs.work
         steps = resume.Course(on_step, self._device, diffusion.generators(work.seed), self._made_with(), state)
         scale, scale_2 = self._guidance(work)
+        self._step_cache.begin(work.steps, steps.done)
         with diffusion.faults(steps), steps.on(self._pipe) as given:
             clip = self._pipe(
                 image=inputs.start,

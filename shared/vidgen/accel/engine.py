@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 
 from vidgen import diffusion, profiles, weights
-from vidgen.accel import blocks, fp8, residency, speed
+from vidgen.accel import blocks, fp8, residency, speed, stepcache
 from vidgen.engine import EngineInfo
 from vidgen.errors import FatalError
 from vidgen.profiles import GIB
@@ -77,6 +77,9 @@ class DiffusersEngine(abc.ABC):
         for component, path in self._loras.items():
             self._timed("lora", functools.partial(diffusion.fuse, self._pipe, path, component))
         self._timed("layout", lambda: self._lay_out(profile))
+        self._step_cache = stepcache.StepCache(self.layout.step_cache)
+        if self.layout.step_cache > 1:
+            self._step_cache.attach(self._transformers())
         self.info = replace(
             self.info, model=found.model, revision=found.revision,
             profile=profile or str(dtype).removeprefix("torch."), device=str(self._device),
@@ -155,8 +158,8 @@ class DiffusersEngine(abc.ABC):
 
     def _made_with(self) -> dict[str, object]:
         """What decides over the numbers besides model, profile and task: of a checkpoint, too, it must be the same."""
-        layout = self.layout
-        return {"loras": self._loras, "dtype": layout.dtype, "attention": layout.attention, "compile": layout.compile}
+        names = ("dtype", "attention", "compile", "step_cache")
+        return {"loras": self._loras, **{name: getattr(self.layout, name) for name in names}}
 
     @abc.abstractmethod
     def _warm_up(self) -> None:
@@ -176,8 +179,7 @@ class DiffusersEngine(abc.ABC):
     def _lay_out(self, profile: profiles.Name | None) -> None:
         if profile is None:
             return
-        transformers = [getattr(self._pipe, name, None) for name in profiles.TRANSFORMERS]
-        transformers = [model for model in transformers if model is not None]
+        transformers = self._transformers()
         if profile.endswith("fp8"):
             arithmetic = fp8.has_arithmetic(self._device)
             for model in transformers:
@@ -196,6 +198,10 @@ class DiffusersEngine(abc.ABC):
             speed.compile_blocks(transformers)
         if self.layout.compile == "full":
             speed.compile_vae(self._pipe.vae)
+
+    def _transformers(self) -> list[Any]:
+        found = (getattr(self._pipe, name, None) for name in profiles.TRANSFORMERS)
+        return [model for model in found if model is not None]
 
     def _timed(self, phase: str, work: Callable[[], Any]) -> Any:
         begun = time.perf_counter()

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from tests import checkpoints
+from tests.workbench import work_of
 
 from vidgen.errors import FatalError
 
@@ -50,3 +52,26 @@ def test_no_lora_can_be_fused_into_an_fp8_snapshot(
     with pytest.raises(FatalError, match="vidgen weights quantize --lora") as caught:
         make(snapshot, lora=str(lora))
     assert caught.value.code == "settings"
+
+
+def test_with_a_step_cache_a_long_run_computes_fewer_steps_and_a_short_one_all(
+    make: Callable[..., Any], tiny_models: dict[str, Path], tmp_path: Path
+) -> None:
+    from vidgen.accel.engine import Layout
+    from vidgen.accel.stepcache import computed
+
+    engine = make(tiny_models["qwen-edit"], layout=Layout(step_cache=2))
+    photo = tmp_path / "photo.png"
+    Image.new("RGB", (64, 64), (10, 90, 200)).save(photo)
+    forwards: list[int] = []
+    engine._pipe.transformer.transformer_blocks[0].register_forward_hook(lambda *call: forwards.append(1))
+
+    for steps in (12, 4):
+        forwards.clear()
+        told: list[int] = []
+        inputs = engine.prepare(work_of("edit", steps=steps), [photo])
+        engine.generate(inputs, lambda step, of, told=told: told.append(step))
+        assert len(forwards) == sum(computed(steps, 2))
+        assert told == list(range(1, steps + 1))
+    assert sum(computed(12, 2)) < 12
+    assert sum(computed(4, 2)) == 4
