@@ -370,8 +370,10 @@ class Handler:
             try:
                 with clocks.timed("device"):
                     generated = await self._generate(inputs, on_step, begun)
-            except errors.FatalError:
-                self._device_lost = True
+                self._metrics.memory_rungs(generated.rungs)
+            except errors.VidgenError as exc:
+                self._metrics.memory_rungs(exc.rungs)
+                self._device_lost = self._device_lost or isinstance(exc, errors.FatalError)
                 raise
             finally:
                 self._count_busy(clocks.device - reporter.counted_s)

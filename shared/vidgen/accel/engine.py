@@ -9,13 +9,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+import structlog
 import torch
 
 from vidgen import diffusion, profiles, weights
-from vidgen.accel import blocks, fp8, speed
-from vidgen.engine import EngineInfo
+from vidgen.accel import blocks, fp8, ladder, speed
+from vidgen.engine import EngineInfo, Generated, Rung
 from vidgen.errors import FatalError
 from vidgen.profiles import GIB
+
+log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,7 @@ class DiffusersEngine(abc.ABC):
         self.load_seconds: dict[str, float] = {}
         self._loras = {component: path for component, path in loras.items() if path is not None}
         self._pipe: Any
+        self._rungs: tuple[Rung, ...] = ()  # none before the end of the warm-up: what has no room for that has none
 
     def setup(self) -> None:
         """Load the weights, fuse the LoRAs and, on a GPU, run once; raises FatalError with the remedy."""
@@ -69,13 +73,14 @@ class DiffusersEngine(abc.ABC):
             diffusion.fuse(self._pipe, path, component)
         self._timed("layout", lambda: self._lay_out(profile))
         self.info = replace(
-            self.info, model=found.model, revision=found.revision,
-            profile=profile or str(dtype).removeprefix("torch."), device=str(self._device),
+            self.info, model=found.model, revision=found.revision, device=str(self._device),
+            profile=str(dtype).removeprefix("torch.") if profile is None else self._told(profile),
         )  # fmt: skip
         self._adopt()
         if self._device.type == "cuda":
             with diffusion.loading("the model", "see the log of this worker"):
                 self._timed("warm_up", self._warm_up)
+        self._rungs = ("vae_tiling", "offload") if profile is not None and resident else ("vae_tiling",)
 
     def _find(self) -> weights.Weights:
         return weights.require(self.model, self.revision, pipelines=self.PIPELINES)
@@ -122,11 +127,47 @@ class DiffusersEngine(abc.ABC):
 
     def _profile(self, parts: Mapping[str, int], *, stored_fp8: bool) -> profiles.Name | None:
         """The profile on a GPU, None on the CPU."""
+        total = self._memory()
+        if total is None:
+            return None
+        return profiles.choose(self.layout.profile, total, parts, self.WORK, stored_fp8=stored_fp8)
+
+    def _memory(self) -> int | None:
+        """The bytes of GPU memory that this process may use, None on the CPU."""
         if self._device.type != "cuda":
             return None
         share = torch.cuda.get_per_process_memory_fraction(self._device)
-        total = int(torch.cuda.get_device_properties(self._device).total_memory * share)
-        return profiles.choose(self.layout.profile, total, parts, self.WORK, stored_fp8=stored_fp8)
+        return int(torch.cuda.get_device_properties(self._device).total_memory * share)
+
+    def _free_memory(self) -> int | None:
+        """The bytes of it that a task would find, None on the CPU."""
+        total = self._memory()
+        if total is None:
+            return None
+        taken = torch.cuda.memory_allocated(self._device)
+        idle = torch.cuda.memory_reserved(self._device) - taken
+        free: int = torch.cuda.mem_get_info(self._device)[0]
+        return min(total - taken, free + idle)
+
+    def _told(self, profile: profiles.Name) -> str:
+        """The profile as others hear of it."""
+        if not profile.endswith("fp8") or fp8.has_arithmetic(self._device):
+            return profile
+        log.warning(
+            "this GPU does not multiply FP8: its weights are stored so, which saves memory, and widened for each "
+            "product, which costs time", _event="fp8_storage_only", profile=profile,
+        )  # fmt: skip
+        return f"{profile}-storage"
+
+    def _within_memory(self, attempt: Callable[[bool], Generated], *, at_once: bool = False) -> Generated:
+        """Run a task, and where memory runs out once more with less of it: see `vidgen.accel.ladder`.
+
+        `attempt` takes whether the candidates are to be made one after another; `at_once` says that it would not.
+        """
+        rungs = ("one_by_one", *self._rungs) if at_once and self._rungs else self._rungs
+        return ladder.descend(
+            self._pipe, self._device, rungs, lambda taken: attempt(not at_once or "one_by_one" in taken)
+        )
 
     def _lay_out(self, profile: profiles.Name | None) -> None:
         if profile is None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from vidgen import choice, manifest, service
+from vidgen import choice, jetstream, manifest, service
 from vidgen.engine import Engine
 from vidgen.errors import FatalError
 from vidgen.settings import WorkerSettings
@@ -30,3 +30,21 @@ async def test_weights_that_are_to_be_verified_in_full_are_before_the_engine_is_
         pytest.raises(FatalError, match=r"vae/diffusion_pytorch_model\.safetensors: wrong checksum"),
     ):
         await service._Service("edit", settings, make_engine)._load(device_thread)
+
+
+async def test_a_gpu_too_small_for_any_profile_is_told_what_each_needs_and_no_task_is_looked_at(
+    tiny_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from edit_service.main import make_engine
+    from vidgen.accel.engine import DiffusersEngine
+
+    def connect(*given: object, **options: object) -> None:
+        raise AssertionError("a worker without a model is not to ask for tasks")
+
+    monkeypatch.setattr(DiffusersEngine, "_memory", lambda self: 4 << 30)
+    monkeypatch.setattr(jetstream, "connect", connect)
+    settings = WorkerSettings(engine="real", device="cpu", edit_model=str(tiny_models["qwen-edit"]), metrics_port=0)
+    needs = "this GPU has 4 GiB, and this model needs: resident-bf16 7 GiB, resident-fp8 7 GiB, offload-fp8 7 GiB"
+    with pytest.raises(FatalError, match=needs) as caught:
+        await service._Service("edit", settings, make_engine).run()
+    assert caught.value.code == "gpu_too_small"

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog
 from tests import checkpoints
 
 from vidgen.errors import FatalError
@@ -50,3 +51,28 @@ def test_no_lora_can_be_fused_into_an_fp8_snapshot(
     with pytest.raises(FatalError, match="vidgen weights quantize --lora") as caught:
         make(snapshot, lora=str(lora))
     assert caught.value.code == "settings"
+
+
+def test_a_device_that_does_not_multiply_fp8_stores_it_and_says_so(
+    make: Callable[..., Any], snapshot: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vidgen.accel.engine import DiffusersEngine, Layout
+    from vidgen.accel.fp8 import Fp8Linear
+
+    monkeypatch.setattr(DiffusersEngine, "_memory", lambda self: 200 << 30)
+    with structlog.testing.capture_logs() as logs:
+        engine = make(snapshot, layout=Layout(device="cpu", attention="torch", compile="off"))
+
+    assert engine.info.profile == "resident-fp8-storage"
+    layers = [module for module in engine._pipe.transformer.modules() if isinstance(module, Fp8Linear)]
+    assert layers
+    assert not any(layer.arithmetic for layer in layers)
+    [said] = [entry for entry in logs if entry.get("_event") == "fp8_storage_only"]
+    assert (said["profile"], said["log_level"]) == ("resident-fp8", "warning")
+
+
+def test_without_a_gpu_nothing_is_said_of_fp8(make: Callable[..., Any], snapshot: Path) -> None:
+    with structlog.testing.capture_logs() as logs:
+        engine = make(snapshot)
+    assert engine.info.profile == "float32"
+    assert not [entry for entry in logs if entry.get("_event") == "fp8_storage_only"]
