@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from vidgen import weights
-from vidgen.accel import ladder, quantize, speed
+from vidgen.accel import ladder, speed
 from vidgen.accel.engine import DiffusersEngine, Layout
 from vidgen.contracts import EditWork
 from vidgen.engine import Generated
@@ -134,6 +134,8 @@ def test_weights_stream_through_the_gpu_and_come_back_bit_for_bit(
 ) -> None:
     """Fused kernels read the weights of layers that they do not call: those, too, must have come by then."""
     if kind == "an FP8 snapshot":
+        from vidgen.accel import quantize
+
         found = weights.require(str(tiny_models["qwen-edit"]))
         engine = make(quantize.quantize(found, tmp_path / "fp8", least=16).folder)
     else:

@@ -144,8 +144,8 @@ class DiffusersEngine(abc.ABC):
         total = self._memory()
         if total is None:
             return None
-        taken = torch.cuda.memory_allocated(self._device)
-        idle = torch.cuda.memory_reserved(self._device) - taken
+        taken: int = torch.cuda.memory_allocated(self._device)
+        idle: int = torch.cuda.memory_reserved(self._device) - taken
         free: int = torch.cuda.mem_get_info(self._device)[0]
         return min(total - taken, free + idle)
 
