@@ -198,6 +198,22 @@ class Hangs(Instant):
         return super().generate(inputs, on_step)
 
 
+class ShortOfMemory(Instant):
+    """Runs out of memory behind step 3, and makes the candidates one after another; `fault` comes after that."""
+
+    def __init__(self, fault: errors.VidgenError | None = None) -> None:
+        super().__init__()
+        self.fault = fault
+
+    def generate(self, inputs: Any, on_step: OnStep) -> Generated:
+        steps = inputs.steps * inputs.candidates
+        for step, of in [*((k, inputs.steps) for k in (1, 2, 3)), *((k, steps) for k in range(1, steps + 1))]:
+            on_step(step, of)
+        if self.fault is not None:
+            raise self.fault
+        return Generated(inputs, denoise_s=0.0, decode_s=0.0, rungs=("one_by_one",))
+
+
 class LiesAboutSteps(Instant):
     """Counts backwards, past the end and from zero."""
 

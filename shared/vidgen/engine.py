@@ -5,10 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from vidgen import profiles
 from vidgen.contracts import GpuFigures, Work
+
+# What an engine can do without for the length of a task, in this order: the candidates made one after another, the
+# VAE in tiles, the weights streamed from the host's memory.
+Rung = Literal["one_by_one", "vae_tiling", "offload"]
 
 
 @dataclass(frozen=True)
@@ -24,11 +28,12 @@ class EngineInfo:
 
 @dataclass(frozen=True)
 class Generated:
-    """What `generate` hands to `finish`, and how long its two GPU phases took."""
+    """What `generate` hands to `finish`, how long its two GPU phases took, and what was done for want of memory."""
 
     output: Any
     denoise_s: float
     decode_s: float
+    rungs: tuple[Rung, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,8 @@ class Finished:
 
 class OnStep(Protocol):
     """Called after each denoising step; raises `errors.Cancelled` to stop the engine there.
+
+    An engine that ran out of memory begins again: then `step` goes back, and `steps` may be another number.
 
     `errors.Suspended`, one of those, asks an engine that is `Resumable` for its state.
     """

@@ -16,14 +16,21 @@ VidgenError
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from vidgen.engine import Rung
+
 
 class VidgenError(Exception):
     """Something went wrong in vidgen.
 
-    `code` is stable and machine-readable, `message` is for people and names the remedy.
+    `code` is stable and machine-readable, `message` is for people and names the remedy. `rungs` is what an engine did
+    without, for want of memory, before it raised this.
     """
 
     code = "error"
+    rungs: tuple[Rung, ...] = ()
 
     def __init__(self, message: str | None = None, *, code: str | None = None) -> None:
         self.message = message or (type(self).__doc__ or "").strip().splitlines()[0]

@@ -19,6 +19,7 @@ from vidgen.engine import GpuMonitor
 T = TypeVar("T")
 
 UNKNOWN = "unknown"
+FP8_CAPABILITY = (8, 9)  # the least compute capability that multiplies FP8: Ada
 SHORTEST_SAMPLE = 0.25  # seconds; os.times counts in steps of 10 ms
 
 
@@ -47,6 +48,14 @@ def visible(*, nvml: Any = None) -> tuple[GpuFigures, ...]:
     """The GPUs of this machine that this process may use, with their figures; () where NVML is missing."""
     nvml = _started(nvml)
     return NvmlMonitor(nvml, _visible_devices(nvml)).read()
+
+
+def multiplies_fp8(figures: GpuFigures, *, nvml: Any = None) -> bool | None:
+    """Whether a GPU of `visible` multiplies FP8; None where NVML does not say."""
+    nvml = _started(nvml)
+    handle = next((one.handle for one in _visible_devices(nvml) if one.uuid == figures.uuid), None)
+    capability = _ask(lambda: tuple(nvml.nvmlDeviceGetCudaComputeCapability(handle)))
+    return None if capability is None else bool(capability >= FP8_CAPABILITY)
 
 
 @dataclass(frozen=True)

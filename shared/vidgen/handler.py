@@ -374,9 +374,12 @@ class Handler:
             try:
                 with clocks.timed("device"):
                     generated = await self._generate(inputs, on_step, begun)
-            except errors.FatalError:
-                self._device_lost = True
-                turn.lost()
+                self._metrics.memory_rungs(generated.rungs)
+            except errors.VidgenError as exc:
+                self._metrics.memory_rungs(exc.rungs)
+                if isinstance(exc, errors.FatalError):
+                    self._device_lost = True
+                    turn.lost()
                 raise
             finally:
                 self._count_busy(clocks.device - reporter.counted_s)

@@ -147,6 +147,13 @@ WORKER = (
         (STAGE, Label("outcome", get_args(CheckpointOutcome))),
     ),
     Metric(
+        "vidgen_worker_memory_rungs_total", "counter", "tasks",
+        "Tasks for which the device's memory ran out and that were tried again with less. one_by_one: candidates one "
+        "after another; vae_tiling: the VAE in tiles; offload: the weights streamed from the host's memory. A task "
+        "counts at each rung that it took, whether or not it was the last that it needed.",
+        (STAGE, Label("rung", get_args(engine.Rung))),
+    ),
+    Metric(
         "vidgen_worker_heartbeats_failed_total", "counter", "heartbeats",
         "Renewals of a task's lease or of the registry entry that the bus did not answer.", (STAGE,),
     ),
@@ -472,6 +479,11 @@ class WorkerMetrics(_Exposed):
     def switched(self, seconds: float) -> None:
         """This stage's model came to the device in another one's place."""
         self._observe("vidgen_worker_switch_seconds", seconds)
+
+    def memory_rungs(self, rungs: Iterable[engine.Rung]) -> None:
+        """Call once per try of a task at the device, with what it took to fit."""
+        for rung in rungs:
+            self._inc("vidgen_worker_memory_rungs_total", rung=rung)
 
     def heartbeat_failed(self) -> None:
         self._inc("vidgen_worker_heartbeats_failed_total")

@@ -64,9 +64,11 @@ class Reporter:
 
     def _stepped(self, step: int, steps: int, at: float, stepped: Stepped) -> None:
         step = min(step, steps)
-        seconds = self._clock.step(step, steps, at)
-        if seconds is None:  # an engine that says a step twice, or counts backwards
+        if step < 1 or (step, steps) == (self._step, self._steps):  # an engine that lies, or says a step twice
             return
+        if step <= self._step:  # one that begins again: what it knew of its steps was of another way to run them
+            self._clock = StepClock(at, finishing_s=self._finishing_s, done=step)
+        seconds = self._clock.step(step, steps, at)
         self._step, self._steps = step, steps
         self._metrics.step(seconds, self._clock.seconds_per_step)
         eta_s = self._clock.eta_s()

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import structlog
 from diffusers import QwenImageEditPlusPipeline
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus
 from PIL import Image
@@ -15,12 +16,16 @@ from PIL import Image
 from vidgen import diffusion, images, weights
 from vidgen.accel import resume
 from vidgen.accel.engine import DiffusersEngine, Layout
+from vidgen.accel.resume import Part
 from vidgen.contracts import MAX_REFERENCES, EditWork, Work
 from vidgen.engine import Finished, Generated, OnStep
 from vidgen.errors import RejectedError
 from vidgen.profiles import GIB
 
+log = structlog.get_logger(__name__)
+
 REFERENCE_AREA: int = pipeline_qwenimage_edit_plus.VAE_IMAGE_SIZE
+MEGAPIXEL = 1 << 20
 WARM_UP = EditWork(
     prompt="warm up", user_prompt="warm up", negative_prompt=" ", steps=2, true_cfg_scale=1.0, guidance_scale=1.0,
     seed=0, width=256, height=256, candidates=1,
@@ -96,14 +101,50 @@ class QwenEditEngine(DiffusersEngine):
         return self.resume(inputs, on_step, None)
 
     def resume(self, inputs: Inputs, on_step: OnStep, state: bytes | None) -> Generated:
-        """Go on behind the step of a state that an interrupted run left; None: from the first step."""
+        """Go on behind the step of a state that an interrupted run left; None: from the first step.
+
+        Several candidates are one batch where it is likely to fit, else made one after another, with the same noise
+        each. Then `on_step` counts the steps of all of them, and there is no state to go on from.
+        """
+        work = inputs.work
+
+        def attempt(one_by_one: bool) -> Generated:
+            parts = [resume.WHOLE]
+            if one_by_one:
+                parts = [Part(index, work.candidates) for index in range(work.candidates)]
+            made = [self._edited(inputs, on_step, state, part) for part in parts]
+            return Generated(
+                Edited(work, np.concatenate([one.output for one in made])),
+                denoise_s=sum(one.denoise_s for one in made), decode_s=sum(one.decode_s for one in made),
+            )  # fmt: skip
+
+        return self._within_memory(attempt, at_once=work.candidates > 1 and self._has_room(inputs))
+
+    def _has_room(self, inputs: Inputs) -> bool:
+        """Whether all candidates of a task are likely to fit beside the weights at once."""
+        free = self._free_memory()
+        if free is None:
+            return True
+        tokens = inputs.work.width * inputs.work.height + len(inputs.references) * self._area_of(inputs.work)
+        need = int(self.WORK * inputs.work.candidates * tokens / (2 * MEGAPIXEL))
+        if need > free:
+            log.info(
+                f"{inputs.work.candidates} candidates would take {need / GIB:.1f} GiB, and {free / GIB:.1f} GiB are "
+                "free: they are made one after another", _event="candidates_one_by_one",
+            )  # fmt: skip
+        return need <= free
+
+    def _area_of(self, work: EditWork) -> int:
+        """Pixels to which each reference is resized for the VAE."""
+        return min(self.reference_area or REFERENCE_AREA, work.reference_area or REFERENCE_AREA)
+
+    def _edited(self, inputs: Inputs, on_step: OnStep, state: bytes | None, part: Part) -> Generated:
+        """One call of the pipeline; the output is pixels."""
         work = inputs.work
         generators = diffusion.generators(work.seed, work.candidates)
-        steps = resume.Course(on_step, self._device, generators, self._made_with(), state)
+        steps = resume.Course(on_step, self._device, generators, self._made_with(), state, part)
         # A module constant of diffusers, too: set by every task, one at a time.
-        pipeline_qwenimage_edit_plus.VAE_IMAGE_SIZE = min(
-            self.reference_area or REFERENCE_AREA, work.reference_area or REFERENCE_AREA
-        )
+        pipeline_qwenimage_edit_plus.VAE_IMAGE_SIZE = self._area_of(work)
         guidance = {"guidance_scale": work.guidance_scale} if self._pipe.transformer.config.guidance_embeds else {}
         self._step_cache.begin(work.steps, steps.done)
         with diffusion.faults(steps), steps.on(self._pipe) as given:
@@ -116,13 +157,13 @@ class QwenEditEngine(DiffusersEngine):
                 num_inference_steps=work.steps,
                 width=diffusion.round_up(work.width, self._multiple),
                 height=diffusion.round_up(work.height, self._multiple),
-                num_images_per_prompt=work.candidates,
+                num_images_per_prompt=len(given["generator"]),
                 output_type="pt",
                 **guidance,
                 **given,
             ).images
             pixels = diffusion.cropped(diffusion.to_pixels(pictures), work.width, work.height).cpu().numpy()
-        return Generated(Edited(work, pixels), denoise_s=steps.denoise_s, decode_s=steps.decode_s())
+        return Generated(pixels, denoise_s=steps.denoise_s, decode_s=steps.decode_s())
 
     def finish(self, output: Edited, folder: Path) -> tuple[Finished, ...]:
         """Write `edit-0.png`, `edit-1.png`, … with the engine, the model and the seed in each."""

@@ -92,6 +92,9 @@ class WanI2VEngine(DiffusersEngine):
 
     def resume(self, inputs: Inputs, on_step: OnStep, state: bytes | None) -> Generated:
         """Go on behind the step of a state that an interrupted run left; None: from the first step."""
+        return self._within_memory(lambda one_by_one: self._animated(inputs, on_step, state))
+
+    def _animated(self, inputs: Inputs, on_step: OnStep, state: bytes | None) -> Generated:
         work = inputs.work
         steps = resume.Course(on_step, self._device, diffusion.generators(work.seed), self._made_with(), state)
         scale, scale_2 = self._guidance(work)

@@ -10,13 +10,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
+import structlog
 import torch
 
 from vidgen import diffusion, profiles, weights
-from vidgen.accel import blocks, fp8, residency, speed, stepcache
-from vidgen.engine import EngineInfo
+from vidgen.accel import blocks, fp8, ladder, residency, speed, stepcache
+from vidgen.engine import EngineInfo, Generated, Rung
 from vidgen.errors import FatalError
 from vidgen.profiles import GIB
+
+log = structlog.get_logger(__name__)
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,7 @@ class DiffusersEngine(abc.ABC):
         self._loras = {component: path for component, path in loras.items() if path is not None}
         self._pipe: Any
         self._residency: residency.Residency | None = None
+        self._rungs: tuple[Rung, ...] = ()  # none before the end of the warm-up: what has no room for that has none
 
     def setup(self) -> Mapping[str, float]:
         """Load the weights, fuse the LoRAs and, on a GPU, run once; raises FatalError with the remedy."""
@@ -81,24 +85,24 @@ class DiffusersEngine(abc.ABC):
         if self.layout.step_cache > 1:
             self._step_cache.attach(self._transformers())
         self.info = replace(
-            self.info, model=found.model, revision=found.revision,
-            profile=profile or str(dtype).removeprefix("torch."), device=str(self._device),
+            self.info, model=found.model, revision=found.revision, device=str(self._device),
+            profile=str(dtype).removeprefix("torch.") if profile is None else self._told(profile),
         )  # fmt: skip
         self._adopt()
         if self._device.type == "cuda":
             with diffusion.loading("the model", "see the log of this worker"):
                 self._timed("warm_up", self._warm_up)
+        self._rungs = ("vae_tiling", "offload") if profile is not None and resident else ("vae_tiling",)
         return self.load_seconds
 
     def demand(self) -> profiles.Demand | None:
         """What the model asks of its GPU, None on the CPU: found before `setup`, without loading anything."""
         self._device = self._open_device()
-        if self._device.type != "cuda":
+        total = self._memory()
+        if total is None:
             return None
         found = self._find()
-        return profiles.Demand(
-            found.model, self._total(), self._sizes(found), self.WORK, stored_fp8=found.profile == "fp8"
-        )
+        return profiles.Demand(found.model, total, self._sizes(found), self.WORK, stored_fp8=found.profile == "fp8")
 
     def settle_for(self, profile: profiles.Name) -> None:
         """Take this profile in `setup`."""
@@ -108,7 +112,7 @@ class DiffusersEngine(abc.ABC):
         """Leave the device to another engine: the weights go home, and all else stays as it is."""
         if self._residency is None:
             # What is offloaded is on the host already.
-            offloaded = self.info.profile == "offload-fp8"
+            offloaded = str(self.info.profile).startswith("offload")
             parts = [self._pipe.vae] if offloaded else self._pipe.components.values()
             modules = [part for part in parts if isinstance(part, torch.nn.Module)]
             layout = self.layout
@@ -167,14 +171,47 @@ class DiffusersEngine(abc.ABC):
 
     def _profile(self, parts: Mapping[str, int], *, stored_fp8: bool) -> profiles.Name | None:
         """The profile on a GPU, None on the CPU."""
+        total = self._memory()
+        if total is None:
+            return None
+        return profiles.choose(self.layout.profile, total, parts, self.WORK, stored_fp8=stored_fp8)
+
+    def _memory(self) -> int | None:
+        """The bytes of GPU memory that this process may use, None on the CPU."""
         if self._device.type != "cuda":
             return None
-        return profiles.choose(self.layout.profile, self._total(), parts, self.WORK, stored_fp8=stored_fp8)
-
-    def _total(self) -> int:
-        """The bytes of the GPU that this process may take."""
         share = torch.cuda.get_per_process_memory_fraction(self._device)
         return int(torch.cuda.get_device_properties(self._device).total_memory * share)
+
+    def _free_memory(self) -> int | None:
+        """The bytes of it that a task would find, None on the CPU."""
+        total = self._memory()
+        if total is None:
+            return None
+        taken: int = torch.cuda.memory_allocated(self._device)
+        idle: int = torch.cuda.memory_reserved(self._device) - taken
+        free: int = torch.cuda.mem_get_info(self._device)[0]
+        return min(total - taken, free + idle)
+
+    def _told(self, profile: profiles.Name) -> str:
+        """The profile as others hear of it."""
+        if not profile.endswith("fp8") or fp8.has_arithmetic(self._device):
+            return profile
+        log.warning(
+            "this GPU does not multiply FP8: its weights are stored so, which saves memory, and widened for each "
+            "product, which costs time", _event="fp8_storage_only", profile=profile,
+        )  # fmt: skip
+        return f"{profile}-storage"
+
+    def _within_memory(self, attempt: Callable[[bool], Generated], *, at_once: bool = False) -> Generated:
+        """Run a task, and where memory runs out once more with less of it: see `vidgen.accel.ladder`.
+
+        `attempt` takes whether the candidates are to be made one after another; `at_once` says that it would not.
+        """
+        rungs = ("one_by_one", *self._rungs) if at_once and self._rungs else self._rungs
+        return ladder.descend(
+            self._pipe, self._device, rungs, lambda taken: attempt(not at_once or "one_by_one" in taken)
+        )
 
     def _lay_out(self, profile: profiles.Name | None) -> None:
         if profile is None:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from vidgen import gpu
 from vidgen.accel import kernels
 
 # The matrix units take both sides in sixteens.
@@ -114,5 +115,5 @@ def quantise(
 
 
 def has_arithmetic(device: torch.device) -> bool:
-    """Whether a device multiplies FP8: Ada, Hopper, Blackwell (compute capability 8.9 and later)."""
-    return device.type == "cuda" and bool(torch.cuda.get_device_capability(device) >= (8, 9))
+    """Whether a device multiplies FP8: Ada, Hopper, Blackwell."""
+    return device.type == "cuda" and bool(torch.cuda.get_device_capability(device) >= gpu.FP8_CAPABILITY)

@@ -10,6 +10,7 @@ import contextlib
 import functools
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import diffusers
@@ -30,24 +31,47 @@ FIELDS = ("made_with", "step", "generators", "scheduler", "state", "tensors")
 CONFIG = "_internal_dict"  # of a scheduler: of the model, not of the run
 
 
+@dataclass(frozen=True)
+class Part:
+    """A run's share of a task: all of it, or candidate `index` of `count` that are made one after another."""
+
+    index: int = 0
+    count: int = 1
+
+
+WHOLE = Part()
+
+
 class Course(diffusion.Steps):
     """The steps of one run of a pipeline: from the first one, or on from a `state`.
 
-    `generators` are those that the pipeline is given. `made_with` is what besides model, profile and task decides over
+    `generators` are those of the task's candidates. `made_with` is what besides model, profile and task decides over
     the numbers, such as a LoRA: a state made with something else is refused. Raises UnusableError.
+
+    As one `part` of several it goes on from its share of a state, tells the steps of all parts together, and leaves no
+    state: what the parts before it made is not in it.
     """
 
     def __init__(
         self, on_step: OnStep, device: torch.device, generators: Sequence[torch.Generator],
-        made_with: Mapping[str, object], state: bytes | None = None,
+        made_with: Mapping[str, object], state: bytes | None = None, part: Part = WHOLE,
     ) -> None:  # fmt: skip
         self._generators = generators
+        self._part = part
         self._made_with = {
             "diffusers": diffusers.__version__, "device": device.type, **{k: str(v) for k, v in made_with.items()}
         }  # fmt: skip
         self._from = None if state is None else self._read(state)
         self.done: int = 0 if self._from is None else self._from["step"]
-        super().__init__(lambda step, steps: on_step(self.done + step, self.done + steps), device)
+        if part.count > 1:
+            self._generators = [generators[part.index]]
+            self._from = None if self._from is None else _share(self._from, part.index)
+
+        def told(step: int, steps: int) -> None:
+            before = part.count * self.done + part.index * steps
+            on_step(before + step, part.count * (self.done + steps))
+
+        super().__init__(told, device)
 
     @contextlib.contextmanager
     def on(self, pipe: Any) -> Iterator[dict[str, Any]]:
@@ -75,6 +99,8 @@ class Course(diffusion.Steps):
 
     def _state(self, scheduler: Any, latents: torch.Tensor, step: int) -> bytes:
         """All that the steps behind `step` depend on, besides the inputs, as a safetensors file."""
+        if self._part.count > 1:
+            raise UnusableError("candidates that are made one after another leave no checkpoint")
         tensors = {LATENTS: _kept(latents)}
         for index, generator in enumerate(self._generators):
             tensors[GENERATOR.format(index)] = generator.get_state()
@@ -142,6 +168,14 @@ class Course(diffusion.Steps):
         finally:
             for name in ("set_timesteps", "step"):
                 vars(scheduler).pop(name, None)
+
+
+def _share(found: dict[str, Any], index: int) -> dict[str, Any]:
+    """One candidate's share of a state of several: of what is shaped as their latents, and its generator."""
+    tensors: dict[str, torch.Tensor] = found["tensors"]
+    shape = tensors[LATENTS].shape
+    own = {name: one[index : index + 1] if one.shape == shape else one for name, one in tensors.items()}
+    return found | {"tensors": own | {GENERATOR.format(0): tensors[GENERATOR.format(index)]}}
 
 
 def _kept(tensor: torch.Tensor) -> torch.Tensor:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from vidgen import profiles
 from vidgen.errors import FatalError
 
 # diffusers' names of the attention kernels, by ours.
@@ -72,11 +73,22 @@ def channels_last(vae: nn.Module) -> None:
 
 def offload(pipe: Any, device: torch.device) -> None:
     """Keep the weights in pinned host memory and let them stream through the device, the next ones while these work."""
+    from diffusers.hooks import apply_group_offloading
+
     pipe.vae.to(device)
-    pipe.enable_group_offload(
-        onload_device=device, offload_device=torch.device("cpu"), offload_type="leaf_level", use_stream=True,
-        exclude_modules=["vae"],
-    )  # fmt: skip
+    for name, model in offloadable(pipe).items():
+        # A transformer by its blocks: our kernels read weights of layers in them without calling those.
+        blocks = name in profiles.TRANSFORMERS
+        apply_group_offloading(
+            model, onload_device=device, offload_device=torch.device("cpu"),
+            offload_type="block_level" if blocks else "leaf_level", num_blocks_per_group=1 if blocks else None,
+            use_stream=device.type == "cuda",
+        )  # fmt: skip
+
+
+def offloadable(pipe: Any) -> dict[str, nn.Module]:
+    """The parts of a pipeline that can stream; the VAE, which is small, stays."""
+    return {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module) and name != "vae"}
 
 
 def _allow_recompilation() -> None:

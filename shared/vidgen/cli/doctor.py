@@ -104,7 +104,9 @@ def _engines(settings: WorkerSettings) -> Iterator[Check]:
 
     gpus = [one for one in gpu.visible() if one.name != "cpu"]
     for one in gpus:
-        yield Check(f"GPU {one.index}", True, f"{one.name}, {(one.memory_total or 0) / GIB:.0f} GiB")
+        storage = "; it does not multiply FP8, which saves memory here and costs time"
+        told = storage if gpu.multiplies_fp8(one) is False else ""
+        yield Check(f"GPU {one.index}", True, f"{one.name}, {(one.memory_total or 0) / GIB:.0f} GiB{told}")
     if not gpus:
         remedy = "the previews need none; for the real engines use a machine with an NVIDIA GPU and its driver"
         yield Check("GPU", False, "NVML sees none", remedy)

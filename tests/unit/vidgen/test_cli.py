@@ -16,7 +16,7 @@ from typer.testing import CliRunner, Result
 
 from vidgen import client, contracts
 from vidgen.cli import app
-from vidgen.cli.doctor import profile_for
+from vidgen.cli.doctor import _engines, profile_for
 from vidgen.cli.progress import PlainView
 from vidgen.client import DeadEntry, DeadPage, GatewayError, JobPage, Problem, Update
 from vidgen.contracts import (
@@ -35,6 +35,7 @@ from vidgen.contracts import (
     VideoRequest,
     WorkerInfo,
 )
+from vidgen.settings import WorkerSettings
 
 AT = datetime(2026, 11, 1, tzinfo=UTC)
 GATEWAY = ["--gateway", "http://gateway"]
@@ -438,6 +439,19 @@ def test_doctor_without_the_embedded_servers_is_exit_code_1(monkeypatch: pytest.
 def test_doctor_says_which_settings_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VIDGEN_ENGINE", "warp")
     assert "VIDGEN_ENGINE" in vidgen("doctor", "--json").stdout
+
+
+@pytest.mark.parametrize(("multiplies", "said"), [(True, False), (None, False), (False, True)])
+def test_doctor_says_of_a_gpu_that_it_does_not_multiply_fp8(
+    monkeypatch: pytest.MonkeyPatch, multiplies: bool | None, said: bool
+) -> None:
+    from vidgen import gpu
+
+    monkeypatch.setattr(gpu, "visible", lambda: (GpuFigures(index=0, uuid="u", name="A6000", memory_total=48 << 30),))
+    monkeypatch.setattr(gpu, "multiplies_fp8", lambda figures: multiplies)
+    [found] = [check for check in _engines(WorkerSettings()) if check.name == "GPU 0"]
+    assert found.detail.startswith("A6000, 48 GiB")
+    assert ("does not multiply FP8" in found.detail) is said
 
 
 @pytest.mark.parametrize(

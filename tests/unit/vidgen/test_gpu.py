@@ -71,6 +71,9 @@ class FakeNvml:
     def nvmlDeviceGetTemperature(self, handle: str, _sensor: int) -> int:  # noqa: N802
         return self._alive(handle) * 30
 
+    def nvmlDeviceGetCudaComputeCapability(self, handle: str) -> tuple[int, int]:  # noqa: N802
+        return {"GPU-aaaa-1": (9, 0), "GPU-ada": (8, 9)}.get(handle, (8, 6))
+
 
 @pytest.fixture(autouse=True)
 def every_gpu_visible(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -214,3 +217,13 @@ def test_readings_in_quick_succession_share_a_sample() -> None:
     monitor = sampled((100, 0), (101, 0.5), (101, 0.5), (101.01, 0.51), (102, 0.5))
 
     assert [monitor.read()[0].utilization for _ in range(4)] == [0.5, 0.5, 0.5, 0]
+
+
+def test_cards_from_ada_on_multiply_fp8_and_those_before_do_not() -> None:
+    nvml = FakeNvml(uuids=("GPU-aaaa-1", "GPU-ada", "GPU-a6000"))
+    assert [gpu.multiplies_fp8(one, nvml=nvml) for one in gpu.visible(nvml=nvml)] == [True, True, False]
+
+
+@pytest.mark.parametrize("nvml", [NO_DRIVER, FakeNvml(broken=("nvmlDeviceGetCudaComputeCapability",))])
+def test_where_nvml_does_not_say_nobody_knows_whether_a_gpu_multiplies_fp8(nvml: FakeNvml) -> None:
+    assert gpu.multiplies_fp8(FIRST, nvml=nvml) is None

@@ -18,6 +18,7 @@ from tests.workbench import BOUND, Bench, LoopClock, settled, task_of
 from vidgen import contracts, errors, topology
 from vidgen.contracts import MAX_REFERENCES
 from vidgen.engine import Engine
+from vidgen.eta import Pace
 from vidgen.handler import Reason, Turn
 from vidgen.testing import FakeClock
 
@@ -993,6 +994,42 @@ async def test_an_engine_that_lies_about_its_steps_makes_no_nonsense_of_the_prog
 
     for said in heard():
         assert 0 <= said.step <= said.steps == 4
+
+
+async def test_progress_goes_back_with_an_engine_that_begins_again_and_counts_the_steps_of_its_new_way(
+    bench_of: MakeBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Pace, "allows", lambda self, now, last=False: True)
+    bench = bench_of(engines.ShortOfMemory())
+    await bench.queue(candidates=2)
+    heard = await bench.hear_progress()
+
+    assert await bench.run() == "completed"
+
+    said = [each for each in heard() if each.phase == "denoising"]
+    assert [(each.step, each.steps) for each in said] == [*((k, 4) for k in (1, 2, 3)), *((k, 8) for k in range(1, 9))]
+    # What the first try took says nothing about the second, of which no step was measured yet.
+    assert (said[3].seconds_per_step, said[3].eta_s) == (None, None)
+    assert None not in (said[4].seconds_per_step, said[4].eta_s)
+    assert bench.metric("vidgen_worker_steps_total") == 11
+
+
+async def test_a_task_that_took_less_memory_to_be_done_counts_at_each_rung(bench_of: MakeBench) -> None:
+    bench = bench_of(engines.ShortOfMemory())
+    await bench.queue()
+    assert await bench.run() == "completed"
+    assert bench.metric("vidgen_worker_memory_rungs_total") == 1
+    assert bench.metric("vidgen_worker_memory_rungs_total", rung="one_by_one") == 1
+
+
+async def test_a_task_for_which_no_rung_was_low_enough_counts_at_each_of_them(bench_of: MakeBench) -> None:
+    fault = errors.RetryableError("no room", code="out_of_memory")
+    fault.rungs = ("vae_tiling", "offload")
+    bench = bench_of(engines.ShortOfMemory(fault))
+    await bench.queue()
+    assert await bench.run() == "retried"
+    assert bench.metric("vidgen_worker_memory_rungs_total", rung="vae_tiling") == 1
+    assert bench.metric("vidgen_worker_memory_rungs_total", rung="offload") == 1
 
 
 async def test_progress_that_cannot_be_sent_does_no_harm(bench_of: MakeBench) -> None:

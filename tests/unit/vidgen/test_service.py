@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from tests import engines
 
-from vidgen import choice, manifest, profiles, service
+from vidgen import choice, jetstream, manifest, profiles, service
 from vidgen.contracts import Stage
 from vidgen.engine import Engine
 from vidgen.errors import FatalError
@@ -103,3 +103,21 @@ async def test_one_stage_alone_chooses_its_profile_itself() -> None:
 async def test_a_model_that_does_not_fit_ends_the_start_before_anything_is_loaded() -> None:
     with pytest.raises(FatalError, match="3 GiB"):
         await load(3, "edit", "i2v")
+
+
+async def test_a_gpu_too_small_for_any_profile_is_told_what_each_needs_and_no_task_is_looked_at(
+    tiny_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from edit_service.main import make_engine
+    from vidgen.accel.engine import DiffusersEngine
+
+    def connect(*given: object, **options: object) -> None:
+        raise AssertionError("a worker without a model is not to ask for tasks")
+
+    monkeypatch.setattr(DiffusersEngine, "_memory", lambda self: 4 << 30)
+    monkeypatch.setattr(jetstream, "connect", connect)
+    settings = WorkerSettings(engine="real", device="cpu", edit_model=str(tiny_models["qwen-edit"]), metrics_port=0)
+    needs = "this GPU has 4 GiB, and this model needs: resident-bf16 7 GiB, resident-fp8 7 GiB, offload-fp8 7 GiB"
+    with pytest.raises(FatalError, match=needs) as caught:
+        await service._Service({"edit": make_engine}, settings).run()
+    assert caught.value.code == "gpu_too_small"

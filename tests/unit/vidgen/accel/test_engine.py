@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import structlog
 from PIL import Image
 from tests import checkpoints
 from tests.workbench import work_of
@@ -75,3 +76,28 @@ def test_with_a_step_cache_a_long_run_computes_fewer_steps_and_a_short_one_all(
         assert told == list(range(1, steps + 1))
     assert sum(computed(12, 2)) < 12
     assert sum(computed(4, 2)) == 4
+
+
+def test_a_device_that_does_not_multiply_fp8_stores_it_and_says_so(
+    make: Callable[..., Any], snapshot: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vidgen.accel.engine import DiffusersEngine, Layout
+    from vidgen.accel.fp8 import Fp8Linear
+
+    monkeypatch.setattr(DiffusersEngine, "_memory", lambda self: 200 << 30)
+    with structlog.testing.capture_logs() as logs:
+        engine = make(snapshot, layout=Layout(device="cpu", attention="torch", compile="off"))
+
+    assert engine.info.profile == "resident-fp8-storage"
+    layers = [module for module in engine._pipe.transformer.modules() if isinstance(module, Fp8Linear)]
+    assert layers
+    assert not any(layer.arithmetic for layer in layers)
+    [said] = [entry for entry in logs if entry.get("_event") == "fp8_storage_only"]
+    assert (said["profile"], said["log_level"]) == ("resident-fp8", "warning")
+
+
+def test_without_a_gpu_nothing_is_said_of_fp8(make: Callable[..., Any], snapshot: Path) -> None:
+    with structlog.testing.capture_logs() as logs:
+        engine = make(snapshot)
+    assert engine.info.profile == "float32"
+    assert not [entry for entry in logs if entry.get("_event") == "fp8_storage_only"]

@@ -1,0 +1,164 @@
+"""What a task does without where the device's memory does not hold it: one thing more with each try, then put back.
+
+Nobody else pays for it: behind the task the pipeline is as it was before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from typing import Any
+
+import structlog
+import torch
+from torch import nn
+
+from vidgen import diffusion
+from vidgen.accel import residency, speed
+from vidgen.engine import Generated, Rung
+from vidgen.errors import FatalError, RetryableError, VidgenError
+from vidgen.profiles import GIB
+
+log = structlog.get_logger(__name__)
+
+# What the rest of the process and of the machine may need beside the weights.
+HOST_RESERVE = 2 << 30
+# What diffusers puts onto a module that streams.
+HOOKS = ("lazy_prefetch_group_offloading", "layer_execution_tracker", "group_offloading")
+MARKS = ("forward", "_diffusers_hook")
+
+ACTS: dict[Rung, str] = {
+    "one_by_one": "the candidates one after another",
+    "vae_tiling": "the VAE in tiles",
+    "offload": "the weights streamed from the host's memory",
+}
+
+
+def descend(
+    pipe: Any, device: torch.device, rungs: Sequence[Rung], attempt: Callable[[tuple[Rung, ...]], Generated]
+) -> Generated:
+    """Try a task, and where memory runs out again from its beginning, each time one rung further down.
+
+    `attempt` takes the rungs that are taken by then: `one_by_one` is its own to do, the others are done to the
+    pipeline. What is raised, too, says in its `rungs` which they were.
+    """
+    taken: tuple[Rung, ...] = ()
+    with contextlib.ExitStack() as lowered:
+        while True:
+            try:
+                if taken and taken[-1] in LOWER:
+                    lowered.enter_context(LOWER[taken[-1]](pipe, device))
+                return replace(attempt(taken), rungs=taken)
+            except VidgenError as exc:
+                exc.rungs = taken
+                if not isinstance(exc, RetryableError) or exc.code != "out_of_memory":
+                    raise
+                _forget(pipe, device)
+                if len(taken) == len(rungs):
+                    raise
+                said = exc.message
+            diffusion.free(device)  # what the exception held
+            rung = rungs[len(taken)]
+            log.warning(f"{said}: once more, {ACTS[rung]}", _event="memory_rung", rung=rung)
+            taken = (*taken, rung)
+
+
+@contextlib.contextmanager
+def tiled(pipe: Any, device: torch.device) -> Iterator[None]:
+    """Encode and decode in overlapping tiles: the pixels change a little where they meet."""
+    vae = pipe.vae
+    before = vae.use_tiling
+    # Every shape of tile would be compiled, a minute each, to be used once.
+    compiled = [(part, part._compiled_call_impl) for part in (vae.encoder, vae.decoder)]
+    vae.enable_tiling()
+    for part, _ in compiled:
+        part._compiled_call_impl = None
+    try:
+        yield
+    finally:
+        for part, call in compiled:
+            part._compiled_call_impl = call
+        vae.use_tiling = before
+
+
+@contextlib.contextmanager
+def streamed(pipe: Any, device: torch.device) -> Iterator[None]:
+    """Keep the weights in host memory and let them stream through the device, uncompiled, then bring them back.
+
+    Raises RetryableError where the host has no room for them, and FatalError where they cannot be brought back.
+    """
+    models = speed.offloadable(pipe).values()
+    _refuse_without_room(models)
+    unmarked = [
+        (module, mark) for model in models for module in model.modules() for mark in MARKS if mark not in vars(module)
+    ]
+    try:
+        try:
+            speed.offload(pipe, device)
+        except Exception as exc:
+            fault = diffusion.as_error(exc)
+            if fault is None:
+                raise
+            raise fault from exc
+        # The compiler refuses blocks whose weights come and go.
+        with torch.compiler.set_stance("force_eager"):
+            yield
+    finally:
+        try:
+            _bring_back(models, unmarked, device)
+        except Exception as exc:
+            raise FatalError(
+                f"the weights could not be brought back to {device} behind a task without room for them: {exc}",
+                code="weights_lost",
+            ) from exc
+
+
+LOWER: dict[Rung, Callable[[Any, torch.device], AbstractContextManager[None]]] = {
+    "vae_tiling": tiled,
+    "offload": streamed,
+}
+
+
+def _refuse_without_room(models: Iterable[nn.Module]) -> None:
+    """Raise RetryableError where the weights would take the last of the host's memory, and the worker with it."""
+    tensors = {id(tensor): tensor for model in models for tensor in (*model.parameters(), *model.buffers())}
+    # Pinned memory comes in powers of two.
+    needed = HOST_RESERVE + sum(1 << (max(1, tensor.nbytes) - 1).bit_length() for tensor in tensors.values())
+    free = residency.host_memory()
+    if free is not None and free < needed:
+        raise RetryableError(
+            f"the device ran out of memory, and the host has {free / GIB:.0f} GiB left, where streaming the "
+            f"weights takes {needed / GIB:.0f} GiB: give the worker more memory",
+            code="out_of_memory",
+        )
+
+
+def _bring_back(models: Iterable[nn.Module], unmarked: Iterable[tuple[nn.Module, str]], device: torch.device) -> None:
+    from diffusers.hooks import HookRegistry
+
+    diffusion.synchronize(device)
+    for model in models:
+        hooks = HookRegistry.check_if_exists_or_initialize(model)
+        for name in HOOKS:
+            hooks.remove_hook(name, recurse=True)
+        hooks.invalidate_child_registries_cache()
+    # Compiled code has seen these modules without: it would be compiled anew.
+    for module, mark in unmarked:
+        vars(module).pop(mark, None)
+    diffusion.free(device)
+    for model in models:
+        model.to(device)
+    if device.type == "cuda":
+        gc.collect()  # the hooks hold one another, and the pinned copies
+        torch.accelerator.empty_host_cache()
+
+
+def _forget(pipe: Any, device: torch.device) -> None:
+    """Let go of what a failed try left in the pipeline."""
+    clear = getattr(pipe.vae, "clear_cache", None)
+    if clear is not None:  # the frames that a broken decode kept for the next ones
+        clear()
+    diffusion.free(device)

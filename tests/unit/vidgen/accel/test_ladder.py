@@ -1,0 +1,480 @@
+"""A task for which memory runs out is done with less of it, and the next task does not notice."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import structlog
+import torch
+from PIL import Image
+from torch import nn
+
+from vidgen.accel import ladder, residency, speed
+from vidgen.accel.engine import DiffusersEngine, Layout
+from vidgen.contracts import EditWork, I2VWork, Work
+from vidgen.errors import Cancelled, FatalError, RejectedError, RetryableError, Suspended, VidgenError
+
+pytestmark = pytest.mark.timeout(600)  # importing diffusers takes minutes on a machine that is busy
+
+QWEN, A14B = "qwen-edit", "wan2.2-a14b-i2v"
+STEPS = 3
+ALL = ("one_by_one", "vae_tiling", "offload")
+Pixels = np.ndarray[Any, Any]
+
+
+def work_of(kind: str, **changes: Any) -> Work:
+    common: dict[str, Any] = {
+        "prompt": "p", "negative_prompt": "n", "steps": STEPS, "seed": 7, "width": 64, "height": 64,
+    }  # fmt: skip
+    if kind == QWEN:
+        edit: dict[str, Any] = {"user_prompt": "p", "true_cfg_scale": 4.0, "guidance_scale": 1.0, "candidates": 1}
+        return EditWork(**common | edit | changes)
+    return I2VWork(**common | {"guidance_scale": 3.0, "num_frames": 5, "fps": 16} | changes)
+
+
+@pytest.fixture(scope="module")
+def engines(tiny_models: dict[str, Path]) -> Iterator[dict[str, Any]]:
+    """Both engines, laid out on the CPU as on a GPU that holds all of the model."""
+    from edit_service.engine.qwen import QwenEditEngine
+    from i2v_service.engine.wan import WanI2VEngine
+
+    layout = Layout(device="cpu", dtype="float32", attention="torch", compile="off")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DiffusersEngine, "_memory", lambda self: 200 << 30)
+        patch.setattr(DiffusersEngine, "_free_memory", lambda self: 100 << 30)
+        made: dict[str, Any] = {
+            QWEN: QwenEditEngine(str(tiny_models[QWEN]), reference_area=64 * 64, condition_area=56 * 56, layout=layout),
+            A14B: WanI2VEngine(str(tiny_models[A14B]), layout=layout),
+        }
+        for engine in made.values():
+            engine.setup()
+            assert engine.info.profile == "resident-bf16"
+        yield made
+
+
+@pytest.fixture(scope="module")
+def picture(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("picture") / "picture.png"
+    Image.radial_gradient("L").convert("RGB").resize((64, 96)).save(path)
+    return path
+
+
+class Run:
+    """One run of an engine, with the steps that it told of; `until` is the count of them after which it is stopped."""
+
+    def __init__(
+        self, engine: Any, work: Work, picture: Path, state: bytes | None = None, until: int = 0,
+        stop: Callable[[int, int], Exception] = Suspended,
+    ) -> None:  # fmt: skip
+        self.seen: list[tuple[int, int]] = []
+        self.raised: Any = None
+        self.logs: list[Any] = []
+
+        def on_step(step: int, steps: int) -> None:
+            self.seen.append((step, steps))
+            if len(self.seen) == until:
+                raise stop(step, steps)
+
+        with structlog.testing.capture_logs() as self.logs:
+            try:
+                made = engine.resume(engine.prepare(work, [picture]), on_step, state)
+            except VidgenError as exc:
+                self.raised, self.rungs = exc, exc.rungs
+                return
+        self.rungs = made.rungs
+        self.pixels: Pixels = made.output.pixels if isinstance(work, EditWork) else made.output.frames
+
+    def logged(self, event: str) -> list[Any]:
+        return [entry for entry in self.logs if entry.get("_event") == event]
+
+
+def counted(candidates: int = 1, done: int = 0) -> list[tuple[int, int]]:
+    return [(step, STEPS * candidates) for step in range(candidates * done + 1, STEPS * candidates + 1)]
+
+
+# ── where there is no room ───────────────────────────────────────────────────────────────────────────────────────
+
+
+class Cramped:
+    """Lets parts of an engine's pipeline run out of memory."""
+
+    def __init__(self, engine: Any, patch: pytest.MonkeyPatch) -> None:
+        self.pipe, self.patch = engine._pipe, patch
+
+    def _refuse(self, part: Any, name: str, where: Callable[..., bool]) -> None:
+        call = getattr(part, name)
+
+        def cramped(*args: Any, **options: Any) -> Any:
+            if where(*args, **options):
+                raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+            return call(*args, **options)
+
+        self.patch.setattr(part, name, cramped)
+
+    def batches(self) -> None:
+        """For more than one image at once."""
+        transformer = self.pipe.transformer
+        self._refuse(transformer.transformer_blocks[-1], "forward", lambda *args, **given: len(_states(given)) > 1)
+
+    def whole_frames(self) -> None:
+        """For a decode that is not in tiles."""
+        self._refuse(self.pipe.vae, "decode", lambda *args, **given: not self.pipe.vae.use_tiling)
+
+    def weights(self) -> None:
+        """For all weights at once."""
+        self._refuse(self.pipe.vae, "decode", lambda *args, **given: not streams(self.pipe.transformer))
+
+    def everything(self) -> None:
+        self._refuse(self.pipe.vae, "decode", lambda *args, **given: True)
+
+
+def _states(given: dict[str, Any]) -> torch.Tensor:
+    states: torch.Tensor = given["hidden_states"]
+    return states
+
+
+def streams(model: nn.Module) -> bool:
+    hooks = [vars(module).get("_diffusers_hook") for module in model.modules()]
+    return any(hook is not None and hook.get_hook("group_offloading") is not None for hook in hooks)
+
+
+def test_candidates_that_have_no_room_together_are_made_one_after_another(
+    engines: dict[str, Any], picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, work = engines[QWEN], work_of(QWEN, candidates=3)
+    whole = Run(engine, work, picture)
+    assert (whole.rungs, whole.seen) == ((), counted())
+
+    with monkeypatch.context() as patch:
+        Cramped(engine, patch).batches()
+        run = Run(engine, work, picture)
+
+    assert run.rungs == ("one_by_one",)
+    assert run.seen == counted(candidates=3)
+    assert np.abs(run.pixels.astype(int) - whole.pixels).max() <= 1
+    [said] = run.logged("memory_rung")
+    assert (said["rung"], said["log_level"]) == ("one_by_one", "warning")
+    again = Run(engine, work, picture)
+    assert (again.rungs, again.seen) == ((), counted())
+    assert np.array_equal(again.pixels, whole.pixels)
+
+
+@pytest.mark.parametrize("kind", [QWEN, A14B])
+def test_a_decode_that_has_no_room_is_made_in_tiles_and_the_next_one_as_before(
+    engines: dict[str, Any], picture: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    engine, work = engines[kind], work_of(kind)
+    whole = Run(engine, work, picture)
+    vae = engine._pipe.vae
+
+    with monkeypatch.context() as patch:
+        Cramped(engine, patch).whole_frames()
+        for side in ("height", "width"):
+            patch.setattr(vae, f"tile_sample_min_{side}", 48)
+            patch.setattr(vae, f"tile_sample_stride_{side}", 32)
+        run = Run(engine, work, picture)
+
+    assert run.rungs == ("vae_tiling",)
+    assert run.seen == counted() * 2
+    assert run.pixels.shape == whole.pixels.shape
+    assert not np.array_equal(run.pixels, whole.pixels)  # a little else, where tiles meet
+    assert vae.use_tiling is False
+    assert vae._feat_map == [None] * len(vae._feat_map)
+    again = Run(engine, work, picture)
+    assert again.rungs == ()
+    assert np.array_equal(again.pixels, whole.pixels)
+
+
+@pytest.mark.parametrize("kind", [QWEN, A14B])
+def test_weights_that_leave_no_room_stream_through_the_device_and_are_back_for_the_next_task(
+    engines: dict[str, Any], picture: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    engine, work = engines[kind], work_of(kind)
+    whole = Run(engine, work, picture)
+    parts = list(speed.offloadable(engine._pipe).values())
+    before = [(name, id(value), value.clone()) for part in parts for name, value in part.named_parameters()]
+    marks = [set(vars(module)) for part in parts for module in part.modules()]
+
+    with monkeypatch.context() as patch:
+        Cramped(engine, patch).weights()
+        run = Run(engine, work, picture)
+
+    assert run.rungs == ("vae_tiling", "offload")
+    assert run.seen == counted() * 3
+    assert np.array_equal(run.pixels, whole.pixels)  # no tile is smaller than this picture
+    assert not any(streams(part) for part in parts)
+    assert [set(vars(module)) for part in parts for module in part.modules()] == marks
+    after = [(name, id(value), value) for part in parts for name, value in part.named_parameters()]
+    for (name, was, old), (_, now, new) in zip(before, after, strict=True):
+        assert (name, was, new.device) == (name, now, old.device)
+        assert torch.equal(old, new)
+    again = Run(engine, work, picture)
+    assert again.rungs == ()
+    assert np.array_equal(again.pixels, whole.pixels)
+
+
+def test_a_transformer_streams_by_its_blocks_because_fused_kernels_do_not_call_its_layers(
+    engines: dict[str, Any],
+) -> None:
+    pipe = engines[QWEN]._pipe
+    with ladder.streamed(pipe, torch.device("cpu")):
+        owners = {
+            name for name, module in pipe.transformer.named_modules()
+            if (hook := vars(module).get("_diffusers_hook")) and hook.get_hook("group_offloading")
+        }  # fmt: skip
+        assert streams(pipe.text_encoder)
+        assert not streams(pipe.vae)
+    assert owners == {"", "transformer_blocks.0", "transformer_blocks.1"}
+
+
+def test_compiled_blocks_stream_uncompiled_and_are_not_compiled_again(engines: dict[str, Any], picture: Path) -> None:
+    engine, work = engines[QWEN], work_of(QWEN)
+    compiled: list[int] = []
+    ran: list[int] = []
+
+    def backend(graph: Any, inputs: Any) -> Callable[..., Any]:
+        compiled.append(1)
+
+        def call(*args: Any) -> Any:
+            ran.append(1)
+            return graph.forward(*args)
+
+        return call
+
+    blocks = engine._pipe.transformer.transformer_blocks
+    torch._dynamo.reset()
+    try:
+        for block in blocks:
+            block.compile(fullgraph=True, backend=backend)
+        whole = Run(engine, work, picture)
+        Run(engine, work, picture)
+        calls, made = len(ran), len(compiled)
+        assert made > 0
+
+        with ladder.streamed(engine._pipe, torch.device("cpu")):
+            Run(engine, work, picture)
+        assert (len(ran), len(compiled)) == (calls, made)
+
+        again = Run(engine, work, picture)
+        assert len(ran) > calls
+        assert len(compiled) == made
+        assert np.array_equal(again.pixels, whole.pixels)
+    finally:
+        for block in blocks:
+            block._compiled_call_impl = None
+        torch._dynamo.reset()
+
+
+def test_a_compiled_vae_makes_tiles_uncompiled(engines: dict[str, Any]) -> None:
+    pipe = engines[QWEN]._pipe
+    vae = pipe.vae
+    vae.decoder.compile(backend="eager")
+    call = vae.decoder._compiled_call_impl
+    try:
+        with ladder.tiled(pipe, torch.device("cpu")):
+            assert vae.use_tiling
+            assert vae.decoder._compiled_call_impl is None
+        assert vae.decoder._compiled_call_impl is call
+    finally:
+        vae.decoder._compiled_call_impl = None
+
+
+# ── where nothing helps ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_task_that_has_no_room_on_the_last_rung_may_be_tried_again_and_the_engine_is_as_good_as_new(
+    engines: dict[str, Any], picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, work = engines[QWEN], work_of(QWEN, candidates=2)
+    whole = Run(engine, work, picture)
+
+    with monkeypatch.context() as patch:
+        Cramped(engine, patch).everything()
+        run = Run(engine, work, picture)
+
+    assert isinstance(run.raised, RetryableError)
+    assert (run.raised.code, run.rungs) == ("out_of_memory", ALL)
+    assert [entry["rung"] for entry in run.logged("memory_rung")] == list(ALL)
+    again = Run(engine, work, picture)
+    assert again.rungs == ()
+    assert np.array_equal(again.pixels, whole.pixels)
+
+
+def test_an_engine_that_streams_already_has_no_profile_further_down(
+    tiny_models: dict[str, Path], picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from edit_service.engine.qwen import QwenEditEngine
+
+    monkeypatch.setattr(DiffusersEngine, "_memory", lambda self: 200 << 30)
+    layout = Layout(device="cpu", dtype="float32", attention="torch", compile="off", profile="offload-fp8")
+    engine: Any = QwenEditEngine(str(tiny_models[QWEN]), reference_area=64 * 64, condition_area=56 * 56, layout=layout)
+    engine.setup()
+    assert engine.info.profile == "offload-fp8-storage"
+    assert streams(engine._pipe.transformer)
+
+    Cramped(engine, monkeypatch).everything()
+    assert Run(engine, work_of(QWEN), picture).rungs == ("vae_tiling",)
+    assert streams(engine._pipe.transformer)
+
+
+def test_weights_that_the_host_has_no_room_for_do_not_stream(
+    engines: dict[str, Any], picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = engines[QWEN]
+    Cramped(engine, monkeypatch).weights()
+    monkeypatch.setattr(residency, "host_memory", lambda: 1 << 30)
+    run = Run(engine, work_of(QWEN), picture)
+    assert (run.raised.code, run.rungs) == ("out_of_memory", ("vae_tiling", "offload"))
+    assert "the host has 1 GiB left" in run.raised.message
+    assert not streams(engine._pipe.transformer)
+
+
+def test_weights_that_do_not_come_back_are_the_end_of_the_worker(
+    engines: dict[str, Any], picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = engines[QWEN]
+    with monkeypatch.context() as patch:
+        Cramped(engine, patch).weights()
+
+        def full(device: Any) -> None:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+
+        patch.setattr(engine._pipe.transformer, "to", full)
+        run = Run(engine, work_of(QWEN), picture)
+    assert isinstance(run.raised, FatalError)
+    assert run.raised.code == "weights_lost"
+
+
+def test_another_fault_takes_no_rung(engines: dict[str, Any], picture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: Any, **options: Any) -> Any:
+        raise ValueError("odd")
+
+    monkeypatch.setattr(engines[A14B]._pipe.vae, "decode", broken)
+    run = Run(engines[A14B], work_of(A14B), picture)
+    assert isinstance(run.raised, RejectedError)
+    assert (run.rungs, run.seen) == ((), counted())
+
+
+@pytest.mark.parametrize("rung", range(4))
+def test_a_cancel_gets_through_on_each_rung_and_leaves_the_engine_as_it_was(
+    engines: dict[str, Any], picture: Path, monkeypatch: pytest.MonkeyPatch, rung: int
+) -> None:
+    engine, work = engines[QWEN], work_of(QWEN, candidates=2)
+    whole = Run(engine, work, picture)
+    until = rung * STEPS + 1  # each try gets to its first decode
+
+    with monkeypatch.context() as patch:
+        Cramped(engine, patch).everything()
+        run = Run(engine, work, picture, until=until, stop=lambda step, steps: Cancelled())
+
+    assert isinstance(run.raised, Cancelled)
+    assert run.rungs == ALL[:rung]
+    assert len(run.seen) == until
+    assert not streams(engine._pipe.transformer)
+    assert engine._pipe.vae.use_tiling is False
+    assert np.array_equal(Run(engine, work, picture).pixels, whole.pixels)
+
+
+# ── in the middle ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("kind", [QWEN, A14B])
+def test_a_run_that_was_gone_on_with_begins_again_behind_the_step_that_it_had(
+    engines: dict[str, Any], picture: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    engine, work = engines[kind], work_of(kind)
+    whole = Run(engine, work, picture)
+    left = Run(engine, work, picture, until=2).raised.state
+    assert left is not None
+
+    Cramped(engine, monkeypatch).weights()
+    run = Run(engine, work, picture, left)
+
+    assert run.rungs == ("vae_tiling", "offload")
+    assert run.seen == counted(done=2) * 3
+    assert np.array_equal(run.pixels, whole.pixels)
+
+
+def test_a_run_on_a_lower_rung_can_be_gone_on_with_on_the_highest(
+    engines: dict[str, Any], picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, work = engines[A14B], work_of(A14B)
+    whole = Run(engine, work, picture)
+    with monkeypatch.context() as patch:
+        Cramped(engine, patch).weights()
+        stopped = Run(engine, work, picture, until=2 * STEPS + 1)
+    assert stopped.rungs == ("vae_tiling", "offload")
+    run = Run(engine, work, picture, stopped.raised.state)
+    assert run.seen == counted(done=1)
+    assert np.array_equal(run.pixels, whole.pixels)
+
+
+# ── candidates ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_candidates_that_would_not_fit_at_once_are_made_one_after_another_without_trying(
+    engines: dict[str, Any], picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, work = engines[QWEN], work_of(QWEN, candidates=3)
+    whole = Run(engine, work, picture)
+    monkeypatch.setattr(DiffusersEngine, "_free_memory", lambda self: 1 << 20)
+    run = Run(engine, work, picture)
+    assert run.rungs == ()
+    assert run.seen == counted(candidates=3)
+    assert len(run.logged("candidates_one_by_one")) == 1
+    assert np.abs(run.pixels.astype(int) - whole.pixels).max() <= 1
+
+
+@pytest.mark.parametrize(("free_gib", "at_once"), [(21, True), (19, False)])
+def test_the_room_for_candidates_is_measured_by_their_pixels_and_those_of_the_references(
+    engines: dict[str, Any], monkeypatch: pytest.MonkeyPatch, free_gib: int, at_once: bool
+) -> None:
+    from edit_service.engine.qwen import Inputs
+
+    engine = engines[QWEN]
+    monkeypatch.setattr(engine, "reference_area", None)
+    monkeypatch.setattr(DiffusersEngine, "_free_memory", lambda self: free_gib << 30)
+    reference = Image.new("RGB", (64, 64))
+    work: Any = work_of(QWEN, candidates=4, width=1024, height=1024)
+    assert engine._has_room(Inputs(work, (reference,))) is at_once
+
+
+def test_a_candidate_made_alone_is_bit_for_bit_the_task_with_its_seed(
+    engines: dict[str, Any], picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = engines[QWEN]
+    monkeypatch.setattr(DiffusersEngine, "_free_memory", lambda self: 1 << 20)
+    run = Run(engine, work_of(QWEN, candidates=3), picture)
+    for index in range(3):
+        alone = Run(engine, work_of(QWEN, seed=7 + index), picture)
+        assert np.array_equal(alone.pixels[0], run.pixels[index])
+
+
+@pytest.mark.parametrize("until", [1, STEPS + 1])
+def test_candidates_one_after_another_leave_no_state_and_say_so(
+    engines: dict[str, Any], picture: Path, monkeypatch: pytest.MonkeyPatch, until: int
+) -> None:
+    monkeypatch.setattr(DiffusersEngine, "_free_memory", lambda self: 1 << 20)
+    run = Run(engines[QWEN], work_of(QWEN, candidates=2), picture, until=until)
+    assert isinstance(run.raised, Suspended)
+    assert run.raised.state is None
+    assert (run.raised.step, run.raised.steps) == (until, 2 * STEPS)
+    assert "one after another" in run.logged("checkpoint_failed")[0]["event"]
+
+
+def test_each_candidate_goes_on_from_its_share_of_a_state_of_all_of_them(
+    engines: dict[str, Any], picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, work = engines[QWEN], work_of(QWEN, candidates=2)
+    whole = Run(engine, work, picture)
+    left = Run(engine, work, picture, until=1).raised.state
+
+    monkeypatch.setattr(DiffusersEngine, "_free_memory", lambda self: 1 << 20)
+    run = Run(engine, work, picture, left)
+
+    assert run.seen == counted(candidates=2, done=1)
+    assert np.abs(run.pixels.astype(int) - whole.pixels).max() <= 1
