@@ -57,8 +57,11 @@ class Reporter:
         self._step = done
 
         def on_step(step: int, steps: int) -> None:
-            loop.call_soon_threadsafe(self._stepped, step, steps, time.monotonic(), stepped)
-            check(step, steps)
+            at = time.monotonic()
+            try:
+                check(step, steps)
+            finally:  # behind it: what follows from this step's duration holds from the next one on
+                loop.call_soon_threadsafe(self._stepped, step, steps, at, stepped)
 
         return on_step
 
