@@ -18,7 +18,7 @@ from vidgen import checkpoints, errors, profiles
 from vidgen.contracts import EditWork, I2VWork, Work
 from vidgen.engine import EngineInfo, Finished, Generated, OnStep
 
-PATIENCE = 30.0  # an engine that is never released gives up, so that a broken test ends
+PATIENCE = 90.0  # an engine that is never released gives up, so that a broken test ends
 SIDE = 16
 
 

@@ -28,7 +28,7 @@ from vidgen.metrics import GatewayMetrics
 from vidgen.settings import GatewaySettings
 from vidgen.testing import MemoryBus, MemoryStore
 
-BOUND = 15.0  # how long to wait for what must come
+BOUND = 60.0  # how long to wait for what must come
 KEY = "uploads/photo.png"
 EDIT = {"prompt": "at the beach"}
 

@@ -23,7 +23,7 @@ from vidgen.handler import Handler, Outcome, Policy, Turn
 from vidgen.metrics import WorkerMetrics
 from vidgen.testing import Clock, FakeClock, MemoryBus, MemoryStore
 
-BOUND = 30.0  # how long to wait for what must come; nothing waits that long unless something is broken
+BOUND = 60.0  # how long to wait for what must come; nothing waits that long unless something is broken
 USD_PER_HOUR = 3600.0  # a dollar a second
 
 

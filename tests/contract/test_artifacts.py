@@ -16,7 +16,7 @@ from vidgen.artifacts import CHUNK, ArtifactStore, S3Store, artifact_key, check_
 from vidgen.local import S3Server
 from vidgen.testing import MemoryStore
 
-BOUND = 30.0
+BOUND = 60.0
 
 
 @pytest.fixture(params=["memory", "s3"])

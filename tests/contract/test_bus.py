@@ -20,7 +20,7 @@ QUEUE = topology.consumer_of("edit", "interactive")
 OTHER_LANE = topology.consumer_of("edit", "batch")
 EVENTS = topology.Consumer(topology.EVENTS, topology.GATEWAY)
 ADVISORIES = topology.Consumer(topology.ADVISORIES, topology.GATEWAY)
-BOUND = 15.0  # how long to wait for what must come; nothing waits that long unless something is broken
+BOUND = 60.0  # how long to wait for what must come; nothing waits that long unless something is broken
 SHORT = topology.Topology(ack_wait=1.0)
 
 OpenBus = Callable[[topology.Topology], Awaitable[Bus]]

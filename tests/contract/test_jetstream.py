@@ -17,7 +17,7 @@ from vidgen.local import NatsServer
 
 QUEUE = topology.consumer_of("edit", "interactive")
 SUBJECT = topology.subject_of_task("edit", "interactive", "j1")
-BOUND = 30.0
+BOUND = 60.0
 
 
 async def pulled(connected: bus.Bus) -> bus.Delivery:

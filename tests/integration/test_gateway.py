@@ -28,7 +28,7 @@ from vidgen.local import NatsServer, S3Server
 from vidgen.local.stack import Service
 from vidgen.settings import GatewaySettings
 
-BOUND_S = 90.0
+BOUND_S = 180.0
 ACK_WAIT_S = 2.0  # what a killed gateway held comes back soon
 
 

@@ -21,7 +21,7 @@ from vidgen.artifacts import S3Store
 from vidgen.local import LocalError, NatsServer, S3Server, Stack, servers
 from vidgen.local.process import Process, http_status
 
-BOUND_S = 60.0
+BOUND_S = 120.0
 
 
 def alive(pid: int) -> bool:

@@ -49,7 +49,7 @@ def test_no_module_but_the_engines_imports_a_model_framework(pytestconfig: pytes
 
     done = subprocess.run(
         [sys.executable, "-c", IMPORT_ALL, json.dumps([HEAVY, names])],
-        capture_output=True, text=True, check=False, timeout=110,
+        capture_output=True, text=True, check=False, timeout=300,
     )  # fmt: skip
 
     assert done.returncode == 0, done.stderr
@@ -62,7 +62,7 @@ def test_importing_prints_nothing_and_starts_no_thread(pytestconfig: pytest.Conf
 
     done = subprocess.run(
         [sys.executable, "-c", code + "assert threading.active_count() == 1, threading.enumerate()", *names],
-        capture_output=True, text=True, check=False, timeout=110,
+        capture_output=True, text=True, check=False, timeout=300,
     )  # fmt: skip
 
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")

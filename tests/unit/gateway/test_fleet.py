@@ -169,7 +169,7 @@ async def test_a_bus_that_does_not_answer_leaves_the_last_figures(
     bus.error, bus.silent = errors.BusError(), fault == "silent"
     clock.now += 1
 
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(60):
         await fleet.refresh(metrics)
 
     assert up(metrics) == 0
