@@ -132,7 +132,8 @@ class _Gateway:
                     ) from exc
                 log.warning(exc.message, _event="not_there_yet", waiting_for=what, again_in_s=pause)
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._stop.wait(), pause)
+                async with asyncio.timeout(pause):
+                    await self._stop.wait()
             pause = min(LONGEST_PAUSE_S, pause * 2)
 
     def _take_signals(self) -> None:

@@ -601,7 +601,8 @@ class Handler:
     async def _beat(self, delivery: Delivery, held: Claim, turn: Turn) -> None:
         while True:
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(turn.look.wait(), self._policy.ack_wait / 4)
+                async with asyncio.timeout(self._policy.ack_wait / 4):
+                    await turn.look.wait()
             turn.look.clear()
             try:
                 await delivery.in_progress()

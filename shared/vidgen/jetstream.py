@@ -45,9 +45,25 @@ class _ConsumerGoneError(errors.BusError):
 
 
 @contextlib.contextmanager
-def translated() -> Iterator[None]:
+def cancellable() -> Iterator[None]:
+    """Let a cancel through that comes in the same moment as the answer.
+
+    nats-py waits with `asyncio.wait_for`, which before Python 3.12 swallows such a cancel: a loop would go on for ever.
+    """
+    task = asyncio.current_task()
+    before = 0 if task is None else task.cancelling()
     try:
         yield
+    finally:
+        if task is not None and task.cancelling() > before:
+            raise asyncio.CancelledError
+
+
+@contextlib.contextmanager
+def translated() -> Iterator[None]:
+    try:
+        with cancellable():
+            yield
     except js_errors.APIError as exc:
         raise _from_api(exc) from exc
     except nats.errors.MaxPayloadError as exc:
@@ -107,7 +123,8 @@ class ListenFeed:
 
     async def next(self, wait: float) -> Stored | None:
         try:
-            msg = await self._subscription.next_msg(timeout=wait)
+            with cancellable():
+                msg = await self._subscription.next_msg(timeout=wait)
         except TimeoutError:
             return None
         except nats.errors.Error as exc:
@@ -173,7 +190,7 @@ class FollowFeed:
     async def close(self) -> None:
         if self._consumer is not None:
             consumer, self._consumer = self._consumer, None
-            with contextlib.suppress(nats.errors.Error, js_errors.Error, TimeoutError):
+            with contextlib.suppress(nats.errors.Error, js_errors.Error, TimeoutError), cancellable():
                 await self._bus.jetstream.delete_consumer(self._stream, consumer)
 
 
@@ -281,7 +298,8 @@ class JetStreamBus:
         # the message is answered as a duplicate if it is one, and cannot be stored if it is not.
         impossible = {"Nats-Msg-Id": message_id, "Nats-Expected-Last-Msg-Id": secrets.token_hex(16)}
         try:
-            ack = await self._js.publish(subject, b"", timeout=REQUEST_TIMEOUT, headers=impossible)
+            with cancellable():
+                ack = await self._js.publish(subject, b"", timeout=REQUEST_TIMEOUT, headers=impossible)
         except (nats.errors.Error, js_errors.Error, TimeoutError, OSError):
             return None
         return ack.seq if ack.duplicate else None
@@ -482,7 +500,8 @@ async def connect(
         yield made
     finally:
         with contextlib.suppress(Exception):
-            await asyncio.wait_for(_leave(made), 5)
+            async with asyncio.timeout(5):
+                await _leave(made)
         if not client.is_closed:
             with contextlib.suppress(OSError):  # with no server there, its last flush fails
                 await client.close()

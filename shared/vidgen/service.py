@@ -241,7 +241,8 @@ class _Service:
 
     async def _pause(self) -> None:
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._stop.wait(), START_PAUSE_S)
+            async with asyncio.timeout(START_PAUSE_S):
+                await self._stop.wait()
 
     async def _wait_for_queues(self, connected: JetStreamBus) -> None:
         """The gateway makes the queues; a worker only binds, and waits for them."""

@@ -250,7 +250,8 @@ class Worker:
         """
         while not self._draining.is_set():
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._draining.wait(), LOOK_S)
+                async with asyncio.timeout(LOOK_S):
+                    await self._draining.wait()
             turn = next((turn for turn in self._turns if self._gives_way(turn)), None)
             if turn is None or self._places.locked() or self._draining.is_set():
                 continue
@@ -354,7 +355,8 @@ class Worker:
             if last:
                 return
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(ending.wait(), self._registration.heartbeat_s)
+                async with asyncio.timeout(self._registration.heartbeat_s):
+                    await ending.wait()
 
     def _describe(self, gpus: tuple[GpuFigures, ...]) -> WorkerInfo:
         engine = self._engine.info

@@ -81,7 +81,8 @@ class JobFeed:
                 yield frame("job", job.to_bytes())
                 return
             try:
-                message = await asyncio.wait_for(self._queue.get(), KEEP_ALIVE_S)
+                async with asyncio.timeout(KEEP_ALIVE_S):
+                    message = await self._queue.get()
             except TimeoutError:
                 yield KEEP_ALIVE
                 if not await self._goes_on():
