@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import models
 import numpy as np
 import torch
 from PIL import Image
@@ -189,6 +190,13 @@ def engine_of(kind: str, pipe: Any, layout: Layout, **options: Any) -> Any:
             return pipe
 
     return Made("random", layout=layout, **options)
+
+
+def partner_engine(tiny: bool, layout: Layout) -> Any:
+    """What a second process computes with on its device: the same random weights."""
+    torch.set_grad_enabled(False)
+    pipe = models.wan(torch.device(layout.device), torch.float32 if tiny else torch.bfloat16, tiny=tiny)
+    return engine_of("i2v", pipe, layout)
 
 
 def picture(width: int, height: int) -> Image.Image:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import abc
 import argparse
+import functools
 import gc
 import json
 import os
@@ -20,6 +21,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +43,7 @@ from bench import (
     Plain,
     engine_of,
     measured,
+    partner_engine,
     peak,
     picture,
     profile_forward,
@@ -51,6 +54,7 @@ from bench import (
 )
 
 from vidgen.accel.engine import Layout
+from vidgen.accel.guidance import Partner
 from vidgen.contracts import EditWork, I2VWork
 
 torch.set_grad_enabled(False)
@@ -273,6 +277,31 @@ def i2v_40(bench: Bench, folder: Path) -> None:
         )  # fmt: skip
 
 
+def i2v_two(bench: Bench, folder: Path) -> None:
+    """40 steps with guidance on one GPU, and on two."""
+    subject = Video(bench, folder)
+    one = Layout(device=str(bench.device)) if bench.tiny else Layout(profile="resident-fp8", device=str(bench.device))
+    other = replace(one, device="cpu" if bench.tiny else "cuda:1")
+    alone = None
+    for devices in (1, 2):
+        engine = engine_of("i2v", subject.pipe, one)
+        if devices == 2:
+            # It finds this folder's modules by what this process has on its path.
+            shim = [str(checkpoints.SHIM)] if bench.tiny else []
+            os.environ["PYTHONPATH"] = os.pathsep.join([*shim, *sys.path])
+            engine._partner = Partner(functools.partial(partner_engine, bench.tiny, other), other.device)
+        engine.setup()
+        through(engine, subject.work(4, 3.5), subject.source, folder)  # compiles
+        with Final(subject.pipe) as final:
+            taken = through(engine, subject.work(40, 3.5), subject.source, folder)["generate"]
+        alone = alone or Plain(taken, final.latents)
+        bench.row(
+            "i2v-2", f"40 steps, CFG 3.5, {devices} GPU", generate_s=taken, ratio=alone.seconds / taken,
+            latents_error=float((final.latents - alone.latents).norm() / alone.latents.norm()),
+        )  # fmt: skip
+    engine._partner.close()
+
+
 def card(kind: type[Subject], gib: int) -> Callable[[Bench, Path], None]:
     """A section: one model on a GPU of which so much may be used; the profile that is chosen, its speed, its peak."""
 
@@ -347,6 +376,7 @@ def started(model: str) -> None:
 
 SECTIONS: dict[str, Callable[[Bench, Path], None]] = {
     "edit": edit, "i2v": i2v, "candidates": candidates, "i2v-40": i2v_40, "i2v-40-plain": i2v_40_plain, "start": start,
+    "i2v-2": i2v_two,
     **{f"{kind.kind}-{gib}": card(kind, gib) for gib in CARDS for kind in (Edit, Video)},
 }  # fmt: skip
 

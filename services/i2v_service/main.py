@@ -22,6 +22,7 @@ def make_engine(settings: WorkerSettings, chosen: choice.Choice) -> Engine:
         revision=settings.i2v_revision,
         lora=settings.i2v_lora,
         lora_2=settings.i2v_lora_2,
+        guidance_device=settings.i2v_guidance_device,
         layout=Layout(**settings.layout()),
     )
 

@@ -23,25 +23,33 @@ FP8_CAPABILITY = (8, 9)  # the least compute capability that multiplies FP8: Ada
 SHORTEST_SAMPLE = 0.25  # seconds; os.times counts in steps of 10 ms
 
 
-def monitor(device: str, *, nvml: Any = None) -> GpuMonitor:
+def monitor(*devices: str, nvml: Any = None) -> GpuMonitor:
     """The monitor of what this process uses: `cpu`, `cuda`, `cuda:N` or `auto` (a GPU where NVML sees one).
 
     N counts as CUDA does, among the devices that CUDA_VISIBLE_DEVICES leaves. A GPU that NVML cannot see is reported
-    without figures. Raises FatalError for any other device. `nvml` stands in for pynvml in tests.
+    without figures; where none of the devices is a GPU the CPU is. Raises FatalError for any other device. `nvml`
+    stands in for pynvml in tests.
     """
-    wanted = re.fullmatch(r"(auto|cpu|cuda)(?::(\d+))?", device)
-    if wanted is None or (wanted[2] is not None and wanted[1] != "cuda"):
-        raise errors.FatalError(f"device: {device!r} is none: use auto, cpu, cuda or cuda:N", code="settings")
-    kind, position = wanted[1], int(wanted[2] or 0)
-    if kind == "cpu":
+    wanted = [_wanted(device) for device in devices]
+    if all(kind == "cpu" for kind, _ in wanted):
         return CpuMonitor()
     nvml = _started(nvml)
     found = _visible_devices(nvml)
-    if position < len(found):
-        return NvmlMonitor(nvml, (found[position],))
-    if kind == "auto":
-        return CpuMonitor()
-    return NvmlMonitor(nvml, (_Device(position, None, UNKNOWN, UNKNOWN),))
+    used: list[_Device] = []
+    for kind, position in wanted:
+        if kind == "cuda" or (kind == "auto" and found):
+            known = position < len(found)
+            device = found[position] if known else _Device(position, None, UNKNOWN, UNKNOWN)
+            used += [device] if device not in used else []
+    return NvmlMonitor(nvml, tuple(used)) if used else CpuMonitor()
+
+
+def _wanted(device: str) -> tuple[str, int]:
+    """Kind and number of a device as a setting names it."""
+    wanted = re.fullmatch(r"(auto|cpu|cuda)(?::(\d+))?", device)
+    if wanted is None or (wanted[2] is not None and wanted[1] != "cuda"):
+        raise errors.FatalError(f"device: {device!r} is none: use auto, cpu, cuda or cuda:N", code="settings")
+    return wanted[1], int(wanted[2] or 0)
 
 
 def visible(*, nvml: Any = None) -> tuple[GpuFigures, ...]:

@@ -80,7 +80,7 @@ class _Service:
     def __init__(self, makers: Mapping[Stage, MakeEngine], settings: WorkerSettings) -> None:
         self._makers, self._settings = makers, settings
         self._stages = tuple(makers)
-        self._monitor = gpu.monitor(settings.device)
+        self._monitor = gpu.monitor(*settings.devices(self._stages))
         gpus = self._monitor.read()
         self._metrics = {
             stage: WorkerMetrics(stage, gpus, tells_figures=stage == self._stages[0]) for stage in self._stages

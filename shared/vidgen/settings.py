@@ -6,7 +6,7 @@ import os
 import secrets
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
@@ -96,7 +96,9 @@ class WorkerSettings(Settings):
         20.0, ge=0, description="Seconds that must be left of a task to hand it back; what is shorter is finished."
     )
     heartbeat_s: float = Field(3.0, gt=0, description="How often the worker registry is refreshed.")
-    gpu_usd_per_hour: float = Field(0.0, ge=0, description="What this worker's GPU costs; gives cost_usd.")
+    gpu_usd_per_hour: float = Field(
+        0.0, ge=0, description="What this worker's GPU costs, or both where it has two; gives cost_usd."
+    )
 
     engine: Literal["auto", "preview", "real"] = Field(
         "auto", description="auto: the real model where its weights and a GPU are found, else the CPU preview."
@@ -149,6 +151,11 @@ class WorkerSettings(Settings):
     i2v_revision: str | None = Field(None, description="The commit of the model id; needed to download it.")
     i2v_lora: str | None = Field(None, description="A LoRA; with Wan 2.2 that of the high-noise expert.")
     i2v_lora_2: str | None = Field(None, description="The LoRA of Wan 2.2's low-noise expert.")
+    i2v_guidance_device: str | None = Field(
+        None,
+        description="A second GPU, such as `cuda:1`, for one clip: half of each step with guidance is computed there, "
+        "by a process of its own.",
+    )
 
     def layout(self) -> dict[str, Any]:
         """How an engine is laid into the device: the fields of `vidgen.accel.engine.Layout`."""
@@ -156,6 +163,11 @@ class WorkerSettings(Settings):
             "device", "dtype", "profile", "attention", "compile", "compile_cache", "step_cache", "sleep_in", "work_dir",
         )  # fmt: skip
         return {name: getattr(self, name) for name in names}
+
+    def devices(self, stages: Collection[Stage]) -> tuple[str, ...]:
+        """What a worker of these stages computes on."""
+        second = self.i2v_guidance_device if "i2v" in stages else None
+        return (self.device,) if second is None else (self.device, second)
 
     def model_of(self, stage: Stage) -> tuple[str, str | None]:
         """Model id or folder, and pinned revision, of a stage."""

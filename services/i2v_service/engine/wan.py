@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from PIL import Image
 from vidgen import diffusion, images, video, weights
 from vidgen.accel import resume
 from vidgen.accel.engine import DiffusersEngine, Layout
+from vidgen.accel.guidance import Partner
 from vidgen.contracts import I2VWork, Work
 from vidgen.engine import Finished, Generated, OnStep
 from vidgen.errors import RejectedError
@@ -49,7 +51,8 @@ class WanI2VEngine(DiffusersEngine):
     `model` is a hub id (already downloaded) or a folder, `revision` its commit. `lora` is fused into the transformer
     (Wan 2.2 A14B: the high-noise expert) and `lora_2` into the low-noise expert; each is a local .safetensors file or
     folder. With dtype auto on a GPU all is bfloat16 but what the model's makers keep in float32: the image encoder,
-    and, except in the models of two experts, the VAE. An explicit dtype holds for all of it.
+    and, except in the models of two experts, the VAE. An explicit dtype holds for all of it. With a `guidance_device`
+    half of each guided step is computed there, by a process of its own.
     """
 
     NAME = "wan"
@@ -64,9 +67,24 @@ class WanI2VEngine(DiffusersEngine):
         revision: str | None = None,
         lora: str | None = None,
         lora_2: str | None = None,
+        guidance_device: str | None = None,
         layout: Layout = Layout(),  # noqa: B008  frozen
     ) -> None:
         super().__init__(model, revision, {"transformer": lora, "transformer_2": lora_2}, layout)
+        self._partner: Partner | None = None
+        if guidance_device is not None:
+            other = replace(layout, device=guidance_device, step_cache=1)
+            make = functools.partial(WanI2VEngine, model, revision=revision, lora=lora, lora_2=lora_2, layout=other)
+            self._partner = Partner(make, guidance_device)
+
+    def setup(self) -> Mapping[str, float]:
+        """Set up as every engine, and meanwhile on the second device where there is one."""
+        if self._partner is None:
+            return super().setup()
+        self._partner.start()
+        super().setup()
+        self._timed("partner", functools.partial(self._partner.ready, self.info))
+        return self.load_seconds
 
     def _dtypes(self, found: weights.Weights, dtype: torch.dtype) -> dict[str, torch.dtype]:
         exact = torch.float32 if self.layout.dtype == "auto" else dtype
@@ -77,6 +95,8 @@ class WanI2VEngine(DiffusersEngine):
         # The VAE's own factor times the patches of the transformer: 16, and 32 for TI2V-5B.
         patch: Sequence[int] = self._pipe.transformer.config.patch_size
         self._multiple = math.lcm(16, self._pipe.vae_scale_factor_spatial * max(patch[1:]))
+        if self._partner is not None:
+            self._partner.attach(self.transformers())
 
     def prepare(self, work: Work, files: Sequence[Path]) -> Inputs:
         """Open the start image and fit it to the video; raises RejectedError for what is no image, or not one."""
@@ -99,6 +119,8 @@ class WanI2VEngine(DiffusersEngine):
         steps = resume.Course(on_step, self._device, diffusion.generators(work.seed), self._made_with(), state)
         scale, scale_2 = self._guidance(work)
         self._step_cache.begin(work.steps, steps.done)
+        if self._partner is not None:
+            self._partner.begin(guided=scale > 1)
         with diffusion.faults(steps), steps.on(self._pipe) as given:
             clip = self._pipe(
                 image=inputs.start,

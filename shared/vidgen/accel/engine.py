@@ -81,14 +81,14 @@ class DiffusersEngine(abc.ABC):
         for component, path in self._loras.items():
             self._timed("lora", functools.partial(diffusion.fuse, self._pipe, path, component))
         self._timed("layout", lambda: self._lay_out(profile))
-        self._step_cache = stepcache.StepCache(self.layout.step_cache)
-        if self.layout.step_cache > 1:
-            self._step_cache.attach(self._transformers())
         self.info = replace(
             self.info, model=found.model, revision=found.revision, device=str(self._device),
             profile=str(dtype).removeprefix("torch.") if profile is None else self._told(profile),
         )  # fmt: skip
         self._adopt()
+        self._step_cache = stepcache.StepCache(self.layout.step_cache)
+        if self.layout.step_cache > 1:
+            self._step_cache.attach(self.transformers())
         if self._device.type == "cuda":
             with diffusion.loading("the model", "see the log of this worker"):
                 self._timed("warm_up", self._warm_up)
@@ -125,6 +125,11 @@ class DiffusersEngine(abc.ABC):
         if self._residency is not None:
             with diffusion.moving(f"{self.info.model} could not be woken", self._device):
                 self._residency.wake()
+
+    def transformers(self) -> list[Any]:
+        """The pipeline's transformers, where a model has two the one for the first steps first."""
+        found = (getattr(self._pipe, name, None) for name in profiles.TRANSFORMERS)
+        return [model for model in found if model is not None]
 
     def _find(self) -> weights.Weights:
         return weights.require(self.model, self.revision, pipelines=self.PIPELINES)
@@ -216,7 +221,7 @@ class DiffusersEngine(abc.ABC):
     def _lay_out(self, profile: profiles.Name | None) -> None:
         if profile is None:
             return
-        transformers = self._transformers()
+        transformers = self.transformers()
         if profile.endswith("fp8"):
             arithmetic = fp8.has_arithmetic(self._device)
             for model in transformers:
@@ -235,10 +240,6 @@ class DiffusersEngine(abc.ABC):
             speed.compile_blocks(transformers)
         if self.layout.compile == "full":
             speed.compile_vae(self._pipe.vae)
-
-    def _transformers(self) -> list[Any]:
-        found = (getattr(self._pipe, name, None) for name in profiles.TRANSFORMERS)
-        return [model for model in found if model is not None]
 
     def _timed(self, phase: str, work: Callable[[], Any]) -> Any:
         begun = time.perf_counter()

@@ -97,6 +97,14 @@ def test_cuda_n_counts_the_devices() -> None:
     assert (second.index, second.uuid, second.utilization) == (1, "GPU-bbbb-2", 0.5)
 
 
+def test_several_devices_are_each_read_once() -> None:
+    both = gpu.monitor("cuda:1", "cuda:0", "cuda:1", nvml=FakeNvml()).read()
+
+    assert [figures.index for figures in both] == [1, 0]
+    assert gpu.monitor("cpu", "cuda", nvml=FakeNvml()).read() == (FIRST,)
+    assert gpu.monitor("auto", "cpu", nvml=NO_DRIVER).read()[0].uuid == "cpu"
+
+
 @pytest.mark.parametrize(
     ("chosen", "uuids"),
     [
