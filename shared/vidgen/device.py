@@ -1,4 +1,4 @@
-"""One device for several stages whose models do not fit on it together: whose task is next, and who is awake."""
+"""One device for several stages: whether all their models stay on it, else whose task is next and who is awake."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from typing import Protocol
 
 import structlog
 
-from vidgen import errors
+from vidgen import errors, profiles
 from vidgen.contracts import Stage
-from vidgen.engine import Sleeper
+from vidgen.engine import Engine, Sleeper
 
 log = structlog.get_logger(__name__)
 
@@ -30,6 +30,44 @@ class Device(Protocol):
 
     def release(self) -> None:
         """Give it to the next one."""
+
+
+def share(engines: Mapping[Stage, Engine], wanted: str) -> profiles.Plan | None:
+    """How the engines share their GPU, and have them do so; None where there is nothing to share.
+
+    Before they are set up, in the device's thread. `wanted` is `auto` or a profile's name; raises FatalError.
+    """
+    if len(engines) == 1:
+        return None
+    sleepers = [engine for engine in engines.values() if isinstance(engine, Sleeper)]
+    asked = [(engine, demand) for engine in sleepers if (demand := engine.demand()) is not None]
+    if len(asked) < 2:
+        return None
+    plan = profiles.share(wanted, [demand for _, demand in asked])
+    for (engine, _), profile in zip(asked, plan.profiles, strict=True):
+        engine.settle_for(profile)
+    how = "take turns on the GPU" if plan.takes_turns else "stay on the GPU together"
+    log.info(f"the models {how}: {', '.join(plan.profiles)}", _event="gpu_shared", takes_turns=plan.takes_turns)
+    return plan
+
+
+def views(
+    engines: Mapping[Stage, Engine],
+    awake: Stage,
+    device_thread: Executor,
+    on_switch: Callable[[Stage, float], None],
+    *,
+    takes_turns: bool,
+) -> Mapping[Stage, Device]:
+    """The one device as each stage has it: first come, first served where all the models stay on it.
+
+    Where they take turns, `awake` and `on_switch` are those of `TakingTurns`.
+    """
+    if not takes_turns:
+        return dict.fromkeys(engines, asyncio.Lock())
+    sleepers = {stage: engine for stage, engine in engines.items() if isinstance(engine, Sleeper)}
+    shared = TakingTurns(sleepers, awake, device_thread, on_switch)
+    return {stage: shared.of(stage) for stage in engines}
 
 
 def next_stage(waiting: Sequence[Stage], awake: Stage | None, held_s: float, switch_s: float) -> Stage:

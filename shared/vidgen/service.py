@@ -21,10 +21,9 @@ from typing import TypeVar
 import structlog
 import uvloop
 
-from vidgen import choice, errors, gpu, jetstream, metrics, probes, profiles, telemetry, topology, weights
+from vidgen import choice, device, errors, gpu, jetstream, metrics, probes, telemetry, topology, weights
 from vidgen.artifacts import S3Store
 from vidgen.contracts import LANES, Stage
-from vidgen.device import Device, TakingTurns
 from vidgen.engine import Engine, Sleeper
 from vidgen.handler import Policy
 from vidgen.jetstream import JetStreamBus
@@ -107,7 +106,8 @@ class _Service:
     async def _load(self, device_thread: ThreadPoolExecutor) -> tuple[dict[Stage, _Loaded], bool]:
         """The engines, set up, and whether they take turns; then all but the first stage's are asleep."""
         made = {stage: await self._make(stage) for stage in self._stages}
-        plan = await _on(device_thread, lambda: self._plan({stage: one.engine for stage, one in made.items()}))
+        engines = {stage: one.engine for stage, one in made.items()}
+        plan = await _on(device_thread, lambda: device.share(engines, self._settings.profile))
         loaded = {}
         # The last one first: so the first one ends awake, and there is never more than one on the device.
         for stage in reversed(self._stages):
@@ -130,21 +130,6 @@ class _Service:
         importing = time.monotonic()
         engine = self._makers[stage](self._settings, chosen)
         return _Loaded(engine, time.monotonic() - begun, {"imports": time.monotonic() - importing})
-
-    def _plan(self, engines: Mapping[Stage, Engine]) -> profiles.Plan | None:
-        """How the engines share their GPU, and have them do so; None where there is nothing to share."""
-        if len(engines) == 1:
-            return None
-        sleepers = [engine for engine in engines.values() if isinstance(engine, Sleeper)]
-        asked = [(engine, demand) for engine in sleepers if (demand := engine.demand()) is not None]
-        if len(asked) < 2:
-            return None
-        plan = profiles.share(self._settings.profile, [demand for _, demand in asked])
-        for (engine, _), profile in zip(asked, plan.profiles, strict=True):
-            engine.settle_for(profile)
-        how = "take turns on the GPU" if plan.takes_turns else "stay on the GPU together"
-        log.info(f"the models {how}: {', '.join(plan.profiles)}", _event="gpu_shared", takes_turns=plan.takes_turns)
-        return plan
 
     async def _set_up(self, stage: Stage, made: _Loaded, device_thread: ThreadPoolExecutor) -> _Loaded:
         begun = time.monotonic()
@@ -176,7 +161,10 @@ class _Service:
                 return
             store = S3Store.from_settings(settings)
             await self._wait_for_queues(connected)
-            devices = self._devices(loaded, device_thread, takes_turns=takes_turns)
+            devices = device.views(
+                {stage: one.engine for stage, one in loaded.items()}, self._stages[0], device_thread,
+                lambda stage, seconds: self._metrics[stage].switched(seconds), takes_turns=takes_turns,
+            )  # fmt: skip
             self._workers = [
                 Worker(
                     connected, store, loaded[stage].engine, device_thread, self._monitor, self._metrics[stage],
@@ -200,18 +188,6 @@ class _Service:
                 )
             await serving
         log.info("drained", _event="drained")
-
-    def _devices(
-        self, loaded: Mapping[Stage, _Loaded], device_thread: ThreadPoolExecutor, *, takes_turns: bool
-    ) -> Mapping[Stage, Device]:
-        """The one device as each stage has it: first come, first served where all the models stay on it."""
-        if not takes_turns:
-            return dict.fromkeys(self._stages, asyncio.Lock())
-        sleepers = {stage: one.engine for stage, one in loaded.items() if isinstance(one.engine, Sleeper)}
-        shared = TakingTurns(
-            sleepers, self._stages[0], device_thread, lambda stage, seconds: self._metrics[stage].switched(seconds)
-        )
-        return {stage: shared.of(stage) for stage in self._stages}
 
     def _policy(self, stage: Stage) -> Policy:
         settings = self._settings

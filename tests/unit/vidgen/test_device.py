@@ -18,7 +18,7 @@ from tests.workbench import BOUND, Bench, settled
 
 from vidgen import errors, profiles
 from vidgen.contracts import Stage
-from vidgen.device import HOLD_SWITCHES, LONGEST_HOLD_S, TakingTurns, next_stage
+from vidgen.device import HOLD_SWITCHES, LONGEST_HOLD_S, TakingTurns, next_stage, views
 from vidgen.handler import Turn
 from vidgen.testing import FakeClock
 
@@ -145,6 +145,22 @@ class House:
 
     async def at_the_door(self, stage: Stage) -> None:
         assert await asyncio.to_thread(self.engines[stage].at_the_door.wait, BOUND)
+
+
+@pytest.mark.parametrize("takes_turns", [True, False])
+async def test_the_stage_that_is_awake_has_the_device_at_once_and_the_other_wakes_only_where_they_take_turns(
+    takes_turns: bool,
+) -> None:
+    journal: list[str] = []
+    with ThreadPoolExecutor(1) as thread:
+        naps: Any = {stage: Naps(stage, journal, FakeClock()) for stage in STAGES}
+        stages = views(naps, STAGES[1], thread, lambda stage, seconds: None, takes_turns=takes_turns)
+        for stage in (STAGES[1], STAGES[0]):
+            await asyncio.wait_for(stages[stage].acquire(), BOUND)
+            stages[stage].release()
+            journal.append(stage)
+    first, other = STAGES[1], STAGES[0]
+    assert journal == [first, *([f"{first} sleeps", f"{other} wakes"] if takes_turns else []), other]
 
 
 @pytest.fixture
