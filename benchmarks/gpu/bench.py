@@ -24,6 +24,7 @@ from vidgen.accel.engine import Layout
 PROMPT = "turn the car bright red, golden hour light"
 CEILINGS = {"bf16": 799e12, "fp8": 1519e12}  # FLOP/s of a large product on one H200, docs/performance.md
 BEGUN = time.perf_counter()
+GIB = 1 << 30
 
 
 @dataclass
@@ -62,6 +63,14 @@ def _shown(value: Any) -> str:
 def sync() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+def cap(device: torch.device, gib: int | None) -> None:
+    """Let this process have so much of the GPU's memory from now on; None: all of it."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(1.0 if gib is None else min(1.0, gib * GIB / total), device)
 
 
 def peak() -> float:

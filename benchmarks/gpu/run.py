@@ -13,6 +13,7 @@ import argparse
 import functools
 import gc
 import json
+import logging
 import os
 import platform
 import subprocess
@@ -31,16 +32,21 @@ from tests import checkpoints
 
 if "--tiny" in sys.argv:
     checkpoints.install_shim()  # before anything imports transformers
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # so little is computed that threads only wait for one another
 
 import models
+import structlog
 import torch
+import turns
 from bench import (
     CEILINGS,
+    GIB,
     PROMPT,
     Bench,
     Captured,
     Final,
     Plain,
+    cap,
     engine_of,
     measured,
     partner_engine,
@@ -53,12 +59,12 @@ from bench import (
     through,
 )
 
+from vidgen.accel import loader
 from vidgen.accel.engine import Layout
 from vidgen.accel.guidance import Partner
 from vidgen.contracts import EditWork, I2VWork
 
 torch.set_grad_enabled(False)
-GIB = 1 << 30
 CARDS = (80, 48, 24)  # GiB
 
 
@@ -309,18 +315,14 @@ def card(kind: type[Subject], gib: int) -> Callable[[Bench, Path], None]:
         subject = kind(bench, folder)
         subject.pipe.to("cpu")
         gc.collect()
-        if bench.device.type == "cuda":
-            torch.cuda.empty_cache()
-            total = torch.cuda.get_device_properties(bench.device).total_memory
-            torch.cuda.set_per_process_memory_fraction(min(1.0, gib * GIB / total), bench.device)
+        cap(bench.device, gib)
         try:
             engine = subject.engine(Layout())
             name = f"{subject.kind} on {gib} GiB"
             bench.row("cards", f"{name}: ready", seconds=subject.ready_s, phases=rounded(engine.load_seconds))
             measured(bench, "cards", f"{name}: 4 steps, CFG off", engine, subject.work(4, 1.0), subject.source)
         finally:
-            if bench.device.type == "cuda":
-                torch.cuda.set_per_process_memory_fraction(1.0, bench.device)
+            cap(bench.device, None)
 
     return section
 
@@ -378,6 +380,8 @@ SECTIONS: dict[str, Callable[[Bench, Path], None]] = {
     "edit": edit, "i2v": i2v, "candidates": candidates, "i2v-40": i2v_40, "i2v-40-plain": i2v_40_plain, "start": start,
     "i2v-2": i2v_two,
     **{f"{kind.kind}-{gib}": card(kind, gib) for gib in CARDS for kind in (Edit, Video)},
+    "turns": turns.section(None), **{f"turns-{gib}": turns.section(gib) for gib in CARDS},
+    "turns-80-fp8": turns.section(80, "resident-fp8"),
 }  # fmt: skip
 
 
@@ -394,6 +398,7 @@ def main() -> None:
         return
     if unknown := set(options.sections) - set(SECTIONS):
         parser.error(f"no such section: {', '.join(sorted(unknown))}; there are {', '.join(SECTIONS)}")
+    structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
     device = torch.device("cpu" if options.tiny else "cuda:0")
     bench = Bench(
         options.out, options.tiny, options.variants, device, torch.float32 if options.tiny else torch.bfloat16
@@ -417,6 +422,7 @@ def main() -> None:
             traceback.print_exc()
             bench.row(name, f"{name} FAILED", error=f"{type(exc).__name__}: {exc}")
         gc.collect()
+        loader.give_back(device)
         if device.type == "cuda":
             torch.cuda.empty_cache()
 
