@@ -16,12 +16,14 @@ import json
 import logging
 import os
 import platform
+import shutil
 import subprocess
 import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -59,13 +61,15 @@ from bench import (
     through,
 )
 
-from vidgen.accel import loader
+from vidgen import manifest
+from vidgen.accel import fp8, loader, quantize
 from vidgen.accel.engine import Layout
 from vidgen.accel.guidance import Partner
 from vidgen.contracts import EditWork, I2VWork
 
 torch.set_grad_enabled(False)
 CARDS = (80, 48, 24)  # GiB
+STARTED = Path(__file__).with_name("started.py")
 
 
 class Subject(abc.ABC):
@@ -327,34 +331,75 @@ def card(kind: type[Subject], gib: int) -> Callable[[Bench, Path], None]:
     return section
 
 
-def start(bench: Bench, folder: Path) -> None:
+def start(bench: Bench, folder: Path, *, in_fp8: bool = False) -> None:
     """From process start to an engine that is warm, from a model on this disk: as it lies in the page cache, and cold.
 
-    The second start finds what the first one compiled. Dropping the page cache of a file needs no rights.
+    The second start finds what the first one compiled. Dropping the page cache of a file needs no rights. The raw rate
+    is that of reading the same files into memory, just before and in the same state.
     """
+    section = "start-fp8" if in_fp8 else "start"
     subject = Edit(bench, folder)
     model = folder / "model"
+    if in_fp8:  # on the device, and never in bf16 on the disk: 35 GiB instead of 54
+        fp8.quantise(subject.pipe.transformer, arithmetic=False, least=16 if bench.tiny else fp8.LEAST_FEATURES)
+    parts = [part for part in subject.pipe.components.values() if isinstance(part, torch.nn.Module)]
+    size = sum(tensor.nbytes for part in parts for tensor in part.state_dict().values())
+    if size + GIB > (free := shutil.disk_usage(folder).free):
+        raise RuntimeError(f"{folder} has {free / GIB:.0f} GiB free, and the model takes {size / GIB:.0f}")
     begun = time.perf_counter()
     subject.pipe.save_pretrained(model)
+    if in_fp8:
+        as_snapshot(model)
     size = sum(file.stat().st_size for file in model.rglob("*") if file.is_file())
-    bench.row("start", "written", seconds=time.perf_counter() - begun, gib=size / GIB)
-    del subject
+    bench.row(section, "written", seconds=time.perf_counter() - begun, gib=size / GIB)
+    del subject, parts
     gc.collect()
     if bench.device.type == "cuda":
         torch.cuda.empty_cache()
     for name in ("first start, page cache", "second start, page cache", "third start, cold disk"):
-        if "cold" in name:
+        cold = "cold" in name
+        if cold:
+            drop(model)
+        raw = raw_rate(model)
+        if cold:
             drop(model)
         begun = time.perf_counter()
         done = subprocess.run(
-            [sys.executable, __file__, "--start", str(model), *(["--tiny"] if bench.tiny else [])],
+            [sys.executable, str(STARTED), str(model), *(["--tiny"] if bench.tiny else [])],
             capture_output=True, text=True, check=False,
         )  # fmt: skip
         taken = time.perf_counter() - begun
         if done.returncode:
             raise RuntimeError(done.stderr[-2000:])
         phases = json.loads(done.stdout.splitlines()[-1])
-        bench.row("start", name, process_s=taken, gib_per_s=size / GIB / phases["weights"], phases=rounded(phases))
+        rates = {f"{phase}_gib_per_s": size / GIB / phases[phase] for phase in ("weights", "read") if phase in phases}
+        bench.row(section, name, process_s=taken, **rates, raw_gib_per_s=raw, phases=rounded(phases))
+
+
+def as_snapshot(model: Path) -> None:
+    """Make a saved pipeline whose transformer is in FP8 what `vidgen weights quantize` writes."""
+    config = model / "transformer" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_bytes()) | {"quantization_config": quantize.MARK}))
+    files = tuple(manifest.describe(model))
+    manifest.write(model, manifest.Manifest(model="random", created_by="a benchmark", profile="fp8", files=files))
+
+
+def raw_rate(model: Path) -> float:
+    """GiB/s of plain reads of a model's weights into memory, by as many threads as the loader has."""
+    files = sorted(model.rglob("*.safetensors"))
+    chunks = [(file, begin) for file in files for begin in range(0, file.stat().st_size, loader.CHUNK)]
+
+    def work(own: list[tuple[Path, int]]) -> int:
+        buffer, done = bytearray(loader.CHUNK), 0
+        for file, begin in own:
+            with file.open("rb", buffering=0) as opened:
+                done += os.preadv(opened.fileno(), [buffer], begin)
+        return done
+
+    begun = time.perf_counter()
+    with ThreadPoolExecutor(loader.THREADS) as pool:
+        read = sum(pool.map(work, [chunks[number :: loader.THREADS] for number in range(loader.THREADS)]))
+    return read / GIB / (time.perf_counter() - begun)
 
 
 def drop(model: Path) -> None:
@@ -365,20 +410,9 @@ def drop(model: Path) -> None:
             os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-def started(model: str) -> None:
-    """The process that `start` times."""
-    begun = time.perf_counter()
-    from edit_service.engine.qwen import QwenEditEngine
-
-    imported = time.perf_counter() - begun
-    areas = {"reference_area": 64 * 64, "condition_area": 56 * 56} if "--tiny" in sys.argv else {}
-    engine = QwenEditEngine(model, **areas)
-    print(json.dumps({"imports": imported, **engine.setup()}))
-
-
 SECTIONS: dict[str, Callable[[Bench, Path], None]] = {
     "edit": edit, "i2v": i2v, "candidates": candidates, "i2v-40": i2v_40, "i2v-40-plain": i2v_40_plain, "start": start,
-    "i2v-2": i2v_two,
+    "start-fp8": functools.partial(start, in_fp8=True), "i2v-2": i2v_two,
     **{f"{kind.kind}-{gib}": card(kind, gib) for gib in CARDS for kind in (Edit, Video)},
     "turns": turns.section(None), **{f"turns-{gib}": turns.section(gib) for gib in CARDS},
     "turns-80-fp8": turns.section(80, "resident-fp8"),
@@ -391,11 +425,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("gpu-results.jsonl"))
     parser.add_argument("--variants", default="", help="only those whose name has this in it")
     parser.add_argument("--tiny", action="store_true", help="rehearse with tiny models, on the CPU")
-    parser.add_argument("--start", help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.start is not None:
-        started(options.start)
-        return
     if unknown := set(options.sections) - set(SECTIONS):
         parser.error(f"no such section: {', '.join(sorted(unknown))}; there are {', '.join(SECTIONS)}")
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
