@@ -14,7 +14,7 @@ from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus
 from PIL import Image
 
 from vidgen import diffusion, images, weights
-from vidgen.accel import resume
+from vidgen.accel import resume, vision
 from vidgen.accel.engine import DiffusersEngine, Layout
 from vidgen.accel.resume import Part
 from vidgen.contracts import MAX_REFERENCES, EditWork, Work
@@ -82,6 +82,7 @@ class QwenEditEngine(DiffusersEngine):
         # A module constant of diffusers: set for the whole process, which holds this one engine.
         if self.condition_area is not None:
             pipeline_qwenimage_edit_plus.CONDITION_IMAGE_SIZE = self.condition_area
+        vision.fuse_segments(self._pipe.text_encoder)
         self._multiple: int = self._pipe.vae_scale_factor * 2
 
     def prepare(self, work: Work, files: Sequence[Path]) -> Inputs:
