@@ -182,11 +182,11 @@ class QwenEditEngine(DiffusersEngine):
 
     @contextlib.contextmanager
     def _reading(self, inputs: Inputs) -> Iterator[None]:
-        """Let the pipeline's call find what is ready."""
+        """Let the pipeline's call find what is ready, and read the references once for both prompts."""
         if inputs.ready is None:
             yield
             return
-        with self._processors.answering(inputs.ready, self._device):
+        with self._processors.answering(inputs.ready, self._device), vision.reading_once(self._pipe.text_encoder):
             yield
 
     def finish(self, output: Edited, folder: Path) -> tuple[Finished, ...]:

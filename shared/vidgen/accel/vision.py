@@ -1,10 +1,12 @@
-"""The vision tower of Qwen2.5-VL without what makes it wait: one attention kernel per layer.
+"""The vision tower of Qwen2.5-VL without what makes it wait: one attention kernel per layer, and each image read once.
 
 What is computed stays the same, up to the rounding of another attention kernel.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -74,3 +76,32 @@ def fuse_segments(text_encoder: nn.Module) -> int:
             block.attn = SegmentAttention(stock, masks)
             fused += 1
     return fused
+
+
+@contextlib.contextmanager
+def reading_once(text_encoder: nn.Module) -> Iterator[None]:
+    """Within it the vision tower runs once for pixels that come again, as guidance's do with the second prompt.
+
+    They must be the same tensor: to compare what is in two would wait for the device. Nothing is kept behind it.
+    """
+    model: Any = getattr(text_encoder, "model", None)
+    stock = getattr(model, "get_image_features", None)
+    if stock is None:
+        yield
+        return
+    # Weights that stream are fetched in the order of the first run: there each run has to be like it.
+    stream = any("_diffusers_hook" in vars(module) for module in text_encoder.modules())
+    read: list[tuple[Tensor, Any]] = []
+
+    def once(pixel_values: Tensor, *args: Any, **options: Any) -> Any:
+        if stream or not read or read[0][0] is not pixel_values:
+            # The pipeline asks for the hidden states of all that runs, and looks at the language model's only.
+            features = stock(pixel_values, *args, **options | {"output_hidden_states": False})
+            read[:] = [(pixel_values, features)]
+        return read[0][1]
+
+    model.get_image_features = once
+    try:
+        yield
+    finally:
+        del model.get_image_features

@@ -68,8 +68,8 @@ def photos(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 @contextmanager
 def counted(engine: QwenEditEngine) -> Iterator[dict[str, int]]:
-    """How often each of the stock processors works."""
-    seen = {"resize": 0, "preprocess": 0, "features": 0}
+    """How often each of the stock processors works, and the vision tower."""
+    seen = {"resize": 0, "preprocess": 0, "features": 0, "tower": 0}
     processor = engine._pipe.processor.image_processor
     with pytest.MonkeyPatch.context() as patch:
 
@@ -85,6 +85,7 @@ def counted(engine: QwenEditEngine) -> Iterator[dict[str, int]]:
         watch(engine._pipe.image_processor, "resize", "resize")
         watch(engine._pipe.image_processor, "preprocess", "preprocess")
         watch(processor, "preprocess", "features")
+        watch(engine._pipe.text_encoder.model.visual, "forward", "tower")
         yield seen
 
 
@@ -101,13 +102,13 @@ def test_an_edit_is_the_one_that_the_pipeline_makes_by_itself(
     inputs = engine.prepare(work(true_cfg_scale=true_cfg_scale, candidates=candidates), photos[:count])
     with counted(engine) as seen:
         found = pixels(engine, inputs)
-    assert seen == {"resize": 0, "preprocess": 0, "features": 0}
+    assert seen == {"resize": 0, "preprocess": 0, "features": 0, "tower": 1}
 
     with counted(engine) as seen:
         wanted = pixels(engine, replace(inputs, ready=None))
     prompts = 2 if true_cfg_scale > 1 else 1
     # Each image for the VAE is resized, too.
-    assert seen == {"resize": 2 * count, "preprocess": count, "features": prompts}
+    assert seen == {"resize": 2 * count, "preprocess": count, "features": prompts, "tower": prompts}
     assert np.array_equal(found, wanted)
 
 
@@ -141,7 +142,7 @@ def test_an_edit_that_is_gone_on_with_finds_them_ready(engine: QwenEditEngine, p
     again = engine.prepare(task, photos)
     with counted(engine) as seen:
         found = engine.resume(again, ignore, left.value.state).output.pixels
-    assert seen == {"resize": 0, "preprocess": 0, "features": 0}
+    assert seen == {"resize": 0, "preprocess": 0, "features": 0, "tower": 1}
     assert np.array_equal(found, pixels(engine, replace(inputs, ready=None)))
 
 
@@ -176,6 +177,7 @@ def test_behind_a_task_the_pipeline_has_its_own_processors_also_if_it_fails(
         engine.generate(inputs, stop)
     after = pipe.image_processor, pipe.processor, pipe.processor.image_processor
     assert all(now is then for now, then in zip(after, before, strict=True))
+    assert "get_image_features" not in vars(pipe.text_encoder.model)
 
 
 def test_what_was_made_for_other_images_or_sizes_is_never_taken(engine: QwenEditEngine, photos: list[Path]) -> None:

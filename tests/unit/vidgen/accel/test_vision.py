@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +38,15 @@ def fused(stock: Any) -> Any:
     made = copy.deepcopy(stock)
     assert vision.fuse_segments(made) == 2
     return made
+
+
+@pytest.fixture
+def reads(fused: Any) -> Iterator[list[int]]:
+    """Grows with each run of the vision tower."""
+    seen: list[int] = []
+    hook = fused.model.visual.register_forward_hook(lambda *_: seen.append(1))
+    yield seen
+    hook.remove()
 
 
 def images(sizes: list[tuple[int, int]]) -> dict[str, torch.Tensor]:
@@ -110,3 +120,46 @@ def test_another_text_encoder_is_left_alone() -> None:
     encoder = nn.Sequential(block)
     assert vision.fuse_segments(encoder) == 0
     assert type(block.attn) is nn.Linear
+    with vision.reading_once(encoder):
+        pass
+
+
+def test_the_same_pixels_are_read_once_for_two_prompts(fused: Any, reads: list[int]) -> None:
+    given = images(GRIDS["several images"])
+    wanted = [embedded(fused, given, text) for text in (5, 9)]
+    assert len(reads) == 2
+    with vision.reading_once(fused):
+        found = [embedded(fused, given, text) for text in (5, 9)]
+    assert len(reads) == 3
+    assert all(map(torch.equal, found, wanted))
+
+
+def test_other_pixels_are_read_anew(fused: Any, reads: list[int]) -> None:
+    given = images(GRIDS["one window"])
+    others = given | {"pixel_values": given["pixel_values"] + 1}
+    with vision.reading_once(fused):
+        first, second = seen_by(fused, given), seen_by(fused, others)
+    assert len(reads) == 2
+    assert not torch.equal(first, second)
+
+
+def test_nothing_is_kept_behind_a_task_also_if_it_fails(fused: Any, reads: list[int]) -> None:
+    given = images(GRIDS["one window"])
+    with pytest.raises(KeyError), vision.reading_once(fused):
+        raise KeyError(seen_by(fused, given))
+    assert "get_image_features" not in vars(fused.model)
+    seen_by(fused, given)
+    assert len(reads) == 2
+
+
+def test_weights_that_stream_do_so_in_the_same_order_each_time(fused: Any, reads: list[int]) -> None:
+    from diffusers.hooks import apply_group_offloading
+
+    apply_group_offloading(
+        fused, onload_device=torch.device("cpu"), offload_device=torch.device("cpu"), offload_type="leaf_level"
+    )
+    given = images(GRIDS["one window"])
+    with vision.reading_once(fused):
+        seen_by(fused, given)
+        seen_by(fused, given)
+    assert len(reads) == 2
