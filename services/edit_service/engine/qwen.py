@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ from diffusers import QwenImageEditPlusPipeline
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus
 from PIL import Image
 
+from edit_service.engine.references import Processors, Ready
 from vidgen import diffusion, images, weights
-from vidgen.accel import resume
+from vidgen.accel import resume, vision
 from vidgen.accel.engine import DiffusersEngine, Layout
 from vidgen.accel.resume import Part
 from vidgen.contracts import MAX_REFERENCES, EditWork, Work
@@ -34,10 +36,14 @@ WARM_UP = EditWork(
 
 @dataclass(frozen=True)
 class Inputs:
-    """What `prepare` lays out: the work and its references, upright RGB."""
+    """What `prepare` lays out: the work and its references, upright RGB, with all that the CPU makes of them.
+
+    `ready` None: the pipeline makes it in its call.
+    """
 
     work: EditWork
     references: tuple[Image.Image, ...]
+    ready: Ready | None = None
 
 
 @dataclass(frozen=True)
@@ -82,10 +88,13 @@ class QwenEditEngine(DiffusersEngine):
         # A module constant of diffusers: set for the whole process, which holds this one engine.
         if self.condition_area is not None:
             pipeline_qwenimage_edit_plus.CONDITION_IMAGE_SIZE = self.condition_area
+        condition_area: int = pipeline_qwenimage_edit_plus.CONDITION_IMAGE_SIZE
+        self._processors = Processors(self._pipe, condition_area)
+        vision.fuse_segments(self._pipe.text_encoder)
         self._multiple: int = self._pipe.vae_scale_factor * 2
 
     def prepare(self, work: Work, files: Sequence[Path]) -> Inputs:
-        """Open the references; raises RejectedError for what is no image, or not one to three of them."""
+        """Open and resize the references; raises RejectedError for what is no image, or not one to three of them."""
         if not isinstance(work, EditWork):
             raise RejectedError(f"an edit engine cannot do {work.kind} work: send it to that stage", field="work")
         if not 1 <= len(files) <= MAX_REFERENCES:
@@ -94,7 +103,13 @@ class QwenEditEngine(DiffusersEngine):
             # The schedule is stretched between its first and its last step: with one step it divides by zero.
             raise RejectedError("steps: this model's schedule needs at least 2, use 4", field="steps")
         self._refuse_control_tokens(work)
-        return Inputs(work, tuple(images.open_rgb(path) for path in files))
+        return self._laid_out(work, tuple(images.open_rgb(path) for path in files))
+
+    def _laid_out(self, work: EditWork, opened: tuple[Image.Image, ...]) -> Inputs:
+        try:
+            return Inputs(work, opened, self._processors.make_ready(opened, self._area_of(work)))
+        except ValueError as exc:  # a size that the model's processors cannot take
+            raise RejectedError(f"the model refuses these inputs: {exc}", code="invalid_input") from exc
 
     def generate(self, inputs: Inputs, on_step: OnStep) -> Generated:
         """Run the pipeline; the output's pixels are on the host."""
@@ -147,7 +162,7 @@ class QwenEditEngine(DiffusersEngine):
         pipeline_qwenimage_edit_plus.VAE_IMAGE_SIZE = self._area_of(work)
         guidance = {"guidance_scale": work.guidance_scale} if self._pipe.transformer.config.guidance_embeds else {}
         self._step_cache.begin(work.steps, steps.done)
-        with diffusion.faults(steps), steps.on(self._pipe) as given:
+        with diffusion.faults(steps), steps.on(self._pipe) as given, self._reading(inputs):
             pictures = self._pipe(
                 image=list(inputs.references),
                 prompt=work.prompt,
@@ -164,6 +179,15 @@ class QwenEditEngine(DiffusersEngine):
             ).images
             pixels = diffusion.cropped(diffusion.to_pixels(pictures), work.width, work.height).cpu().numpy()
         return Generated(pixels, denoise_s=steps.denoise_s, decode_s=steps.decode_s())
+
+    @contextlib.contextmanager
+    def _reading(self, inputs: Inputs) -> Iterator[None]:
+        """Let the pipeline's call find what is ready, and read the references once for both prompts."""
+        if inputs.ready is None:
+            yield
+            return
+        with self._processors.answering(inputs.ready, self._device), vision.reading_once(self._pipe.text_encoder):
+            yield
 
     def finish(self, output: Edited, folder: Path) -> tuple[Finished, ...]:
         """Write `edit-0.png`, `edit-1.png`, … with the engine, the model and the seed in each."""
@@ -183,7 +207,7 @@ class QwenEditEngine(DiffusersEngine):
         # Two lengths of text: at the second, compilation learns that lengths vary, and no prompt compiles any more.
         for prompt in ("warm up", "warm up with a longer text"):
             work = WARM_UP.model_copy(update={"prompt": prompt})
-            self.generate(Inputs(work, (grey,)), lambda step, steps: None)
+            self.generate(self._laid_out(work, (grey,)), lambda step, steps: None)
 
     def _refuse_control_tokens(self, work: EditWork) -> None:
         # The text encoder would read these as images or as another speaker's turn.
