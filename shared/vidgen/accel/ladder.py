@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from vidgen import diffusion
-from vidgen.accel import residency, speed
+from vidgen.accel import loader, residency, speed
 from vidgen.engine import Generated, Rung
 from vidgen.errors import FatalError, RetryableError, VidgenError
 from vidgen.profiles import GIB
@@ -153,7 +153,7 @@ def _bring_back(models: Iterable[nn.Module], unmarked: Iterable[tuple[nn.Module,
         model.to(device)
     if device.type == "cuda":
         gc.collect()  # the hooks hold one another, and the pinned copies
-        torch.accelerator.empty_host_cache()
+        loader.give_back(device)
 
 
 def _forget(pipe: Any, device: torch.device) -> None:

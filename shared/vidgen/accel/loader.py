@@ -83,9 +83,9 @@ def read(files: Sequence[Path], device: torch.device) -> dict[str, Tensor]:
 
 def give_back(device: torch.device) -> None:
     """Let go of the pinned buffers, which torch keeps from one `read` to the next."""
-    # Not every version that vidgen runs with can do so; half a gigabyte of the host is then kept.
-    empty = getattr(torch.accelerator, "empty_host_cache", None)
-    if device.type == "cuda" and empty is not None:
+    if device.type == "cuda":
+        # torch 2.11 has no public name for it yet.
+        empty = getattr(torch.accelerator, "empty_host_cache", None) or torch._C._host_emptyCache
         empty()
 
 
