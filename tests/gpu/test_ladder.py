@@ -97,7 +97,7 @@ def test_candidates_that_run_out_of_memory_are_made_one_after_another_and_the_ne
     cap(torch.cuda.get_device_properties(DEVICE).total_memory)
     again = run(engine, candidates=4)
     assert again.rungs == ()
-    assert np.array_equal(again.output.pixels, whole.output.pixels)
+    assert alike(again, whole)  # cuDNN may have settled for other kernels meanwhile
 
 
 def test_a_decode_that_runs_out_of_memory_is_made_in_tiles(make: Make) -> None:

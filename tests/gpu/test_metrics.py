@@ -86,6 +86,7 @@ async def test_a_gpu_that_is_held_is_told_as_busy_with_power_and_temperature(ben
 async def test_memory_is_what_torch_and_the_driver_count(bench: Bench) -> None:
     import pynvml
 
+    torch.cuda.empty_cache()  # what other tests left would go with it
     held = torch.empty(2 << 30, dtype=torch.uint8, device="cuda")
     bench.metrics.gpu_figures(gpu.monitor("cuda").read())
     free, total = torch.cuda.mem_get_info()
