@@ -137,7 +137,7 @@ async def test_models_that_do_not_fit_together_take_turns_and_every_job_is_done(
     assert "Traceback" not in turns.worker.process.log.read_text()
 
 
-@pytest.mark.parametrize("lease", [6.0])
+@pytest.mark.parametrize("lease", [15.0])
 async def test_a_process_that_is_killed_in_a_task_of_one_stage_leaves_those_of_both_to_the_next(
     stack: OneGpu, client: AsyncClient
 ) -> None:
