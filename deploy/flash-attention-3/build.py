@@ -1,4 +1,4 @@
-"""Builds FlashAttention 3 for Hopper as small as vidgen needs it: forward, head dimension 128, bfloat16.
+"""Builds FlashAttention 3 for Hopper as small as vidgen needs it: forward, head dimension 128, bfloat16 and e4m3.
 
     python build.py FLASH_ATTENTION CUTLASS TARGET
 
@@ -20,13 +20,14 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 VERSION = "3.0.0"
-SOURCES = ("flash_api_stable.cpp", "instantiations/flash_fwd_hdim128_bf16_sm90.cu", "flash_prepare_scheduler.cu")
+SOURCES = ("flash_api_stable.cpp", "instantiations/flash_fwd_hdim128_bf16_sm90.cu",
+           "instantiations/flash_fwd_hdim128_e4m3_sm90.cu", "flash_prepare_scheduler.cu")  # fmt: skip
 DISABLED = (
-    "BACKWARD", "PAGEDKV", "SPLIT", "APPENDKV", "LOCAL", "SOFTCAP", "PACKGQA", "FP16", "FP8", "VARLEN", "HDIM64",
+    "BACKWARD", "PAGEDKV", "SPLIT", "APPENDKV", "LOCAL", "SOFTCAP", "PACKGQA", "FP16", "VARLEN", "HDIM64",
     "HDIM96", "HDIM192", "HDIM256", "SM8x",
 )  # fmt: skip
 DIFFERING = ("HDIMDIFF64", "HDIMDIFF192")
-ENABLED = ("CLUSTER", "HDIM128")
+ENABLED = ("CLUSTER", "HDIM128", "FP8")
 
 
 def main(flash: Path, cutlass: Path, target: Path) -> None:

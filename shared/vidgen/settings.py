@@ -110,9 +110,10 @@ class WorkerSettings(Settings):
     profile: Literal["auto", "resident-bf16", "resident-fp8", "offload-fp8"] = Field(
         "auto", description="How a model is laid into the GPU's memory; auto: the fastest that fits what is found."
     )
-    attention: Literal["auto", "torch", "cudnn", "flash3", "sage"] = Field(
+    attention: Literal["auto", "torch", "cudnn", "flash3", "flash3-fp8", "sage"] = Field(
         "auto",
-        description="auto: FlashAttention 3 where it is installed on a Hopper GPU, else torch's; sage is lossy.",
+        description="auto: FlashAttention 3 where it is installed on a Hopper GPU, else torch's; flash3-fp8 and sage "
+        "are faster and lossy.",
     )
     compile: Literal["auto", "off", "blocks", "full"] = Field(
         "auto", description="auto: blocks, on a GPU; full: the VAE too, which takes a minute more at the start."

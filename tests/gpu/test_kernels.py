@@ -28,12 +28,62 @@ def test_rows_are_quantised_as_torch_does_it(columns: int, gelu: bool) -> None:
     assert error(found.float() * scale, wanted.float() * wanted_scale) < 1e-3
 
 
-def test_the_joint_inputs_of_attention_are_those_of_torch() -> None:
+def widened(parts: tuple[torch.Tensor, ...]) -> list[torch.Tensor]:
+    return [part.float() for part in parts]
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+def test_the_joint_inputs_of_attention_are_those_of_torch(narrow: bool) -> None:
     heads, dimension = 24, 128
     image, text = drawn(2, 60, 3 * heads * dimension), drawn(2, 14, 3 * heads * dimension)
     norms = [drawn(dimension) for _ in range(4)]
     freqs = drawn(60, dimension // 2, 2, dtype=torch.float32), drawn(14, dimension // 2, 2, dtype=torch.float32)
-    found = kernels.joint_qkv(image, text, *norms, *freqs, 1e-6)
-    wanted = kernels.plain_joint_qkv(image, text, (norms[0], norms[1]), (norms[2], norms[3]), *freqs, 1e-6)
-    for one, other in zip(found, wanted, strict=True):
-        assert error(one, other) < 1e-3
+    found = kernels.joint_qkv(image, text, *norms, *freqs, 1e-6, narrow)
+    wanted = kernels.plain_joint_qkv(
+        image, text, (norms[0], norms[1]), (norms[2], norms[3]), *freqs, 1e-6, narrow=narrow
+    )
+    for one, other in zip(widened(found), widened(wanted), strict=True):
+        assert error(one, other) < 2e-3
+
+
+@pytest.mark.parametrize("narrow", [False, True])
+def test_queries_and_keys_are_normalised_and_turned_as_torch_does_it(narrow: bool) -> None:
+    heads, dimension = 40, 128
+    qkv, norms = drawn(2, 50, 3 * heads * dimension), [drawn(heads * dimension) for _ in range(2)]
+    cos, sin = (drawn(50, dimension, dtype=torch.float32) for _ in range(2))
+    found = kernels.turned_qk(qkv, *norms, cos, sin, heads, 1e-6, narrow)
+    wanted = kernels.plain_turned_qk(qkv, *norms, cos, sin, heads, 1e-6, narrow=narrow)
+    for one, other in zip(widened(found), widened(wanted), strict=True):
+        assert error(one, other) < 2e-3
+
+
+@pytest.mark.parametrize("columns", [3072, 5120])
+@pytest.mark.parametrize("added", ["nothing", "as it is", "gated"])
+@pytest.mark.parametrize("one_place", [False, True])
+def test_what_is_normalised_is_quantised_as_torch_does_it(columns: int, added: str, one_place: bool) -> None:
+    x, more = drawn(300, columns), drawn(300, columns)
+    shift, scale, gate = drawn(2, 3 * columns).chunk(3, dim=-1)
+    place = torch.arange(300, device="cuda", dtype=torch.int32) % 2
+    if one_place:
+        place = place[:1].expand(300)
+    given = (shift, scale, place, 1e-6)
+    total = x
+    if added == "nothing":
+        rows, row_scale = kernels.modulated_rows(x, *given)
+    else:
+        total = x + more * gate[place] if added == "gated" else x + more
+        found, rows, row_scale = kernels.added_modulated_rows(x, more, gate if added == "gated" else None, *given)
+        assert error(found, total) < 5e-3
+        total = found
+    # A number between two of e4m3 may go to either.
+    assert error(rows.float() * row_scale, kernels.plain_modulated(total, *given)) < 0.03
+
+
+def test_attention_in_fp8_is_close_to_attention() -> None:
+    pytest.importorskip("flash_attn_interface")
+    query, key, value = (drawn(1, 4096, 24, 128) for _ in range(3))
+    narrowed, scale = kernels.rows_of_heads(value)
+    found = kernels.attended_e4m3(query.to(kernels.E4M3), key.to(kernels.E4M3), narrowed, scale, torch.bfloat16)
+    given = (part.transpose(1, 2) for part in (query, key, value))
+    wanted = nn.functional.scaled_dot_product_attention(*given).transpose(1, 2)
+    assert error(found, wanted) < 0.1

@@ -5,6 +5,7 @@ What is computed stays the same, up to the rounding of a fused step.
 
 from __future__ import annotations
 
+import types
 from collections.abc import Sequence
 from typing import Any
 
@@ -23,17 +24,42 @@ class Fp8FeedForward(nn.Module):
         self.up, self.down = up, down
 
     def forward(self, x: Tensor) -> Tensor:
-        hidden = self.up(x)
-        rows, scale = kernels.quantise_rows(hidden.reshape(-1, hidden.shape[-1]), True)
-        made: Tensor = self.down.multiply(rows, scale, x.dtype)
-        return made.reshape(*x.shape[:-1], self.down.out_features)
+        return self._down(self.up(x).reshape(-1, self.up.out_features), x.dtype).reshape(*x.shape[:-1], -1)
+
+    def of_rows(self, rows: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+        """The (rows, out) result for rows that are quantised already."""
+        return self._down(self.up.multiply(rows, scale, dtype), dtype)
+
+    def _down(self, hidden: Tensor, dtype: torch.dtype) -> Tensor:
+        rows, scale = kernels.quantise_rows(hidden, True)
+        return self.down.multiply(rows, scale, dtype)
 
 
-class JointAttention:
-    """Qwen-Image's attention processor, over projections side by side."""
+class _Attention:
+    """What the processors share: diffusers' choice of kernels, and ours of attention in FP8 (`narrow`)."""
 
     _attention_backend: Any = None
     _parallel_config: Any = None
+    narrow = False
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+        """(batch, tokens, heads · dimension) for (batch, tokens, heads, dimension) each."""
+        from diffusers.models.attention_dispatch import dispatch_attention_fn
+
+        if self.narrow:
+            if mask is not None:
+                raise ValueError("attention in FP8 takes no mask")
+            narrowed, scale = kernels.rows_of_heads(value)
+            return kernels.attended_e4m3(query, key, narrowed, scale, value.dtype).flatten(2, 3)
+        made: Tensor = dispatch_attention_fn(
+            query, key, value, attn_mask=mask, dropout_p=0.0, is_causal=False, backend=self._attention_backend,
+            parallel_config=self._parallel_config,
+        ).flatten(2, 3)  # fmt: skip
+        return made
+
+
+class JointAttention(_Attention):
+    """Qwen-Image's attention processor, over projections side by side."""
 
     def __call__(
         self,
@@ -44,26 +70,54 @@ class JointAttention:
         attention_mask: Tensor | None = None,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        from diffusers.models.attention_dispatch import dispatch_attention_fn
-
-        assert image_rotary_emb is not None
-        text_tokens = encoder_hidden_states.shape[1]
         mask = attention_mask
         if encoder_hidden_states_mask is not None:
             seen = torch.ones(hidden_states.shape[:2], dtype=torch.bool, device=hidden_states.device)
             mask = torch.cat([encoder_hidden_states_mask.bool(), seen], dim=1)[:, None, None, :]
-        image_freqs, text_freqs = (torch.view_as_real(freqs) for freqs in image_rotary_emb)
+        return self.of_projections(
+            attn, attn.to_qkv(hidden_states), attn.to_added_qkv(encoder_hidden_states), mask, image_rotary_emb
+        )
+
+    def of_projections(
+        self, attn: Any, image: Tensor, text: Tensor, mask: Tensor | None, freqs: tuple[Tensor, Tensor] | None
+    ) -> tuple[Tensor, Tensor]:
+        """The attention's two outputs for its two projections, each (batch, tokens, 3 · width)."""
+        assert freqs is not None
+        image_freqs, text_freqs = (torch.view_as_real(one) for one in freqs)
         query, key, value = kernels.joint_qkv(
-            attn.to_qkv(hidden_states), attn.to_added_qkv(encoder_hidden_states), attn.norm_q.weight,
-            attn.norm_k.weight, attn.norm_added_q.weight, attn.norm_added_k.weight, image_freqs, text_freqs,
-            attn.norm_q.eps,
+            image, text, attn.norm_q.weight, attn.norm_k.weight, attn.norm_added_q.weight, attn.norm_added_k.weight,
+            image_freqs, text_freqs, attn.norm_q.eps, self.narrow,
         )  # fmt: skip
-        joint = dispatch_attention_fn(
-            query, key, value, attn_mask=mask, dropout_p=0.0, is_causal=False, backend=self._attention_backend,
-            parallel_config=self._parallel_config,
-        ).flatten(2, 3)  # fmt: skip
-        text, image = joint[:, :text_tokens], joint[:, text_tokens:]
-        return attn.to_out[0](image.contiguous()), attn.to_add_out(text.contiguous())
+        joint = self._attend(query, key, value, mask)
+        ended, begun = joint[:, text.shape[1] :], joint[:, : text.shape[1]]
+        return attn.to_out[0](ended.contiguous()), attn.to_add_out(begun.contiguous())
+
+
+class SelfAttention(_Attention):
+    """Wan's self-attention processor, over projections side by side."""
+
+    def __call__(
+        self,
+        attn: Any,
+        hidden_states: Tensor,
+        encoder_hidden_states: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        rotary_emb: tuple[Tensor, Tensor] | None = None,
+    ) -> Tensor:
+        return self.of_projection(attn, attn.to_qkv(hidden_states), rotary_emb, attention_mask)
+
+    def of_projection(
+        self, attn: Any, qkv: Tensor, rotary_emb: tuple[Tensor, Tensor] | None, mask: Tensor | None = None
+    ) -> Tensor:
+        """The attention's output for its projection, (batch, tokens, 3 · width)."""
+        assert rotary_emb is not None
+        cos, sin = (one.reshape(-1, one.shape[-1]) for one in rotary_emb)
+        query, key = kernels.turned_qk(
+            qkv, attn.norm_q.weight, attn.norm_k.weight, cos, sin, attn.heads, attn.norm_q.eps, self.narrow
+        )
+        value = qkv.chunk(3, dim=-1)[2].unflatten(2, (attn.heads, -1))
+        made: Tensor = attn.to_out[0](self._attend(query, key, value, mask))
+        return made
 
 
 def fuse_projections(model: nn.Module) -> int:
@@ -82,11 +136,158 @@ def fuse_projections(model: nn.Module) -> int:
             attention.to_added_qkv = _side_by_side(attention, ("add_q_proj", "add_k_proj", "add_v_proj"))
             attention.processor = JointAttention()
             fused += 1
-        elif kind == "WanAttention" and not attention.is_cross_attention:
+        elif (
+            kind == "WanAttention"
+            and not attention.is_cross_attention
+            and not isinstance(attention.processor, SelfAttention)
+        ):
             attention.to_qkv = _side_by_side(attention, ("to_q", "to_k", "to_v"))
-            attention.fused_projections = True
+            attention.processor = SelfAttention()
             fused += 1
     return fused
+
+
+def fuse_norms(model: nn.Module) -> int:
+    """Let the blocks of a transformer in FP8 quantise what they normalise as they do so; how many blocks those were.
+
+    After `fuse_projections` and `fuse_feed_forwards`. The sum that a norm reads is made on the way, too.
+    """
+    fused = 0
+    for block in model.modules():
+        kind = type(block).__name__
+        if kind == "QwenImageTransformerBlock" and _multiplies(
+            block.attn.to_qkv, block.attn.to_added_qkv, block.img_mlp, block.txt_mlp
+        ):
+            block.forward = types.MethodType(_qwen_block, block)
+            fused += 1
+        elif (
+            kind == "WanTransformerBlock"
+            and _multiplies(block.attn1.to_qkv, block.attn2.to_q, block.ffn)
+            # Wan 2.1 attends to the start image apart, and a few models leave a norm out: those stay as they are.
+            and block.attn2.add_k_proj is None
+            and isinstance(block.norm2, nn.LayerNorm)
+        ):
+            block.forward = types.MethodType(_wan_block, block)
+            fused += 1
+    return fused
+
+
+def narrow_attention(model: nn.Module, narrow: bool = True) -> int:
+    """Have the fused attentions of a transformer made in FP8, or not; how many there are. After `fuse_projections`."""
+    processors = [getattr(module, "processor", None) for module in model.modules()]
+    found = [processor for processor in processors if isinstance(processor, _Attention)]
+    for processor in found:
+        processor.narrow = narrow
+    return len(found)
+
+
+def _multiplies(*layers: nn.Module) -> bool:
+    return all(
+        isinstance(layer, Fp8FeedForward) or (isinstance(layer, Fp8Linear) and layer.arithmetic) for layer in layers
+    )
+
+
+def _qwen_block(
+    block: Any,
+    hidden_states: Tensor,
+    encoder_hidden_states: Tensor,
+    encoder_hidden_states_mask: Tensor | None,
+    temb: Tensor,
+    image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+    joint_attention_kwargs: dict[str, Any] | None = None,
+    modulate_index: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`QwenImageTransformerBlock.forward`, each norm in one pass over memory with the sum before and what follows."""
+    batch, dtype = hidden_states.shape[0], hidden_states.dtype
+    image_tables = block.img_mod(temb)
+    text_tables = block.txt_mod(temb.chunk(2)[0] if block.zero_cond_t else temb)
+    image_place, text_place = _places(hidden_states), _places(encoder_hidden_states)
+    if modulate_index is not None:
+        # The tables hold all pictures as they are denoised, then all as their references are.
+        image_place = image_place + modulate_index.expand(batch, -1).flatten().to(torch.int32) * batch
+    image = _Stream(hidden_states, image_tables, image_place, block.img_norm1.eps, block.img_norm2.eps)
+    text = _Stream(encoder_hidden_states, text_tables, text_place, block.txt_norm1.eps, block.txt_norm2.eps)
+    mask = (joint_attention_kwargs or {}).get("attention_mask")
+    if encoder_hidden_states_mask is not None:
+        seen = torch.ones(hidden_states.shape[:2], dtype=torch.bool, device=hidden_states.device)
+        mask = torch.cat([encoder_hidden_states_mask.bool(), seen], dim=1)[:, None, None, :]
+    qkv = block.attn.to_qkv.multiply(*image.first_rows(), dtype).unflatten(0, (batch, -1))
+    added_qkv = block.attn.to_added_qkv.multiply(*text.first_rows(), dtype).unflatten(0, (batch, -1))
+    processor: JointAttention = block.attn.processor
+    image_out, text_out = processor.of_projections(block.attn, qkv, added_qkv, mask, image_rotary_emb)
+    return text.ended(text_out, block.txt_mlp), image.ended(image_out, block.img_mlp)
+
+
+class _Stream:
+    """One of the two streams through a block of Qwen-Image; `tables` are its (any, 6 · columns) modulations."""
+
+    def __init__(self, x: Tensor, tables: Tensor, place: Tensor, first_eps: float, second_eps: float) -> None:
+        self._shape, self._x = x.shape, x.flatten(0, 1)
+        self._first, self._second = (half.chunk(3, dim=-1) for half in tables.chunk(2, dim=-1))
+        self._place, self._first_eps, self._second_eps = place, first_eps, second_eps
+
+    def first_rows(self) -> tuple[Tensor, Tensor]:
+        shift, scale, _ = self._first
+        made: tuple[Tensor, Tensor] = kernels.modulated_rows(self._x, shift, scale, self._place, self._first_eps)
+        return made
+
+    def ended(self, attended: Tensor, feed_forward: Fp8FeedForward) -> Tensor:
+        shift, scale, gate = self._second
+        x, rows, row_scale = kernels.added_modulated_rows(
+            self._x, attended.flatten(0, 1), self._first[2], shift, scale, self._place, self._second_eps
+        )
+        made = feed_forward.of_rows(rows, row_scale, x.dtype)
+        return (x + gate[self._place] * made).unflatten(0, self._shape[:2])
+
+
+def _wan_block(
+    block: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, temb: Tensor, rotary_emb: tuple[Tensor, Tensor]
+) -> Tensor:
+    """`WanTransformerBlock.forward`, each norm in one pass over memory with the sum before and what follows."""
+    if temb.ndim == 4:
+        # A modulation per token (TI2V-5B): as tables they would be larger than what they modulate.
+        stock: Tensor = type(block).forward(block, hidden_states, encoder_hidden_states, temb, rotary_emb)
+        return stock
+    batch, dtype = hidden_states.shape[0], hidden_states.dtype
+    place = _places(hidden_states)
+    shift, scale, gate, end_shift, end_scale, end_gate = (block.scale_shift_table + temb.float()).unbind(1)
+    x = hidden_states.flatten(0, 1)
+    rows, row_scale = kernels.modulated_rows(x, shift, scale, place, block.norm1.eps)
+    qkv = block.attn1.to_qkv.multiply(rows, row_scale, dtype).unflatten(0, (batch, -1))
+    attended = block.attn1.processor.of_projection(block.attn1, qkv, rotary_emb).flatten(0, 1)
+
+    # Its weight and bias are a modulation that is the same for all.
+    weight, bias = ((one.float()).expand(batch, -1) for one in (block.norm2.weight, block.norm2.bias))
+    x, rows, row_scale = kernels.added_modulated_rows(
+        x, attended, gate, bias, weight - 1, place, block.norm2.eps
+    )  # fmt: skip
+    query = block.attn2.to_q.multiply(rows, row_scale, dtype).unflatten(0, (batch, -1))
+    attended = _cross_attended(block.attn2, query, encoder_hidden_states).flatten(0, 1)
+
+    x, rows, row_scale = kernels.added_modulated_rows(
+        x, attended, None, end_shift, end_scale, place, block.norm3.eps
+    )  # fmt: skip
+    made = block.ffn.of_rows(rows, row_scale, dtype)
+    return (x.float() + made.float() * end_gate[place]).to(dtype).unflatten(0, hidden_states.shape[:2])
+
+
+def _cross_attended(attn: Any, query: Tensor, text: Tensor) -> Tensor:
+    """What diffusers' processor makes of a projected query and of the text."""
+    from diffusers.models.attention_dispatch import dispatch_attention_fn
+
+    key = attn.norm_k(attn.to_k(text))
+    query, key, value = (
+        one.unflatten(2, (attn.heads, -1)) for one in (attn.norm_q(query), key, attn.to_v(text))
+    )  # fmt: skip
+    made = dispatch_attention_fn(query, key, value, backend=attn.processor._attention_backend)
+    out: Tensor = attn.to_out[0](made.flatten(2, 3))
+    return out
+
+
+def _places(x: Tensor) -> Tensor:
+    """For each row of a (batch, tokens, columns) tensor which of the batch it is of."""
+    batch, tokens = x.shape[:2]
+    return torch.arange(batch, dtype=torch.int32, device=x.device)[:, None].expand(batch, tokens).flatten()
 
 
 def fuse_feed_forwards(model: nn.Module) -> int:

@@ -74,9 +74,9 @@ class DiffusersEngine(abc.ABC):
         dtype = diffusion.dtype_of(self.layout.dtype, self._device)
         profile = self._profile(self._sizes(found), stored_fp8=found.profile == "fp8")
         resident = profile is None or profile.startswith("resident")
-        quantised = profile is not None and profile.endswith("fp8")
+        quantises = profile is not None and profile.endswith("fp8") and found.profile != "fp8"
         # What is quantised or offloaded must never be on the device as a whole.
-        place = self._device if resident and not quantised else torch.device("cpu")
+        place = self._device if resident and not quantises else torch.device("cpu")
         self._pipe = self._timed("weights", lambda: self._load(found, place, self._dtypes(found, dtype)))
         for component, path in self._loras.items():
             self._timed("lora", functools.partial(diffusion.fuse, self._pipe, path, component))
@@ -222,12 +222,15 @@ class DiffusersEngine(abc.ABC):
         if profile is None:
             return
         transformers = self.transformers()
+        for model in transformers:
+            blocks.fuse_projections(model)
         if profile.endswith("fp8"):
             arithmetic = fp8.has_arithmetic(self._device)
             for model in transformers:
-                blocks.fuse_projections(model)
                 fp8.quantise(model, arithmetic=arithmetic, through=self._device, keep_there=profile == "resident-fp8")
                 blocks.fuse_feed_forwards(model)
+                blocks.fuse_norms(model)
+        diffusion.free(self._device)  # the projections that were put side by side left gaps
         speed.choose_attention(transformers, self.layout.attention, self._device)
         if profile == "offload-fp8":
             speed.offload(self._pipe, self._device)

@@ -1,15 +1,18 @@
 """Fused kernels in Triton, each beside the same arithmetic in plain torch, which serves where there is no Triton.
 
-They are custom operators, so that `torch.compile` takes them whole. What they save is traffic: inductor's own fusions
-of these patterns read a row two or three times, these once.
+They are operators that `torch.compile` looks into and launches by itself: in a small picture an operator that Python is
+called for takes longer than its kernel. What they save is traffic: inductor's own fusions of these patterns read a row
+two or three times, these once.
 """
 
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+from torch.library import wrap_triton
 
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0  # the largest e4m3 number
@@ -42,7 +45,7 @@ if HAS_TRITON:
     @triton.jit
     def _joint_kernel(  # type: ignore[no-untyped-def]
         from_ptr, to_ptr, weight_ptr, freqs_ptr, tokens, before, total, heads, eps, which: tl.constexpr,
-        pairs: tl.constexpr, head_block: tl.constexpr,
+        pairs: tl.constexpr, head_block: tl.constexpr, narrow: tl.constexpr, largest: tl.constexpr,
     ):  # fmt: skip
         token = tl.program_id(0)
         batch = tl.program_id(1).to(tl.int64)
@@ -62,9 +65,70 @@ if HAS_TRITON:
             first, second = tl.split(tl.reshape(value, (head_block, pairs, 2)))
             turns = tl.load(freqs_ptr + token * pairs * 2 + lane)
             cos, sin = tl.split(tl.reshape(turns, (1, pairs, 2)))
-            turned = tl.join(first * cos - second * sin, first * sin + second * cos)
-            x = tl.reshape(turned, (head_block, pairs * 2)).to(x.dtype)
-        tl.store(target, x, mask=here)
+            turned = tl.reshape(
+                tl.join(first * cos - second * sin, first * sin + second * cos), (head_block, pairs * 2)
+            )
+            if narrow:
+                turned = tl.minimum(tl.maximum(turned, -largest), largest)
+            tl.store(target, turned.to(to_ptr.dtype.element_ty), mask=here)
+        else:
+            tl.store(target, x, mask=here)
+
+    @triton.jit
+    def _turned_kernel(  # type: ignore[no-untyped-def]
+        from_ptr, to_ptr, weight_ptr, cos_ptr, sin_ptr, tokens, heads, eps, which: tl.constexpr, pairs: tl.constexpr,
+        head_block: tl.constexpr, narrow: tl.constexpr, largest: tl.constexpr,
+    ):  # fmt: skip
+        row = tl.program_id(0).to(tl.int64)
+        token = row % tokens
+        head = tl.arange(0, head_block)[:, None]
+        lane = tl.arange(0, pairs * 2)[None, :]
+        pair = tl.arange(0, pairs)[None, :]
+        here = head < heads
+        width = heads * pairs * 2
+        at = head * pairs * 2 + lane
+        x = tl.load(from_ptr + row * width * 3 + which * width + at, mask=here, other=0.0)
+        value = x.to(tl.float32)
+        squares = tl.sum(tl.sum(value * value, axis=1), axis=0)
+        weight = tl.load(weight_ptr + at, mask=here, other=0.0).to(tl.float32)
+        value = (value * tl.rsqrt(squares / width + eps) * weight).to(x.dtype).to(tl.float32)
+        first, second = tl.split(tl.reshape(value, (head_block, pairs, 2)))
+        # diffusers holds each cosine and each sine twice, side by side.
+        cos = tl.load(cos_ptr + token * pairs * 2 + pair * 2)
+        sin = tl.load(sin_ptr + token * pairs * 2 + pair * 2 + 1)
+        turned = tl.reshape(tl.join(first * cos - second * sin, first * sin + second * cos), (head_block, pairs * 2))
+        if narrow:
+            turned = tl.minimum(tl.maximum(turned, -largest), largest)
+        tl.store(to_ptr + row * width + at, turned.to(to_ptr.dtype.element_ty), mask=here)
+
+    @triton.jit
+    def _modulated_kernel(  # type: ignore[no-untyped-def]
+        x_ptr, added_ptr, gate_ptr, shift_ptr, scale_ptr, place_ptr, sum_ptr, q_ptr, s_ptr, columns, gate_stride,
+        shift_stride, scale_stride, eps, adds: tl.constexpr, gated: tl.constexpr, largest: tl.constexpr,
+        smallest: tl.constexpr, block: tl.constexpr,
+    ):  # fmt: skip
+        row = tl.program_id(0).to(tl.int64)
+        at = tl.arange(0, block)
+        here = at < columns
+        place = tl.load(place_ptr + row).to(tl.int64)
+        x = tl.load(x_ptr + row * columns + at, mask=here, other=0.0)
+        value = x.to(tl.float32)
+        if adds:
+            more = tl.load(added_ptr + row * columns + at, mask=here, other=0.0).to(tl.float32)
+            if gated:
+                more *= tl.load(gate_ptr + place * gate_stride + at, mask=here, other=0.0).to(tl.float32)
+            x = (value + more).to(x.dtype)
+            tl.store(sum_ptr + row * columns + at, x, mask=here)
+            value = x.to(tl.float32)
+        centred = tl.where(here, value - tl.sum(value, axis=0) / columns, 0.0)
+        spread = tl.rsqrt(tl.sum(centred * centred, axis=0) / columns + eps)
+        factor = 1.0 + tl.load(scale_ptr + place * scale_stride + at, mask=here, other=0.0).to(tl.float32)
+        shift = tl.load(shift_ptr + place * shift_stride + at, mask=here, other=0.0).to(tl.float32)
+        value = (centred * spread * factor + shift).to(x.dtype).to(tl.float32)
+        scale = tl.maximum(tl.max(tl.abs(value), axis=0) / largest, smallest)
+        scaled = tl.minimum(tl.maximum(value / scale, -largest), largest)
+        tl.store(q_ptr + row * columns + at, scaled.to(q_ptr.dtype.element_ty), mask=here)
+        tl.store(s_ptr + row, scale)
 
 
 def rows_in_e4m3(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -73,11 +137,21 @@ def rows_in_e4m3(x: Tensor) -> tuple[Tensor, Tensor]:
     return (x.float() / scale).clamp(-E4M3_MAX, E4M3_MAX).to(E4M3), scale
 
 
+def rows_of_heads(x: Tensor) -> tuple[Tensor, Tensor]:
+    """A (batch, tokens, heads, dimension) tensor in e4m3, with (batch, heads) float32 scales: x ≈ q · scale."""
+    scale = (x.abs().amax(dim=(1, 3)).float() / E4M3_MAX).clamp(min=SMALLEST)
+    return (x.float() / scale[:, None, :, None]).clamp(-E4M3_MAX, E4M3_MAX).to(E4M3), scale
+
+
 def _fused(x: Tensor) -> bool:
     return HAS_TRITON and x.is_cuda
 
 
-@torch.library.custom_op("vidgen::quantise_rows", mutates_args=())
+def _warps(block: int) -> int:
+    return min(16, max(4, block // 1024))
+
+
+@torch.library.triton_op("vidgen::quantise_rows", mutates_args=())
 def quantise_rows(x: Tensor, gelu: bool) -> tuple[Tensor, Tensor]:
     """The rows of a (rows, columns) matrix in e4m3 with their (rows, 1) float32 scales, after GELU (tanh) if asked."""
     if not _fused(x):
@@ -87,62 +161,102 @@ def quantise_rows(x: Tensor, gelu: bool) -> tuple[Tensor, Tensor]:
     made = torch.empty((rows, columns), dtype=E4M3, device=x.device)
     scale = torch.empty((rows, 1), dtype=torch.float32, device=x.device)
     block = triton.next_power_of_2(columns)
-    _quantise_kernel[(rows,)](
+    wrap_triton(_quantise_kernel)[(rows,)](
         x, made, scale, columns, x.stride(0), gelu=gelu, largest=E4M3_MAX, smallest=SMALLEST, block=block,
-        num_warps=min(16, max(4, block // 1024)),
+        num_warps=_warps(block),
     )  # fmt: skip
     return made, scale
 
 
-@quantise_rows.register_fake
-def _(x: Tensor, gelu: bool) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape, dtype=E4M3), x.new_empty((x.shape[0], 1), dtype=torch.float32)
+@torch.library.triton_op("vidgen::modulated_rows", mutates_args=())
+def modulated_rows(x: Tensor, shift: Tensor, scale: Tensor, place: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """The rows of `layer_norm(x) · (1 + scale) + shift` as `quantise_rows` gives them; x is (rows, columns).
+
+    Row i is modulated by row `place[i]` of the (any, columns) tables.
+    """
+    if not _fused(x):
+        return rows_in_e4m3(plain_modulated(x, shift, scale, place, eps))
+    _, made, row_scale = _modulated(x, None, None, shift, scale, place, eps)
+    return made, row_scale
 
 
-@torch.library.custom_op("vidgen::joint_qkv", mutates_args=())
+@torch.library.triton_op("vidgen::added_modulated_rows", mutates_args=())
+def added_modulated_rows(
+    x: Tensor, added: Tensor, gate: Tensor | None, shift: Tensor, scale: Tensor, place: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`x + gate · added` (without a gate `x + added`), and that as `modulated_rows` gives it."""
+    if not _fused(x):
+        more = added.float() if gate is None else added.float() * gate.float()[place]
+        total = (x.float() + more).to(x.dtype)
+        return total, *rows_in_e4m3(plain_modulated(total, shift, scale, place, eps))
+    return _modulated(x, added, gate, shift, scale, place, eps)
+
+
+def plain_modulated(x: Tensor, shift: Tensor, scale: Tensor, place: Tensor, eps: float) -> Tensor:
+    """What `modulated_rows` quantises, in plain torch."""
+    normed = torch.nn.functional.layer_norm(x.float(), x.shape[-1:], eps=eps)
+    return (normed * (1 + scale.float()[place]) + shift.float()[place]).to(x.dtype)
+
+
+def _modulated(
+    x: Tensor, added: Tensor | None, gate: Tensor | None, shift: Tensor, scale: Tensor, place: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    rows, columns = x.shape
+    x = x.contiguous()
+    total = torch.empty_like(x) if added is not None else x
+    made = torch.empty((rows, columns), dtype=E4M3, device=x.device)
+    row_scale = torch.empty((rows, 1), dtype=torch.float32, device=x.device)
+    block = triton.next_power_of_2(columns)
+    # Tables may be slices of wider ones, or one row for all: only the numbers of a row must lie side by side.
+    # The places of one batch may be one number for all.
+    place = place.contiguous()
+    shift, scale = (table if table.stride(-1) == 1 else table.contiguous() for table in (shift, scale))
+    gate = gate if gate is None or gate.stride(-1) == 1 else gate.contiguous()
+    wrap_triton(_modulated_kernel)[(rows,)](
+        x, x if added is None else added.contiguous(), shift if gate is None else gate, shift, scale, place, total,
+        made, row_scale, columns, 0 if gate is None else gate.stride(0), shift.stride(0), scale.stride(0), eps,
+        adds=added is not None, gated=gate is not None, largest=E4M3_MAX, smallest=SMALLEST, block=block,
+        num_warps=_warps(block),
+    )  # fmt: skip
+    return total, made, row_scale
+
+
+@torch.library.triton_op("vidgen::joint_qkv", mutates_args=())
 def joint_qkv(
     image: Tensor, text: Tensor, norm_q: Tensor, norm_k: Tensor, norm_added_q: Tensor, norm_added_k: Tensor,
-    image_freqs: Tensor, text_freqs: Tensor, eps: float,
+    image_freqs: Tensor, text_freqs: Tensor, eps: float, narrow: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Query, key and value of text and image together, each (batch, text + image tokens, heads, head dimension).
 
     `image` and `text` are (batch, tokens, 3 · heads · dimension), query, key and value side by side; the queries and
-    keys are RMS-normalised over a head's dimension by the weights and turned by the (tokens, dimension / 2, 2) cosines
-    and sines.
+    keys are RMS-normalised over a head's dimension by the weights, turned by the (tokens, dimension / 2, 2) cosines
+    and sines, and `narrow` rounded to e4m3: what is normalised needs no scale.
     """
     norms, added = (norm_q, norm_k), (norm_added_q, norm_added_k)
     if not _fused(image):
-        return plain_joint_qkv(image, text, norms, added, image_freqs, text_freqs, eps)
+        return plain_joint_qkv(image, text, norms, added, image_freqs, text_freqs, eps, narrow=narrow)
     dimension = norm_q.shape[0]
     heads = image.shape[-1] // 3 // dimension
     total = text.shape[1] + image.shape[1]
-    made = tuple(image.new_empty((image.shape[0], total, heads, dimension)) for _ in range(3))
+    kinds = (E4M3, E4M3, image.dtype) if narrow else (image.dtype,) * 3
+    made = tuple(image.new_empty((image.shape[0], total, heads, dimension), dtype=kind) for kind in kinds)
     streams = (
         (text.contiguous(), (*added, norm_added_k), text_freqs.contiguous(), 0),
         (image.contiguous(), (*norms, norm_k), image_freqs.contiguous(), text.shape[1]),
     )
     for stream, weights, freqs, before in streams:
         for which, (target, weight) in enumerate(zip(made, weights, strict=True)):
-            _joint_kernel[(stream.shape[1], stream.shape[0])](
+            wrap_triton(_joint_kernel)[(stream.shape[1], stream.shape[0])](
                 stream, target, weight, freqs, stream.shape[1], before, total, heads, eps, which=which,
-                pairs=dimension // 2, head_block=triton.next_power_of_2(heads), num_warps=4,
+                pairs=dimension // 2, head_block=triton.next_power_of_2(heads), narrow=narrow, largest=E4M3_MAX,
+                num_warps=4,
             )  # fmt: skip
     return made[0], made[1], made[2]
 
 
-@joint_qkv.register_fake
-def _(
-    image: Tensor, text: Tensor, norm_q: Tensor, norm_k: Tensor, norm_added_q: Tensor, norm_added_k: Tensor,
-    image_freqs: Tensor, text_freqs: Tensor, eps: float,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    dimension = norm_q.shape[0]
-    shape = (image.shape[0], text.shape[1] + image.shape[1], image.shape[-1] // 3 // dimension, dimension)
-    return image.new_empty(shape), image.new_empty(shape), image.new_empty(shape)
-
-
 def plain_joint_qkv(
     image: Tensor, text: Tensor, norms: tuple[Tensor, Tensor], added: tuple[Tensor, Tensor], image_freqs: Tensor,
-    text_freqs: Tensor, eps: float,
+    text_freqs: Tensor, eps: float, *, narrow: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """`joint_qkv` in plain torch; `norms` and `added` are the weights of query and key of image and of text."""
     streams = []
@@ -152,10 +266,76 @@ def plain_joint_qkv(
             x = parts[index].float()
             x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
             x = x.to(stream.dtype) * weight.to(stream.dtype)
-            first, second = x.float().unflatten(-1, (-1, 2)).unbind(-1)
-            cos, sin = freqs[:, None, :, 0], freqs[:, None, :, 1]
-            turned = torch.stack([first * cos - second * sin, first * sin + second * cos], -1)
-            parts[index] = turned.flatten(-2).to(stream.dtype)
+            parts[index] = _turned(x, freqs[:, None, :, 0], freqs[:, None, :, 1], narrow=narrow)
         streams.append(parts)
-    query, key, value = (torch.cat(pair, dim=1) for pair in zip(*streams, strict=True))
+    query, key, value = (_joined(pair) for pair in zip(*streams, strict=True))
     return query, key, value
+
+
+@torch.library.triton_op("vidgen::turned_qk", mutates_args=())
+def turned_qk(
+    qkv: Tensor, norm_q: Tensor, norm_k: Tensor, cos: Tensor, sin: Tensor, heads: int, eps: float, narrow: bool
+) -> tuple[Tensor, Tensor]:
+    """Query and key, each (batch, tokens, heads, dimension), of a (batch, tokens, 3 · heads · dimension) projection.
+
+    They are RMS-normalised over all heads together by the (heads · dimension) weights, turned by the (tokens,
+    dimension) cosines and sines, which hold each number twice, and `narrow` rounded to e4m3.
+    """
+    if not _fused(qkv):
+        return plain_turned_qk(qkv, norm_q, norm_k, cos, sin, heads, eps, narrow=narrow)
+    batch, tokens, width = qkv.shape
+    dimension = width // 3 // heads
+    qkv, cos, sin = qkv.contiguous(), cos.float().contiguous(), sin.float().contiguous()
+    kind = E4M3 if narrow else qkv.dtype
+    made = tuple(qkv.new_empty((batch, tokens, heads, dimension), dtype=kind) for _ in range(2))
+    for which, (target, weight) in enumerate(zip(made, (norm_q, norm_k), strict=True)):
+        wrap_triton(_turned_kernel)[(batch * tokens,)](
+            qkv, target, weight, cos, sin, tokens, heads, eps, which=which, pairs=dimension // 2,
+            head_block=triton.next_power_of_2(heads), narrow=narrow, largest=E4M3_MAX, num_warps=8,
+        )  # fmt: skip
+    return made[0], made[1]
+
+
+def plain_turned_qk(
+    qkv: Tensor, norm_q: Tensor, norm_k: Tensor, cos: Tensor, sin: Tensor, heads: int, eps: float, *, narrow: bool
+) -> tuple[Tensor, Tensor]:
+    """`turned_qk` in plain torch."""
+    made = []
+    for x, weight in zip(qkv.chunk(3, dim=-1)[:2], (norm_q, norm_k), strict=True):
+        normed = torch.nn.functional.rms_norm(x.float(), x.shape[-1:], weight.float(), eps).to(x.dtype)
+        made.append(_turned(normed.unflatten(-1, (heads, -1)), cos[:, None, ::2], sin[:, None, 1::2], narrow=narrow))
+    return made[0], made[1]
+
+
+def _turned(x: Tensor, cos: Tensor, sin: Tensor, *, narrow: bool) -> Tensor:
+    first, second = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    turned = torch.stack([first * cos - second * sin, first * sin + second * cos], -1).flatten(-2)
+    return turned.clamp(-E4M3_MAX, E4M3_MAX).to(E4M3) if narrow else turned.to(x.dtype)
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """Text and image in one; as bytes, since not every build of torch joins e4m3."""
+    if parts[0].dtype != E4M3:
+        return torch.cat(list(parts), dim=1)
+    return torch.cat([part.view(torch.uint8) for part in parts], dim=1).view(E4M3)
+
+
+@torch.library.custom_op("vidgen::attended_e4m3", mutates_args=())
+def attended_e4m3(query: Tensor, key: Tensor, value: Tensor, value_scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Attention in FP8 by FlashAttention 3: e4m3 (batch, tokens, heads, dimension) each, `dtype` comes out.
+
+    `value_scale` is (batch, heads); queries and keys have none. Products and softmax are summed up in float32.
+    """
+    if not query.is_cuda:
+        given = [part.to(dtype).transpose(1, 2) for part in (query, key, value)]
+        given[2] = given[2] * value_scale[:, :, None, None].to(dtype)
+        return torch.nn.functional.scaled_dot_product_attention(*given).transpose(1, 2).contiguous()
+    from flash_attn_interface import flash_attn_func
+
+    made: Tensor = flash_attn_func(query, key, value, v_descale=value_scale)
+    return made.to(dtype)
+
+
+@attended_e4m3.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, value_scale: Tensor, dtype: torch.dtype) -> Tensor:
+    return query.new_empty(query.shape, dtype=dtype)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import os
 from collections.abc import Sequence
@@ -12,11 +13,14 @@ import torch
 from torch import nn
 
 from vidgen import profiles
+from vidgen.accel import blocks
 from vidgen.errors import FatalError
 
 # diffusers' names of the attention kernels, by ours.
-ATTENTION = {"torch": "native", "cudnn": "_native_cudnn", "flash3": "_flash_3", "sage": "sage"}
-PACKAGES = {"flash3": "flash_attn_interface", "sage": "sageattention"}
+ATTENTION = {
+    "torch": "native", "cudnn": "_native_cudnn", "flash3": "_flash_3", "flash3-fp8": "_flash_3", "sage": "sage",
+}  # fmt: skip
+PACKAGES = {"flash3": "flash_attn_interface", "flash3-fp8": "flash_attn_interface", "sage": "sageattention"}
 HOPPER = (9, 0)
 # Each size of image or video that differs in kind recompiles once; by default dynamo gives up at eight.
 RECOMPILATIONS = 64
@@ -37,8 +41,15 @@ def choose_attention(transformers: Sequence[nn.Module], wanted: str, device: tor
         raise FatalError(
             f"VIDGEN_ATTENTION={name} needs the package {package}: install it, or use torch", code="settings"
         )
+    if name == "flash3-fp8" and _left_out("FP8"):
+        raise FatalError(
+            "VIDGEN_ATTENTION=flash3-fp8 needs a FlashAttention 3 that was built with FP8: build it with "
+            "deploy/flash-attention-3/build.py, or use flash3",
+            code="settings",
+        )
     for model in transformers:
         model.set_attention_backend(ATTENTION[name])
+        blocks.narrow_attention(model, name == "flash3-fp8")
     return name
 
 
@@ -56,10 +67,11 @@ def compile_blocks(transformers: Sequence[nn.Module]) -> None:
 
 
 def compile_vae(vae: Any) -> None:
-    """Compile the encoder and the decoder: a minute at the first call, a third less time at each later one."""
+    """Compile the encoder and the decoder for each size that comes: minutes at its first call, less at later ones."""
     _allow_recompilation()
-    vae.encoder.compile()
-    vae.decoder.compile()
+    # One graph for all sizes takes longer to compile than several sizes do, and is slower.
+    vae.encoder.compile(dynamic=False)
+    vae.decoder.compile(dynamic=False)
 
 
 def channels_last(vae: nn.Module) -> None:
@@ -89,6 +101,14 @@ def offload(pipe: Any, device: torch.device) -> None:
 def offloadable(pipe: Any) -> dict[str, nn.Module]:
     """The parts of a pipeline that can stream; the VAE, which is small, stays."""
     return {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module) and name != "vae"}
+
+
+def _left_out(part: str) -> bool:
+    """Whether the FlashAttention 3 that is installed was built without a part."""
+    if importlib.util.find_spec("flash_attn_config") is None:
+        return False
+    flags = importlib.import_module("flash_attn_config").CONFIG["build_flags"]
+    return bool(flags.get(f"FLASHATTENTION_DISABLE_{part}", False))
 
 
 def _allow_recompilation() -> None:

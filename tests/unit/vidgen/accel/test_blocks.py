@@ -23,6 +23,11 @@ def transformer(tiny_models: dict[str, Path]) -> Callable[[str], Any]:
     def loaded(name: str) -> Any:
         from diffusers import QwenImageTransformer2DModel, WanTransformer3DModel
 
+        if name == "wan":  # as the tiny one, in widths that suit FP8
+            torch.manual_seed(6)
+            config = dict(WanTransformer3DModel.load_config(tiny_models["wan2.2-a14b-i2v"] / "transformer"))
+            config |= {"attention_head_dim": 16, "cross_attn_norm": True}
+            return WanTransformer3DModel.from_config(config).eval().requires_grad_(False)
         kind: Any = QwenImageTransformer2DModel if name.startswith("qwen") else WanTransformer3DModel
         return kind.from_pretrained(tiny_models[name] / "transformer").eval().requires_grad_(False)
 
@@ -102,12 +107,7 @@ def test_a_fused_feed_forward_quantises_what_the_stock_one_would(monkeypatch: py
     x = torch.randn(2, 5, 64)
     wanted = stock(x)
 
-    def multiply(self: fp8.Fp8Linear, rows: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        # As the matrix units do it, in float32.
-        weight = self.weight.float() * self.weight_scale
-        return nn.functional.linear(rows.float() * scale, weight, self.bias).to(dtype)
-
-    monkeypatch.setattr(fp8.Fp8Linear, "multiply", multiply)
+    monkeypatch.setattr(fp8.Fp8Linear, "multiply", in_float32)
     holder = nn.ModuleDict({"ff": stock})
     assert fp8.quantise(holder, arithmetic=True, least=16) == 2
     assert blocks.fuse_feed_forwards(holder) == 1
@@ -115,10 +115,104 @@ def test_a_fused_feed_forward_quantises_what_the_stock_one_would(monkeypatch: py
     assert error(holder["ff"](x), wanted) < 0.06
 
 
+def in_float32(self: fp8.Fp8Linear, rows: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`Fp8Linear.multiply` as the matrix units do it, but for the precision of the sums."""
+    weight = self.weight.float() * self.weight_scale
+    return nn.functional.linear(rows.float() * scale, weight, self.bias).to(dtype)
+
+
+@pytest.mark.parametrize(("name", "given"), [("qwen-edit", qwen_inputs()), ("wan", wan_inputs(36))])
+def test_norms_that_quantise_as_they_go_change_nothing(
+    transformer: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch, name: str, given: dict[str, Any]
+) -> None:
+    monkeypatch.setattr(fp8.Fp8Linear, "multiply", in_float32)
+    model = transformer(name)
+    exact = model(**given)[0]
+    blocks.fuse_projections(model)
+    fp8.quantise(model, arithmetic=True, least=16)
+    assert blocks.fuse_norms(model) == 0  # not before the feed-forwards are fused
+    blocks.fuse_feed_forwards(model)
+    wanted = model(**given)[0]
+    assert blocks.fuse_norms(model) == 2
+    assert error(model(**given)[0], wanted) < 1e-4
+    assert error(model(**given)[0], exact) < 0.1
+
+
+def test_two_timesteps_modulate_the_picture_and_its_references_apart(
+    transformer: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from diffusers import QwenImageTransformer2DModel
+
+    monkeypatch.setattr(fp8.Fp8Linear, "multiply", in_float32)
+    torch.manual_seed(5)
+    stock = transformer("qwen-edit")
+    model = QwenImageTransformer2DModel(**dict(stock.config) | {"zero_cond_t": True}).eval().requires_grad_(False)
+    one = qwen_inputs()
+    given = one | {
+        "hidden_states": torch.randn(2, 2 * 24, 16), "timestep": torch.tensor([0.7, 0.4]),
+        "encoder_hidden_states": torch.randn(2, 7, 16), "img_shapes": one["img_shapes"] * 2,
+    }  # fmt: skip
+    blocks.fuse_projections(model)
+    fp8.quantise(model, arithmetic=True, least=16)
+    blocks.fuse_feed_forwards(model)
+    wanted = model(**given)[0]
+    assert blocks.fuse_norms(model) == 2
+    assert error(model(**given)[0], wanted) < 1e-4
+
+
+def test_a_block_that_is_modulated_per_token_stays_as_it_is(
+    transformer: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fp8.Fp8Linear, "multiply", in_float32)
+    model = transformer("wan")
+    given = wan_inputs(36)
+    tokens = 3 * 4 * 4
+    given["timestep"] = torch.full((1, tokens), 900)
+    blocks.fuse_projections(model)
+    fp8.quantise(model, arithmetic=True, least=16)
+    blocks.fuse_feed_forwards(model)
+    wanted = model(**given)[0]
+    blocks.fuse_norms(model)
+    assert error(model(**given)[0], wanted) < 1e-6
+
+
+@pytest.mark.parametrize(("name", "given"), [("qwen-edit", qwen_inputs()), ("wan2.2-a14b-i2v", wan_inputs(36))])
+def test_attention_in_fp8_comes_close(transformer: Callable[[str], Any], name: str, given: dict[str, Any]) -> None:
+    model = transformer(name)
+    wanted = model(**given)[0]
+    blocks.fuse_projections(model)
+    assert blocks.narrow_attention(model) == 2
+    assert 0 < error(model(**given)[0], wanted) < 0.05
+
+
+def test_attention_in_fp8_takes_no_mask(transformer: Callable[[str], Any]) -> None:
+    model, given = transformer("qwen-edit"), qwen_inputs()
+    given["encoder_hidden_states_mask"] = torch.tensor([[1, 1, 1, 1, 1, 0, 0]])
+    blocks.fuse_projections(model)
+    blocks.narrow_attention(model)
+    with pytest.raises(ValueError, match="takes no mask"):
+        model(**given)
+
+
 def test_the_operators_agree_with_their_declared_shapes() -> None:
     checks = ("test_schema", "test_faketensor")
     torch.library.opcheck(kernels.quantise_rows, (torch.randn(4, 32), True), test_utils=checks)
     weights = [torch.ones(16) for _ in range(4)]
     freqs = torch.randn(6, 8, 2), torch.randn(3, 8, 2)
-    given = (torch.randn(1, 6, 3 * 2 * 16), torch.randn(1, 3, 3 * 2 * 16), *weights, *freqs, 1e-6)
-    torch.library.opcheck(kernels.joint_qkv, given, test_utils=checks)
+    joint = (torch.randn(1, 6, 3 * 2 * 16), torch.randn(1, 3, 3 * 2 * 16), *weights, *freqs, 1e-6)
+    place, table = torch.zeros(4, dtype=torch.int32), torch.randn(1, 96)
+    shift, scale, gate = table.chunk(3, dim=-1)
+    for narrow in (False, True):
+        torch.library.opcheck(kernels.joint_qkv, (*joint, narrow), test_utils=checks)
+        turned = (torch.randn(1, 6, 96), torch.ones(32), torch.ones(32), torch.randn(6, 16), torch.randn(6, 16))
+        torch.library.opcheck(kernels.turned_qk, (*turned, 2, 1e-6, narrow), test_utils=checks)
+    rows = torch.randn(4, 32), torch.randn(4, 32)
+    torch.library.opcheck(kernels.modulated_rows, (rows[0], shift, scale, place, 1e-6), test_utils=checks)
+    for one in (gate, None):
+        given = (*rows, one, shift, scale, place, 1e-6)
+        torch.library.opcheck(kernels.added_modulated_rows, given, test_utils=checks)
+    value, value_scale = kernels.rows_of_heads(torch.randn(1, 5, 2, 16))
+    parts = [torch.randn(1, 5, 2, 16).to(kernels.E4M3) for _ in range(2)]
+    torch.library.opcheck(
+        kernels.attended_e4m3, (*parts, value, value_scale, torch.bfloat16), test_utils=("test_faketensor",)
+    )
