@@ -5,11 +5,12 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import json
+import re
 import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,16 @@ class Bench:
             ("fp8, compiled", Layout(profile="resident-fp8", attention="torch")),
         ]
         if importlib.util.find_spec("flash_attn_interface") is not None:
-            found.append(("fp8, compiled, FlashAttention 3", Layout(profile="resident-fp8", attention="flash3")))
-        return [(label, Layout() if self.tiny else layout) for label, layout in found if self.variants in label]
+            flash = Layout(profile="resident-fp8", attention="flash3")
+            narrow = replace(flash, attention="flash3-fp8")
+            found += [
+                ("fp8, compiled, FlashAttention 3", flash),
+                ("fp8, compiled, FlashAttention 3 in FP8", narrow),
+                ("fp8, compiled, FlashAttention 3 in FP8, VAE", replace(narrow, compile="full")),
+            ]
+        return [
+            (label, Layout() if self.tiny else layout) for label, layout in found if re.search(self.variants, label)
+        ]
 
     def row(self, section: str, name: str, **figures: Any) -> None:
         shown = "  ".join(f"{key} {_shown(value)}" for key, value in figures.items())
