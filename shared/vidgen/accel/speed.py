@@ -48,9 +48,18 @@ def choose_attention(transformers: Sequence[nn.Module], wanted: str, device: tor
             code="settings",
         )
     for model in transformers:
-        model.set_attention_backend(ATTENTION[name])
+        set_attention(model, ATTENTION[name])
         blocks.narrow_attention(model, name == "flash3-fp8")
     return name
+
+
+def set_attention(model: Any, backend: str) -> None:
+    """Set the attention kernels of this model, by diffusers' name, and of no other."""
+    from diffusers.models.attention_dispatch import attention_backend
+
+    # diffusers makes them the default of every model in the process too: this puts back what was.
+    with attention_backend():
+        model.set_attention_backend(backend)
 
 
 def keep_compiled(folder: Path) -> None:
@@ -67,9 +76,9 @@ def compile_blocks(transformers: Sequence[nn.Module]) -> None:
 
 
 def compile_vae(vae: Any) -> None:
-    """Compile the encoder and the decoder for each size that comes: minutes at its first call, less at later ones."""
+    """Compile the encoder and the decoder, for each size anew at its first call: half a minute to minutes."""
     _allow_recompilation()
-    # One graph for all sizes takes longer to compile than several sizes do, and is slower.
+    # Wan's for all sizes at once was not compiled within four minutes (docs/performance.md).
     vae.encoder.compile(dynamic=False)
     vae.decoder.compile(dynamic=False)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,9 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
+from torch.nn.attention import SDPBackend
 
-from vidgen.accel import blocks, fp8, kernels
+from vidgen.accel import blocks, fp8, kernels, speed
 
 
 def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
@@ -84,12 +86,20 @@ def test_layers_that_are_in_fp8_already_are_put_side_by_side_as_they_are(transfo
     assert error(model(**qwen_inputs())[0], wanted) < 1e-5
 
 
-def test_a_backend_can_be_chosen_for_fused_blocks(transformer: Callable[[str], Any]) -> None:
-    model = transformer("qwen-edit")
-    wanted = model(**qwen_inputs())[0]
+def test_the_kernels_of_fused_blocks_can_be_chosen_for_one_model_alone(
+    transformer: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, other = transformer("qwen-edit"), transformer("qwen-edit")
+    wanted = other(**qwen_inputs())[0]
     blocks.fuse_projections(model)
-    model.set_attention_backend("_native_math")
+    speed.set_attention(model, "_native_math")
+    seen: list[SDPBackend] = []
+    monkeypatch.setattr(torch.nn.attention, "sdpa_kernel", lambda kind: seen.append(kind) or contextlib.nullcontext())
+
     assert error(model(**qwen_inputs())[0], wanted) < 1e-5
+    assert seen == [SDPBackend.MATH] * 2
+    assert torch.equal(other(**qwen_inputs())[0], wanted)
+    assert seen == [SDPBackend.MATH] * 2
 
 
 @pytest.mark.parametrize("name", ["qwen-edit", "wan2.2-a14b-i2v"])
