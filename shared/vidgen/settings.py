@@ -116,7 +116,9 @@ class WorkerSettings(Settings):
         "are faster and lossy.",
     )
     compile: Literal["auto", "off", "blocks", "full"] = Field(
-        "auto", description="auto: blocks, on a GPU; full: the VAE too, which takes a minute more at the start."
+        "auto",
+        description="auto: blocks, on a GPU; full: the VAE too, which compiles anew at each size that comes, for half "
+        "a minute or more.",
     )
     compile_cache: Path | None = Field(
         None,

@@ -1,4 +1,4 @@
-"""Transformer blocks with fewer passes over memory: projections side by side, feed-forwards that quantise as they go.
+"""Transformer blocks with fewer passes over memory: projections side by side, norms and GELUs that quantise as they go.
 
 What is computed stays the same, up to the rounding of a fused step.
 """
@@ -70,19 +70,28 @@ class JointAttention(_Attention):
         attention_mask: Tensor | None = None,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
     ) -> tuple[Tensor, Tensor]:
-        mask = attention_mask
-        if encoder_hidden_states_mask is not None:
-            seen = torch.ones(hidden_states.shape[:2], dtype=torch.bool, device=hidden_states.device)
-            mask = torch.cat([encoder_hidden_states_mask.bool(), seen], dim=1)[:, None, None, :]
         return self.of_projections(
-            attn, attn.to_qkv(hidden_states), attn.to_added_qkv(encoder_hidden_states), mask, image_rotary_emb
-        )
+            attn, attn.to_qkv(hidden_states), attn.to_added_qkv(encoder_hidden_states), encoder_hidden_states_mask,
+            attention_mask, image_rotary_emb,
+        )  # fmt: skip
 
     def of_projections(
-        self, attn: Any, image: Tensor, text: Tensor, mask: Tensor | None, freqs: tuple[Tensor, Tensor] | None
+        self,
+        attn: Any,
+        image: Tensor,
+        text: Tensor,
+        text_mask: Tensor | None,
+        mask: Tensor | None,
+        freqs: tuple[Tensor, Tensor] | None,
     ) -> tuple[Tensor, Tensor]:
-        """The attention's two outputs for its two projections, each (batch, tokens, 3 · width)."""
+        """The attention's two outputs for its two projections, each (batch, tokens, 3 · width).
+
+        A (batch, text tokens) `text_mask` goes before a `mask` of all tokens.
+        """
         assert freqs is not None
+        if text_mask is not None:
+            seen = torch.ones(image.shape[:2], dtype=torch.bool, device=image.device)
+            mask = torch.cat([text_mask.bool(), seen], dim=1)[:, None, None, :]
         image_freqs, text_freqs = (torch.view_as_real(one) for one in freqs)
         query, key, value = kernels.joint_qkv(
             image, text, attn.norm_q.weight, attn.norm_k.weight, attn.norm_added_q.weight, attn.norm_added_k.weight,
@@ -147,6 +156,22 @@ def fuse_projections(model: nn.Module) -> int:
     return fused
 
 
+def fuse_feed_forwards(model: nn.Module) -> int:
+    """Let the FP8 feed-forwards of a transformer quantise their activation as they make it; how many those were."""
+    fused = 0
+    for parent in list(model.modules()):
+        for name, child in list(parent.named_children()):
+            layers = getattr(child, "net", None)
+            if type(child).__name__ != "FeedForward" or layers is None:
+                continue
+            up, down = getattr(layers[0], "proj", None), layers[-1]
+            tanh = getattr(layers[0], "approximate", None) == "tanh"
+            if tanh and isinstance(up, Fp8Linear) and isinstance(down, Fp8Linear) and down.arithmetic:
+                setattr(parent, name, Fp8FeedForward(up, down))
+                fused += 1
+    return fused
+
+
 def fuse_norms(model: nn.Module) -> int:
     """Let the blocks of a transformer in FP8 quantise what they normalise as they do so; how many blocks those were.
 
@@ -208,13 +233,12 @@ def _qwen_block(
     image = _Stream(hidden_states, image_tables, image_place, block.img_norm1.eps, block.img_norm2.eps)
     text = _Stream(encoder_hidden_states, text_tables, text_place, block.txt_norm1.eps, block.txt_norm2.eps)
     mask = (joint_attention_kwargs or {}).get("attention_mask")
-    if encoder_hidden_states_mask is not None:
-        seen = torch.ones(hidden_states.shape[:2], dtype=torch.bool, device=hidden_states.device)
-        mask = torch.cat([encoder_hidden_states_mask.bool(), seen], dim=1)[:, None, None, :]
     qkv = block.attn.to_qkv.multiply(*image.first_rows(), dtype).unflatten(0, (batch, -1))
     added_qkv = block.attn.to_added_qkv.multiply(*text.first_rows(), dtype).unflatten(0, (batch, -1))
     processor: JointAttention = block.attn.processor
-    image_out, text_out = processor.of_projections(block.attn, qkv, added_qkv, mask, image_rotary_emb)
+    image_out, text_out = processor.of_projections(
+        block.attn, qkv, added_qkv, encoder_hidden_states_mask, mask, image_rotary_emb
+    )
     return text.ended(text_out, block.txt_mlp), image.ended(image_out, block.img_mlp)
 
 
@@ -259,16 +283,12 @@ def _wan_block(
     attended = block.attn1.processor.of_projection(block.attn1, qkv, rotary_emb).flatten(0, 1)
 
     # Its weight and bias are a modulation that is the same for all.
-    weight, bias = ((one.float()).expand(batch, -1) for one in (block.norm2.weight, block.norm2.bias))
-    x, rows, row_scale = kernels.added_modulated_rows(
-        x, attended, gate, bias, weight - 1, place, block.norm2.eps
-    )  # fmt: skip
+    weight, bias = (one.float().expand(batch, -1) for one in (block.norm2.weight, block.norm2.bias))
+    x, rows, row_scale = kernels.added_modulated_rows(x, attended, gate, bias, weight - 1, place, block.norm2.eps)
     query = block.attn2.to_q.multiply(rows, row_scale, dtype).unflatten(0, (batch, -1))
     attended = _cross_attended(block.attn2, query, encoder_hidden_states).flatten(0, 1)
 
-    x, rows, row_scale = kernels.added_modulated_rows(
-        x, attended, None, end_shift, end_scale, place, block.norm3.eps
-    )  # fmt: skip
+    x, rows, row_scale = kernels.added_modulated_rows(x, attended, None, end_shift, end_scale, place, block.norm3.eps)
     made = block.ffn.of_rows(rows, row_scale, dtype)
     return (x.float() + made.float() * end_gate[place]).to(dtype).unflatten(0, hidden_states.shape[:2])
 
@@ -278,9 +298,7 @@ def _cross_attended(attn: Any, query: Tensor, text: Tensor) -> Tensor:
     from diffusers.models.attention_dispatch import dispatch_attention_fn
 
     key = attn.norm_k(attn.to_k(text))
-    query, key, value = (
-        one.unflatten(2, (attn.heads, -1)) for one in (attn.norm_q(query), key, attn.to_v(text))
-    )  # fmt: skip
+    query, key, value = (one.unflatten(2, (attn.heads, -1)) for one in (attn.norm_q(query), key, attn.to_v(text)))
     made = dispatch_attention_fn(query, key, value, backend=attn.processor._attention_backend)
     out: Tensor = attn.to_out[0](made.flatten(2, 3))
     return out
@@ -290,22 +308,6 @@ def _places(x: Tensor) -> Tensor:
     """For each row of a (batch, tokens, columns) tensor which of the batch it is of."""
     batch, tokens = x.shape[:2]
     return torch.arange(batch, dtype=torch.int32, device=x.device)[:, None].expand(batch, tokens).flatten()
-
-
-def fuse_feed_forwards(model: nn.Module) -> int:
-    """Let the FP8 feed-forwards of a transformer quantise their activation as they make it; how many those were."""
-    fused = 0
-    for parent in list(model.modules()):
-        for name, child in list(parent.named_children()):
-            layers = getattr(child, "net", None)
-            if type(child).__name__ != "FeedForward" or layers is None:
-                continue
-            up, down = getattr(layers[0], "proj", None), layers[-1]
-            tanh = getattr(layers[0], "approximate", None) == "tanh"
-            if tanh and isinstance(up, Fp8Linear) and isinstance(down, Fp8Linear) and down.arithmetic:
-                setattr(parent, name, Fp8FeedForward(up, down))
-                fused += 1
-    return fused
 
 
 def _side_by_side(attention: Any, names: Sequence[str]) -> nn.Module:

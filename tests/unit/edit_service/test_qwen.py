@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
 pytestmark = pytest.mark.timeout(600)  # importing diffusers takes minutes on a machine that is busy
 
-AREAS = {"reference_area": 64 * 64, "condition_area": 56 * 56}
-
 
 def work(**changes: Any) -> EditWork:
     fields: dict[str, Any] = {
@@ -55,20 +53,6 @@ def tokens_of(engine: QwenEditEngine, photo: Path, monkeypatch: pytest.MonkeyPat
 
 def ignore(step: int, steps: int) -> None:
     pass
-
-
-@pytest.fixture(scope="module")
-def make(tiny_models: dict[str, Path]) -> Callable[..., QwenEditEngine]:
-    from edit_service.engine.qwen import QwenEditEngine
-    from vidgen.accel.engine import Layout
-
-    def made(**changes: Any) -> QwenEditEngine:
-        layout = Layout(**{name: changes.pop(name) for name in list(changes) if name in Layout.__match_args__})
-        engine = QwenEditEngine(**{"model": str(tiny_models["qwen-edit"]), "layout": layout} | AREAS | changes)
-        engine.setup()
-        return engine
-
-    return made
 
 
 @pytest.fixture(scope="module")

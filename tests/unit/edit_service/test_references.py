@@ -23,6 +23,9 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.timeout(600)  # importing diffusers takes minutes on a machine that is busy
 
 
+AREAS = {"reference_area": 96 * 96, "condition_area": 100 * 100}
+
+
 def work(**changes: Any) -> EditWork:
     fields: dict[str, Any] = {
         "prompt": "make it blue", "user_prompt": "make it blue", "negative_prompt": "red", "steps": 2, "seed": 7,
@@ -36,23 +39,8 @@ def ignore(step: int, steps: int) -> None:
 
 
 @pytest.fixture(scope="module")
-def make(tiny_models: dict[str, Path]) -> Callable[..., QwenEditEngine]:
-    from edit_service.engine.qwen import QwenEditEngine
-    from vidgen.accel.engine import Layout
-
-    def made(dtype: str = "float32") -> QwenEditEngine:
-        engine = QwenEditEngine(
-            str(tiny_models["qwen-edit"]), reference_area=96 * 96, condition_area=100 * 100, layout=Layout(dtype=dtype)
-        )
-        engine.setup()
-        return engine
-
-    return made
-
-
-@pytest.fixture(scope="module")
 def engine(make: Callable[..., QwenEditEngine]) -> QwenEditEngine:
-    return make()
+    return make(**AREAS)
 
 
 @pytest.fixture(scope="module")
@@ -113,7 +101,7 @@ def test_an_edit_is_the_one_that_the_pipeline_makes_by_itself(
 
 
 def test_in_half_precision_it_is_so_too(make: Callable[..., QwenEditEngine], photos: list[Path]) -> None:
-    engine = make(dtype="bfloat16")
+    engine = make(dtype="bfloat16", **AREAS)
     inputs = engine.prepare(work(true_cfg_scale=4.0), photos)
     assert inputs.ready is not None
     assert all(made.dtype == torch.bfloat16 for made in inputs.ready.pixels)
