@@ -120,13 +120,14 @@ class Steps:
     """A `callback_on_step_end` that reports each step, and notes when the last one ended.
 
     What `on_step` raises stops the pipeline there (its own `interrupt` flag would still decode), and is kept in
-    `stopped_by`, so that it is not taken for a fault of the pipeline.
+    `stopped_by`, so that it is not taken for a fault of the pipeline. A fault leaves what is `kept` as its state.
     """
 
     def __init__(self, on_step: OnStep, device: torch.device) -> None:
         self.on_step = on_step
         self.device = device
         self.stopped_by: BaseException | None = None
+        self.kept: bytes | None = None
         self.started = self.ended = time.perf_counter()
 
     def __call__(self, pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -167,6 +168,7 @@ def faults(steps: Steps) -> Iterator[None]:
             raise
         if isinstance(fault, RetryableError):
             free(steps.device)
+            fault.state = steps.kept
         raise fault from exc
 
 

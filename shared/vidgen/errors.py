@@ -26,11 +26,12 @@ class VidgenError(Exception):
     """Something went wrong in vidgen.
 
     `code` is stable and machine-readable, `message` is for people and names the remedy. `rungs` is what an engine did
-    without, for want of memory, before it raised this.
+    without, for want of memory, before it raised this, and `state` what it can go on from, one safetensors file.
     """
 
     code = "error"
     rungs: tuple[Rung, ...] = ()
+    state: bytes | None = None
 
     def __init__(self, message: str | None = None, *, code: str | None = None) -> None:
         self.message = message or (type(self).__doc__ or "").strip().splitlines()[0]
@@ -70,14 +71,13 @@ class Cancelled(VidgenError):  # noqa: N818  an outcome, not a fault
 class Suspended(Cancelled):
     """The task is wanted back in the middle of its denoising.
 
-    Raised by `on_step` after `step` of `steps`. An engine that can go on elsewhere puts its `state` there, one
-    safetensors file, and lets it pass.
+    Raised by `on_step` after `step` of `steps`. An engine that can go on elsewhere puts its `state` there and lets it
+    pass.
     """
 
     def __init__(self, step: int, steps: int) -> None:
         super().__init__()
         self.step, self.steps = step, steps
-        self.state: bytes | None = None
 
 
 class ConflictError(VidgenError):

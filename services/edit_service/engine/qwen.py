@@ -123,17 +123,17 @@ class QwenEditEngine(DiffusersEngine):
         """
         work = inputs.work
 
-        def attempt(one_by_one: bool) -> Generated:
+        def attempt(one_by_one: bool, left: bytes | None) -> Generated:
             parts = [resume.WHOLE]
             if one_by_one:
                 parts = [Part(index, work.candidates) for index in range(work.candidates)]
-            made = [self._edited(inputs, on_step, state, part) for part in parts]
+            made = [self._edited(inputs, on_step, left, part) for part in parts]
             return Generated(
                 Edited(work, np.concatenate([one.output for one in made])),
                 denoise_s=sum(one.denoise_s for one in made), decode_s=sum(one.decode_s for one in made),
             )  # fmt: skip
 
-        return self._within_memory(attempt, at_once=work.candidates > 1 and self._has_room(inputs))
+        return self._within_memory(attempt, state, at_once=work.candidates > 1 and self._has_room(inputs))
 
     def _has_room(self, inputs: Inputs) -> bool:
         """Whether all candidates of a task are likely to fit beside the weights at once."""

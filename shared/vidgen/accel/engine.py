@@ -208,15 +208,19 @@ class DiffusersEngine(abc.ABC):
         )  # fmt: skip
         return f"{profile}-storage"
 
-    def _within_memory(self, attempt: Callable[[bool], Generated], *, at_once: bool = False) -> Generated:
+    def _within_memory(
+        self, attempt: Callable[[bool, bytes | None], Generated], state: bytes | None, *, at_once: bool = False
+    ) -> Generated:
         """Run a task, and where memory runs out once more with less of it: see `vidgen.accel.ladder`.
 
-        `attempt` takes whether the candidates are to be made one after another; `at_once` says that it would not.
+        `attempt` takes whether the candidates are to be made one after another, and the state to go on from; `at_once`
+        says that they would not.
         """
         rungs = ("one_by_one", *self._rungs) if at_once and self._rungs else self._rungs
         return ladder.descend(
-            self._pipe, self._device, rungs, lambda taken: attempt(not at_once or "one_by_one" in taken)
-        )
+            self._pipe, self._device, rungs,
+            lambda taken, left: attempt(not at_once or "one_by_one" in taken, left), state,
+        )  # fmt: skip
 
     def _lay_out(self, profile: profiles.Name | None) -> None:
         if profile is None:

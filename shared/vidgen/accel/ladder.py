@@ -38,12 +38,14 @@ ACTS: dict[Rung, str] = {
 
 
 def descend(
-    pipe: Any, device: torch.device, rungs: Sequence[Rung], attempt: Callable[[tuple[Rung, ...]], Generated]
-) -> Generated:
-    """Try a task, and where memory runs out again from its beginning, each time one rung further down.
+    pipe: Any, device: torch.device, rungs: Sequence[Rung],
+    attempt: Callable[[tuple[Rung, ...], bytes | None], Generated], state: bytes | None,
+) -> Generated:  # fmt: skip
+    """Try a task, and where memory runs out once more, each time one rung further down.
 
-    `attempt` takes the rungs that are taken by then: `one_by_one` is its own to do, the others are done to the
-    pipeline. What is raised, too, says in its `rungs` which they were.
+    `attempt` takes the rungs that are taken by then, and the state to go on from: the one that is given, or what the
+    try before it left. `one_by_one` is its own to do, the other rungs are done to the pipeline. What is raised, too,
+    says in its `rungs` which they were.
     """
     taken: tuple[Rung, ...] = ()
     with contextlib.ExitStack() as lowered:
@@ -51,7 +53,7 @@ def descend(
             try:
                 if taken and taken[-1] in LOWER:
                     lowered.enter_context(LOWER[taken[-1]](pipe, device))
-                return replace(attempt(taken), rungs=taken)
+                return replace(attempt(taken, state), rungs=taken)
             except VidgenError as exc:
                 exc.rungs = taken
                 if not isinstance(exc, RetryableError) or exc.code != "out_of_memory":
@@ -59,7 +61,7 @@ def descend(
                 _forget(pipe, device)
                 if len(taken) == len(rungs):
                     raise
-                said = exc.message
+                said, state = exc.message, exc.state or state
             diffusion.free(device)  # what the exception held
             rung = rungs[len(taken)]
             log.warning(f"{said}: once more, {ACTS[rung]}", _event="memory_rung", rung=rung)

@@ -50,6 +50,9 @@ class Course(diffusion.Steps):
 
     As one `part` of several it goes on from its share of a state, tells the steps of all parts together, and leaves no
     state: what the parts before it made is not in it.
+
+    What fails behind the last step but one, such as a decode that has no room, can be tried again from there: that is
+    `kept`.
     """
 
     def __init__(
@@ -72,6 +75,7 @@ class Course(diffusion.Steps):
             on_step(before + step, part.count * (self.done + steps))
 
         super().__init__(told, device)
+        self.kept = state
 
     @contextlib.contextmanager
     def on(self, pipe: Any) -> Iterator[dict[str, Any]]:
@@ -88,14 +92,19 @@ class Course(diffusion.Steps):
             yield given | {LATENTS: self._from["tensors"][LATENTS].to(self.device)}
 
     def __call__(self, pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        step = self.done + index + 1
         try:
-            return super().__call__(pipe, index, timestep, tensors)
+            answer = super().__call__(pipe, index, timestep, tensors)
         except errors.Suspended as exc:
             try:
-                exc.state = self._state(pipe.scheduler, tensors[LATENTS], self.done + index + 1)
+                exc.state = self._state(pipe.scheduler, tensors[LATENTS], step)
             except UnusableError as fault:  # then the task is handed back without
                 log.warning(fault.message, _event="checkpoint_failed")
             raise
+        if index + 2 == pipe.num_timesteps and self._part.count == 1:
+            with contextlib.suppress(UnusableError):  # then it is tried again from where it began
+                self.kept = self._state(pipe.scheduler, tensors[LATENTS], step)
+        return answer
 
     def _state(self, scheduler: Any, latents: torch.Tensor, step: int) -> bytes:
         """All that the steps behind `step` depend on, besides the inputs, as a safetensors file."""
