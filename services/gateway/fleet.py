@@ -11,7 +11,7 @@ import structlog
 from pydantic import ValidationError
 
 from vidgen import errors, topology
-from vidgen.bus import Bus, Depth
+from vidgen.bus import Bus, Depth, Held
 from vidgen.contracts import LANES, STAGES, Lane, Stage, WorkerInfo
 from vidgen.metrics import GatewayMetrics
 
@@ -19,6 +19,7 @@ log = structlog.get_logger(__name__)
 
 KEEP = 1.0
 TIME_LIMIT = 2.0
+ALL_STREAMS = (*(stream.name for stream in topology.STREAMS), *(f"KV_{bucket.name}" for bucket in topology.BUCKETS))
 
 
 class Fleet:
@@ -45,15 +46,29 @@ class Fleet:
         depths = await asyncio.gather(*(self._bus.depth(topology.consumer_of(*lane)) for lane in lanes))
         return dict(zip(lanes, depths, strict=True))
 
+    async def behind(self) -> dict[topology.Consumer, Depth]:
+        """What waits for the gateways themselves, by consumer. Raises BusError."""
+        own = [consumer for consumer in topology.CONSUMERS if consumer.name == topology.GATEWAY]
+        return dict(zip(own, await asyncio.gather(*map(self._bus.depth, own)), strict=True))
+
+    async def streams(self) -> dict[str, Held]:
+        """What every stream, and every bucket's, holds. Raises BusError."""
+        held = await asyncio.gather(*(self._bus.held(name) for name in ALL_STREAMS))
+        return dict(zip(ALL_STREAMS, held, strict=True))
+
     async def refresh(self, metrics: GatewayMetrics) -> None:
         """Bring the metrics up to date before a scrape; never raises, and never takes longer than the time limit."""
         async with self._lock:
             if self._read_at is not None and self._clock() - self._read_at < self._keep:
                 return
+            begun = self._clock()
             try:
                 async with asyncio.timeout(self._time_limit), asyncio.TaskGroup() as group:
                     workers, depths = group.create_task(self.workers()), group.create_task(self.depths())
+                    behind, streams = group.create_task(self.behind()), group.create_task(self.streams())
+                lanes = {topology.consumer_of(*lane): depth for lane, depth in depths.result().items()}
                 metrics.fleet(workers.result(), depths.result(), datetime.now(UTC))
+                metrics.bus(lanes | behind.result(), streams.result(), self._clock() - begun)
             except* (errors.VidgenError, TimeoutError) as failed:
                 metrics.bus_down()
                 log.warning(

@@ -27,16 +27,29 @@ class Stored:
 
 @dataclass(frozen=True)
 class Depth:
-    """How full a consumer's queue is."""
+    """How full a consumer's queue is.
+
+    `oldest_at` is the oldest message that waits or is held, `oldest_pending_at` the oldest that was never delivered.
+    """
 
     pending: int
     ack_pending: int
     redelivered: int
     oldest_at: datetime | None
+    oldest_pending_at: datetime | None = None
 
     @property
     def waiting(self) -> int:
         return self.pending + self.ack_pending
+
+
+@dataclass(frozen=True)
+class Held:
+    """What a stream holds; `limit` is the bytes that it may hold, None where only the server's disk limits it."""
+
+    messages: int
+    bytes: int
+    limit: int | None
 
 
 class Delivery(Protocol):
@@ -131,6 +144,8 @@ class Bus(Protocol):
     async def listen(self, subject: str) -> Feed: ...
 
     async def depth(self, consumer: topology.Consumer) -> Depth: ...
+
+    async def held(self, stream: str) -> Held: ...
 
     def records(self, bucket: str) -> Records: ...
 

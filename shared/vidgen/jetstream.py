@@ -22,7 +22,7 @@ from nats.js import JetStreamContext, api
 from nats.js.kv import KeyValue
 
 from vidgen import errors, topology
-from vidgen.bus import PULL_WAIT, Delivery, Depth, Feed, Records, Stored
+from vidgen.bus import PULL_WAIT, Delivery, Depth, Feed, Held, Records, Stored
 
 log = logging.getLogger("vidgen.bus")
 
@@ -427,12 +427,24 @@ class JetStreamBus:
         with translated():
             info = await self._js.consumer_info(consumer.stream, consumer.name)
         pending, ack_pending = info.num_pending or 0, info.num_ack_pending or 0
-        oldest = None
-        if pending + ack_pending:
-            floor = info.ack_floor.stream_seq if info.ack_floor else 0
-            first = await self._get(consumer.stream, seq=floor + 1, subject=consumer.filter_subject or ">", next=True)
-            oldest = first.at if first else None
-        return Depth(pending, ack_pending, info.num_redelivered or 0, oldest)
+        floor = info.ack_floor.stream_seq if info.ack_floor else 0
+        given = info.delivered.stream_seq if info.delivered else 0
+        oldest = await self._time_of_next(consumer, floor) if pending + ack_pending else None
+        oldest_pending = oldest
+        if pending and ack_pending:
+            oldest_pending = await self._time_of_next(consumer, given)
+        return Depth(pending, ack_pending, info.num_redelivered or 0, oldest, oldest_pending if pending else None)
+
+    async def _time_of_next(self, consumer: topology.Consumer, seq: int) -> datetime | None:
+        """When the first message of a consumer behind `seq` was stored."""
+        found = await self._get(consumer.stream, seq=seq + 1, subject=consumer.filter_subject or ">", next=True)
+        return found.at if found else None
+
+    async def held(self, stream: str) -> Held:
+        with translated():
+            info = await self._js.stream_info(stream)
+        limit = info.config.max_bytes or -1
+        return Held(info.state.messages, info.state.bytes, limit if limit > 0 else None)
 
     def records(self, bucket: str) -> Records:
         return self._records.setdefault(bucket, JetStreamRecords(self._js, bucket))

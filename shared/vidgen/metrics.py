@@ -18,7 +18,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.core import Metric as Family
 from prometheus_client.registry import Collector
 
-from vidgen import bus, contracts, engine, reference
+from vidgen import bus, contracts, engine, reference, topology
 from vidgen.contracts import LANES, STAGES, GpuFigures, Lane, Stage, Timings, WorkerInfo
 
 Outcome = Literal[
@@ -76,6 +76,10 @@ DIRECTION = Label("direction", get_args(Direction))
 STATE = Label("state", STATES)
 GPU = (Label("gpu"), Label("gpu_uuid"), Label("gpu_name"))
 ON_WORKER = (STAGE, Label("worker"), *GPU)
+STAGE_OR_REQUEST = Label("stage", (*STAGES, "request"))
+STREAM = Label("stream")
+CONSUMER = (STREAM, Label("consumer"))
+RESULT_TYPES: Mapping[Stage, str] = {"edit": "image/png", "i2v": "video/mp4"}  # a clip's poster is none
 
 WORKER = (
     Metric(
@@ -172,6 +176,9 @@ WORKER = (
 GATEWAY = (
     Metric("vidgen_gateway_bus_up", "gauge", "boolean", "Whether the bus answered the last reading of queues and "
            "fleet; at 0 those are the last known."),
+    Metric("vidgen_gateway_bus_seconds", "gauge", "seconds", "How long the bus took to answer all of that reading."),
+    Metric("vidgen_gateway_store_up", "gauge", "boolean", "Whether the object store answered and has the bucket."),
+    Metric("vidgen_gateway_store_seconds", "gauge", "seconds", "How long the object store took to answer that."),
     Metric(
         "vidgen_queue_depth", "gauge", "tasks", "Tasks waiting in a lane.", (STAGE, LANE), snapshot=True
     ),
@@ -181,6 +188,31 @@ GATEWAY = (
     Metric(
         "vidgen_queue_oldest_age_seconds", "gauge", "seconds", "Age of the oldest task waiting or held; 0: none.",
         (STAGE, LANE), snapshot=True,
+    ),
+    Metric(
+        "vidgen_queue_oldest_waiting_seconds", "gauge", "seconds",
+        "Age of the oldest task that no worker was given yet; 0: none.", (STAGE, LANE), snapshot=True,
+    ),
+    Metric(
+        "vidgen_consumer_pending_messages", "gauge", "messages", "Messages that a consumer has not been given yet.",
+        CONSUMER, snapshot=True,
+    ),
+    Metric(
+        "vidgen_consumer_ack_pending_messages", "gauge", "messages",
+        "Messages given to a consumer and not acked: in work, or waiting to be given again.", CONSUMER, snapshot=True,
+    ),
+    Metric(
+        "vidgen_consumer_redelivered_messages", "gauge", "messages",
+        "Messages not acked that were given more than once.", CONSUMER, snapshot=True,
+    ),
+    Metric(
+        "vidgen_stream_messages", "gauge", "messages", "Messages that a stream holds; `KV_…` are the buckets.",
+        (STREAM,), snapshot=True,
+    ),
+    Metric("vidgen_stream_bytes", "gauge", "bytes", "Bytes that a stream holds.", (STREAM,), snapshot=True),
+    Metric(
+        "vidgen_stream_limit_bytes", "gauge", "bytes",
+        "Bytes that a stream may hold; without a series only the server's storage limits it.", (STREAM,), snapshot=True,
     ),
     Metric(
         "vidgen_requests_total", "counter", "requests", "Requests by what became of them at intake.",
@@ -218,8 +250,16 @@ GATEWAY = (
     ),
     Metric("vidgen_cost_dollars_total", "counter", "dollars", "What those GPU seconds cost.", (STAGE,)),
     Metric(
+        "vidgen_results_total", "counter", "files", "Edited images (each candidate is one) and clips made.", (STAGE,)
+    ),
+    Metric(
+        "vidgen_errors_total", "counter", "errors",
+        "Attempts that failed, whether or not they are tried again, and requests that did not validate.",
+        (STAGE_OR_REQUEST, Label("code")),
+    ),
+    Metric(
         "vidgen_dead_letters_total", "counter", "messages", "Tasks given up and requests that did not validate.",
-        (Label("stage", (*STAGES, "request")),),
+        (STAGE_OR_REQUEST,),
     ),
     Metric(
         "vidgen_redeliveries_total", "counter", "deliveries", "Starts of a task that had been delivered before.",
@@ -242,6 +282,11 @@ GATEWAY = (
         "vidgen_fleet_workers", "gauge", "workers", "Workers alive, from their heartbeats.", (STAGE, STATE),
         snapshot=True,
     ),
+    Metric(
+        "vidgen_fleet_info", "gauge", "boolean", "Always 1: what a worker is, and does now.",
+        (*ON_WORKER, *map(Label, ("engine", "model", "profile", "host")), STATE), snapshot=True,
+    ),
+    Metric("vidgen_fleet_tasks_running", "gauge", "tasks", "Tasks that a worker holds.", ON_WORKER, snapshot=True),
     Metric(
         "vidgen_fleet_gpu_utilization_ratio", "gauge", "ratio",
         "Share of the last sample in which a worker's device worked.", ON_WORKER, snapshot=True,
@@ -303,7 +348,7 @@ class _Snapshots(Collector):
         kind = CounterMetricFamily if metric.type == "counter" else GaugeMetricFamily
         return kind(name, metric.help, labels=metric.label_names)
 
-    def replace(self, figures: Iterable[tuple[str, Sequence[str], float | None]], only: str = "") -> None:
+    def replace(self, figures: Iterable[tuple[str, Sequence[str], float | None]], only: str | tuple[str, ...]) -> None:
         """Put (name, label values, value) in place of what the metrics whose name starts with `only` had."""
         families = {name: self._family(name) for name in self._metrics if name.startswith(only)}
         for name, labels, value in figures:
@@ -504,6 +549,7 @@ class GatewayMetrics(_Exposed):
             case contracts.Rejected():
                 self.request_rejected()
                 self.dead_lettered(None)
+                self._inc("vidgen_errors_total", stage="request", code=job.error.code if job.error else "rejected")
             case contracts.StageStarted():
                 if event.deliveries > 1:
                     self._inc("vidgen_redeliveries_total", stage=event.stage)
@@ -512,6 +558,7 @@ class GatewayMetrics(_Exposed):
                 self._completed(event)
             case contracts.StageFailed():
                 self._ended(event, job, "failed" if event.final else "retried")
+                self._inc("vidgen_errors_total", stage=event.stage, code=event.error.code)
                 if event.final:
                     self.dead_lettered(event.stage)
             case contracts.StageReleased():
@@ -556,11 +603,25 @@ class GatewayMetrics(_Exposed):
     ) -> None:
         """Replace queues and fleet by what the bus just said."""
         self._set("vidgen_gateway_bus_up", 1)
-        self._snapshots.replace([*_queue_figures(depths, now), *_fleet_figures(workers)])
+        figures = [*_queue_figures(depths, now), *_fleet_figures(workers)]
+        self._snapshots.replace(figures, only=("vidgen_queue_", "vidgen_fleet_"))
+
+    def bus(
+        self, consumers: Mapping[topology.Consumer, bus.Depth], streams: Mapping[str, bus.Held], seconds: float
+    ) -> None:
+        """Replace what waits on the bus and what it holds; `seconds` is how long it took to say all that."""
+        self._set("vidgen_gateway_bus_seconds", seconds)
+        figures = [*_consumer_figures(consumers), *_stream_figures(streams)]
+        self._snapshots.replace(figures, only=("vidgen_consumer_", "vidgen_stream_"))
 
     def bus_down(self) -> None:
         """The bus did not answer: keep the last figures and say so."""
         self._set("vidgen_gateway_bus_up", 0)
+
+    def store(self, up: bool, seconds: float) -> None:
+        """Whether the object store answered, and how long that, or waiting for it, took."""
+        self._set("vidgen_gateway_store_up", up)
+        self._set("vidgen_gateway_store_seconds", seconds)
 
     def _ended(
         self,
@@ -576,6 +637,8 @@ class GatewayMetrics(_Exposed):
     def _completed(self, event: contracts.StageCompleted) -> None:
         size = sum(artifact.size for artifact in event.artifacts)
         self._inc("vidgen_artifact_bytes_total", size, stage=event.stage)
+        made = sum(artifact.content_type == RESULT_TYPES[event.stage] for artifact in event.artifacts)
+        self._inc("vidgen_results_total", made, stage=event.stage)
         if event.reused:
             return  # nothing was computed: its timings would pull the histograms down
         self._inc("vidgen_steps_total", event.steps, stage=event.stage)
@@ -588,10 +651,31 @@ def _queue_figures(
     depths: Mapping[tuple[Stage, Lane], bus.Depth], now: datetime
 ) -> Iterator[tuple[str, Sequence[str], float]]:
     for lane, depth in depths.items():
-        age = (now - depth.oldest_at).total_seconds() if depth.oldest_at else 0.0
         yield "vidgen_queue_depth", lane, depth.pending
         yield "vidgen_queue_ack_pending", lane, depth.ack_pending
-        yield "vidgen_queue_oldest_age_seconds", lane, max(0.0, age)
+        yield "vidgen_queue_oldest_age_seconds", lane, _age(depth.oldest_at, now)
+        yield "vidgen_queue_oldest_waiting_seconds", lane, _age(depth.oldest_pending_at, now)
+
+
+def _age(since: datetime | None, now: datetime) -> float:
+    return max(0.0, (now - since).total_seconds()) if since else 0.0
+
+
+def _consumer_figures(
+    consumers: Mapping[topology.Consumer, bus.Depth],
+) -> Iterator[tuple[str, Sequence[str], float]]:
+    for consumer, depth in consumers.items():
+        where = (consumer.stream, consumer.name)
+        yield "vidgen_consumer_pending_messages", where, depth.pending
+        yield "vidgen_consumer_ack_pending_messages", where, depth.ack_pending
+        yield "vidgen_consumer_redelivered_messages", where, depth.redelivered
+
+
+def _stream_figures(streams: Mapping[str, bus.Held]) -> Iterator[tuple[str, Sequence[str], float | None]]:
+    for name, held in streams.items():
+        yield "vidgen_stream_messages", (name,), held.messages
+        yield "vidgen_stream_bytes", (name,), held.bytes
+        yield "vidgen_stream_limit_bytes", (name,), held.limit
 
 
 def _fleet_figures(workers: Sequence[WorkerInfo]) -> Iterator[tuple[str, Sequence[str], float | None]]:
@@ -605,6 +689,9 @@ def _fleet_figures(workers: Sequence[WorkerInfo]) -> Iterator[tuple[str, Sequenc
             if (worker.id, gpu.uuid) not in told:  # one process may serve both stages on it
                 yield from _gpu_figures("vidgen_fleet", (worker.stage, worker.id), gpu)
             told.add((worker.id, gpu.uuid))
+            what = (worker.engine, worker.model, worker.profile or "", worker.host, worker.state)
+            yield "vidgen_fleet_info", (*where, *what), 1
+            yield "vidgen_fleet_tasks_running", where, len(worker.running)
             yield "vidgen_fleet_gpu_busy_seconds_total", where, worker.busy_seconds
             yield "vidgen_fleet_seconds_per_step", where, worker.seconds_per_step
             yield "vidgen_fleet_model_load_seconds", where, worker.load_seconds

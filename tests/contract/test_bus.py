@@ -345,7 +345,7 @@ async def test_a_message_delivered_too_often_stays_and_an_advisory_tells(open_bu
 
 async def test_depth_counts_what_waits_and_since_when(bus: Bus) -> None:
     empty = await bus.depth(QUEUE)
-    assert (empty.waiting, empty.oldest_at) == (0, None)
+    assert (empty.waiting, empty.oldest_at, empty.oldest_pending_at) == (0, None, None)
     seqs = [await queued(bus, job) for job in ("a", "b", "c")]
     await bus.publish(task("z", "batch"), b"", message_id="z")
 
@@ -354,16 +354,37 @@ async def test_depth_counts_what_waits_and_since_when(bus: Bus) -> None:
     assert (depth.pending, depth.ack_pending, depth.redelivered, depth.waiting) == (2, 1, 0, 3)
     oldest = await bus.get(topology.TASKS, seqs[0])
     assert oldest is not None
-    assert depth.oldest_at == oldest.at
+    second = await bus.get(topology.TASKS, seqs[1])
+    assert second is not None
+    assert (depth.oldest_at, depth.oldest_pending_at) == (oldest.at, second.at)
 
     await first.nak()
     await (await taken(bus)).in_progress()
     assert (await bus.depth(QUEUE)).redelivered == 1
     await first.ack()
     depth = await bus.depth(QUEUE)
-    second = await bus.get(topology.TASKS, seqs[1])
-    assert second is not None
-    assert (depth.waiting, depth.redelivered, depth.oldest_at) == (2, 0, second.at)
+    assert (depth.waiting, depth.redelivered) == (2, 0)
+    assert depth.oldest_at == depth.oldest_pending_at == second.at
+
+    for _ in range(2):
+        await taken(bus)
+    depth = await bus.depth(QUEUE)
+    assert (depth.pending, depth.oldest_at, depth.oldest_pending_at) == (0, second.at, None)
+
+
+async def test_a_stream_and_a_bucket_tell_what_they_hold_and_may_hold(bus: Bus) -> None:
+    empty = await bus.held(topology.TASKS)
+    assert (empty.messages, empty.bytes, empty.limit) == (0, 0, 1 << 30)
+    await queued(bus, "a")
+    await bus.publish(task("z", "batch"), b"x" * 1000, message_id="z")
+    await bus.records(topology.JOBS_BUCKET).put("j1", b"x" * 500)
+
+    tasks, records = await bus.held(topology.TASKS), await bus.held(f"KV_{topology.JOBS_BUCKET}")
+
+    assert tasks.messages == 2
+    assert tasks.bytes > 1000
+    assert (records.messages, records.limit) == (1, None)
+    assert records.bytes > 500
 
 
 async def test_depth_of_a_log_counts_what_was_not_acked(bus: Bus) -> None:

@@ -160,6 +160,7 @@ async def test_every_call_fails_in_an_outage_and_says_so_plainly(
             connected.publish(SUBJECT, b"", message_id="b"), connected.pull(QUEUE, 0),
             connected.last(topology.TASKS, SUBJECT), connected.tail(topology.TASKS, None, 1),
             connected.get(topology.TASKS, 1), connected.purge(topology.TASKS, SUBJECT), connected.depth(QUEUE),
+            connected.held(topology.TASKS),
             connected.delete(topology.EVENTS, 1), connected.follow(topology.EVENTS, "vidgen.events.*"),
             records.get("j1"), records.put("j1", b"", 7), records.all(), delivery.ack(), delivery.in_progress(),
         ]  # fmt: skip

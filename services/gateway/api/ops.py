@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable
 from typing import Literal
 
@@ -10,7 +11,7 @@ from fastapi import APIRouter
 from pydantic import BaseModel
 from starlette.responses import JSONResponse, Response
 
-from gateway.api.parts import PartsHere
+from gateway.api.parts import Parts, PartsHere
 
 router = APIRouter(tags=["operations"])
 
@@ -60,9 +61,15 @@ async def readyz(parts: PartsHere) -> Response:
 @router.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
 async def metrics(parts: PartsHere) -> Response:
     """Figures in Prometheus' text format."""
-    await parts.fleet.refresh(parts.metrics)
+    await asyncio.gather(parts.fleet.refresh(parts.metrics), _measure_store(parts))
     body, content_type = await asyncio.to_thread(parts.metrics.render)
     return Response(body, headers={"Content-Type": content_type})
+
+
+async def _measure_store(parts: Parts) -> None:
+    begun = time.monotonic()
+    reach = await _reach(parts.store.ready())
+    parts.metrics.store(reach == "ok", time.monotonic() - begun)
 
 
 async def _reach(answer: Awaitable[bool]) -> Reach:

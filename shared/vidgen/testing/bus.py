@@ -6,7 +6,7 @@ import asyncio
 from collections import deque
 
 from vidgen import errors, topology
-from vidgen.bus import PULL_WAIT, Delivery, Depth, Feed, Records, Stored
+from vidgen.bus import PULL_WAIT, Delivery, Depth, Feed, Held, Records, Stored
 from vidgen.testing.clock import Clock, RealClock
 from vidgen.testing.faults import Faults
 from vidgen.testing.streams import MemoryBucket, MemoryConsumer, MemoryStream, matches
@@ -21,7 +21,7 @@ class MemoryBus(Faults):
 
     METHODS = frozenset({
         "publish", "pull", "last", "tail", "get", "delete", "purge", "follow", "signal", "listen", "depth",
-        "ack", "nak", "in_progress", "next", "records.get", "records.put", "records.all",
+        "held", "ack", "nak", "in_progress", "next", "records.get", "records.put", "records.all",
     })  # fmt: skip
     OUTAGE = errors.BusError
 
@@ -128,6 +128,11 @@ class MemoryBus(Faults):
     async def depth(self, consumer: topology.Consumer) -> Depth:
         async with self.call("depth"):
             return self._consumer(consumer).depth()
+
+    async def held(self, stream: str) -> Held:
+        async with self.call("held"):
+            bucket = self._buckets.get(stream.removeprefix("KV_"))
+            return self._stream(stream).held() if bucket is None else bucket.held()
 
     def records(self, bucket: str) -> Records:
         return MemoryRecords(self, self._buckets[bucket])

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from vidgen import errors, topology
-from vidgen.bus import Depth, Stored
+from vidgen.bus import Depth, Held, Stored
 from vidgen.testing.clock import Clock
 
 
@@ -78,6 +78,10 @@ class MemoryStream:
         else:
             yield from [stored for stored in self.messages.values() if matches(pattern, stored.subject)]
 
+    def held(self) -> Held:
+        limit = self.config.max_bytes if self.config.max_bytes > 0 else None
+        return Held(len(self.messages), sum(len(m.subject) + len(m.body) for m in self.messages.values()), limit)
+
     def after(self, seq: int, pattern: str) -> Stored | None:
         """The oldest message on `pattern` past `seq`."""
         if pattern in self._sequences:
@@ -142,7 +146,8 @@ class MemoryConsumer:
         fresh = [stored for stored in self.stream.on(self._filter) if stored.seq > self._cursor]
         waiting = sorted([*self._due, *(stored.seq for stored in fresh)])
         again = sum(count > 1 for count in self._deliveries.values())
-        return Depth(len(fresh), len(self._due), again, self.stream.messages[waiting[0]].at if waiting else None)
+        oldest = self.stream.messages[waiting[0]].at if waiting else None
+        return Depth(len(fresh), len(self._due), again, oldest, fresh[0].at if fresh else None)
 
     def _deliver(self, seq: int, now: float) -> tuple[Stored, int]:
         self._due[seq] = now + self.ack_wait
@@ -196,6 +201,10 @@ class MemoryBucket:
         ttl = self.config.ttl or float("inf")
         self._records[key] = Record(value, self._revision, self._clock.time() + ttl)
         return self._revision
+
+    def held(self) -> Held:
+        records = self.all()
+        return Held(len(records), sum(len(key) + len(value) for key, value in records.items()), None)
 
     def all(self) -> dict[str, bytes]:
         found = {key: self.get(key) for key in sorted(self._records)}

@@ -61,6 +61,14 @@ async def test_requests_are_measured_by_route_and_not_by_path(gateway: Gateway) 
     assert "wp-admin" not in text
 
 
+@pytest.mark.parametrize(("store", "up"), [(MemoryStore(), 1), (LostStore(), 0)])
+async def test_a_scrape_says_whether_the_object_store_answers(store: MemoryStore, up: int) -> None:
+    gateway = await Gateway.open(store=store)
+    async with gateway.client:
+        text = (await gateway.client.get("/metrics")).text
+    assert f"vidgen_gateway_store_up {up}.0" in text
+
+
 async def test_workers_alive_are_listed(gateway: Gateway) -> None:
     worker = contracts.WorkerInfo(
         id="w1", stage="edit", state="ready", engine="preview", model="none", device="cpu", version="0.1.0", host="h",

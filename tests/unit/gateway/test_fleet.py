@@ -9,7 +9,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from gateway.fleet import Fleet
 from vidgen import errors, topology
-from vidgen.bus import Bus, Depth, Records
+from vidgen.bus import Bus, Depth, Held, Records
 from vidgen.contracts import GpuFigures, WorkerInfo
 from vidgen.metrics import GatewayMetrics
 
@@ -56,6 +56,10 @@ class Answers:
         await self._answer()
         self.consumers.append(consumer.name)
         return self.waiting
+
+    async def held(self, stream: str) -> Held:
+        await self._answer()
+        return Held(3, 300, 1000 if stream == topology.TASKS else None)
 
     def put(self, *workers: WorkerInfo) -> None:
         self.entries |= {f"{info.stage}.{info.id}": info.to_bytes() for info in workers}
@@ -120,6 +124,20 @@ async def test_every_lane_of_every_stage_is_measured(bus: Answers, fleet: Fleet)
     assert len(depths) == 4
 
 
+async def test_a_scrape_shows_every_consumer_and_every_stream_with_its_limit(bus: Answers, fleet: Fleet) -> None:
+    metrics = GatewayMetrics()
+
+    await fleet.refresh(metrics)
+
+    waiting = samples(metrics, "vidgen_consumer_pending_messages")
+    assert {(labels["stream"], labels["consumer"]) for labels, _ in waiting} == {
+        (consumer.stream, consumer.name) for consumer in topology.CONSUMERS
+    }
+    held = {labels["stream"]: value for labels, value in samples(metrics, "vidgen_stream_bytes")}
+    assert held == dict.fromkeys([*(s.name for s in topology.STREAMS), "KV_vidgen_jobs", "KV_vidgen_workers"], 300)
+    assert samples(metrics, "vidgen_stream_limit_bytes") == [({"stream": topology.TASKS}, 1000)]
+
+
 async def test_reading_the_fleet_says_when_the_bus_is_gone(bus: Answers, fleet: Fleet) -> None:
     bus.error = errors.BusError()
 
@@ -148,7 +166,7 @@ async def test_many_scrapers_ask_the_bus_once_a_second(bus: Answers, fleet: Flee
     metrics = GatewayMetrics()
     await asyncio.gather(*(fleet.refresh(metrics) for _ in range(50)))
     once = bus.asked
-    assert once == 5
+    assert once == 1 + len(topology.CONSUMERS) + len(topology.STREAMS) + len(topology.BUCKETS)
 
     clock.now += 0.9
     await fleet.refresh(metrics)

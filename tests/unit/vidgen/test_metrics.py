@@ -12,8 +12,8 @@ import pytest
 from prometheus_client import Metric as Family
 from prometheus_client.parser import text_string_to_metric_families
 
-from vidgen import contracts, metrics
-from vidgen.bus import Depth
+from vidgen import contracts, metrics, topology
+from vidgen.bus import Depth, Held
 from vidgen.contracts import GpuFigures, WorkerInfo
 from vidgen.engine import EngineInfo
 
@@ -75,7 +75,7 @@ def worker(name: str = "w1", **given: Any) -> WorkerInfo:
 
 
 DEPTHS: dict[tuple[contracts.Stage, contracts.Lane], Depth] = {
-    ("edit", "interactive"): Depth(3, 1, 0, NOW - timedelta(seconds=9)),
+    ("edit", "interactive"): Depth(3, 1, 0, NOW - timedelta(seconds=9), NOW - timedelta(seconds=4)),
     ("i2v", "batch"): Depth(0, 0, 0, None),
 }
 
@@ -119,7 +119,10 @@ def busy_gateway(on_gateway: metrics.GatewayMetrics) -> metrics.GatewayMetrics:
     on_gateway.job_finished(job(status="completed", completed_at=NOW + timedelta(seconds=50)))
     on_gateway.dead_lettered(None)
     on_gateway.http_request("/v1/jobs/{id}", "GET", 200, 0.01)
+    on_gateway.observe(failed(final=True), job())
     on_gateway.fleet([worker()], DEPTHS, NOW)
+    on_gateway.bus({topology.CONSUMERS[0]: Depth(5, 2, 1, NOW)}, {topology.TASKS: Held(3, 300, 1000)}, 0.004)
+    on_gateway.store(True, 0.02)
     return on_gateway
 
 
@@ -288,6 +291,33 @@ def test_a_completed_stage_gives_durations_steps_and_bytes(on_gateway: metrics.G
     assert value(on_gateway, "vidgen_artifact_bytes_total", stage="edit") == 2000
 
 
+def test_results_are_images_and_clips_and_no_posters(on_gateway: metrics.GatewayMetrics) -> None:
+    def artifact(name: str, content_type: str) -> contracts.Artifact:
+        return contracts.Artifact(name=name, key=f"jobs/j1/{name}", content_type=content_type, size=1, sha256="0")
+
+    images = tuple(artifact(f"edit-{n}.png", "image/png") for n in range(3))
+    clip = (artifact("video.mp4", "video/mp4"), artifact("poster.jpg", "image/jpeg"))
+    on_gateway.observe(completed().model_copy(update={"artifacts": images}), job())
+    on_gateway.observe(completed().model_copy(update={"stage": "i2v", "artifacts": clip}), job())
+
+    assert value(on_gateway, "vidgen_results_total", stage="edit") == 3
+    assert value(on_gateway, "vidgen_results_total", stage="i2v") == 1
+
+
+def test_every_failed_attempt_and_every_refused_request_counts_under_its_code(
+    on_gateway: metrics.GatewayMetrics,
+) -> None:
+    on_gateway.observe(failed(final=False), job())
+    on_gateway.observe(failed(final=True), job())
+    error = contracts.JobError(code="bad_request", message="the request does not validate")
+    on_gateway.observe(
+        contracts.Rejected(job_id="j1", at=NOW, errors=()), job(request=None, status="rejected", error=error)
+    )
+
+    assert value(on_gateway, "vidgen_errors_total", stage="edit", code="oom") == 2
+    assert value(on_gateway, "vidgen_errors_total", stage="request", code="bad_request") == 1
+
+
 def test_a_reused_artifact_does_not_pull_the_durations_down(on_gateway: metrics.GatewayMetrics) -> None:
     on_gateway.observe(completed(reused=True), job())
 
@@ -388,7 +418,48 @@ def test_a_lane_shows_what_waits_what_is_held_and_how_old(busy_gateway: metrics.
     assert value(busy_gateway, "vidgen_queue_depth", **lane) == 3
     assert value(busy_gateway, "vidgen_queue_ack_pending", **lane) == 1
     assert value(busy_gateway, "vidgen_queue_oldest_age_seconds", **lane) == 9
+    assert value(busy_gateway, "vidgen_queue_oldest_waiting_seconds", **lane) == 4
+    assert value(busy_gateway, "vidgen_queue_oldest_waiting_seconds", stage="i2v", lane="batch") == 0
     assert value(busy_gateway, "vidgen_queue_oldest_age_seconds", stage="i2v", lane="batch") == 0
+
+
+def test_consumers_and_streams_stay_when_only_the_fleet_is_told_anew(busy_gateway: metrics.GatewayMetrics) -> None:
+    where = {"stream": topology.REQUESTS, "consumer": topology.GATEWAY}
+    busy_gateway.fleet([], DEPTHS, NOW)
+
+    assert value(busy_gateway, "vidgen_consumer_pending_messages", **where) == 5
+    assert value(busy_gateway, "vidgen_consumer_ack_pending_messages", **where) == 2
+    assert value(busy_gateway, "vidgen_consumer_redelivered_messages", **where) == 1
+    assert value(busy_gateway, "vidgen_stream_bytes", stream=topology.TASKS) == 300
+    assert value(busy_gateway, "vidgen_stream_limit_bytes", stream=topology.TASKS) == 1000
+
+    busy_gateway.bus({}, {topology.TASKS: Held(0, 0, None)}, 0.1)
+
+    assert value(busy_gateway, "vidgen_consumer_pending_messages", **where) is None
+    assert value(busy_gateway, "vidgen_stream_limit_bytes", stream=topology.TASKS) is None
+    assert value(busy_gateway, "vidgen_gateway_bus_seconds") == 0.1
+
+
+def test_a_store_that_is_down_is_told_apart_from_one_that_is_slow(busy_gateway: metrics.GatewayMetrics) -> None:
+    assert value(busy_gateway, "vidgen_gateway_store_up") == 1
+
+    busy_gateway.store(False, 3.0)
+
+    assert value(busy_gateway, "vidgen_gateway_store_up") == 0
+    assert value(busy_gateway, "vidgen_gateway_store_seconds") == 3
+
+
+def test_a_worker_tells_what_it_runs_now(on_gateway: metrics.GatewayMetrics) -> None:
+    on_gateway.fleet([worker(running=("j1", "j2"), profile="bf16")], DEPTHS, NOW)
+    now = {"engine": "qwen", "model": "m", "profile": "bf16", "host": "h", "state": "busy"}
+
+    assert value(on_gateway, "vidgen_fleet_info", worker="w1", gpu_uuid="GPU-aaaa", **now) == 1
+    assert value(on_gateway, "vidgen_fleet_tasks_running", worker="w1", stage="edit", **ON_GPU) == 2
+
+    on_gateway.fleet([worker(state="ready")], DEPTHS, NOW)
+
+    assert value(on_gateway, "vidgen_fleet_info", worker="w1", state="busy") is None
+    assert value(on_gateway, "vidgen_fleet_tasks_running", worker="w1") == 0
 
 
 def test_a_bus_that_is_down_leaves_the_last_figures(busy_gateway: metrics.GatewayMetrics) -> None:
