@@ -61,4 +61,5 @@ def parent_of(span: ReadableSpan) -> str | None:
 
 def traceparent(span: ReadableSpan) -> str:
     """The header of what was published directly inside a span."""
-    return f"00-{trace_of(span)}-{id_of(span)}-01"
+    assert span.context is not None
+    return f"00-{trace_of(span)}-{id_of(span)}-{span.context.trace_flags:02x}"

@@ -39,7 +39,7 @@ def running(endpoint: str | None, service: str, instance: str | None = None) -> 
         raise errors.FatalError(
             f"an OTLP endpoint is set and OpenTelemetry is not installed ({exc.name}): install vidgen[tracing], or "
             "unset OTEL_EXPORTER_OTLP_ENDPOINT and OTEL_EXPORTER_OTLP_TRACES_ENDPOINT",
-            code="tracing_missing",
+            code="not_installed",
         ) from exc
     tracer = OtlpTracer(exporter(endpoint), service, instance)
     try:

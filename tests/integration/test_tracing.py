@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,7 +19,8 @@ from vidgen.client import AsyncClient
 from vidgen.contracts import JobStatus, VideoRequest
 from vidgen.local import Stack
 
-PHOTO = Path(__file__).parents[2] / "examples" / "portrait.jpg"
+ROOT = Path(__file__).parents[2]
+PHOTO = ROOT / "examples" / "portrait.jpg"
 BOUND = 60.0
 SMALL = {"width": 320, "height": 192, "steps": 2, "seed": 7}
 WORK = {"edit": {"prompt": "a-secret-prompt"} | SMALL, "i2v": {"prompt": "", "num_frames": 9, "fps": 8} | SMALL}
@@ -55,9 +57,17 @@ async def trace_of(collector: Collector, job_id: str) -> list[Span]:
     return await asyncio.to_thread(collector.until, job_id, all_there, BOUND)
 
 
+def documented() -> set[str]:
+    """The first words of the spans in the table of `docs/tracing.md`."""
+    page = (ROOT / "docs" / "tracing.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (`.*?) \|", page, re.MULTILINE)
+    return {name.split()[0] for row in rows for name in re.findall(r"`([^`]+)`", row)}
+
+
 def check(spans: list[Span], root: Span) -> None:
     """One trace, with the phases of both stages where they belong."""
     assert {span.trace for span in spans} == {root.trace}
+    assert {span.name.split()[0] for span in spans} <= documented()
     by_id = {span.id: span for span in spans}
     cause = root
     for stage, service in STAGES.items():

@@ -66,7 +66,7 @@ def test_an_endpoint_without_opentelemetry_ends_the_process_and_says_what_to_ins
     ):
         raise AssertionError("it must not go on")
 
-    assert caught.value.code == "tracing_missing"
+    assert caught.value.code == "not_installed"
 
 
 @pytest.mark.parametrize(
