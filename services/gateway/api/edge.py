@@ -74,7 +74,7 @@ def _span(scope: Scope) -> AbstractContextManager[None]:
 def _tell_span(scope: Scope, route: str | None, status: int) -> None:
     if route is not None:  # not known before, and a path would be as many names as there are jobs
         tracing.rename(f"POST {route}")
-    job_id = scope.get("path_params", {}).get("job_id")
-    tracing.about(job_id=job_id, **{"http.route": route, "http.response.status_code": status})
+    told: dict[str, tracing.Value] = {"http.route": route, "http.response.status_code": status}
+    tracing.about(job_id=scope.get("path_params", {}).get("job_id"), **told)
     if status >= 500:
         tracing.failed(str(status))
