@@ -130,6 +130,8 @@ async def test_without_its_collector_the_stack_works_on_and_drains(
     job = await client.submit(VideoRequest.model_validate({"references": ("uploads/x",)} | WORK), images=[PHOTO])
 
     assert (await finished(client, job)).status is JobStatus.COMPLETED
-    assert [await service.terminate() for service in reversed(stack.services)] == [0, 0, 0]
-    said = (stack.folder / "services" / "edit-service.log").read_text()
-    assert said.count('"event": "tracing_lost"') == 1
+    assert await asyncio.gather(*(service.terminate() for service in stack.services)) == [0, 0, 0]
+    log = (stack.folder / "services" / "edit-service.log").read_text()
+    told = [event for line in log.splitlines() if (event := json.loads(line).get("event", "")).startswith("tracing_")]
+    # The exporter tries again for some seconds before it gives a batch up: the process may leave before it has.
+    assert told in (["tracing_lost"], ["tracing_cut"], ["tracing_lost", "tracing_cut"])

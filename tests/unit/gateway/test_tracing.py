@@ -51,7 +51,7 @@ async def until(gateway: Gateway, job_id: str, *statuses: JobStatus) -> Job:
             idle = not sum([(await bus.depth(consumer)).waiting for consumer in consumers])
             if idle and job is not None and job.status in statuses:
                 return job
-            await bus.change(bus.clock.time() + 1)
+            await bus.change(bus.clock.time() + 0.1)
 
 
 async def work(gateway: Gateway, job: Job, event: contracts.AnyStageEvent, *statuses: JobStatus) -> Job:
