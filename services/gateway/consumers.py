@@ -11,7 +11,7 @@ import structlog
 
 from gateway.intake import Intake
 from gateway.jobs import Jobs, now, parse_event
-from vidgen import attempts, contracts, dead, errors, topology
+from vidgen import attempts, contracts, dead, errors, topology, tracing
 from vidgen.bus import Bus, Delivery
 from vidgen.metrics import GatewayMetrics
 
@@ -90,7 +90,8 @@ class Consumers:
             log.warning(exc.message, _event="settle_failed", stream=consumer.stream, seq=delivery.seq)
 
     async def _on_request(self, delivery: Delivery) -> None:
-        await self._intake.handle(delivery)
+        with tracing.span("request", of=delivery.headers, kind="consumer", deliveries=delivery.num_delivered):
+            await self._intake.handle(delivery)
 
     async def _on_event(self, delivery: Delivery) -> None:
         try:
@@ -101,7 +102,12 @@ class Consumers:
         if isinstance(event, OWN):
             await self._count(event)
             return
-        applied = await self._jobs.apply(event, delivery.seq)
+        stage, attempt = getattr(event, "stage", None), getattr(event, "attempt", None)
+        with tracing.span(
+            f"decide {event.type}", of=delivery.headers, kind="consumer", job_id=event.job_id, run=event.run,
+            stage=stage, attempt=attempt, deliveries=delivery.num_delivered,
+        ):  # fmt: skip
+            applied = await self._jobs.apply(event, delivery.seq)
         if applied is None:
             log.warning("an event of an unknown job is passed over", _event="event_orphaned", job=event.job_id)
         elif applied.changed or isinstance(event, contracts.StageStarted):
@@ -132,9 +138,13 @@ class Consumers:
             message="the task was handed out too often without an end: see the workers' logs, then retry the job",
         )  # fmt: skip
         letter = dead.letter(stored.body, stored.subject, error, job_id=task.job_id, stage=task.stage)
-        await dead.publish(self._bus, letter, message_id=f"{task.job_id}:{task.stage}:{task.run}:dead")
-        await self._fail_stage(task, error)
-        await self._bus.delete(topology.TASKS, seq)
+        with tracing.span(
+            "give up", of=stored.headers, kind="consumer", job_id=task.job_id, stage=task.stage, run=task.run
+        ):
+            tracing.failed(error.code)
+            await dead.publish(self._bus, letter, message_id=f"{task.job_id}:{task.stage}:{task.run}:dead")
+            await self._fail_stage(task, error)
+            await self._bus.delete(topology.TASKS, seq)
 
     async def _fail_stage(self, task: contracts.Task, error: contracts.JobError) -> None:
         subject = topology.subject_of_events(task.job_id)

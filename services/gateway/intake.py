@@ -20,7 +20,7 @@ import structlog
 
 from gateway import pipeline, plan
 from gateway.jobs import Jobs, now
-from vidgen import artifacts, contracts, dead, errors, images, topology
+from vidgen import artifacts, contracts, dead, errors, images, topology, tracing
 from vidgen.bus import Bus, Delivery
 from vidgen.contracts import FieldError, Job, VideoRequest
 
@@ -111,6 +111,7 @@ class Intake:
 
         Raises InvalidRequestError, and BusError or StoreError with nothing half accepted.
         """
+        tracing.about(job_id=job_id)
         existing = await self._jobs.find(job_id)
         if existing is not None:
             await self._jobs.enter(existing)
@@ -127,6 +128,7 @@ class Intake:
         try:
             request = parse(delivery.body)
             job_id = request.job_id or job_id
+            tracing.about(job_id=job_id)
             # Before its references are looked at: a normalised one is stored under the job's own key.
             existing = await self._jobs.find(job_id)
             if existing is not None:
@@ -144,8 +146,15 @@ class Intake:
         return id_from_position(delivery.at, topology.REQUESTS, delivery.seq)
 
     async def _prepare(self, request: VideoRequest, job_id: str, at: datetime) -> Job:
+        with tracing.span("intake"):
+            usable = await self._check_all(request.references, job_id)
+            first = usable[0][1]
+            work = plan.plan(request.edit, request.i2v, job_id, (first.width, first.height))
+            return pipeline.accept(request, job_id, [key for key, _ in usable], work, at)
+
+    async def _check_all(self, references: Sequence[str], job_id: str) -> list[tuple[str, images.ImageFacts]]:
         checked = await asyncio.gather(
-            *(self._check(key, index, job_id) for index, key in enumerate(request.references)), return_exceptions=True
+            *(self._check(key, index, job_id) for index, key in enumerate(references)), return_exceptions=True
         )
         wrong: list[FieldError] = []
         usable: list[tuple[str, images.ImageFacts]] = []
@@ -158,9 +167,7 @@ class Intake:
                 usable.append(result)
         if wrong:
             raise InvalidRequestError(wrong)
-        first = usable[0][1]
-        work = plan.plan(request.edit, request.i2v, job_id, (first.width, first.height))
-        return pipeline.accept(request, job_id, [key for key, _ in usable], work, at)
+        return usable
 
     async def _check(self, key: str, index: int, job_id: str) -> tuple[str, images.ImageFacts]:
         """A reference that every engine can read: itself where it is plain, else a normalised copy of the job's own."""
@@ -180,6 +187,8 @@ class Intake:
         claimed = _claimed_id(delivery.body)
         if claimed is not None:
             job_id = claimed
+        tracing.about(job_id=job_id)
+        tracing.failed(exc.code)
         job, new = await self._jobs.create(pipeline.reject(None, job_id, exc.errors, at))
         error = contracts.JobError(code=exc.code, message=exc.message, fields=exc.errors)
         letter = dead.letter(delivery.body, delivery.subject, error, job_id=job_id, at=at)

@@ -13,7 +13,7 @@ from datetime import UTC, datetime
 import structlog
 
 from gateway import pipeline
-from vidgen import contracts, errors, topology
+from vidgen import contracts, errors, topology, tracing
 from vidgen.bus import Bus
 from vidgen.contracts import Event, Job, JobStatus
 
@@ -181,12 +181,19 @@ class Jobs:
 
     async def request(self, event: contracts.CancelRequested | contracts.RetryRequested | contracts.Approved) -> Job:
         """Log what somebody asked of a job, and apply it at once; raises JobNotFoundError."""
-        # The log first: from here on every replica, and every worker, knows.
-        seq = await self._publish_event(event)
-        applied = await self.apply(event, seq)
+        tracing.about(job_id=event.job_id)
+        with tracing.span(event.type, of=await self._trace_of(event.job_id), job_id=event.job_id, run=event.run):
+            # The log first: from here on every replica, and every worker, knows.
+            seq = await self._publish_event(event)
+            applied = await self.apply(event, seq)
         if applied is None:
             raise JobNotFoundError
         return applied.job
+
+    async def _trace_of(self, job_id: str) -> dict[str, str]:
+        """The headers with which a job's trace goes on: what is asked of a job is not a part of who asks."""
+        newest = await self._bus.last(topology.EVENTS, topology.subject_of_events(job_id)) if tracing.on() else None
+        return newest.headers if newest else {}
 
     async def cancel(self, job_id: str) -> Job:
         """Stop a job, queued or running; a job that has ended stays as it is."""

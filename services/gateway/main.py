@@ -21,7 +21,7 @@ from gateway.consumers import Consumers
 from gateway.fleet import Fleet
 from gateway.intake import Intake
 from gateway.jobs import Jobs
-from vidgen import bootstrap, errors, jetstream, probes, settings, telemetry
+from vidgen import bootstrap, errors, jetstream, probes, settings, telemetry, tracing
 from vidgen.artifacts import S3Store
 from vidgen.jetstream import JetStreamBus
 from vidgen.metrics import GatewayMetrics
@@ -51,7 +51,8 @@ def main() -> None:
         raise SystemExit(1) from exc
     telemetry.configure(own, "gateway")
     try:
-        uvloop.run(_Gateway(own).run())
+        with tracing.running(own.traces_url, "gateway"):
+            uvloop.run(_Gateway(own).run())
     except errors.VidgenError as exc:
         log.error(exc.message, _event="left", code=exc.code)
         raise SystemExit(1) from exc

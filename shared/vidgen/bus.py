@@ -113,7 +113,7 @@ class Bus(Protocol):
 
         With `expect_last` it is stored only if that is the newest sequence on `subject` (0: none yet), else
         ConflictError. QueueFullError where a limit of the stream is reached; ConflictError `already_queued` where
-        the subject takes one message and holds it.
+        the subject takes one message and holds it. Inside a span its headers carry that span's trace.
         """  # fmt: skip
 
     async def pull(self, consumer: topology.Consumer, wait: float = PULL_WAIT) -> Delivery | None:

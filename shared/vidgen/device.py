@@ -12,7 +12,7 @@ from typing import Protocol
 
 import structlog
 
-from vidgen import errors, profiles
+from vidgen import errors, profiles, tracing
 from vidgen.contracts import Stage
 from vidgen.engine import Engine, Sleeper
 
@@ -84,10 +84,13 @@ def next_stage(waiting: Sequence[Stage], awake: Stage | None, held_s: float, swi
     return others[0] if others and over else awake
 
 
+_Load = tuple[float, float]  # when the engine began to be woken, and when it was; seconds since the epoch
+
+
 @dataclass(eq=False)
 class _Waiter:
     stage: Stage
-    granted: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    granted: asyncio.Future[_Load | None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
 
 
 class TakingTurns:
@@ -123,7 +126,7 @@ class TakingTurns:
         self._waiting.append(waiter)
         self._advance()
         try:
-            await waiter.granted
+            load = await waiter.granted
         except asyncio.CancelledError:
             # It may have been granted in the same moment.
             if not waiter.granted.cancelled() and waiter.granted.exception() is None:
@@ -132,13 +135,15 @@ class TakingTurns:
         finally:
             if waiter in self._waiting:
                 self._waiting.remove(waiter)
+        if load is not None:
+            tracing.took("load", *load)
 
     def release(self) -> None:
         self._taken = False
         self._advance()
 
-    def _advance(self) -> None:
-        """Give the free device to whoever is next, after a switch where it takes one."""
+    def _advance(self, load: _Load | None = None) -> None:
+        """Give the free device to whoever is next, after a switch where it takes one; `load` is the one behind it."""
         waiting = [waiter for waiter in self._waiting if not waiter.granted.done()]
         if self._taken or not waiting:
             return
@@ -146,14 +151,14 @@ class TakingTurns:
         stage = next_stage([waiter.stage for waiter in waiting], self._awake, held_s, self._switch_s)
         self._taken = True
         if stage == self._awake:
-            self._first(stage).granted.set_result(None)
+            self._first(stage).granted.set_result(load)
             return
         switching = self._switch(stage)
         self._switching = asyncio.get_running_loop().create_task(switching, name="switch", context=self._context)
 
     async def _switch(self, stage: Stage) -> None:
         """Put the one to sleep and wake the other; what goes wrong is told to the task for which it was done."""
-        begun = self._clock()
+        begun, at = self._clock(), time.time()
         fault: errors.VidgenError | None = None
         try:
             if self._awake is not None:
@@ -174,7 +179,8 @@ class TakingTurns:
             log.info(f"{stage} has the device", _event="switched", awake=stage, seconds=round(self._switch_s, 3))
         elif any(waiter.stage == stage and not waiter.granted.done() for waiter in self._waiting):
             self._first(stage).granted.set_exception(fault)
-        self.release()
+        self._taken = False
+        self._advance((at, time.time()) if fault is None else None)
 
     async def _on_device(self, work: Callable[[], None]) -> None:
         await asyncio.get_running_loop().run_in_executor(self._device_thread, work)

@@ -22,7 +22,7 @@ from typing import Any, Literal, TypeVar
 import pydantic
 import structlog
 
-from vidgen import attempts, checkpoints, contracts, dead, errors, eventlog, results, topology
+from vidgen import attempts, checkpoints, contracts, dead, errors, eventlog, results, topology, tracing
 from vidgen.artifacts import ArtifactStore, check_key
 from vidgen.bus import Bus, Delivery
 from vidgen.contracts import Task, Timings
@@ -131,7 +131,7 @@ class Turn:
 
 @dataclass
 class _Clocks:
-    """Seconds per phase of one attempt."""
+    """Seconds per phase of one attempt; each phase is a span as well."""
 
     queued: float = 0.0
     prepare: float = 0.0
@@ -144,10 +144,11 @@ class _Clocks:
     @contextlib.contextmanager
     def timed(self, phase: str) -> Iterator[None]:
         begun = time.monotonic()
-        try:
-            yield
-        finally:
-            setattr(self, phase, getattr(self, phase) + time.monotonic() - begun)
+        with tracing.span(phase):
+            try:
+                yield
+            finally:
+                setattr(self, phase, getattr(self, phase) + time.monotonic() - begun)
 
     def timings(self) -> Timings:
         return Timings(
@@ -203,12 +204,22 @@ class Handler:
 
     async def handle(self, delivery: Delivery, turn: Turn) -> Outcome:
         """See a task through to its settlement; raises FatalError when this worker must leave (the task is back)."""
+        with tracing.span(
+            self._policy.stage, of=delivery.headers, kind="consumer", job_id=delivery.subject.rsplit(".", 1)[-1],
+            stage=self._policy.stage, deliveries=delivery.num_delivered,
+        ):  # fmt: skip
+            outcome = await self._settle(delivery, turn)
+            tracing.about(outcome=outcome)
+        return outcome
+
+    async def _settle(self, delivery: Delivery, turn: Turn) -> Outcome:
         if delivery.num_delivered > 1:
             self._metrics.redelivered()
         try:
             task = Task.model_validate_json(delivery.body)
         except pydantic.ValidationError as exc:
             return await self._unreadable(delivery, exc)
+        tracing.about(run=task.run, lane=task.lane)
         clocks = _Clocks(queued=max(0.0, (datetime.now(UTC) - task.queued_at).total_seconds()))
         fatal: errors.FatalError | None = None
         with structlog.contextvars.bound_contextvars(job=task.job_id, stage=task.stage):
@@ -218,10 +229,12 @@ class Handler:
                 outcome, fatal = "released", exc
             except errors.BusError as exc:
                 # Not settled: the lease runs out and the task comes again, to find what is stored.
+                tracing.failed(exc.code)
                 log.warning(exc.message, _event="settle_failed")
                 outcome = "lost"
             except Exception:
                 # One task must not take the others of this worker with it; how often it comes again is limited.
+                tracing.failed("unexpected")
                 log.exception("the task could not be settled", _event="settle_unexpected")
                 outcome = "lost"
             self._metrics.task_settled(task.lane, outcome)
@@ -259,6 +272,16 @@ class Handler:
         if isinstance(held, attempts.Exhausted):
             return await self._exhausted(delivery, task, held)
         turn.preempted = held.preempted
+        tracing.about(
+            attempt=held.attempt, tries=held.tries, engine=info.name,
+            checkpoint_step=held.checkpoint.step if held.checkpoint else None,
+        )  # fmt: skip
+        if held.attempt == 1:  # where the time between two attempts went, the spans of both tell
+            queued_at = task.queued_at.timestamp()
+            tracing.took(
+                "queued", queued_at, queued_at + clocks.queued, of=delivery.headers,
+                job_id=task.job_id, stage=task.stage, run=task.run, attempt=1,
+            )  # fmt: skip
         with structlog.contextvars.bound_contextvars(attempt=held.attempt):
             try:
                 async with self._lease(delivery, held, turn):
@@ -358,9 +381,7 @@ class Handler:
             if left_s is not None:
                 turn.frees_in(left_s + decoding)
 
-        waiting = time.monotonic()
-        async with _device(turn):
-            clocks.queued += time.monotonic() - waiting
+        async with _device(turn, clocks):
             if self._device_lost:  # while this task waited for it
                 turn.stop.now("released")
                 turn.stop.check()
@@ -374,6 +395,7 @@ class Handler:
             try:
                 with clocks.timed("device"):
                     generated = await self._generate(inputs, on_step, begun)
+                    _trace_generated(generated, time.time())
                 self._metrics.memory_rungs(generated.rungs)
             except errors.VidgenError as exc:
                 self._metrics.memory_rungs(exc.rungs)
@@ -521,6 +543,7 @@ class Handler:
         final = not retryable or held.tries >= self._policy.max_attempts
         wait = 0.0 if final else attempts.back_off(held.tries, self._policy.backoff_base, self._policy.backoff_limit)
         error = contracts.JobError(code=exc.code, message=exc.message, stage=task.stage, retryable=retryable)
+        tracing.failed(exc.code)
         log.warning(exc.message, _event="task_failed", code=exc.code, final=final, retry_in_s=wait)
         event = contracts.StageFailed.model_validate(
             held.stamp() | self._spent(clocks) | {"error": error, "final": final, "retry_in_s": None if final else wait}
@@ -547,6 +570,7 @@ class Handler:
             message=f"{verdict.tries - 1} attempts ended without a word, as if the task had killed its worker: "
             "look at the workers' logs, then retry the job",
         )  # fmt: skip
+        tracing.failed(error.code)
         await self._bury(delivery, error, task.job_id, f"{task.job_id}:{task.stage}:{task.run}:dead")
         await eventlog.give_up(self._bus, task, self._policy.worker_id, error)
         await delivery.ack()
@@ -559,6 +583,7 @@ class Handler:
             code="unreadable_task", stage=self._policy.stage, fields=contracts.field_errors(exc),
             message="the worker cannot read its task: run gateway and workers of one version, then retry the job",
         )  # fmt: skip
+        tracing.failed(error.code)
         found = SUBJECT.fullmatch(delivery.subject)
         job_id = found["job"] if found and JOB_ID.fullmatch(found["job"]) else None
         try:
@@ -627,14 +652,15 @@ async def _all_of(*works: Awaitable[T]) -> list[T]:
 
 
 @contextlib.asynccontextmanager
-async def _device(turn: Turn) -> AsyncIterator[None]:
+async def _device(turn: Turn, clocks: _Clocks) -> AsyncIterator[None]:
     """The device, or Cancelled if the end is asked for while waiting for it."""
     taken = asyncio.ensure_future(turn.device.acquire())
     raised = asyncio.ensure_future(turn.stop.raised.wait())
     try:
-        await asyncio.wait([taken, raised], return_when=asyncio.FIRST_COMPLETED)
-        turn.stop.check()
-        taken.result()  # raises where the engine could not be woken
+        with clocks.timed("queued"):
+            await asyncio.wait([taken, raised], return_when=asyncio.FIRST_COMPLETED)
+            turn.stop.check()
+            taken.result()  # raises where the engine could not be woken
         turn.phase = "generating"
         yield
         turn.phase = "finishing"
@@ -646,6 +672,13 @@ async def _device(turn: Turn) -> AsyncIterator[None]:
         if not taken.cancelled() and taken.exception() is None:
             turn.device.release()
         turn.ends()
+
+
+def _trace_generated(generated: Generated, ended: float) -> None:
+    """The two phases on the device, of which only the seconds are known; they end with what the engine did."""
+    decoding = ended - generated.decode_s
+    tracing.took("denoise", decoding - generated.denoise_s, decoding)
+    tracing.took("decode", decoding, ended)
 
 
 def _log_seq(delivery: Delivery) -> int | None:

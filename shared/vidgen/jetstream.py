@@ -21,7 +21,7 @@ from nats.aio.subscription import Subscription
 from nats.js import JetStreamContext, api
 from nats.js.kv import KeyValue
 
-from vidgen import errors, topology
+from vidgen import errors, topology, tracing
 from vidgen.bus import PULL_WAIT, Delivery, Depth, Feed, Held, Records, Stored
 
 log = logging.getLogger("vidgen.bus")
@@ -269,7 +269,7 @@ class JetStreamBus:
         self, subject: str, body: bytes, *, message_id: str, expect_last: int | None = None,
         headers: dict[str, str] | None = None,
     ) -> int:  # fmt: skip
-        sent = {**(headers or {}), "Nats-Msg-Id": message_id}
+        sent = {**tracing.carried(), **(headers or {}), "Nats-Msg-Id": message_id}
         if expect_last is not None:
             sent["Nats-Expected-Last-Subject-Sequence"] = str(expect_last)
         loop = asyncio.get_running_loop()

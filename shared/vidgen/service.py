@@ -21,7 +21,7 @@ from typing import TypeVar
 import structlog
 import uvloop
 
-from vidgen import choice, device, errors, gpu, jetstream, metrics, probes, telemetry, topology, weights
+from vidgen import choice, device, errors, gpu, jetstream, metrics, probes, telemetry, topology, tracing, weights
 from vidgen.artifacts import S3Store
 from vidgen.contracts import LANES, Stage
 from vidgen.engine import Engine, Sleeper
@@ -59,7 +59,8 @@ def run_stages(makers: Mapping[Stage, MakeEngine], service: str) -> int:
         return 1
     telemetry.configure(settings, service)
     try:
-        uvloop.run(_Service(makers, settings).run())
+        with tracing.running(settings.traces_url, service, settings.worker_id):
+            uvloop.run(_Service(makers, settings).run())
     except errors.VidgenError as exc:
         log.error(exc.message, _event="left", code=exc.code, exc_info=exc.__cause__)
         return 1

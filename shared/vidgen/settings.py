@@ -19,6 +19,7 @@ from vidgen.contracts import Stage
 
 QWEN_MODEL = "Qwen/Qwen-Image-Edit-2511"
 WAN_MODEL = "Wan-AI/Wan2.2-I2V-A14B-Diffusers"
+OTLP_URL = r"^(https?://.+)?$"
 
 T = TypeVar("T", bound="Settings")
 
@@ -47,6 +48,23 @@ class Settings(BaseSettings):
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="The least level logged.")
     log_format: Literal["auto", "json", "console"] = Field("auto", description="auto: JSON unless on a terminal.")
     ready_file: Path | None = Field(None, description="Where the process writes its HTTP URL once it listens.")
+
+    otlp_endpoint: str | None = Field(
+        None, validation_alias="OTEL_EXPORTER_OTLP_ENDPOINT", pattern=OTLP_URL,
+        description="An OTLP/HTTP collector, such as `http://127.0.0.1:4318`: spans are sent to its `/v1/traces`. "
+        "Where neither this nor the next one is set, nothing is traced.",
+    )  # fmt: skip
+    otlp_traces_endpoint: str | None = Field(
+        None, validation_alias="OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", pattern=OTLP_URL,
+        description="The whole URL for spans, instead.",
+    )  # fmt: skip
+
+    @property
+    def traces_url(self) -> str | None:
+        """Where spans are sent; None: there are none. An empty variable is one that is not set."""
+        if self.otlp_traces_endpoint:
+            return self.otlp_traces_endpoint
+        return f"{self.otlp_endpoint.rstrip('/')}/v1/traces" if self.otlp_endpoint else None
 
     def nats_options(self) -> dict[str, object]:
         """Credentials for `jetstream.connect`."""
@@ -182,7 +200,12 @@ def read(kind: type[T]) -> T:
     try:
         return kind()
     except ValidationError as exc:
-        wrong = "; ".join(f"VIDGEN_{'_'.join(map(str, e['loc'])).upper()}: {e['msg']}" for e in exc.errors())
+        named = {str(field.validation_alias) for field in kind.model_fields.values()}
+        wrong = "; ".join(
+            f"{path if path in named else f'VIDGEN_{path.upper()}'}: {error['msg']}"
+            for error in exc.errors()
+            for path in ["_".join(map(str, error["loc"]))]
+        )
         raise errors.FatalError(f"the settings are wrong: {wrong}", code="settings") from exc
 
 
@@ -206,7 +229,8 @@ def reference_table() -> str:
 def _rows(kind: type[Settings]) -> Iterator[str]:
     for name, field in kind.model_fields.items():
         if kind is Settings or name not in Settings.model_fields:
-            yield f"| `VIDGEN_{name.upper()}` | {_default(field)} | {_meaning(field)} |"
+            variable = field.validation_alias or f"VIDGEN_{name.upper()}"
+            yield f"| `{variable}` | {_default(field)} | {_meaning(field)} |"
 
 
 def _default(field: FieldInfo) -> str:

@@ -1,5 +1,7 @@
 """Logs: JSON lines on stderr, or colour on a terminal; never a secret. Python's own logging goes the same way.
 
+With tracing on, what is logged inside a span says so: `trace_id`, `span_id`.
+
 Loggers come from `structlog.get_logger(__name__)`; fields are bound with `structlog.contextvars.bound_contextvars`.
 `log.info("a sentence for people", _event="name_for_queries", ...)` becomes `message` and `event`.
 """
@@ -16,6 +18,7 @@ import structlog
 from pydantic import SecretBytes, SecretStr
 from structlog.typing import EventDict, Processor, WrappedLogger
 
+from vidgen import tracing
 from vidgen.settings import Settings
 
 MASK = "***"
@@ -39,6 +42,7 @@ def configure(settings: Settings, service: str) -> None:
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         structlog.processors.StackInfoRenderer(),
         _named(service),
+        _traced,
     ]
     structlog.configure(
         processors=[
@@ -109,6 +113,11 @@ def _named(service: str) -> Processor:
         return event
 
     return add_service
+
+
+def _traced(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:
+    event.update(tracing.ids())
+    return event
 
 
 def _without_colour(_logger: WrappedLogger, _method: str, event: EventDict) -> EventDict:

@@ -11,8 +11,9 @@ from pathlib import Path
 
 import pytest
 from tests.servers import connected_bus, running_nats
+from tests.spans import traced, traceparent
 
-from vidgen import errors, topology
+from vidgen import errors, topology, tracing
 from vidgen.bus import Bus, Delivery, Stored
 from vidgen.testing import MemoryBus
 
@@ -401,6 +402,31 @@ async def test_depth_of_a_log_counts_what_was_not_acked(bus: Bus) -> None:
 async def test_a_consumer_that_nobody_created_is_an_error_that_says_so(bus: Bus) -> None:
     with pytest.raises(errors.BusError, match="start a gateway"):
         await bus.pull(topology.Consumer(topology.TASKS, "nobody"), 0)
+
+
+async def test_what_is_published_in_a_span_carries_its_trace_to_whoever_reads_it(bus: Bus) -> None:
+    parent = {"traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01", "tracestate": "a=1"}
+    feed = await bus.follow(topology.EVENTS, event("j1"))
+    with traced() as seen:
+        with tracing.span("a", of=parent):
+            seq = await bus.publish(event("j1"), b"in", message_id="in", headers={"Mine": "1"})
+            await bus.publish(task("j1"), b"in", message_id="in")
+        wanted = {"traceparent": traceparent(seen.one("a")), "tracestate": "a=1"}
+        await bus.publish(event("j2"), b"outside", message_id="outside")
+
+    told = wanted | {"Mine": "1"}
+    assert wanted.items() <= (await taken(bus)).headers.items()
+    assert told.items() <= (await taken(bus, EVENTS)).headers.items()
+    for found in (
+        await bus.last(topology.EVENTS, event("j1")), await bus.get(topology.EVENTS, seq), await feed.next(BOUND),
+        (await bus.tail(topology.EVENTS, seq + 1, 1))[0],
+    ):  # fmt: skip
+        assert found is not None
+        assert told.items() <= found.headers.items()
+    outside = await bus.last(topology.EVENTS, event("j2"))
+    assert outside is not None
+    assert "traceparent" not in outside.headers
+    await feed.close()
 
 
 # ── reading ──────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 
-from vidgen import errors, topology
+from vidgen import errors, topology, tracing
 from vidgen.bus import PULL_WAIT, Delivery, Depth, Feed, Held, Records, Stored
 from vidgen.testing.clock import Clock, RealClock
 from vidgen.testing.faults import Faults
@@ -73,8 +73,9 @@ class MemoryBus(Faults):
             stream = self._stream_of(subject)
             if stream is None:
                 raise errors.BusError("the bus did not answer: no stream takes this subject")
-            self._pass_on(subject, body, headers)
-            seq = stream.publish(subject, body, message_id, expect_last, dict(headers or {}))
+            sent = {**tracing.carried(), **(headers or {})}
+            self._pass_on(subject, body, sent)
+            seq = stream.publish(subject, body, message_id, expect_last, sent)
             self.changed()
             return seq
 

@@ -14,9 +14,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from tests import engines
+from tests.spans import id_of, parent_of, traced
 from tests.workbench import BOUND, Bench, settled
 
-from vidgen import errors, profiles
+from vidgen import errors, profiles, tracing
 from vidgen.contracts import Stage
 from vidgen.device import HOLD_SWITCHES, LONGEST_HOLD_S, TakingTurns, next_stage, views
 from vidgen.handler import Turn
@@ -184,6 +185,16 @@ async def test_the_stage_that_is_awake_waits_for_nobody_and_the_other_for_a_swit
         "edit", "edit sleeps", "i2v wakes", "i2v", "i2v", "i2v sleeps", "edit wakes", "edit",
     ]  # fmt: skip
     assert house.switched == [("i2v", 2.0), ("edit", 2.0)]
+
+
+async def test_the_task_for_which_an_engine_was_woken_has_that_in_its_trace(house: House) -> None:
+    with traced() as seen:
+        for stage in ("edit", "i2v", "i2v"):
+            with tracing.span(f"a task of {stage}"):
+                await house.use(stage)  # type: ignore[arg-type]
+
+        woken, _ = seen.all("a task of i2v")
+        assert parent_of(seen.one("load")) == id_of(woken)
 
 
 async def test_a_stage_keeps_the_device_until_that_has_paid_for_the_switch(house: House) -> None:
