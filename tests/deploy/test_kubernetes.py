@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import asyncio
+import contextlib
 import functools
 import importlib.metadata
 import importlib.util
@@ -14,6 +15,7 @@ import os
 import re
 import secrets
 import shutil
+import socket
 import subprocess
 import tempfile
 import urllib.request
@@ -32,7 +34,7 @@ from tests.servers import skipped_at_home
 
 import vidgen
 from gateway.api import ops
-from vidgen import bootstrap, handler, jetstream, metrics, probes, settings, topology
+from vidgen import bootstrap, errors, handler, jetstream, metrics, probes, settings, topology
 from vidgen.cli import app as cli
 from vidgen.contracts import LANES, STAGES, Lane, Stage
 from vidgen.jetstream import JetStreamBus
@@ -632,6 +634,8 @@ USER, PASSWORD = "vidgen", "k0123"
 class ChartServer(NatsServer):
     """One server with the settings of `k8s/nats/values.yaml` as the chart renders them; ports and folder are ours."""
 
+    cluster: Manifest | None = None
+
     def _config(self) -> str:
         config = VALUES["config"]
         store = config["jetstream"]
@@ -639,6 +643,7 @@ class ChartServer(NatsServer):
             f"{key}: {conf(value)}"
             for key, value in {
                 **config["merge"],
+                **(self.cluster or {}),
                 "listen": "127.0.0.1:-1",
                 "http": "127.0.0.1:-1",
                 "ports_file_dir": str(self.folder),
@@ -668,12 +673,24 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NatsServer]:
             runner.run(server.kill())
 
 
+async def emptied(bus: JetStreamBus, wanted: topology.Topology) -> None:
+    """Make the topology, with nothing in any queue; tried again until the servers have chosen a leader."""
+    async with asyncio.timeout(240):
+        while True:
+            try:
+                await bootstrap.ensure(bus, wanted)
+                with jetstream.translated():
+                    await bus.jetstream.purge_stream(topology.TASKS)
+                return
+            except errors.BusError:
+                await asyncio.sleep(0.1)
+
+
 @pytest.fixture
 async def bus(server: NatsServer) -> AsyncIterator[JetStreamBus]:
     """A connection with nothing in any queue."""
     async with jetstream.connect(server.url, "test", user=USER, password=PASSWORD) as connected:
-        await bootstrap.ensure(connected, topology.Topology())
-        await connected.jetstream.purge_stream(topology.TASKS)
+        await emptied(connected, topology.Topology())
         yield connected
 
 
@@ -761,6 +778,51 @@ async def test_a_warm_floor_stays_with_nothing_to_do(server: NatsServer, bus: Je
     warm = kinds(built("gpu", ("keda", "warm-floor")), "ScaledObject")
 
     assert {replicas(server, one) for one in warm.values()} == {1}
+
+
+def free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as held:
+        sockets = [held.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
+        return [one.getsockname()[1] for one in sockets]
+
+
+async def test_three_servers_hold_three_replicas_of_everything_and_one_of_them_tells_the_queue(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scaled: dict[str, Manifest]
+) -> None:
+    monkeypatch.setenv("VIDGEN_NATS_USER", USER)
+    monkeypatch.setenv("VIDGEN_NATS_PASSWORD", PASSWORD)
+    chart = VALUES["config"]["cluster"]
+    ports = free_ports(chart["replicas"])
+    servers = {f"nats-{number}": ChartServer(tmp_path / str(number), sync_always=False) for number in range(len(ports))}
+    async with contextlib.AsyncExitStack() as stack:
+        for (name, server), port in zip(servers.items(), ports, strict=True):
+            routes = [f"nats://127.0.0.1:{one}" for one in ports]
+            own = {
+                "name": "nats",
+                "listen": f"127.0.0.1:{port}",
+                "no_advertise": chart["noAdvertise"],
+                "routes": routes,
+            }
+            server.cluster = {"server_name": name, "cluster": own}
+            stack.push_async_callback(server.kill)
+            with skipped_at_home():
+                await server.start()
+        bus = await stack.enter_async_context(
+            jetstream.connect(servers["nats-0"].url, "test", user=USER, password=PASSWORD)
+        )
+        await emptied(bus, topology.Topology(replicas=3))
+
+        names = [stream.name for stream in topology.STREAMS]
+        names += [f"KV_{bucket.name}" for bucket in topology.BUCKETS]
+        for stream in names:
+            assert (await bus.jetstream.stream_info(stream)).config.num_replicas == 3, stream
+        await queue(bus, "edit", range(5), ("interactive",))
+        consumer = await bus.jetstream.consumer_info(topology.TASKS, "edit-interactive")
+        assert consumer.cluster is not None
+        # KEDA looks for it in this way: each server says where the others are, and one is the consumer's leader.
+        leader = servers[str(consumer.cluster.leader)]
+        assert all(len(asked(server, "varz")["connect_urls"]) == 3 for server in servers.values())
+        assert waiting(leader, scaled["edit-service"]["spec"]["triggers"][0]["metadata"]) == 5
 
 
 def test_a_formula_that_python_and_keda_may_read_apart_is_refused() -> None:
