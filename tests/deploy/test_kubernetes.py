@@ -518,7 +518,7 @@ def test_only_the_real_arrows_pass(overlay: str, components: tuple[str, ...]) ->
 def test_a_worker_is_given_the_time_that_its_drain_takes(name: str) -> None:
     manifests = built("gpu", ())
     spec = pods(manifests)[name]["spec"]
-    longest_step = 90  # 720p with guidance: 2 forwards of 11.2 s on an H200 (shared facts), on a GPU a quarter as fast
+    longest_step = 90  # 720p with guidance: 2 forwards of 11.2 s on an H200, here a GPU a quarter as fast
 
     assert spec["terminationGracePeriodSeconds"] > (
         float(variables(manifests)["VIDGEN_GRACE_S"]) + longest_step + handler.KEEP_S
