@@ -1,0 +1,403 @@
+"""docker-compose.yml: what it says, and that what it says runs, without containers."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from contextlib import ExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from tests.deploy import compose
+from tests.deploy.compose import ROOT, Service
+from tests.servers import finished, skipped_at_home
+
+import vidgen
+from vidgen import errors, jetstream, settings
+from vidgen.client import AsyncClient
+from vidgen.contracts import STAGES, EditParams, I2VParams, JobStatus, VideoRequest
+from vidgen.local import NatsServer, S3Server, servers
+from vidgen.local.process import Process, find_program
+
+PHOTO = ROOT / "examples" / "portrait.jpg"
+MONITORING = ROOT / "deploy" / "monitoring"
+PROFILES = ("preview", "gpu", "one-gpu")
+STORES = ("seaweedfs", "silo")
+STORE_FILES = tuple(ROOT / "deploy" / "s3" / f"{name}.yml" for name in STORES)
+OURS = {"gateway": settings.GatewaySettings} | dict.fromkeys(
+    ("edit-service", "i2v-service", "edit-service-gpu", "i2v-service-gpu", "worker-gpu"), settings.WorkerSettings
+)
+BOUND, POLL = 180.0, 0.1  # seconds to wait for what must come, on a busy machine, and between two looks
+
+
+def consumers(active: dict[str, Service], stage: str) -> list[str]:
+    """The services that take a stage's tasks."""
+    return [
+        name for name, service in active.items()
+        if f"{stage}-service" in (command := service.get("command", ())) or f"{','.join(STAGES)}" in command
+    ]  # fmt: skip
+
+
+def host_ports(service: Service) -> dict[str, str]:
+    """What a service publishes: the container's port by the host's address and port."""
+    return dict(port.rsplit(":", 1) for port in service.get("ports", ()))
+
+
+# ── what it says ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_compose_files_are_valid() -> None:
+    files = [compose.FILE, *sorted((ROOT / "deploy" / "s3").glob("*.yml"))]
+    check = find_program("check-jsonschema")
+    assert check is not None
+    command = [check, "--builtin-schema", "vendor.compose-spec", *map(str, files)]
+    assert subprocess.run(command, capture_output=True, text=True).stdout.strip() == "ok -- validation done"
+
+
+def test_every_variable_named_is_a_setting_and_its_value_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, kind in OURS.items():
+        given = compose.environment(compose.services()[name], compose.filled())
+        own = {key: value for key, value in given.items() if key.startswith("VIDGEN_")}
+        assert own == given
+        assert {key.removeprefix("VIDGEN_").lower() for key in own} <= set(kind.model_fields)
+        with monkeypatch.context() as patched:
+            for key in [key for key in os.environ if key.startswith("VIDGEN_")]:
+                patched.delenv(key)
+            for key, value in own.items():
+                patched.setenv(key, value)
+            read = settings.read(kind)
+        assert read.nats_options() == {"user": "vidgen", "password": "secret-of-vidgen_nats_password"}
+
+
+def test_variables_of_the_file_that_look_like_settings_are_some() -> None:
+    known = {f"VIDGEN_{name.upper()}" for kind in set(OURS.values()) for name in kind.model_fields}
+    handed = {name for service in compose.services().values() for name in service.get("environment", {})}
+    named = {name for file in (compose.FILE, *STORE_FILES) for name, _ in compose.references(file)}
+    assert {name for name in handed | named if name.startswith("VIDGEN_")} <= known
+
+
+def test_the_example_names_every_variable_and_no_other() -> None:
+    told = set(re.findall(r"^(?:# )?([A-Z][A-Z0-9_]*)=", compose.EXAMPLE.read_text("utf-8"), re.MULTILINE))
+    used = {name for file in (compose.FILE, *STORE_FILES) for name, _ in compose.references(file)}
+    used |= {
+        name for service in compose.services().values() for name, value in service.get("environment", {}).items()
+        if value is None
+    }  # fmt: skip
+    assert told == used
+
+
+def test_nothing_starts_with_the_example_as_it_is() -> None:
+    with pytest.raises(compose.MissingError, match=r"set VIDGEN_NATS_PASSWORD in \.env, see \.env\.example"):
+        compose.loaded(compose.example())
+
+
+@pytest.mark.parametrize("store", STORES)
+@pytest.mark.parametrize("name", sorted(compose.example()))
+def test_what_must_be_set_is_named_where_it_is_missing(name: str, store: str) -> None:
+    with pytest.raises(compose.MissingError, match=rf"^{name}: set {name} in \.env"):
+        compose.loaded({**compose.filled(), "S3_SERVER": store, name: ""})
+
+
+def test_the_command_in_the_example_makes_secrets(tmp_path: Path) -> None:
+    text = compose.EXAMPLE.read_text("utf-8")
+    (tmp_path / ".env.example").write_text(text)
+    command = next(line for line in text.splitlines() if "sed -E" in line).removeprefix("#").strip()
+    subprocess.run(["sh", "-c", command], cwd=tmp_path, check=True)
+    made = compose.assignments((tmp_path / ".env").read_text())
+    secret = [value for name, value in made.items() if compose.example()[name] == ""]
+    assert len(set(secret)) == len(secret) == 3
+    assert all(re.fullmatch(r"[0-9a-f]{48}", value) for value in secret)
+    assert (tmp_path / ".env").stat().st_mode & 0o077 == 0
+    assert compose.services(made)["gateway"]["environment"]["VIDGEN_S3_SECRET_KEY"] == made["VIDGEN_S3_SECRET_KEY"]
+
+
+@pytest.mark.parametrize("store", STORES)
+def test_every_path_that_is_mounted_exists(store: str) -> None:
+    found = compose.services({**compose.filled(), "S3_SERVER": store})
+    mounted = [volume.split(":") for service in found.values() for volume in service.get("volumes", ())]
+    paths = [ROOT / parts[0] for parts in mounted if parts[0].startswith("./")]
+    paths += [ROOT / secret["file"] for secret in compose.loaded()["secrets"].values()]
+    paths += [ROOT / service["build"]["dockerfile"] for service in found.values() if "build" in service]
+    assert all(path.exists() for path in paths if MONITORING.exists() or MONITORING not in path.parents)
+    assert all(parts[-1] == "ro" for parts in mounted if parts[0].startswith("./"))
+    assert {parts[0] for parts in mounted if not parts[0].startswith("./")} <= set(compose.loaded()["volumes"])
+
+
+@pytest.mark.parametrize("store", STORES)
+def test_every_port_is_on_the_loopback_interface_unless_asked_otherwise(store: str) -> None:
+    env = {**compose.filled(), "S3_SERVER": store}
+    published = {name: host_ports(service) for name, service in compose.services(env).items()}
+    assert all(port.startswith("127.0.0.1:") for ports in published.values() for port in ports)
+    asked = compose.services({**env, "BIND_ADDRESS": "192.0.2.1"})
+    assert all(port.startswith("192.0.2.1:") for service in asked.values() for port in host_ports(service))
+    assert {"8222", "9333", "8888"}.isdisjoint(port for ports in published.values() for port in ports.values())
+
+
+@pytest.mark.parametrize("store", STORES)
+def test_every_image_is_pinned_and_ours_to_this_version(store: str) -> None:
+    for service in compose.services({**compose.filled(), "S3_SERVER": store}).values():
+        _, _, tag = service["image"].rpartition(":")
+        assert re.search(r"\d+\.\d+\.\d+|\d{4}-\d\d-\d\d|\d+\.\d+", tag)
+        assert ("build" in service) == service["image"].startswith("localhost/vidgen/")
+        assert tag == vidgen.__version__ or "build" not in service
+
+
+@pytest.mark.parametrize("store", STORES)
+def test_every_service_can_do_little_and_says_how_it_is(store: str) -> None:
+    for name, service in compose.services({**compose.filled(), "S3_SERVER": store}).items():
+        assert service["read_only"] is True
+        assert service["cap_drop"] == ["ALL"]
+        assert service["security_opt"] == ["no-new-privileges:true"]
+        assert set(service["logging"]["options"]) == {"max-size", "max-file"}
+        assert not {"privileged", "cap_add", "pid", "ipc", "network_mode"} & set(service)
+        once = name.endswith("-weights")
+        assert service["restart"] == ("no" if once else "unless-stopped")
+        assert once or service["healthcheck"]["test"]
+
+
+def test_secrets_are_files_because_the_roots_are_read_only() -> None:
+    found = compose.loaded()
+    assert all(set(secret) == {"file"} for secret in found["secrets"].values())
+    assert "configs" not in found
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_each_profile_starts_in_an_order_that_is_true(profile: str) -> None:
+    active = compose.services(profile=profile)
+    for service in active.values():
+        for needed, how in service.get("depends_on", {}).items():
+            assert needed in active
+            once = needed.endswith("-weights")
+            assert how["condition"] == ("service_completed_successfully" if once else "service_healthy")
+    order = compose.in_order(active)
+    for stage in STAGES:
+        (consumer,) = consumers(active, stage)
+        assert order.index("nats") < order.index("gateway") < order.index(consumer)
+        assert order.index("s3") < order.index("gateway")
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_workers_of_two_profiles_cannot_run_side_by_side(stage: str) -> None:
+    found = compose.services()
+    published = [set(host_ports(found[name])) for name in consumers(found, stage)]
+    assert len(published) == 3
+    assert set.intersection(*published)
+
+
+def test_each_profile_answers_where_prometheus_asks() -> None:
+    for profile in PROFILES:
+        for name, service in compose.services(profile=profile).items():
+            own = (service.get("networks") or {}) if isinstance(service.get("networks"), dict) else {}
+            names = {name, *((own.get("default") or {}).get("aliases", ()))}
+            if "VIDGEN_METRICS_PORT" in service.get("environment", {}):
+                assert names & {"edit-service", "i2v-service"}
+                assert service["environment"]["VIDGEN_METRICS_PORT"] == "9100"
+
+
+def test_each_gpu_worker_reserves_one_gpu_that_can_be_chosen() -> None:
+    found = compose.services({**compose.filled(), "EDIT_GPU": "3", "I2V_GPU": "GPU-5e1"})
+    reserved = {
+        name: service["deploy"]["resources"]["reservations"]["devices"][0]["device_ids"]
+        for name, service in found.items() if "deploy" in service
+    }  # fmt: skip
+    assert reserved == {"edit-service-gpu": ["3"], "i2v-service-gpu": ["GPU-5e1"], "worker-gpu": ["3"]}
+
+
+def test_containers_are_given_longer_to_stop_than_a_worker_takes_to_drain() -> None:
+    for service in compose.services().values():
+        if grace := service.get("environment", {}).get("VIDGEN_GRACE_S"):
+            assert int(service["stop_grace_period"].removesuffix("s")) > float(grace)
+
+
+# ── the same configuration as in the tests and in `vidgen up` ────────────────────────────────────────────────────
+
+
+def test_the_bus_is_configured_as_the_embedded_one(tmp_path: Path) -> None:
+    def durable(text: str) -> dict[str, str]:
+        names = "sync_interval|strict|max_memory_store|max_payload|ping_interval|ping_max|write_deadline|js_ack_fc_v2"
+        return dict(re.findall(rf"\b({names}): *([^\s}}]+)", text))
+
+    ours = durable((ROOT / "deploy" / "nats" / "nats.conf").read_text("utf-8"))
+    assert ours == durable(NatsServer(tmp_path)._config())
+    assert ours["sync_interval"] == "always"
+
+
+def test_the_store_has_the_flags_of_the_embedded_one(tmp_path: Path) -> None:
+    differing = {"-dir", "-ip.bind", "-logdir", "-log_max_files", "-log_max_size_mb", "-logtostderr", "-metricsPort"}
+    differing |= {"-s3.config"}  # the credentials: in a container they come from the environment
+
+    def flags(command: list[str]) -> set[str]:
+        return {flag for flag in command if flag.startswith("-") and flag.split("=")[0] not in differing}
+
+    server = S3Server(tmp_path)
+    server.choose()
+    ports = {f"-{name}={port}" for name, port in server._ports.items()}
+    assert flags(compose.services()["s3"]["command"]) - {"-s3.port=8333"} == flags(server._command("weed")) - ports
+
+
+# ── the same processes ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Graph:
+    """The services of the preview profile as processes of this machine, with other ports and folders alone."""
+
+    RUN = ("nats", "s3", "gateway", "edit-service", "i2v-service")
+    PORTS = {"nats": (4222, 8222), "s3": (8333, 9333, 9327), "gateway": (8080,)} | dict.fromkeys(
+        ("edit-service", "i2v-service"), (9100,)
+    )
+
+    def __init__(self, folder: Path) -> None:
+        self.env = compose.filled()
+        active = compose.services(self.env, "preview")
+        self.services = {name: active[name] for name in self.RUN}
+        self.order = [name for name in compose.in_order(active) if name in self.RUN]
+        self.folder = folder
+        self.processes = {name: Process(name, folder / f"{name}.log") for name in self.RUN}
+        self.inner = servers._choose_ports(None)
+        self.ports = {("s3", 8333): self.inner["s3.port"], ("s3", 9333): self.inner["master.port"]}
+        wanted = [(name, port) for name, ports in self.PORTS.items() for port in ports]
+        with ExitStack() as held:
+            for key in wanted:
+                listener = held.enter_context(socket.create_server(("127.0.0.1", 0)))
+                self.ports.setdefault(key, listener.getsockname()[1])
+        self.published = {
+            address: self.ports[name, int(port)]
+            for name, service in self.services.items() for address, port in host_ports(service).items()
+        }  # fmt: skip
+
+    def url(self, name: str, port: int) -> str:
+        return f"http://127.0.0.1:{self.ports[name, port]}"
+
+    def environment(self, name: str) -> dict[str, str]:
+        """The container's environment, its hosts and ports replaced."""
+        given = compose.environment(self.services[name], self.env)
+        return {key: self._moved(name, key, value) for key, value in given.items()}
+
+    def _moved(self, name: str, key: str, value: str) -> str:
+        if key.endswith("_PORT"):
+            return str(self.ports[name, int(value)])
+        if value == "0.0.0.0":
+            return "127.0.0.1"
+        for (other, port), here in self.ports.items():
+            value = re.sub(rf"//{other}:{port}\b", f"//127.0.0.1:{here}", value)
+        for address, here in self.published.items():
+            value = value.replace(f"//{address}", f"//127.0.0.1:{here}")
+        return value
+
+    def command(self, name: str) -> list[str]:
+        service = self.services[name]
+        program, *arguments = [*service.get("entrypoint", ()), *service["command"]]
+        mounted = dict(volume.split(":")[1::-1] for volume in service.get("volumes", ()))
+        arguments = [self._file(mounted, argument) for argument in arguments]
+        if name == "nats":
+            arguments += ["-a", "127.0.0.1", "-p", str(self.ports[name, 4222]), "-m", str(self.ports[name, 8222])]
+        if name == "s3":
+            replaced = {
+                "-dir": str(self.folder / "s3"), "-ip.bind": "127.0.0.1", "-metricsPort": str(self.ports[name, 9327]),
+            }  # fmt: skip
+            kept = [flag for flag in arguments if flag.split("=")[0] not in {*replaced, "-s3.port"}]
+            arguments = [*kept, *(f"{flag}={value}" for flag, value in replaced.items())]
+            arguments += [f"-{flag}={port}" for flag, port in self.inner.items()]
+        return [servers.program(Path(program).name), *arguments]
+
+    def _file(self, mounted: dict[str, str], argument: str) -> str:
+        source = mounted.get(argument)
+        if source is None:
+            return argument
+        return str(ROOT / source) if source.startswith("./") else str(self.folder / source)
+
+    async def healthy(self, name: str) -> bool:
+        """Run the very command that docker would run in the container."""
+        kind, *command = self.services[name]["healthcheck"]["test"]
+        assert kind in ("CMD", "CMD-SHELL")
+        here = {port: moved for (other, port), moved in self.ports.items() if other == name}
+        command = [re.sub(r"127\.0\.0\.1:(\d+)", lambda at: f"127.0.0.1:{here[int(at[1])]}", part) for part in command]
+        command = ["sh", "-c", *command] if kind == "CMD-SHELL" else command
+        command = [sys.executable if part == "python" else part for part in command]
+        probe = await asyncio.create_subprocess_exec(
+            *command, stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.DEVNULL
+        )
+        return await probe.wait() == 0
+
+    async def start(self, name: str) -> None:
+        assert not await self.healthy(name)  # a check that always says yes would order nothing
+        for folder in ("s3", "tmp"):
+            (self.folder / folder).mkdir(exist_ok=True)
+        env = {"PATH": os.environ["PATH"], "TMPDIR": str(self.folder / "tmp"), **self.environment(name)}
+        self.processes[name].start(self.command(name), env)
+        async with asyncio.timeout(BOUND):
+            while not await self.healthy(name):
+                self.processes[name].check()
+                await asyncio.sleep(POLL)
+
+    async def stop(self, name: str) -> int | None:
+        """SIGTERM, and the exit code; None for one that did not end within the time that the file gives it."""
+        process = self.processes[name]
+        process.signal(15)
+        return await process.wait(float(self.services[name]["stop_grace_period"].removesuffix("s")))
+
+
+@asynccontextmanager
+async def started(folder: Path) -> AsyncIterator[Graph]:
+    with skipped_at_home():
+        graph = Graph(folder)
+        servers.program("nats-server")
+        servers.program("weed")
+    if shutil.which("wget") is None:
+        assert "CI" not in os.environ, "wget is missing: apt-get install wget"
+        pytest.skip("wget, which health checks in containers use, is missing here")
+    try:
+        for name in graph.order:
+            await graph.start(name)
+        yield graph
+    finally:
+        for process in graph.processes.values():
+            process.kill()
+        for port in graph.inner.values():
+            for left in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):
+                left.unlink(missing_ok=True)
+
+
+async def test_the_same_processes_with_the_same_files_make_a_video_and_stop_when_told(tmp_path: Path) -> None:
+    async with started(tmp_path) as graph:
+        # Given the system in the order of the file, each behind what it waits for and only once that is healthy
+        assert graph.order.index("gateway") > max(graph.order.index("nats"), graph.order.index("s3"))
+        small: dict[str, Any] = {"width": 320, "height": 192, "steps": 2, "seed": 7}
+        wanted = VideoRequest(
+            references=("uploads/from-the-form",),
+            edit=EditParams(prompt="golden hour", **small),
+            i2v=I2VParams(prompt="slow zoom in", num_frames=9, fps=8, **small),
+        )
+
+        # When a job is sent
+        async with AsyncClient(graph.url("gateway", 8080)) as client:
+            job = await finished(client, await client.submit(wanted, images=[PHOTO]), BOUND)
+
+        # Then it is done, and its link leads past the gateway to the store, as a browser outside reaches it
+        assert job.status is JobStatus.COMPLETED
+        async with httpx.AsyncClient() as http:
+            answer = await http.get(f"{graph.url('gateway', 8080)}/v1/jobs/{job.id}/artifacts/video.mp4")
+            link = answer.headers["location"]
+            assert link.startswith(f"{graph.url('s3', 8333)}/vidgen/jobs/{job.id}/video.mp4?")
+            assert (await http.get(link)).content[4:8] == b"ftyp"
+            assert (await http.get(link.partition("?")[0])).status_code == 403
+
+        # And nobody comes in without the secrets
+        with pytest.raises(errors.BusError, match=r"(?i)authorization"):
+            async with jetstream.connect(f"nats://127.0.0.1:{graph.ports['nats', 4222]}", "stranger"):
+                pytest.fail("the bus let a stranger in")
+
+        # And each ends when it is told, the last one first
+        codes = {name: await graph.stop(name) for name in reversed(graph.order)}
+        assert {name: codes[name] for name in ("i2v-service", "edit-service", "gateway")} == {
+            "i2v-service": 0, "edit-service": 0, "gateway": 0,
+        }  # fmt: skip
+        assert None not in codes.values()
