@@ -60,8 +60,8 @@ def plan(
     cold_start: Annotated[
         str | None, typer.Option(metavar=PER_STAGE, help="Seconds from a pod's beginning to its first task.")
     ] = None,
-    polling: Annotated[float, typer.Option(metavar="S", help="KEDA's pollingInterval.")] = 30.0,
-    cooldown: Annotated[float, typer.Option(metavar="S", help="KEDA's cooldownPeriod.")] = 300.0,
+    polling: Annotated[float, typer.Option(metavar="S", help="KEDA's pollingInterval.")] = 5.0,
+    cooldown: Annotated[float, typer.Option(metavar="S", help="KEDA's cooldownPeriod.")] = 900.0,
     no_look_ahead: Annotated[
         bool, typer.Option("--no-look-ahead", help="Start no GPU for a video while its edit waits.")
     ] = False,

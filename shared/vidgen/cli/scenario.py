@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 MOST_JOBS = 2_000_000
 # Of a stage that an option does not name.
-GPU, FLOOR, MOST, LAG, ADDED = "H200", "0", "10", "edit=15,i2v=2", "0"
+GPU, FLOOR, MOST, LAG, ADDED = "H200", "0", "edit=8,i2v=16", "edit=15,i2v=2", "0"
 
 
 @dataclass(frozen=True)

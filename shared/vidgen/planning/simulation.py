@@ -188,7 +188,7 @@ class _System:
                     self.env.now,
                     {name: stage.waiting for name, stage in self.stages.items()},
                     {name: stage.busy for name, stage in self.stages.items()},
-                    {name: len(stage.workers) for name, stage in self.stages.items()},
+                    {name: stage.there() for name, stage in self.stages.items()},
                 )
             )
             yield self.env.timeout(every)
@@ -210,6 +210,7 @@ class _Stage:
         self.env, self.system, self.name, self.served, self.policy = system.env, system, name, served, policy
         self.lanes: dict[Lane, deque[Task]] = {lane: deque() for lane in LANES}
         self.workers: list[_Worker] = []
+        self._leaving: list[_Worker] = []
         self.unfinished = 0  # what KEDA counts: pending and ack-pending
         self.waiting = self.busy = 0  # for a GPU; on one
         self.stuck = self.env.event()  # an interactive task waits, and no worker asks for one
@@ -229,7 +230,15 @@ class _Stage:
         self.waiting += 1
         self._tasks += 1
         self.lanes[task.lane].append(task)
-        if task.lane == "batch":
+        self._offer(task.lane)
+
+    def hand_back(self, task: Task) -> None:
+        """What was handed back is delivered before what is new."""
+        self.lanes[task.lane].appendleft(task)
+        self._offer(task.lane)
+
+    def _offer(self, lane: Lane) -> None:
+        if lane == "batch":
             self._look()
         elif self._waits:
             # The server answers the request that it has had for longest.
@@ -237,12 +246,6 @@ class _Stage:
         else:
             self.stuck.succeed()
             self.stuck = self.env.event()
-
-    def hand_back(self, task: Task) -> None:
-        """What was handed back is delivered before what is new."""
-        self.waiting += 1
-        self.lanes[task.lane].appendleft(task)
-        self._look()
 
     def held(self) -> None:
         self.waiting -= 1
@@ -283,6 +286,11 @@ class _Stage:
                 self._give(wait, self.lanes["batch"].popleft())
         self._looking = False
 
+    def there(self) -> int:
+        """Replicas, with those that only finish what they have."""
+        self._leaving = [one for one in self._leaving if one.free_at > self.env.now]
+        return len(self.workers) + len(self._leaving)
+
     # ── replicas ─────────────────────────────────────────────────────────────────────────────────────────────────
 
     def begin(self, before: _Stage | None) -> None:
@@ -304,8 +312,20 @@ class _Stage:
             yield self.env.timeout(self.served.scaling.polling_s)
 
     def _sync(self, before: _Stage | None) -> Steps:
+        rule = self.served.scaling
+        asked_at: deque[tuple[float, int]] = deque()
+        ended_at = -math.inf
         while True:
-            self._scale(self.served.scaling.synced(self._value(before), len(self.workers)))
+            now, current = self.env.now, len(self.workers)
+            asked = rule.asked(self._value(before), current)
+            asked_at.append((now, asked))
+            while asked_at[0][0] < now - rule.down_window_s:
+                asked_at.popleft()
+            # What was asked before the beginning nobody knows: nothing ends for as long.
+            lately = max(count for _, count in asked_at) if now >= rule.down_window_s else current
+            wanted = rule.synced(asked, current, lately=lately, may_end=now - ended_at >= rule.down_every_s)
+            ended_at = now if wanted < current else ended_at
+            self._scale(wanted)
             yield self.env.timeout(scaling.HPA_SYNC_S)
 
     def _scale(self, wanted: int, *, warm: bool = False) -> None:
@@ -313,12 +333,19 @@ class _Stage:
             one = _Worker(self, 0.0 if warm else self.served.scaling.cold_start_s)
             self.workers.append(one)
             self.env.process(one.live())
-        while len(self.workers) > wanted:  # only where nothing is unfinished, so none of them has a task
-            one = self.workers.pop()
-            one.ended = True
+        while len(self.workers) > wanted:
+            one = min(reversed(self.workers), key=self._use)
+            self.workers.remove(one)
             self._waits = [wait for wait in self._waits if wait.worker is not one]
-            self._paid_s += self.env.now - one.begun
+            # It finishes what it has on its GPU.
+            self._paid_s += max(one.free_at, self.env.now) - one.begun
+            one.ended = True
+            self._leaving.append(one)
         self._most = max(self._most, len(self.workers))
+
+    def _use(self, one: _Worker) -> int:
+        """Which ends first: one that starts, then an idle one, then the newest."""
+        return 0 if one.starting else 1 if one.free_at <= self.env.now else 2
 
 
 class _Worker:
@@ -326,18 +353,23 @@ class _Worker:
 
     def __init__(self, stage: _Stage, cold_start_s: float) -> None:
         self.env, self.stage, self.policy = stage.env, stage, stage.policy
-        self.begun, self.cold_start_s, self.ended = stage.env.now, cold_start_s, False
-        self._free_at = 0.0
+        self.begun, self._cold_start_s = stage.env.now, cold_start_s
+        self.starting, self.ended = True, False
+        self.free_at = 0.0
         self._since_batch = 0
 
     def live(self) -> Steps:
-        if self.cold_start_s:
-            yield self.env.timeout(self.cold_start_s)
+        if self._cold_start_s:
+            yield self.env.timeout(self._cold_start_s)
+        self.starting = False
         while not self.ended:
             task, gives_way = yield from self._take()
             while task is not None:
-                if self._free_at > self.env.now:
-                    yield self.env.timeout(self._free_at - self.env.now)
+                if self.free_at > self.env.now:
+                    yield self.env.timeout(self.free_at - self.env.now)
+                if self.ended:
+                    self.stage.hand_back(task)
+                    break
                 task, gives_way = (yield from self._hold(task, gives_way)), False
 
     def _take(self) -> Generator[simpy.Event, Any, tuple[Task | None, bool]]:
@@ -362,14 +394,15 @@ class _Worker:
         if task.started_at is None:
             task.started_at = begun
         self.stage.held()
-        self._free_at = end
+        self.free_at = end
         if gives_way and self.policy.checkpoint_over_s is not None:
             first = yield from self._first(task, end - self.policy.checkpoint_over_s)
             if first is not None:
                 self.stage.freed(self.env.now - begun)
-                self._free_at = self.env.now
+                self.free_at = self.env.now
                 task.left_s = end - self.env.now
                 task.preempted += 1
+                self.stage.waiting += 1
                 self.stage.hand_back(task)
                 return first
         self.env.process(self._finish(task, end, end - begun))

@@ -187,6 +187,19 @@ def test_the_look_ahead_starts_the_gpu_for_the_video_while_the_frame_is_made() -
     assert waits == {True: pytest.approx(20), False: pytest.approx(20 + 60)}
 
 
+def test_with_a_floor_gpus_leave_one_by_one_and_finish_what_they_have() -> None:
+    rule = Scaling(floor=1, most=4, lag_threshold=1, down_window_s=300, down_every_s=120)
+    run = simulate([at(0)] * 4, {"edit": Served(60, rule)}, horizon_s=1200)
+
+    assert all(job.total_s < 121 for job in run.jobs)
+    counts = [sample.replicas["edit"] for sample in run.samples]
+    assert max(counts) == 4
+    assert sorted(counts[counts.index(4) :], reverse=True) == counts[counts.index(4) :]
+    steps = {count: counts.count(count) * 2 for count in (3, 2)}
+    assert steps == {3: pytest.approx(120, abs=4), 2: pytest.approx(120, abs=4)}
+    assert counts[-1] == 1
+
+
 # ── properties ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 JOBS = st.lists(
@@ -222,7 +235,7 @@ def test_every_job_is_done_once_and_gpus_work_for_its_seconds(
         assert one.busy_s <= one.paid_s + 1e-6
         assert one.most_replicas <= served[stage].scaling.most
         for sample in run.samples:
-            assert served[stage].scaling.floor <= sample.replicas[stage] <= served[stage].scaling.most
+            assert served[stage].scaling.floor <= sample.replicas[stage]
             assert 0 <= sample.busy[stage] <= sample.replicas[stage]
             assert sample.waiting[stage] >= 0
     again = simulate(jobs, served, policy, seed=1)
