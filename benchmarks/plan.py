@@ -1,6 +1,6 @@
 """Does `vidgen plan` foretell what the system does, and what queueing theory says?
 
-    python benchmarks/plan.py [--jobs 40] [--workers 2] [--edit 1.0] [--i2v 3.0] [--load 0.7] [--theory 200000]
+    python benchmarks/plan.py [--jobs 40] [--workers 2] [--edit 1.0] [--i2v 3.0] [--theory N] [--subjects N]
 
 The system: real nats-server (synced), real S3 server, gateway and workers as processes on this machine, engines that
 hold a pretended GPU for a set time. One list of jobs, in both lanes and of all kinds, is sent to it at its times and
@@ -11,16 +11,19 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import json
 import math
 import statistics
 import sys
 import tempfile
 import time
+import urllib.request
 import uuid
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import nats as nats_client
 import numpy as np
 import uvloop
 from PIL import Image
@@ -92,6 +95,38 @@ async def played(connected: JetStreamBus, finals: Finals, coming: list[Arrival])
     return list(await asyncio.gather(*(one(arrival) for arrival in coming)))
 
 
+async def index(folder: Path, subjects: int) -> None:
+    """What nats-server needs in memory for a stream with one message a subject, as the records of jobs are."""
+    async with NatsServer(folder / "subjects", sync_always=False) as nats:
+        client = await nats_client.connect(nats.url)
+        js = client.jetstream()
+        await js.add_stream(name="SUBJECTS", subjects=["s.*"], max_msgs_per_subject=1)
+        before = resident(nats.pid)
+        for begin in range(0, subjects, 1000):
+            names = [uuid.uuid4().hex for _ in range(begin, min(subjects, begin + 1000))]
+            await asyncio.gather(*(js.publish(f"s.{name}", b"x" * 16, timeout=60) for name in names))
+        grown = resident(nats.pid) - before
+        await client.close()
+    print(f"\nmemory of nats-server: {grown / subjects:.0f} bytes a subject, over {subjects:,} subjects")
+
+
+def resident(pid: int) -> int:
+    """Bytes of a process that are in memory (Linux)."""
+    line = next(line for line in Path(f"/proc/{pid}/status").read_text().splitlines() if line.startswith("VmRSS"))
+    return int(line.split()[1]) * 1024
+
+
+def kept(url: str, jobs: int) -> None:
+    """What the bus keeps of a job, by stream: bytes and messages."""
+    with urllib.request.urlopen(f"{url}/jsz?streams=true") as answer:
+        accounts = json.load(answer)["account_details"]
+    print(f"\nthe bus after {jobs} jobs, a job:")
+    for stream in sorted(accounts[0]["stream_detail"], key=lambda one: str(one["name"])):
+        state = stream["state"]
+        written = state["last_seq"] / jobs
+        print(f"  {stream['name']:20} written {written:6.1f} messages   kept {state['bytes'] / jobs:8.0f} bytes")
+
+
 def compare(name: str, system: list[float], simulated: list[float]) -> None:
     for figure, of in (("mean", statistics.fmean), ("p95", lambda seconds: float(np.percentile(seconds, 95)))):
         there, told = of(system), of(simulated)
@@ -133,25 +168,31 @@ async def measure(system: System, connected: JetStreamBus, chosen: argparse.Name
     print(f"  the job that differs most: by a factor of {math.exp(largest):.2f} (goal for means and p95: within 10 %)")
     if finals.failed:
         print(f"\n{finals.failed} jobs FAILED")
+    kept(system.nats.monitor_url, len(finals.at))
 
 
 async def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--jobs", type=int, default=40)
+    parser.add_argument("--jobs", type=int, default=40, help="sent to the system; 0: none")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--edit", type=float, default=1.0, help="seconds an edit holds the GPU")
     parser.add_argument("--i2v", type=float, default=3.0, help="seconds a video holds the GPU")
     parser.add_argument("--load", type=float, default=0.7)
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--theory", type=int, default=200_000, help="jobs of the comparison with theory; 0: none")
+    parser.add_argument("--subjects", type=int, default=100_000, help="of the stream whose memory is measured; 0: none")
     chosen = parser.parse_args()
     print(environment(), flush=True)
     if chosen.theory:
         theory(chosen.theory)
     with tempfile.TemporaryDirectory(prefix="vidgen-bench-") as name:
         folder = Path(name)
+        if chosen.subjects:
+            await index(folder, chosen.subjects)
         reference = folder / "reference.png"
         Image.new("RGB", (64, 64), "teal").save(reference)
+        if not chosen.jobs:
+            return
         async with NatsServer(folder / "nats") as nats, S3Server(folder / "s3") as s3:
             system = System(folder, nats, s3)
             gateway = Service("gateway", "gateway.main", folder, system.env)

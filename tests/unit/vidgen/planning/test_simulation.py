@@ -147,15 +147,13 @@ def test_a_batch_task_that_is_nearly_done_makes_no_way() -> None:
     assert tasks(run)[1].started_at == run.jobs[0].done_at
 
 
-def test_a_worker_that_is_nearly_free_holds_a_task_that_an_idle_one_could_have() -> None:
-    # The first worker asks for its next task 3 s before it is free, and its request may be older than that of the idle.
-    jobs = [at(0), at(8.4)]
-    started = {
-        lead: tasks(simulate(jobs, {"edit": Served(10, fixed(2))}, Policy(lead_s=lead)))[1].started_at
-        for lead in (0.0, 3.0)
-    }
+def test_what_a_worker_took_shortly_before_its_gpu_is_free_goes_first_whatever_comes_then() -> None:
+    jobs = [at(0), at(6.3, lane="batch"), at(7.4)]
+    held = tasks(simulate(jobs, {"edit": Served(10, fixed(1))}, Policy(lead_s=3.0)))
+    free = tasks(simulate(jobs, {"edit": Served(10, fixed(1))}, Policy(lead_s=0.0)))
 
-    assert started == {0.0: 8.4, 3.0: 8.4}
+    assert [task.started_at for task in held] == [0, 10, 20]
+    assert [task.started_at for task in free] == [0, 20, 10]
 
 
 # ── the autoscaler ───────────────────────────────────────────────────────────────────────────────────────────────
@@ -164,9 +162,9 @@ COLD = Scaling(most=4, lag_threshold=1, cold_start_s=60, polling_s=30, cooldown_
 
 
 def test_the_first_job_waits_for_a_poll_and_a_cold_start() -> None:
-    run = simulate([at(0), at(1000)], {"edit": Served(5, COLD)})
+    run = simulate([at(1), at(1000)], {"edit": Served(5, COLD)})
 
-    assert [job.waiting_s for job in run.jobs] == pytest.approx([60 + 0, 1020 - 1000 + 60])
+    assert [job.waiting_s for job in run.jobs] == pytest.approx([30 - 1 + 60, 1020 - 1000 + 60])
 
 
 def test_replicas_go_to_zero_after_the_cooldown_and_not_before() -> None:
@@ -181,10 +179,11 @@ def test_replicas_go_to_zero_after_the_cooldown_and_not_before() -> None:
 def test_the_look_ahead_starts_the_gpu_for_the_video_while_the_frame_is_made() -> None:
     stages = {"edit": Served(40, fixed(1)), "i2v": Served(10, COLD)}
     waits = {
-        ahead: simulate([at(0, "both")], stages, Policy(look_ahead=ahead)).jobs[0].waiting_s for ahead in (True, False)
+        ahead: simulate([at(1, "both")], stages, Policy(look_ahead=ahead)).jobs[0].waiting_s for ahead in (True, False)
     }
 
-    assert waits == {True: pytest.approx(20), False: pytest.approx(20 + 60)}
+    # The frame is there at 41; the GPU was started at 30, or is at 60, and takes 60 s to start.
+    assert waits == {True: pytest.approx(30 + 60 - 41), False: pytest.approx(60 + 60 - 41)}
 
 
 def test_with_a_floor_gpus_leave_one_by_one_and_finish_what_they_have() -> None:
