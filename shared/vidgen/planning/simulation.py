@@ -339,7 +339,6 @@ class _Stage:
             self._waits = [wait for wait in self._waits if wait.worker is not one]
             # It finishes what it has on its GPU.
             self._paid_s += max(one.free_at, self.env.now) - one.begun
-            one.ended = True
             self._leaving.append(one)
         self._most = max(self._most, len(self.workers))
 
@@ -354,7 +353,7 @@ class _Worker:
     def __init__(self, stage: _Stage, cold_start_s: float) -> None:
         self.env, self.stage, self.policy = stage.env, stage, stage.policy
         self.begun, self._cold_start_s = stage.env.now, cold_start_s
-        self.starting, self.ended = True, False
+        self.starting = True
         self.free_at = 0.0
         self._since_batch = 0
 
@@ -362,15 +361,18 @@ class _Worker:
         if self._cold_start_s:
             yield self.env.timeout(self._cold_start_s)
         self.starting = False
-        while not self.ended:
+        while not self._ends():
             task, gives_way = yield from self._take()
             while task is not None:
                 if self.free_at > self.env.now:
                     yield self.env.timeout(self.free_at - self.env.now)
-                if self.ended:
+                if self._ends():
                     self.stage.hand_back(task)
                     break
                 task, gives_way = (yield from self._hold(task, gives_way)), False
+
+    def _ends(self) -> bool:
+        return self not in self.stage.workers
 
     def _take(self) -> Generator[simpy.Event, Any, tuple[Task | None, bool]]:
         """The next task, and whether a later interactive task may go before it; `LanePuller.next`."""
