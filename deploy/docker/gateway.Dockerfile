@@ -13,7 +13,7 @@ WORKDIR /src
 RUN pip install --no-cache-dir "uv==${UV}" && uv venv /opt/vidgen
 # What is installed changes less often than the code: a layer of its own.
 COPY pyproject.toml constraints.txt ./
-RUN uv pip install --no-cache --python /opt/vidgen/bin/python -c constraints.txt -r pyproject.toml
+RUN uv pip install --no-cache --python /opt/vidgen/bin/python -c constraints.txt -r pyproject.toml --extra tracing
 COPY README.md LICENSE ./
 COPY shared shared
 COPY services services

@@ -26,7 +26,7 @@ RUN python3.12 -m venv /opt/uv \
     && pip install --no-cache-dir "uv==${UV}" \
     && uv venv --python /usr/bin/python3.12 /opt/vidgen
 COPY pyproject.toml constraints.txt ./
-RUN uv pip install --no-cache --python /opt/vidgen/bin/python -c constraints.txt -r pyproject.toml --extra gpu
+RUN uv pip install --no-cache --python /opt/vidgen/bin/python -c constraints.txt -r pyproject.toml --extra gpu --extra tracing
 
 FROM build AS wheel
 COPY README.md LICENSE ./

@@ -42,10 +42,6 @@ def test_the_recipes_are_clean() -> None:
     assert run("hadolint", GATEWAY, WORKER) == ""
 
 
-def test_the_yaml_is_clean() -> None:
-    assert run("yamllint", "--strict", "docker-compose.yml", "deploy/s3", ".github", ".yamllint.yml") == ""
-
-
 @pytest.mark.parametrize("path", [GATEWAY, WORKER], ids=lambda path: path.stem)
 def test_every_base_is_pinned(path: Path) -> None:
     defaults = dict(re.findall(r"^ARG (\w+)=(\S+)$", path.read_text("utf-8"), re.MULTILINE))
@@ -76,14 +72,15 @@ def test_a_token_is_only_ever_a_mounted_file() -> None:
 
 def test_the_hubs_client_reads_a_token_from_that_variables_file(tmp_path: Path) -> None:
     hub = pytest.importorskip("huggingface_hub")
+    constants = pytest.importorskip("huggingface_hub.constants")  # no attribute of the package until it is imported
     (tmp_path / "token").write_text("hf_from_the_file\n")
     (tmp_path / "none").write_text((DOCKER / "no-token").read_text())
     with pytest.MonkeyPatch.context() as patched:
         for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_OIDC_RESOURCE"):
             patched.delenv(name, raising=False)
-        patched.setattr(hub.constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
+        patched.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
         assert hub.get_token() == "hf_from_the_file"
-        patched.setattr(hub.constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
+        patched.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "none"))
         assert hub.get_token() is None
 
 
