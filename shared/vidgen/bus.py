@@ -27,12 +27,13 @@ class Stored:
 
 @dataclass(frozen=True)
 class Depth:
-    """How full a consumer's queue is."""
+    """How full a consumer's queue is. `delivered` is the sequence up to which it has handed messages out."""
 
     pending: int
     ack_pending: int
     redelivered: int
     oldest_at: datetime | None
+    delivered: int = 0
 
     @property
     def waiting(self) -> int:

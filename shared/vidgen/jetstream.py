@@ -432,7 +432,8 @@ class JetStreamBus:
             floor = info.ack_floor.stream_seq if info.ack_floor else 0
             first = await self._get(consumer.stream, seq=floor + 1, subject=consumer.filter_subject or ">", next=True)
             oldest = first.at if first else None
-        return Depth(pending, ack_pending, info.num_redelivered or 0, oldest)
+        delivered = info.delivered.stream_seq if info.delivered else 0
+        return Depth(pending, ack_pending, info.num_redelivered or 0, oldest, delivered)
 
     def records(self, bucket: str) -> Records:
         return self._records.setdefault(bucket, JetStreamRecords(self._js, bucket))

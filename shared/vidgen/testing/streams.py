@@ -142,7 +142,8 @@ class MemoryConsumer:
         fresh = [stored for stored in self.stream.on(self._filter) if stored.seq > self._cursor]
         waiting = sorted([*self._due, *(stored.seq for stored in fresh)])
         again = sum(count > 1 for count in self._deliveries.values())
-        return Depth(len(fresh), len(self._due), again, self.stream.messages[waiting[0]].at if waiting else None)
+        oldest = self.stream.messages[waiting[0]].at if waiting else None
+        return Depth(len(fresh), len(self._due), again, oldest, self._cursor)
 
     def _deliver(self, seq: int, now: float) -> tuple[Stored, int]:
         self._due[seq] = now + self.ack_wait
