@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from edit_service.engine.preview import PreviewEditEngine
 from vidgen import checkpoints, errors, profiles
 from vidgen.contracts import EditWork, I2VWork, Work
 from vidgen.engine import EngineInfo, Finished, Generated, OnStep
@@ -133,6 +134,13 @@ class Rejects(Instant):
     def prepare(self, work: Work, files: Sequence[Path]) -> Any:
         self.calls.append("prepare")
         raise errors.RejectedError("the image cannot be read: send a PNG or a JPEG", code="bad_image")
+
+
+class Picky(PreviewEditEngine):
+    """The preview, but whoever asks for the impossible is turned down as by `Rejects`."""
+
+    def prepare(self, work: Work, files: Sequence[Path]) -> Any:
+        return (Rejects() if "impossible" in work.prompt else super()).prepare(work, files)
 
 
 class FatalOnGenerate(Instant):

@@ -19,6 +19,7 @@ from PIL import Image
 from gateway.api.app import create_app
 from gateway.api.parts import Parts
 from gateway.fleet import Fleet
+from gateway.forecast import Forecast
 from gateway.intake import Intake
 from gateway.jobs import Jobs
 from vidgen import contracts, topology
@@ -70,7 +71,8 @@ class Gateway:
         own = GatewaySettings(**settings)
         jobs = Jobs(bus)
         intake = Intake(bus, store, jobs, own.max_upload_bytes)
-        parts = Parts(own, bus, store, jobs, intake, Fleet(bus), GatewayMetrics())
+        fleet = Fleet(bus)
+        parts = Parts(own, bus, store, jobs, intake, fleet, Forecast(bus, jobs, fleet), GatewayMetrics())
         app = create_app(parts)
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
         return cls(parts, app, httpx.AsyncClient(transport=transport, base_url="http://gateway"))
@@ -146,6 +148,7 @@ class Call:
     headers: dict[str, str] = field(default_factory=dict)
     body: AsyncIterator[bytes] | None = None
     received: int = 0
+    query: str = ""
 
     def __post_init__(self) -> None:
         self.sent: asyncio.Queue[dict[str, Any]] = asyncio.Queue()
@@ -156,7 +159,7 @@ class Call:
         scope = {
             "type": "http", "asgi": {"version": "3.0", "spec_version": "2.3"}, "http_version": "1.1",
             "method": self.method, "scheme": "http", "path": self.path, "raw_path": self.path.encode(),
-            "query_string": b"", "root_path": "", "server": ("gateway", 80), "client": ("test", 1),
+            "query_string": self.query.encode(), "root_path": "", "server": ("gateway", 80), "client": ("test", 1),
             "headers": [(name.lower().encode(), value.encode()) for name, value in self.headers.items()],
         }  # fmt: skip
         await self.app(scope, self._receive, self._send)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 
 from vidgen import bootstrap, jetstream, topology
 from vidgen.client import AsyncClient
-from vidgen.contracts import Job
+from vidgen.contracts import STAGES, Job, Stage
 from vidgen.jetstream import JetStreamBus
 from vidgen.local import LocalError, NatsServer, Stack
 
@@ -50,9 +50,9 @@ async def connected_bus(
 
 
 @contextlib.contextmanager
-def running_stack(folder: Path, env: dict[str, str]) -> Iterator[Stack]:
-    """The whole system: servers, gateway and both services as processes."""
-    stack = Stack(folder, env=env, ephemeral=True)
+def running_stack(folder: Path, env: dict[str, str], stages: Sequence[Stage] = STAGES) -> Iterator[Stack]:
+    """The whole system: servers, gateway and the services of these stages as processes."""
+    stack = Stack(folder, env=env, stages=stages, ephemeral=True)
     with asyncio.Runner() as runner:
         with skipped_at_home():
             runner.run(stack.start())

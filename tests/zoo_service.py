@@ -28,10 +28,12 @@ class _Released:
         return self._path.exists() or self._never.wait(timeout)
 
 
-def make_engine(_settings: WorkerSettings, _chosen: choice.Choice) -> Engine:
+def make_engine(settings: WorkerSettings, _chosen: choice.Choice) -> Engine:
     kind = getattr(engines, sys.argv[2])
     if kind is engines.Paced:
         return engines.Paced(released=cast("threading.Event", _Released(Path(os.environ["ZOO_RELEASED"]))))
+    if kind is engines.Picky:
+        return engines.Picky(settings.preview_seconds_per_step)
     return cast("Engine", kind())
 
 

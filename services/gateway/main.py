@@ -19,6 +19,7 @@ from gateway.api.app import create_app
 from gateway.api.parts import Parts
 from gateway.consumers import Consumers
 from gateway.fleet import Fleet
+from gateway.forecast import Forecast
 from gateway.intake import Intake
 from gateway.jobs import Jobs
 from vidgen import bootstrap, errors, jetstream, probes, settings, telemetry, tracing
@@ -97,7 +98,9 @@ class _Gateway:
     async def _serve(self, connected: JetStreamBus, store: S3Store) -> None:
         own, metrics, jobs = self._settings, GatewayMetrics(), Jobs(connected)
         intake = Intake(connected, store, jobs, own.max_upload_bytes)
-        parts = Parts(own, connected, store, jobs, intake, Fleet(connected), metrics, self._stop)
+        fleet = Fleet(connected)
+        forecast = Forecast(connected, jobs, fleet)
+        parts = Parts(own, connected, store, jobs, intake, fleet, forecast, metrics, self._stop)
         consumers = Consumers(connected, jobs, intake, metrics, own.intake_concurrency)
         consuming = asyncio.create_task(consumers.run(self._stop), name="consumers")
         stopped = asyncio.create_task(self._stop.wait(), name="stop")

@@ -29,7 +29,8 @@ class Stored:
 class Depth:
     """How full a consumer's queue is.
 
-    `oldest_at` is the oldest message that waits or is held, `oldest_pending_at` the oldest that was never delivered.
+    `oldest_at` is the oldest message that waits or is held, `oldest_pending_at` the oldest that was never delivered;
+    `delivered` is the sequence up to which messages were handed out.
     """
 
     pending: int
@@ -37,6 +38,7 @@ class Depth:
     redelivered: int
     oldest_at: datetime | None
     oldest_pending_at: datetime | None = None
+    delivered: int = 0
 
     @property
     def waiting(self) -> int:

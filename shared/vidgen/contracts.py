@@ -551,11 +551,51 @@ class WorkerInfo(Message):
     at: datetime
 
 
+# ── what is foretold ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class QueuePlace(Message):
+    """Where a waiting task is in its queue, near enough: told to those who watch its job."""
+
+    job_id: JobId
+    stage: Stage
+    ahead: int = Field(description="Tasks that come first; at most that many, where other lanes are busy too.")
+    workers: int = Field(description="Workers that serve the stage now.")
+    wait_s: float | None = Field(None, description="Seconds until it begins, from recent tasks; None: not known.")
+
+
+class StageEstimate(Message):
+    """What one stage of a request would take. What nothing is known of is None."""
+
+    stage: Stage
+    basis: Literal["measured", "scaled", "unknown"] = Field(
+        description="measured: recent tasks of the same size; scaled: of another size; unknown: none on these engines."
+    )
+    steps: int
+    seconds_per_step: float | None = None
+    seconds: float | None = Field(None, description="On a worker, without waiting.")
+    gpu_seconds: float | None = None
+    cost_usd: float | None = Field(None, description="None too where the workers have no price.")
+    workers: int = Field(description="Workers that serve the stage now.")
+    ahead: int = Field(description="Tasks in its queue, and with its workers.")
+    wait_s: float | None = None
+
+
+class Estimate(Message):
+    """What a request would take if it came now; None where nothing is known of one of its stages."""
+
+    stages: tuple[StageEstimate, ...]
+    wait_s: float | None = Field(None, description="Seconds until the first stage begins.")
+    seconds: float | None = Field(None, description="Seconds until all is done, waiting included.")
+    gpu_seconds: float | None = None
+    cost_usd: float | None = None
+
+
 def json_schemas() -> dict[str, dict[str, Any]]:
     """The JSON Schema of every public contract, by name."""
     models: dict[str, type[BaseModel]] = {
         "video-request": VideoRequest, "task": Task, "job": Job, "progress": Progress,
-        "dead-letter": DeadLetter, "worker": WorkerInfo,
+        "dead-letter": DeadLetter, "worker": WorkerInfo, "estimate": Estimate, "queue-place": QueuePlace,
     }  # fmt: skip
     schemas = {name: model.model_json_schema() for name, model in models.items()}
     schemas["event"] = Event.json_schema()

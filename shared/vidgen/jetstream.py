@@ -433,7 +433,9 @@ class JetStreamBus:
         oldest_pending = oldest
         if pending and ack_pending:
             oldest_pending = await self._time_of_next(consumer, given)
-        return Depth(pending, ack_pending, info.num_redelivered or 0, oldest, oldest_pending if pending else None)
+        if not pending:
+            oldest_pending = None
+        return Depth(pending, ack_pending, info.num_redelivered or 0, oldest, oldest_pending, given)
 
     async def _time_of_next(self, consumer: topology.Consumer, seq: int) -> datetime | None:
         """When the first message of a consumer behind `seq` was stored."""

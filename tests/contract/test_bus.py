@@ -346,13 +346,14 @@ async def test_a_message_delivered_too_often_stays_and_an_advisory_tells(open_bu
 
 async def test_depth_counts_what_waits_and_since_when(bus: Bus) -> None:
     empty = await bus.depth(QUEUE)
-    assert (empty.waiting, empty.oldest_at, empty.oldest_pending_at) == (0, None, None)
+    assert (empty.waiting, empty.oldest_at, empty.oldest_pending_at, empty.delivered) == (0, None, None, 0)
     seqs = [await queued(bus, job) for job in ("a", "b", "c")]
     await bus.publish(task("z", "batch"), b"", message_id="z")
 
     first = await taken(bus)
     depth = await bus.depth(QUEUE)
     assert (depth.pending, depth.ack_pending, depth.redelivered, depth.waiting) == (2, 1, 0, 3)
+    assert depth.delivered == seqs[0]
     oldest = await bus.get(topology.TASKS, seqs[0])
     assert oldest is not None
     second = await bus.get(topology.TASKS, seqs[1])

@@ -7,13 +7,16 @@ from typing import Any
 from fastapi import FastAPI
 
 import vidgen
-from gateway.api import artifacts, dead, events, jobs, ops, problems, uploads, workers
+from gateway.api import artifacts, dead, estimate, events, jobs, ops, page, problems, uploads, workers
 from gateway.api.edge import Edge
 from gateway.api.limits import BodyLimit
 from gateway.api.parts import Parts
 from gateway.api.references import References
 
-ROUTERS = (jobs.router, events.router, artifacts.router, uploads.router, workers.router, dead.router, ops.router)
+ROUTERS = (
+    jobs.router, events.router, artifacts.router, uploads.router, estimate.router, workers.router, dead.router,
+    ops.router, page.router,
+)  # fmt: skip
 DESCRIPTION = "Reference image + prompt to edited frame to video. Errors are RFC 9457 problem documents."
 
 

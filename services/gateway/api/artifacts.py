@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import AsyncGenerator, AsyncIterator
 from contextlib import aclosing
 from dataclasses import dataclass
-from typing import Annotated, cast
+from typing import Annotated, Any, cast
 from urllib.parse import quote
 
-from fastapi import APIRouter, Header, Query, Request
+from fastapi import APIRouter, Depends, Header, Path, Query, Request
 from starlette.responses import RedirectResponse, Response, StreamingResponse
 from starlette.types import Send
 
 from gateway.api import problems
-from gateway.api.parts import JobIdHere, PartsHere
+from gateway.api.parts import JobIdHere, Parts, PartsHere
 from gateway.api.problems import HttpError
+from gateway.api.references import EXTENSIONS
 from vidgen import errors
 from vidgen.contracts import Artifact
 
-router = APIRouter(prefix="/v1/jobs/{job_id}/artifacts", tags=["artifacts"])
+router = APIRouter(prefix="/v1/jobs/{job_id}", tags=["artifacts"])
 
 RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")
 SHOWN_INLINE = ("image/", "video/")
@@ -57,37 +59,67 @@ class FileStream(StreamingResponse):
             await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-@router.head("/{name}", include_in_schema=False)
-@router.get(
-    "/{name}", response_class=Response, status_code=307,
-    responses=DESCRIPTIONS | problems.responses(404, 416, 422, 503),
-)  # fmt: skip
-async def download(
-    request: Request,
-    job_id: JobIdHere,
-    name: str,
-    parts: PartsHere,
-    proxy: Annotated[bool, Query(description="Send the file itself instead of a redirect.")] = False,
-    wanted: Annotated[str | None, Header(alias="Range")] = None,
-    if_range: Annotated[str | None, Header()] = None,
-    if_none_match: Annotated[str | None, Header()] = None,
-) -> Response:
+@dataclass(frozen=True)
+class Wish:
+    """How a client wants a file."""
+
+    proxy: Annotated[bool, Query(description="Send the file itself instead of a redirect.")] = False
+    range: Annotated[str | None, Header()] = None
+    if_range: Annotated[str | None, Header()] = None
+    if_none_match: Annotated[str | None, Header()] = None
+
+
+WishHere = Annotated[Wish, Depends()]
+GET_FILE: dict[str, Any] = {
+    "response_class": Response, "status_code": 307, "responses": DESCRIPTIONS | problems.responses(404, 416, 422, 503),
+}  # fmt: skip
+
+
+@router.head("/artifacts/{name}", include_in_schema=False)
+@router.get("/artifacts/{name}", **GET_FILE)
+async def download(request: Request, job_id: JobIdHere, name: str, parts: PartsHere, wish: WishHere) -> Response:
     """Get a file that a job made. HEAD tells size, type and checksum."""
     job = await parts.jobs.get(job_id)
     artifact = next((one for one in job.artifacts if one.name == name), None)
     if artifact is None:
         names = ", ".join(one.name for one in job.artifacts) or "none yet"
         raise HttpError(404, "artifact_not_found", f"the job has no artifact of this name; it has: {names}")
+    return await _send(request, artifact, parts, wish)
+
+
+@router.head("/references/{index}", include_in_schema=False)
+@router.get("/references/{index}", **GET_FILE)
+async def reference(
+    request: Request, job_id: JobIdHere, index: Annotated[int, Path(ge=0)], parts: PartsHere, wish: WishHere
+) -> Response:
+    """Get a reference image of a job, counted from 0, as its engines read it."""
+    job = await parts.jobs.get(job_id)
+    if index >= len(job.inputs):
+        raise HttpError(404, "artifact_not_found", f"the job has {len(job.inputs)} references, counted from 0")
+    key = job.inputs[index]
+    found = await parts.store.stat(key)
+    if found is None:
+        raise HttpError(404, "artifact_gone", "the reference is no longer in the object store: its time there is over")
+    # A client may have put it there, so its checksum is not known: what is known of it stands for it.
+    mark = hashlib.sha256(f"{key}:{found.size}:{found.modified}".encode()).hexdigest()
+    name = key.rsplit("/", 1)[-1]
+    kind = found.content_type if found.content_type in EXTENSIONS else "application/octet-stream"
+    return await _send(
+        request, Artifact(name=name, key=key, content_type=kind, size=found.size, sha256=mark), parts, wish
+    )
+
+
+async def _send(request: Request, artifact: Artifact, parts: Parts, wish: Wish) -> Response:
     head = request.method == "HEAD"
-    if not proxy and not head:
+    if not wish.proxy and not head:
         url = await parts.store.url(artifact.key, expires=parts.link_life)
         return RedirectResponse(url, 307, headers={"Cache-Control": "no-store"})
     headers = _headers(artifact)
-    if _names(if_none_match, headers["ETag"]):
+    if _names(wish.if_none_match, headers["ETag"]):
         return Response(status_code=304, headers=headers)
     span = None
-    if wanted is not None and if_range in (None, headers["ETag"]):
-        span = span_of(wanted, artifact.size)
+    if wish.range is not None and wish.if_range in (None, headers["ETag"]):
+        span = span_of(wish.range, artifact.size)
     if span is not None:
         headers["Content-Range"] = f"bytes {span.start}-{span.start + span.length - 1}/{artifact.size}"
     headers["Content-Length"] = str(span.length if span else artifact.size)

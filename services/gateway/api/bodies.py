@@ -61,5 +61,6 @@ async def read_model(request: Request, model: type[M]) -> M:
 
 def documented(model: type[pydantic.BaseModel]) -> dict[str, Any]:
     """What the documentation says of a route whose body is a small model."""
-    content = {JSON: {"schema": model.model_json_schema()}}
-    return {"requestBody": {"required": True, "content": content}}
+    schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
+    schema.pop("$defs", None)  # the contracts within: the job record brings them along
+    return {"requestBody": {"required": True, "content": {JSON: {"schema": schema}}}}

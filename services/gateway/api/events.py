@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from typing import Annotated
 
-from fastapi import APIRouter, Header
+from fastapi import APIRouter, Header, Query
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
@@ -19,7 +19,7 @@ MEDIA_TYPE = "text/event-stream"
 EVENTS_DOC: dict[int | str, dict[str, object]] = {
     200: {
         "description": "One event per entry of the job's log, named by its type, with an id for `Last-Event-ID`; "
-        "`progress` in between, without an id; at the end `job` with the record.",
+        "`progress`, and with `place` `queue`, in between, without an id; at the end `job` with the record.",
         "content": {MEDIA_TYPE: {}},
     }
 }
@@ -60,11 +60,13 @@ class EventStream(Response):
 async def events(
     job_id: JobIdHere,
     parts: PartsHere,
+    place: Annotated[bool, Query(description="While the job waits, tell its place in the queue, as `queue`.")] = False,
     last_event_id: Annotated[str, Header(description="The id of the last event that was seen.")] = "",
 ) -> Response:
     """Everything that happened to a job, and what happens, as server-sent events."""
     after = int(last_event_id) if last_event_id.isdecimal() and len(last_event_id) <= 18 else 0
-    return EventStream(await JobFeed.open(parts.bus, parts.jobs, job_id, after, parts.stopping))
+    forecast = parts.forecast if place else None
+    return EventStream(await JobFeed.open(parts.bus, parts.jobs, job_id, after, parts.stopping, forecast))
 
 
 async def _gone(receive: Receive) -> None:

@@ -7,14 +7,16 @@ from collections.abc import AsyncIterator
 
 import structlog
 
+from gateway.forecast import Forecast
 from gateway.jobs import Jobs, parse_event
 from vidgen import contracts, errors, topology
 from vidgen.bus import Bus, Feed, Stored
-from vidgen.contracts import Job
+from vidgen.contracts import Job, JobStatus
 
 log = structlog.get_logger(__name__)
 
 KEEP_ALIVE_S = 10.0
+PLACE_S = 0.5
 READ_S = 5.0
 PAUSE_S = 0.5
 RECORD_PATIENCE_S = 5.0
@@ -33,8 +35,12 @@ def frame(event: str, data: bytes, seq: int | None = None) -> bytes:
 class JobFeed:
     """What is to be told of a job, as frames. Opened by `open`, to be closed."""
 
-    def __init__(self, jobs: Jobs, job: Job, log_feed: Feed, progress: Feed, after: int, newest: int) -> None:
-        self._jobs, self._job_id = jobs, job.id
+    def __init__(
+        self, jobs: Jobs, job: Job, log_feed: Feed, progress: Feed, after: int, newest: int, forecast: Forecast | None
+    ) -> None:  # fmt: skip
+        self._jobs, self._job_id, self._forecast = jobs, job.id, forecast
+        self._waits = True  # as far as the log tells: no worker has begun the stage that is due
+        self._place: contracts.QueuePlace | None = None
         self._feeds = (log_feed, progress)
         self._queue: asyncio.Queue[Stored | None] = asyncio.Queue(BACKLOG)
         self._pumps: list[asyncio.Task[None]] = []
@@ -44,8 +50,10 @@ class JobFeed:
         self._progress: bytes | None = job.progress.to_bytes() if job.progress else None
 
     @classmethod
-    async def open(cls, bus: Bus, jobs: Jobs, job_id: str, after: int, stopping: asyncio.Event) -> JobFeed:
-        """Begin to listen; raises JobNotFoundError and BusError."""
+    async def open(
+        cls, bus: Bus, jobs: Jobs, job_id: str, after: int, stopping: asyncio.Event, forecast: Forecast | None = None
+    ) -> JobFeed:  # fmt: skip
+        """Begin to listen; raises JobNotFoundError and BusError. With `forecast` a waiting job's place is told too."""
         # Progress is listened to before anything is read, and the place of the log's end is read before the log: what
         # happens meanwhile comes through one or the other.
         await jobs.get(job_id)
@@ -57,7 +65,7 @@ class JobFeed:
         except BaseException:
             await progress.close()
             raise
-        feed = cls(jobs, job, log_feed, progress, after, newest.seq if newest else 0)
+        feed = cls(jobs, job, log_feed, progress, after, newest.seq if newest else 0, forecast)
         feed._pumps = [
             *(asyncio.create_task(feed._pump(source)) for source in feed._feeds),
             asyncio.create_task(feed._watch(stopping)),
@@ -76,20 +84,29 @@ class JobFeed:
         yield b"retry: 2000\n\n"
         for start in self._when_caught_up():
             yield start
+        silent_s = 0.0
         while True:
             if self._ended and self._caught_up and (job := await self._final_record()) is not None:
                 yield frame("job", job.to_bytes())
                 return
+            pause = PLACE_S if self._forecast is not None and self._waits else KEEP_ALIVE_S
             try:
-                async with asyncio.timeout(KEEP_ALIVE_S):
+                async with asyncio.timeout(pause):
                     message = await self._queue.get()
             except TimeoutError:
-                yield KEEP_ALIVE
-                if not await self._goes_on():
-                    return
+                silent_s += pause
+                if (place := await self._place_that_changed()) is not None:
+                    silent_s = 0.0
+                    yield frame("queue", place.to_bytes())
+                elif silent_s >= KEEP_ALIVE_S:
+                    silent_s = 0.0
+                    yield KEEP_ALIVE
+                    if not await self._goes_on():
+                        return
                 continue
             if message is None:
                 return
+            silent_s = 0.0
             for told in self._tell(message):
                 yield told
 
@@ -113,6 +130,7 @@ class JobFeed:
         if event.run >= self._run:
             self._ended = isinstance(event, ENDS) or (self._ended and event.run == self._run)
             self._run = event.run
+            self._waits, self._place = not isinstance(event, contracts.StageStarted), None
         told = frame(event.type, message.body, message.seq)
         return [told, *self._when_caught_up()] if behind else [told]
 
@@ -121,6 +139,19 @@ class JobFeed:
             return []
         progress, self._progress = self._progress, None
         return [frame("progress", progress)]
+
+    async def _place_that_changed(self) -> contracts.QueuePlace | None:
+        if self._forecast is None or not self._waits:
+            return None
+        before = self._place
+        try:
+            job = await self._jobs.find(self._job_id)
+            self._place = await self._forecast.place(job) if job is not None else None
+        except errors.BusError:
+            return None
+        # Its task may not be queued yet; one that waits for a person says in the log when it goes on.
+        self._waits = job is not None and job.status in (JobStatus.QUEUED, JobStatus.IN_PROGRESS)
+        return self._place if self._place != before else None
 
     async def _final_record(self) -> Job | None:
         """The record, once it says what the log says; None where the job goes on after all."""

@@ -11,6 +11,7 @@ from typing import Annotated
 from fastapi import Depends, Request
 
 from gateway.fleet import Fleet
+from gateway.forecast import Forecast
 from gateway.intake import Intake
 from gateway.jobs import JobNotFoundError, Jobs
 from vidgen.artifacts import ArtifactStore
@@ -31,6 +32,7 @@ class Parts:
     jobs: Jobs
     intake: Intake
     fleet: Fleet
+    forecast: Forecast
     metrics: GatewayMetrics
     stopping: asyncio.Event = field(default_factory=asyncio.Event)
 

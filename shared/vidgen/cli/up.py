@@ -41,6 +41,7 @@ async def _up(out_put: Output, data: Path, workers: int) -> None:
     async with stack:
         urls = {"gateway": stack.gateway_url, "nats": stack.nats_url, "s3": stack.s3_endpoint}
         out_put.emit("up", {**urls, "data": str(stack.folder), "environment": str(stack.environment_file)})
+        out_put.say(f"page     {stack.gateway_url}/   (open it in a browser)")
         for name, url in urls.items():
             out_put.say(f"{name:<8} {url}")
         out_put.say(f"logs     {stack.folder / 'services'}")

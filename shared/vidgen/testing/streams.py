@@ -147,7 +147,8 @@ class MemoryConsumer:
         waiting = sorted([*self._due, *(stored.seq for stored in fresh)])
         again = sum(count > 1 for count in self._deliveries.values())
         oldest = self.stream.messages[waiting[0]].at if waiting else None
-        return Depth(len(fresh), len(self._due), again, oldest, fresh[0].at if fresh else None)
+        pending = fresh[0].at if fresh else None
+        return Depth(len(fresh), len(self._due), again, oldest, pending, self._cursor)
 
     def _deliver(self, seq: int, now: float) -> tuple[Stored, int]:
         self._due[seq] = now + self.ack_wait

@@ -6,9 +6,10 @@ import re
 from collections.abc import AsyncIterator
 
 import pytest
-from tests.gateways import Gateway, completed, put
+from tests.gateways import KEY, Gateway, completed, picture, put
 
 from vidgen.contracts import Job
+from vidgen.testing import MemoryStore
 
 BODY = bytes(range(256)) * 10
 SIZE = len(BODY)
@@ -141,3 +142,41 @@ async def test_an_upload_of_something_else_is_refused(gateway: Gateway, body: di
     answer = await gateway.client.post("/v1/uploads", json=body)
     assert answer.status_code == 422
     assert answer.json()["errors"][0]["field"] == field
+
+
+# ── references ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_reference_comes_as_the_engines_read_it(gateway: Gateway) -> None:
+    job = await gateway.submit(references=[KEY, KEY])
+    address = f"/v1/jobs/{job.id}/references/1"
+    whole = await gateway.client.get(address, params={"proxy": 1})
+    assert (whole.status_code, whole.headers["content-type"], whole.content) == (200, "image/png", picture())
+    part = await gateway.client.get(address, params={"proxy": 1}, headers={"Range": "bytes=1-3"})
+    assert (part.status_code, part.content) == (206, b"PNG")
+    again = await gateway.client.get(address, params={"proxy": 1}, headers={"If-None-Match": whole.headers["etag"]})
+    assert again.status_code == 304
+    assert KEY in (await gateway.client.get(address)).headers["location"]
+
+
+async def test_a_reference_is_never_shown_as_what_its_uploader_called_it(gateway: Gateway) -> None:
+    await put(gateway.parts.store, "uploads/page.png", picture(), "text/html")
+    job = await gateway.submit(references=["uploads/page.png"])
+    answer = await gateway.client.get(f"/v1/jobs/{job.id}/references/0", params={"proxy": 1})
+    assert answer.headers["content-type"] == "application/octet-stream"
+    assert answer.headers["content-disposition"].startswith("attachment")
+
+
+@pytest.mark.parametrize(("index", "status"), [("1", 404), ("-1", 422), ("first", 422)])
+async def test_a_reference_that_is_none_is_not_found(gateway: Gateway, index: str, status: int) -> None:
+    job = await gateway.submit()
+    assert (await gateway.client.get(f"/v1/jobs/{job.id}/references/{index}")).status_code == status
+
+
+async def test_a_reference_whose_time_is_over_is_gone(gateway: Gateway) -> None:
+    job = await gateway.submit()
+    store = gateway.parts.store
+    assert isinstance(store, MemoryStore)
+    store._stats.pop(KEY)
+    answer = await gateway.client.get(f"/v1/jobs/{job.id}/references/0", params={"proxy": 1})
+    assert (answer.status_code, answer.json()["code"]) == (404, "artifact_gone")

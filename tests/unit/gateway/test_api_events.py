@@ -223,3 +223,21 @@ async def test_a_video_is_told_through_both_stages(gateway: Gateway) -> None:
         ("stage_completed", "i2v"), ("completed", None),
     ]  # fmt: skip
     assert [one["name"] for one in frames[-1][2]["artifacts"]] == ["edit-0.png", "video.mp4"]
+
+
+async def test_whoever_asks_for_the_place_hears_of_it_until_the_stage_begins(gateway: Gateway) -> None:
+    first, job = await gateway.submit(), await gateway.submit()
+    call = Call(gateway.app, "GET", f"/v1/jobs/{job.id}/events", query="place=true")
+    accepted, queued = await call.frames(2)
+    assert (accepted[0], queued[0], queued[1]) == ("accepted", "queue", None)
+    assert contracts.QueuePlace.model_validate(queued[2]).ahead == 1
+
+    await gateway.parts.bus.purge(topology.TASKS, topology.subject_of_task("edit", "interactive", first.id))
+    await gateway.parts.bus.pull(topology.consumer_of("edit", "interactive"), 0)
+    ((kind, _, place),) = await call.frames(1)
+    assert (kind, place["ahead"]) == ("queue", 0)
+
+    await gateway.tell(started(job))
+    assert [kind for kind, _, _ in await call.frames(1)] == ["stage_started"]
+    await gateway.tell(completed(job))
+    assert [kind for kind, _, _ in await call.frames(3)] == ["stage_completed", "completed", "job"]

@@ -82,7 +82,7 @@ async def test_workers_alive_are_listed(gateway: Gateway) -> None:
 @pytest.mark.parametrize(
     ("method", "path", "status", "code"),
     [
-        ("GET", "/", 404, "no_such_address"), ("GET", "/v1/jobs/", 404, "no_such_address"),
+        ("POST", "/", 405, "method_not_allowed"), ("GET", "/v1/jobs/", 404, "no_such_address"),
         ("GET", "/v2/jobs", 404, "no_such_address"), ("DELETE", "/v1/jobs", 405, "method_not_allowed"),
         ("PUT", "/v1/jobs/x/cancel", 405, "method_not_allowed"),
     ],
