@@ -244,12 +244,12 @@ async def test_what_is_not_settled_is_delivered_again_after_the_lease(hasty_bus:
 
 
 async def test_in_progress_renews_the_lease(open_bus: OpenBus) -> None:
-    bus = await open_bus(topology.Topology(ack_wait=2.0))
+    bus = await open_bus(topology.Topology(ack_wait=5.0))  # the four seconds between are for a machine that stalls
     await queued(bus)
     delivery = await taken(bus)
 
-    for _ in range(6):  # three seconds in all
-        assert await bus.pull(QUEUE, 0.5) is None
+    for _ in range(6):  # six seconds in all
+        assert await bus.pull(QUEUE, 1) is None
         await delivery.in_progress()
 
     assert (await taken(bus)).num_delivered == 2
