@@ -30,6 +30,7 @@ PUBLISH_PATIENCE = 20.0  # a leader change in R3 takes 5–8 s (FACTS §4)
 REQUEST_TIMEOUT = 5.0
 READY_TIMEOUT = 2.0
 FIRST_CONNECT_ATTEMPTS = 2  # beyond the first one, a second apart
+FIRST_CONNECT_LIMIT = 30.0  # for all of them: a TLS handshake that fails may leave nats-py waiting for ever
 FEED_MEMORY = 60.0  # seconds that the server keeps the place of a feed nobody reads
 RECORDS_AT_ONCE = 64
 LAST_CALL = 0.1  # seconds that a pull which was given up still listens
@@ -477,6 +478,7 @@ async def connect(
     _check_credentials(options.get("user_credentials"))
     made: JetStreamBus | None = None
     last_error = ""
+    heard: dict[str, None] = {}
 
     async def failed(exc: Exception) -> None:
         nonlocal last_error
@@ -484,6 +486,8 @@ async def connect(
         if text != last_error:  # once for an outage, not once for each attempt to reconnect
             log.warning("bus: %s", text)
         last_error = text
+        if made is None:
+            heard.setdefault(text)  # the last attempt may end in a broken pipe where the first one was told why
         if on_denied is not None and "permissions violation" in last_error.lower():
             on_denied(last_error)
 
@@ -502,11 +506,12 @@ async def connect(
         "connect_timeout": 5, "inbox_prefix": f"_INBOX_{name}".encode(),
     }  # fmt: skip
     try:
-        client = await nats.connect(url, **(settings | options))
+        async with asyncio.timeout(FIRST_CONNECT_LIMIT):
+            client = await nats.connect(url, **(settings | options))
     except (nats.errors.Error, TimeoutError, OSError) as exc:
+        why = "; ".join(heard) or exc
         raise errors.BusError(
-            f"no NATS server lets us in at {_without_credentials(url)}: {last_error or exc}; start one, or correct "
-            "VIDGEN_NATS_URL"
+            f"no NATS server lets us in at {_without_credentials(url)}: {why}; start one, or correct VIDGEN_NATS_URL"
         ) from exc
     client.options["max_reconnect_attempts"] = -1  # from here on for ever; for ever from the start would hang
     made = JetStreamBus(client)

@@ -20,8 +20,8 @@ from vidgen.settings import WorkerSettings
 
 BOUND = 90.0
 CONFIG = """
-tls { cert_file: "certificate.pem", key_file: "key.pem" }
-authorization { user: vidgen, password: "only-for-workers" }
+tls { cert_file: "certificate.pem", key_file: "key.pem", timeout: 60 }
+authorization { user: vidgen, password: "only-for-workers", timeout: 60 }
 """
 
 
