@@ -60,7 +60,7 @@ FROM base AS worker
 ARG STAGE
 RUN case "${STAGE}" in edit | i2v) ;; *) echo "--build-arg STAGE=edit or STAGE=i2v, not '${STAGE}'" >&2; exit 1 ;; esac \
     && ln -s "/opt/vidgen/bin/${STAGE}-service" /usr/local/bin/vidgen-stage \
-    && install -d -o 10001 -g 10001 /models /work
+    && install -d -o 10001 -g 10001 /models /scratch
 COPY --from=build /opt/vidgen /opt/vidgen
 COPY --from=flash /flash/ /opt/vidgen/lib/python3.12/site-packages/
 RUN --mount=type=bind,from=wheel,source=/wheels,target=/wheels \
@@ -79,32 +79,32 @@ CMD ["vidgen-stage"]
 FROM worker AS weights
 ARG MODEL
 ARG REVISION
-WORKDIR /work
+WORKDIR /scratch
 # The hub's client reads the token from the file itself: it is in no variable, and in no layer.
 RUN --mount=type=secret,id=hf-token,target=/run/secrets/hf-token,uid=10001 \
     HF_TOKEN_PATH=/run/secrets/hf-token HF_HOME=/tmp/huggingface \
-    vidgen weights pull "${MODEL}" --revision "${REVISION}" --to /work/model
+    vidgen weights pull "${MODEL}" --revision "${REVISION}" --to /scratch/model
 COPY deploy/docker/layers.py /usr/local/bin/
-RUN python /usr/local/bin/layers.py /work/model /work/layers
+RUN python /usr/local/bin/layers.py /scratch/model /scratch/layers
 
 FROM worker AS baked
 ARG STAGE
-COPY --from=weights /work/layers/00/ /models/${STAGE}/
-COPY --from=weights /work/layers/01/ /models/${STAGE}/
-COPY --from=weights /work/layers/02/ /models/${STAGE}/
-COPY --from=weights /work/layers/03/ /models/${STAGE}/
-COPY --from=weights /work/layers/04/ /models/${STAGE}/
-COPY --from=weights /work/layers/05/ /models/${STAGE}/
-COPY --from=weights /work/layers/06/ /models/${STAGE}/
-COPY --from=weights /work/layers/07/ /models/${STAGE}/
-COPY --from=weights /work/layers/08/ /models/${STAGE}/
-COPY --from=weights /work/layers/09/ /models/${STAGE}/
-COPY --from=weights /work/layers/10/ /models/${STAGE}/
-COPY --from=weights /work/layers/11/ /models/${STAGE}/
-COPY --from=weights /work/layers/12/ /models/${STAGE}/
-COPY --from=weights /work/layers/13/ /models/${STAGE}/
-COPY --from=weights /work/layers/14/ /models/${STAGE}/
-COPY --from=weights /work/layers/15/ /models/${STAGE}/
+COPY --from=weights /scratch/layers/00/ /models/${STAGE}/
+COPY --from=weights /scratch/layers/01/ /models/${STAGE}/
+COPY --from=weights /scratch/layers/02/ /models/${STAGE}/
+COPY --from=weights /scratch/layers/03/ /models/${STAGE}/
+COPY --from=weights /scratch/layers/04/ /models/${STAGE}/
+COPY --from=weights /scratch/layers/05/ /models/${STAGE}/
+COPY --from=weights /scratch/layers/06/ /models/${STAGE}/
+COPY --from=weights /scratch/layers/07/ /models/${STAGE}/
+COPY --from=weights /scratch/layers/08/ /models/${STAGE}/
+COPY --from=weights /scratch/layers/09/ /models/${STAGE}/
+COPY --from=weights /scratch/layers/10/ /models/${STAGE}/
+COPY --from=weights /scratch/layers/11/ /models/${STAGE}/
+COPY --from=weights /scratch/layers/12/ /models/${STAGE}/
+COPY --from=weights /scratch/layers/13/ /models/${STAGE}/
+COPY --from=weights /scratch/layers/14/ /models/${STAGE}/
+COPY --from=weights /scratch/layers/15/ /models/${STAGE}/
 # An image whose weights are not those of their manifest is not made.
 RUN vidgen weights verify "/models/${STAGE}"
 ENV VIDGEN_ENGINE=real VIDGEN_EDIT_MODEL=/models/edit VIDGEN_I2V_MODEL=/models/i2v

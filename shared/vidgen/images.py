@@ -28,6 +28,7 @@ MAX_SCANS = 200  # of a progressive JPEG; a camera writes about 10, and each cos
 MARK_SHARE = 0.06  # of the height, at the bottom: where `mark` writes
 
 FORMATS = "PNG, JPEG, WebP or AVIF"
+MEDIA_TYPES = ("image/png", "image/jpeg", "image/webp", "image/avif")
 # What Pillow may find in a file without it being worth a second encoding; anything else (EXIF, GPS, XMP, ICC, text) is.
 HARMLESS = frozenset({
     "dpi", "aspect", "gamma", "srgb", "chromaticity", "interlace", "jfif", "jfif_version", "jfif_unit", "jfif_density",

@@ -57,7 +57,7 @@ def test_what_is_built_unasked_runs_without_rights_and_without_weights(path: Pat
     last = found[""]
     recipe = found.get(last.split()[0], last)
     assert re.findall(r"^USER (\S+)$", recipe, re.MULTILINE) == ["10001:10001"]
-    assert "/work/layers" not in recipe
+    assert "/scratch/layers" not in recipe
     assert re.search(r"^CMD \[", recipe, re.MULTILINE)
 
 
@@ -86,7 +86,7 @@ def test_the_hubs_client_reads_a_token_from_that_variables_file(tmp_path: Path) 
 
 def test_every_layer_of_the_weights_is_copied() -> None:
     copied = re.findall(
-        r"^COPY --from=weights /work/layers/(\d+)/ /models/\$\{STAGE\}/$", stages(WORKER)["baked"], re.M
+        r"^COPY --from=weights /scratch/layers/(\d+)/ /models/\$\{STAGE\}/$", stages(WORKER)["baked"], re.M
     )
     assert copied == [f"{number:02}" for number in range(LAYERS["LAYERS"])]
     assert LAYERS["LIMIT"] <= 10_000_000_000

@@ -11,6 +11,7 @@ import importlib.util
 import itertools
 import json
 import math
+import os
 import re
 import secrets
 import shutil
@@ -77,8 +78,8 @@ Manifest = dict[str, Any]
 def builder() -> list[str]:
     if shutil.which("kustomize"):
         return ["kustomize", "build"]
-    if shutil.which("kubectl") is None:  # in CI, too: no package of one is both new enough and on PyPI or in Debian
-        pytest.skip("neither kubectl (1.27 or later) nor kustomize (5 or later) is installed")
+    if shutil.which("kubectl") is None and not os.environ.get("CI"):
+        pytest.skip("neither kubectl (1.27 or later) nor kustomize (4.5.4 or later) is installed")
     return ["kubectl", "kustomize"]
 
 

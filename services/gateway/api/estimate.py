@@ -52,7 +52,7 @@ class Limits(BaseModel):
     max_image_pixels: int = images.MAX_PIXELS
     min_image_side: int = images.MIN_IMAGE_SIDE
     max_image_aspect: int = images.MAX_ASPECT
-    image_types: tuple[str, ...] = ("image/png", "image/jpeg", "image/webp", "image/avif")
+    image_types: tuple[str, ...] = images.MEDIA_TYPES
 
 
 class Options(BaseModel):

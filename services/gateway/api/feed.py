@@ -16,7 +16,7 @@ from vidgen.contracts import Job, JobStatus
 log = structlog.get_logger(__name__)
 
 KEEP_ALIVE_S = 10.0
-PLACE_S = 0.5
+PLACE_S = 2.0  # between two looks at the queue, each of which reads the bus twice
 READ_S = 5.0
 PAUSE_S = 0.5
 RECORD_PATIENCE_S = 5.0
