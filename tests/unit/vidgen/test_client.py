@@ -331,7 +331,7 @@ async def test_an_upload_puts_the_image_where_the_gateway_says() -> None:
         if request.url.host == "store":
             assert (request.method, request.content, request.headers["content-type"]) == ("PUT", PNG, "image/png")
             return httpx.Response(200)
-        assert json.loads(request.content) == {"content_type": "image/png"}
+        assert json.loads(request.content) == {"content_type": "image/png", "size": len(PNG)}
         slot = {"key": "uploads/k.png", "url": "http://store/put", "method": "PUT"}
         return httpx.Response(201, json=slot | {"headers": {"Content-Type": "image/png"}, "expires_at": AT.isoformat()})
 
