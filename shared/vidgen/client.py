@@ -173,7 +173,7 @@ class AsyncClient:
         return await self._model(Job, "POST", "/v1/jobs", data=form, files=files, headers=headers)
 
     async def upload(self, image: Image, content_type: str | None = None) -> str:
-        """Put an image (PNG, JPEG or WebP) into the store, and get the key that a request's references take."""
+        """Put an image into the store, and get the key that a request's references take."""
         _, body, guessed = await asyncio.to_thread(_as_part, image, 0)
         slot = (await self._call("POST", "/v1/uploads", json={"content_type": content_type or guessed})).json()
         with _reported():
