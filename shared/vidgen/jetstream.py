@@ -203,8 +203,18 @@ class JetStreamRecords:
         # By hand: nats-py's `key_value` asks for the stream's state, and who only writes need not be let see all keys.
         self._kv = KeyValue(bucket, f"KV_{bucket}", f"$KV.{bucket}.", js, direct=True)
 
-    async def get(self, key: str) -> tuple[bytes, int] | None:
+    @contextlib.contextmanager
+    def _translated(self) -> Iterator[None]:
         with translated():
+            try:
+                yield
+            except (nats.errors.NoRespondersError, js_errors.NoStreamResponseError) as exc:
+                raise errors.BusError(
+                    f"the bucket {self._bucket} is not there: start a gateway, it creates what is missing"
+                ) from exc
+
+    async def get(self, key: str) -> tuple[bytes, int] | None:
+        with self._translated():
             try:
                 entry = await self._kv.get(key)
             except js_errors.KeyNotFoundError:
@@ -213,7 +223,7 @@ class JetStreamRecords:
         return None if entry.value is None else (entry.value, entry.revision or 0)
 
     async def put(self, key: str, value: bytes, revision: int | None = None) -> int:
-        with translated():
+        with self._translated():
             try:
                 if revision is None:
                     return await self._kv.put(key, value)
