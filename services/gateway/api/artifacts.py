@@ -85,7 +85,7 @@ async def download(request: Request, job_id: JobIdHere, name: str, parts: PartsH
     if artifact is None:
         names = ", ".join(one.name for one in job.artifacts) or "none yet"
         raise HttpError(404, "artifact_not_found", f"the job has no artifact of this name; it has: {names}")
-    if not artifact.key.startswith(job_prefix(job_id)):  # a worker said so, and it may not
+    if not artifact.key.startswith(job_prefix(job.id)):  # a worker said so, and it may not
         raise HttpError(404, "artifact_not_found", "the artifact is said to be with another job's: it is not shown")
     return await _send(request, artifact, parts, wish)
 
