@@ -8,6 +8,7 @@ that has the identity.
 from __future__ import annotations
 
 import json
+import os
 import re
 import secrets
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,7 +17,6 @@ from pathlib import Path
 import pydantic
 
 from vidgen import credentials, errors, permissions
-from vidgen.local.servers import write_private
 from vidgen.permissions import Role
 
 PUBLISHER, ADMIN = "publisher", "admin"
@@ -253,3 +253,15 @@ def _actions(identity: Identity, bucket: str) -> list[str]:
         return ["Admin", "Read", "Write", "List", "Tagging"]
     keys = permissions.keys_of(identity.role) if identity.role is not None else None
     return permissions.seaweedfs_actions(keys, bucket) if keys is not None else []
+
+
+# ── files ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def write_private(path: Path, text: str) -> None:
+    """Write a file that only its owner can read, whole or not at all."""
+    fresh = path.with_name(f"{path.name}.new")
+    fresh.unlink(missing_ok=True)
+    with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
+        file.write(text)
+    fresh.replace(path)

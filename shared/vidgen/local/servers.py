@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from vidgen import errors
+from vidgen.identities import write_private
 from vidgen.local.process import POLL, LocalError, Process, find_program, http_status
 
 LOOPBACK = "127.0.0.1"
@@ -332,12 +333,3 @@ def _is_free(port: int) -> bool:
 
 def _lost_a_port(log: str) -> bool:
     return "is not available" in log or "address already in use" in log
-
-
-def write_private(path: Path, text: str) -> None:
-    """Write a file that only its owner can read, whole or not at all."""
-    fresh = path.with_name(f"{path.name}.new")
-    fresh.unlink(missing_ok=True)
-    with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-        file.write(text)
-    fresh.replace(path)

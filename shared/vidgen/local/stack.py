@@ -17,9 +17,9 @@ from typing import Any, Self, TextIO
 
 from vidgen import permissions
 from vidgen.contracts import STAGES, Stage
-from vidgen.identities import OWNER, Identities, local_users_conf, store_identities
+from vidgen.identities import OWNER, Identities, local_users_conf, store_identities, write_private
 from vidgen.local.process import POLL, LocalError, Process, http_status
-from vidgen.local.servers import LOOPBACK, NatsServer, S3Server, write_private
+from vidgen.local.servers import LOOPBACK, NatsServer, S3Server
 
 START_LIMIT = 120.0  # seconds, for a service that loads no model
 LOAD_LIMIT = 1800.0  # for one that may: it listens when its engine is set up
