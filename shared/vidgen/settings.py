@@ -85,6 +85,27 @@ class GatewaySettings(Settings):
     intake_concurrency: int = Field(8, ge=1, le=64, description="Requests, and events, handled at once.")
     presign_minutes: int = Field(15, ge=1, le=1440, description="How long a presigned URL is good for.")
 
+    webhook_secret: SecretStr | None = Field(
+        None,
+        description="`whsec_` and 24 to 64 random bytes in base64: each tenant's secret is made of it "
+        "(`vidgen webhooks secret`). Without it `webhook_url` is refused.",
+    )
+    webhook_allow: str = Field(
+        "",
+        description="Receivers of webhooks beside those on the public internet: networks (`10.0.0.0/8`) and host "
+        "names, separated by commas.",
+    )
+    webhook_ca_file: Path | None = Field(
+        None, description="The certificate authorities of receivers (PEM), in place of the public ones."
+    )
+    webhook_timeout_s: float = Field(15.0, gt=0, le=60, description="How long a receiver may take to answer.")
+    webhook_give_up_s: float = Field(
+        86400.0, gt=0, le=5 * 86400, description="The age at which a webhook that nobody takes becomes a dead letter."
+    )
+    webhook_concurrency: int = Field(
+        16, ge=1, le=256, description="Webhooks delivered at once, at most four of them to one receiver."
+    )
+
 
 def _worker_id() -> str:
     host = "".join(c if c.isalnum() or c == "-" else "-" for c in socket.gethostname())[:40]

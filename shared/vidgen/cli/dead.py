@@ -33,7 +33,7 @@ def list_letters(
         for letter in page.dead:
             out_put.emit_model("dead_letter", letter)
         rows = [
-            (str(one.seq), one.stage or "request", one.job_id or "", one.error.code, one.error.message)
+            (str(one.seq), one.stage or _kind(one.subject), one.job_id or "", one.error.code, one.error.message)
             for one in page.dead
         ]
         if not rows:
@@ -43,6 +43,10 @@ def list_letters(
         say_more(out_put, page.next_cursor)
 
     ask(gateway, as_json, act)
+
+
+def _kind(subject: str) -> str:
+    return "webhook" if subject.startswith("vidgen.webhooks.") else "request"
 
 
 @app.command("show")

@@ -1,0 +1,155 @@
+"""Delivers webhooks: in order for each job, again and again with back-off, until taken or given up.
+
+Replicas share the consumer. A webhook whose job has an older one in the stream waits, whoever has that one: the older
+one is acknowledged, and gone, once it was taken or given up. How long to wait follows from a webhook's age, which the
+stream keeps, so a gateway that dies forgets nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from collections import Counter
+from collections.abc import Callable
+from datetime import datetime
+from urllib.parse import urlsplit
+
+import pydantic
+import structlog
+
+from gateway.consumers import PAUSE_S, next_of
+from gateway.jobs import now
+from gateway.receivers import Allowed, Receivers
+from vidgen import contracts, dead, errors, topology, tracing, webhooks
+from vidgen.bus import Bus, Delivery
+from vidgen.metrics import GatewayMetrics
+
+log = structlog.get_logger(__name__)
+
+PER_HOST = 4  # posts at once from one replica to one receiver
+FIRST_WAIT_S, LONGEST_WAIT_S = 0.1, 15.0
+GONE = 410
+JITTER = 0.1
+
+
+class Webhooks:
+    """The loops that deliver; `run` ends when `stop` is set and what was taken is settled."""
+
+    def __init__(
+        self, bus: Bus, receivers: Receivers, secret: webhooks.Secret, metrics: GatewayMetrics, *,
+        give_up_after: float, concurrency: int, renew_every: float, clock: Callable[[], datetime] = now,
+    ) -> None:  # fmt: skip
+        self._bus, self._receivers, self._secret, self._metrics = bus, receivers, secret, metrics
+        self._give_up_after, self._concurrency, self._renew_every = give_up_after, concurrency, renew_every
+        self._now = clock
+        self._busy: Counter[str] = Counter()
+
+    @property
+    def allowed(self) -> Allowed:
+        """Where webhooks may go."""
+        return self._receivers.allowed
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Deliver until `stop`."""
+        async with self._receivers, asyncio.TaskGroup() as group:
+            for _ in range(self._concurrency):
+                group.create_task(self._deliver_all(stop))
+
+    async def _deliver_all(self, stop: asyncio.Event) -> None:
+        while not stop.is_set():
+            try:
+                delivery = await next_of(self._bus, topology.GATEWAY_WEBHOOKS, stop)
+                if delivery is not None:
+                    await self._settle(delivery)
+            except errors.VidgenError as exc:
+                log.warning(exc.message, _event="webhooks_interrupted")
+                await asyncio.sleep(PAUSE_S)
+            except Exception:  # one webhook must never stop the others; it comes again when its lease has run out
+                log.exception("a webhook could not be delivered", _event="webhook_undigested")
+                await asyncio.sleep(PAUSE_S)
+
+    async def _settle(self, delivery: Delivery) -> None:
+        first = await self._bus.first(topology.WEBHOOKS, delivery.subject)
+        if first is None or first.seq > delivery.seq:
+            await delivery.ack()  # it was settled while its lease ran out
+            return
+        try:
+            webhook = contracts.Webhook.model_validate_json(delivery.body)
+        except pydantic.ValidationError:
+            await self._give_up(delivery, None, "webhook_unreadable", "it has a form that this version does not know")
+            return
+        host = urlsplit(_url_of(webhook)).netloc
+        if first.seq < delivery.seq or self._busy[host] >= PER_HOST:
+            await delivery.nak(min(LONGEST_WAIT_S, FIRST_WAIT_S * 2 ** min(delivery.num_delivered, 10)))
+            return
+        self._busy[host] += 1
+        try:
+            await self._deliver(delivery, webhook)
+        finally:
+            self._busy[host] -= 1
+            if not self._busy[host]:
+                del self._busy[host]
+
+    async def _deliver(self, delivery: Delivery, webhook: contracts.Webhook) -> None:
+        began = time.monotonic()
+        code, message = "", ""
+        with tracing.span(f"webhook {webhook.type}", of=delivery.headers, job_id=webhook.data.id):
+            try:
+                status = await self._post(delivery, webhook)
+            except (errors.RejectedError, errors.RetryableError) as exc:
+                code, message = exc.code, exc.message
+            else:
+                if not 200 <= status < 300:
+                    code = "webhook_gone" if status == GONE else "webhook_failed"
+                    message = f"the receiver answered {status}"
+            if code:
+                tracing.failed(code)
+        self._metrics.webhook_tried(time.monotonic() - began)
+        await self._conclude(delivery, webhook, code, message)
+
+    async def _conclude(self, delivery: Delivery, webhook: contracts.Webhook, code: str, message: str) -> None:
+        if not code:
+            await delivery.ack()
+            self._metrics.webhook("delivered")
+            return
+        wait = webhooks.next_try((self._now() - delivery.at).total_seconds(), self._give_up_after)
+        if code != "webhook_failed" or wait is None:
+            await self._give_up(delivery, webhook, code, message)
+            return
+        log.info(message, _event="webhook_failed", job=webhook.data.id, webhook=webhook.id, again_in_s=round(wait, 1))
+        # Spread, so that a receiver that comes back is not met by all of them in one moment.
+        await delivery.nak(wait * random.uniform(1, 1 + JITTER))  # noqa: S311
+        self._metrics.webhook("retried")
+
+    async def _post(self, delivery: Delivery, webhook: contracts.Webhook) -> int:
+        headers = {
+            "content-type": "application/json",
+            "user-agent": "vidgen",
+            **self._secret.of_tenant(webhook.data.tenant).sign(webhook.id, self._now(), delivery.body),
+        }
+        posting = asyncio.ensure_future(self._receivers.post(_url_of(webhook), delivery.body, headers))
+        try:
+            while not (await asyncio.wait({posting}, timeout=self._renew_every))[0]:
+                await delivery.in_progress()  # else another replica would post it beside us, and go on to the next one
+            return posting.result()
+        finally:
+            posting.cancel()
+
+    async def _give_up(self, delivery: Delivery, webhook: contracts.Webhook | None, code: str, message: str) -> None:
+        error = contracts.JobError(code=code, message=message)
+        job_id = delivery.subject.rsplit(".", 1)[-1]
+        letter = dead.letter(delivery.body, delivery.subject, error, job_id=job_id)
+        await dead.publish(self._bus, letter, message_id=f"webhook:{delivery.seq}", subject=topology.DEAD_WEBHOOKS)
+        await delivery.ack()
+        log.warning(
+            f"a webhook was given up: {message}",
+            _event="webhook_given_up", job=job_id, webhook=webhook.id if webhook else None, code=code,
+        )  # fmt: skip
+        self._metrics.webhook("given_up")
+        self._metrics.dead_lettered("webhook")
+
+
+def _url_of(webhook: contracts.Webhook) -> str:
+    request = webhook.data.request
+    return (request.webhook_url if request else None) or ""
