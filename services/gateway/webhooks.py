@@ -77,7 +77,8 @@ class Webhooks:
         try:
             webhook = contracts.Webhook.model_validate_json(delivery.body)
         except pydantic.ValidationError:
-            await self._give_up(delivery, None, "webhook_unreadable", "it has a form that this version does not know")
+            unreadable = errors.RejectedError("this version does not know its form", code="webhook_unreadable")
+            await self._give_up(delivery, unreadable)
             return
         host = urlsplit(_url_of(webhook)).netloc
         if first.seq < delivery.seq or self._busy[host] >= PER_HOST:
@@ -93,36 +94,20 @@ class Webhooks:
 
     async def _deliver(self, delivery: Delivery, webhook: contracts.Webhook) -> None:
         began = time.monotonic()
-        code, message = "", ""
-        with tracing.span(f"webhook {webhook.type}", of=delivery.headers, job_id=webhook.data.id):
-            try:
-                status = await self._post(delivery, webhook)
-            except (errors.RejectedError, errors.RetryableError) as exc:
-                code, message = exc.code, exc.message
-            else:
-                if not 200 <= status < 300:
-                    code = "webhook_gone" if status == GONE else "webhook_failed"
-                    message = f"the receiver answered {status}"
-            if code:
-                tracing.failed(code)
-        self._metrics.webhook_tried(time.monotonic() - began)
-        await self._conclude(delivery, webhook, code, message)
-
-    async def _conclude(self, delivery: Delivery, webhook: contracts.Webhook, code: str, message: str) -> None:
-        if not code:
+        try:
+            with tracing.span(f"webhook {webhook.type}", of=delivery.headers, job_id=webhook.data.id):
+                await self._post(delivery, webhook)
+        except errors.RejectedError as exc:
+            await self._give_up(delivery, exc)
+        except errors.RetryableError as exc:
+            await self._put_off(delivery, exc)
+        else:
             await delivery.ack()
             self._metrics.webhook("delivered")
-            return
-        wait = webhooks.next_try((self._now() - delivery.at).total_seconds(), self._give_up_after)
-        if code != "webhook_failed" or wait is None:
-            await self._give_up(delivery, webhook, code, message)
-            return
-        log.info(message, _event="webhook_failed", job=webhook.data.id, webhook=webhook.id, again_in_s=round(wait, 1))
-        # Spread, so that a receiver that comes back is not met by all of them in one moment.
-        await delivery.nak(wait * random.uniform(1, 1 + JITTER))  # noqa: S311
-        self._metrics.webhook("retried")
+        self._metrics.webhook_tried(time.monotonic() - began)
 
-    async def _post(self, delivery: Delivery, webhook: contracts.Webhook) -> int:
+    async def _post(self, delivery: Delivery, webhook: contracts.Webhook) -> None:
+        """Raises RejectedError where it is of no use to try again, RetryableError where it may be."""
         headers = {
             "content-type": "application/json",
             "user-agent": "vidgen",
@@ -132,20 +117,30 @@ class Webhooks:
         try:
             while not (await asyncio.wait({posting}, timeout=self._renew_every))[0]:
                 await delivery.in_progress()  # else another replica would post it beside us, and go on to the next one
-            return posting.result()
         finally:
             posting.cancel()
+        status = posting.result()
+        if status == GONE:
+            raise errors.RejectedError("the receiver answered 410: it wants no more", code="webhook_gone")
+        if not 200 <= status < 300:
+            raise errors.RetryableError(f"the receiver answered {status}", code="webhook_failed")
 
-    async def _give_up(self, delivery: Delivery, webhook: contracts.Webhook | None, code: str, message: str) -> None:
-        error = contracts.JobError(code=code, message=message)
-        job_id = delivery.subject.rsplit(".", 1)[-1]
-        letter = dead.letter(delivery.body, delivery.subject, error, job_id=job_id)
+    async def _put_off(self, delivery: Delivery, exc: errors.RetryableError) -> None:
+        wait = webhooks.next_try((self._now() - delivery.at).total_seconds(), self._give_up_after)
+        if wait is None:
+            await self._give_up(delivery, exc)
+            return
+        log.info(exc.message, _event="webhook_failed", webhook=_id_of(delivery), code=exc.code, again_in_s=round(wait))
+        # Spread, so that a receiver that comes back is not met by all of them in one moment.
+        await delivery.nak(wait * random.uniform(1, 1 + JITTER))  # noqa: S311
+        self._metrics.webhook("retried")
+
+    async def _give_up(self, delivery: Delivery, exc: errors.VidgenError) -> None:
+        error = contracts.JobError(code=exc.code, message=exc.message)
+        letter = dead.letter(delivery.body, delivery.subject, error, job_id=delivery.subject.rsplit(".", 1)[-1])
         await dead.publish(self._bus, letter, message_id=f"webhook:{delivery.seq}", subject=topology.DEAD_WEBHOOKS)
         await delivery.ack()
-        log.warning(
-            f"a webhook was given up: {message}",
-            _event="webhook_given_up", job=job_id, webhook=webhook.id if webhook else None, code=code,
-        )  # fmt: skip
+        log.warning(exc.message, _event="webhook_given_up", webhook=_id_of(delivery), code=exc.code)
         self._metrics.webhook("given_up")
         self._metrics.dead_lettered("webhook")
 
@@ -153,3 +148,7 @@ class Webhooks:
 def _url_of(webhook: contracts.Webhook) -> str:
     request = webhook.data.request
     return (request.webhook_url if request else None) or ""
+
+
+def _id_of(delivery: Delivery) -> str:
+    return delivery.headers.get("Nats-Msg-Id", delivery.subject)

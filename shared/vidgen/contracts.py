@@ -63,7 +63,7 @@ def _receiver(url: str) -> str:
         raise ValueError("leave user and password out: what is delivered is signed, verify that")
     if "?" in url or "#" in url:
         raise ValueError("leave out what is behind ? or #: tokens do not belong there, what is delivered is signed")
-    if re.match(RECEIVER, url) is None:
+    if re.fullmatch(RECEIVER, url) is None:
         raise ValueError("is no plain URL: write the host as a DNS name (in its xn-- form) and escape the path")
     return url
 

@@ -435,7 +435,9 @@ class _Exposed:
         (gauge.labels(**labels) if labels else gauge).set(value)
 
     def _observe(self, name: str, seconds: float, **labels: str) -> None:
-        self._histograms[name].labels(**{**self._fixed, **labels}).observe(max(0.0, seconds))
+        histogram = self._histograms[name]
+        labels = {**self._fixed, **labels}
+        (histogram.labels(**labels) if labels else histogram).observe(max(0.0, seconds))
 
     def _observe_timings(self, prefix: str, timings: Timings, **labels: str) -> None:
         phases = timings.model_dump()
