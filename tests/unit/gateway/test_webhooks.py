@@ -396,7 +396,10 @@ async def test_a_receiver_that_never_takes_it_is_given_up_after_a_day_with_a_dea
 ) -> None:
     delivering.posts.answers["j1:1"] = [503] * 100
     await delivering.queue("j1")
-    await delivering.until(lambda: not delivering.waiting(), advance=5)  # less than its lease, with each step
+    for tries in range(1, 10):
+        await delivering.until(lambda tries=tries: delivering.counted("retried") == tries)
+        delivering.clock.advance(1.1 * webhooks.next_try(delivering.clock.time(), 86400))
+    await delivering.until(lambda: not delivering.waiting())
 
     [letter] = delivering.letters()
     assert letter.error == contracts.JobError(code="webhook_failed", message="the receiver answered 503")
