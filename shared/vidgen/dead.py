@@ -6,13 +6,14 @@ import base64
 import re
 from datetime import UTC, datetime
 
-from vidgen import contracts, topology
+from vidgen import contracts, telemetry, topology
 from vidgen.bus import Bus
 
 KEEP_BYTES = 128 << 10  # as base64 this fits into a message; no request and no task is as large
 
 # What clients put into URLs although they must not. A JSON text may escape its slashes.
 USERINFO = re.compile(rb'(:(?:\\?/){2})[^/\s?#"\\]*@')
+SIGNED = re.compile(telemetry.SIGNED.pattern.encode(), re.I)
 RECEIVER_QUERY = re.compile(rb'("webhook_url"\s*:\s*"[^"?#]*)[?#][^"]*')
 MASK = rb"\1***"
 
@@ -30,7 +31,8 @@ def letter(
 
     Of one that nothing valid could be as large as, the beginning.
     """
-    kept = RECEIVER_QUERY.sub(MASK, USERINFO.sub(MASK + b"@", payload[:KEEP_BYTES]))
+    kept = USERINFO.sub(MASK + b"@", payload[:KEEP_BYTES])
+    kept = RECEIVER_QUERY.sub(MASK, SIGNED.sub(MASK, kept))
     return contracts.DeadLetter(
         job_id=job_id, stage=stage, subject=subject, error=error,
         payload=base64.b64encode(kept).decode(), at=at or datetime.now(UTC),

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
-from pydantic import Field, SecretStr, ValidationError
+from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
@@ -58,6 +58,13 @@ class Settings(BaseSettings):
         None, validation_alias="OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", pattern=OTLP_URL,
         description="The whole URL for spans, instead.",
     )  # fmt: skip
+
+    @field_validator("s3_endpoint", "s3_public_endpoint")
+    @classmethod
+    def _without_credentials(cls, url: str | None) -> str | None:
+        if url is not None and "@" in url:
+            raise ValueError("leave the credentials out: they have settings of their own")
+        return url
 
     @property
     def traces_url(self) -> str | None:
