@@ -6,6 +6,7 @@ import re
 from datetime import datetime
 from enum import StrEnum
 from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import (
     AfterValidator,
@@ -63,7 +64,11 @@ def _receiver(url: str) -> str:
         raise ValueError("leave user and password out: what is delivered is signed, verify that")
     if "?" in url or "#" in url:
         raise ValueError("leave out what is behind ? or #: tokens do not belong there, what is delivered is signed")
-    if re.fullmatch(RECEIVER, url) is None:
+    try:
+        good = re.fullmatch(RECEIVER, url) is not None and urlsplit(url).port != 0
+    except ValueError:  # an address in brackets that is none, a port that is too high
+        good = False
+    if not good:
         raise ValueError("is no plain URL: write the host as a DNS name (in its xn-- form) and escape the path")
     return url
 

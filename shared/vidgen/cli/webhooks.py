@@ -35,7 +35,7 @@ def secret(
             message = "a tenant's name has lower-case letters, digits and -, at most 32"
             raise WrongUsageError([wrong("--tenant", message)]) from None
         given = settings.read(settings.GatewaySettings).webhook_secret
-        if given is None:
+        if not given:
             raise WrongUsageError([wrong("VIDGEN_WEBHOOK_SECRET", "is not set: set it to what the gateway has")])
         found = webhooks.Secret.parse(given.get_secret_value()).of_tenant(tenant).reveal()
         out_put.emit("webhook_secret", {"tenant": tenant, "secret": found})

@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import json
 from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime, timedelta
 from typing import Any
+from urllib.parse import urlsplit
 
+import httpcore
+import httpx
+import pydantic
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -268,6 +273,10 @@ def test_whatever_happens_in_whatever_order_one_end_of_a_run_is_told(order: list
         ("https://hooks.example.com/a b", "plain URL"),
         ("https://hooks.example.com/\n", "plain URL"),
         ("https:///path", "plain URL"),
+        ("https://hooks.example.com:0/", "plain URL"),
+        ("https://hooks.example.com:99999/", "plain URL"),
+        ("https://[:::1]/", "plain URL"),
+        ("https://[::1/", "plain URL"),
         ("https://127.0.0.1/hook", "public internet"),
         ("https://[::1]:8443/hook", "public internet"),
         ("https://hooks.example.com/" + "a" * 1000, "at most 1000"),
@@ -283,6 +292,21 @@ async def test_a_url_that_may_not_be_is_refused_at_the_edge_and_not_repeated(
     assert wrong["field"] == "webhook_url"
     assert word in wrong["message"]
     assert "pl4nted" not in answer.text
+
+
+@given(st.from_regex(contracts.RECEIVER, fullmatch=True) | st.text().map("https://{}".format))
+def test_a_url_that_is_taken_means_the_same_to_every_parser(url: str) -> None:
+    try:
+        contracts.VideoRequest(references=(KEY,), edit=EDIT, webhook_url=url)
+    except pydantic.ValidationError:
+        return
+    split, read, connected = urlsplit(url), httpx.URL(url), httpcore.URL(url)
+
+    assert split.hostname == read.host.lower() == connected.host.decode().strip("[]").lower()
+    assert (split.port or 443) == (read.port or 443) == (connected.port or 443)
+    assert (split.username, split.password, split.query, split.fragment) == (None, None, "", "")
+    with contextlib.suppress(errors.RejectedError):
+        Allowed().check_url(url)
 
 
 async def test_a_gateway_without_a_secret_takes_no_receivers() -> None:
