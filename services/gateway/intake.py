@@ -206,6 +206,8 @@ class Intake:
         claimed = _claimed_id(delivery.body)
         if claimed is not None:
             job_id = claimed
+        if request is not None and any(error.field == "webhook_url" for error in exc.errors):
+            request = request.model_copy(update={"webhook_url": None})  # a receiver that may not be is not told either
         tracing.about(job_id=job_id)
         tracing.failed(exc.code)
         job, new = await self._jobs.create(pipeline.reject(request, job_id, exc.errors, at))

@@ -31,8 +31,7 @@ def letter(
 
     Of one that nothing valid could be as large as, the beginning.
     """
-    kept = USERINFO.sub(MASK + b"@", payload[:KEEP_BYTES])
-    kept = RECEIVER_QUERY.sub(MASK, SIGNED.sub(MASK, kept))
+    kept = RECEIVER_QUERY.sub(MASK, SIGNED.sub(MASK, USERINFO.sub(MASK + b"@", payload)))[:KEEP_BYTES]
     return contracts.DeadLetter(
         job_id=job_id, stage=stage, subject=subject, error=error,
         payload=base64.b64encode(kept).decode(), at=at or datetime.now(UTC),

@@ -183,6 +183,19 @@ async def test_a_request_from_the_bus_that_is_turned_away_is_told(gateway: Gatew
     assert told.data.error.fields[0].field == "references.0"
 
 
+@pytest.mark.parametrize("receivers", [None, Allowed()])
+async def test_a_receiver_that_may_not_be_is_not_told_that_it_was_turned_away(receivers: Allowed | None) -> None:
+    gateway = await Gateway.open()
+    bus, jobs = gateway.parts.bus, gateway.parts.jobs
+    intake = Intake(bus, gateway.parts.store, jobs, 1 << 20, receivers)
+    body = {"job_id": "bad", "references": [KEY], "edit": EDIT, "webhook_url": "https://127.0.0.1/"}
+    await bus.publish(topology.SUBJECT_REQUESTS, json.dumps(body).encode(), message_id="m")
+    job = await intake.handle(await bus.pull(topology.Consumer(topology.REQUESTS, topology.GATEWAY)))
+
+    assert [error.field for error in job.error.fields] == ["webhook_url"]
+    assert await queued(gateway) == []
+
+
 async def test_a_job_without_a_receiver_tells_nobody(gateway: Gateway) -> None:
     job = await gateway.submit()
     await gateway.tell(completed(job))
