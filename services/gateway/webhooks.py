@@ -10,8 +10,8 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import datetime
 from urllib.parse import urlsplit
 
@@ -27,10 +27,49 @@ from vidgen.metrics import GatewayMetrics
 
 log = structlog.get_logger(__name__)
 
-PER_HOST = 4  # posts at once from one replica to one receiver
-FIRST_WAIT_S, LONGEST_WAIT_S = 0.1, 15.0
+SHARE = 8  # one receiver takes at most one in so many of the posts that a replica does at once
+SHORTEST_WAIT_S, LONGEST_WAIT_S = 0.2, 15.0
+FIRST_GUESS_S, NEWEST = 0.1, 0.3  # how long a post takes, and how much the last one says of the next
 GONE = 410
 JITTER = 0.1
+
+
+@dataclass
+class _Queue:
+    """One receiver: how many are with it, how long it takes, and until when others were told to wait for it."""
+
+    busy: int = 0
+    pace: float = FIRST_GUESS_S
+    until: float = 0.0
+
+
+class Places:
+    """The places that each receiver has; whoever finds none is told when its turn should come.
+
+    Those who wait are strung out at the receiver's own pace: all of them at once, again and again, would take the loops
+    that others need, and each a little longer than the last would leave a quick receiver idle.
+    """
+
+    def __init__(self, each: int, clock: Callable[[], float]) -> None:
+        self._each, self._clock = each, clock
+        self._queues: dict[str, _Queue] = {}
+
+    def take(self, host: str) -> float:
+        """Take a place: 0; else the seconds after which to come again."""
+        queue, now = self._queues.setdefault(host, _Queue()), self._clock()
+        if queue.busy < self._each:
+            queue.busy += 1
+            return 0.0
+        queue.until = min(max(now, queue.until) + queue.pace / self._each, now + LONGEST_WAIT_S)
+        return max(SHORTEST_WAIT_S, queue.until - now)
+
+    def leave(self, host: str, seconds: float) -> None:
+        """Give a place back, after so many seconds."""
+        queue = self._queues[host]
+        queue.busy -= 1
+        queue.pace += NEWEST * (seconds - queue.pace)
+        if not queue.busy and queue.until <= self._clock():
+            del self._queues[host]
 
 
 class Webhooks:
@@ -43,7 +82,7 @@ class Webhooks:
         self._bus, self._receivers, self._secret, self._metrics = bus, receivers, secret, metrics
         self._give_up_after, self._concurrency, self._renew_every = give_up_after, concurrency, renew_every
         self._now = clock
-        self._busy: Counter[str] = Counter()
+        self._places = Places(max(1, concurrency // SHARE), time.monotonic)
 
     @property
     def allowed(self) -> Allowed:
@@ -81,19 +120,21 @@ class Webhooks:
             await self._give_up(delivery, unreadable)
             return
         host = urlsplit(_url_of(webhook)).netloc
-        if first.seq < delivery.seq or self._busy[host] >= PER_HOST:
-            await delivery.nak(min(LONGEST_WAIT_S, FIRST_WAIT_S * 2 ** min(delivery.num_delivered, 10)))
-            return
-        self._busy[host] += 1
-        try:
-            await self._deliver(delivery, webhook)
-        finally:
-            self._busy[host] -= 1
-            if not self._busy[host]:
-                del self._busy[host]
+        if first.seq < delivery.seq:
+            # The longer the older one has been there, the longer it is likely to stay.
+            age = (self._now() - first.at).total_seconds()
+            await delivery.nak(min(LONGEST_WAIT_S, max(SHORTEST_WAIT_S, age / 4)))
+        elif wait := self._places.take(host):
+            await delivery.nak(wait)
+        else:
+            began = time.monotonic()
+            try:
+                await self._deliver(delivery, webhook)
+            finally:
+                self._places.leave(host, time.monotonic() - began)
+                self._metrics.webhook_tried(time.monotonic() - began)
 
     async def _deliver(self, delivery: Delivery, webhook: contracts.Webhook) -> None:
-        began = time.monotonic()
         try:
             with tracing.span(f"webhook {webhook.type}", of=delivery.headers, job_id=webhook.data.id):
                 await self._post(delivery, webhook)
@@ -104,7 +145,6 @@ class Webhooks:
         else:
             await delivery.ack()
             self._metrics.webhook("delivered")
-        self._metrics.webhook_tried(time.monotonic() - began)
 
     async def _post(self, delivery: Delivery, webhook: contracts.Webhook) -> None:
         """Raises RejectedError where it is of no use to try again, RetryableError where it may be."""

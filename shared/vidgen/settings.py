@@ -110,7 +110,7 @@ class GatewaySettings(Settings):
         86400.0, gt=0, le=5 * 86400, description="The age at which a webhook that nobody takes becomes a dead letter."
     )
     webhook_concurrency: int = Field(
-        16, ge=1, le=256, description="Webhooks delivered at once, at most four of them to one receiver."
+        64, ge=1, le=512, description="Webhooks delivered at once, at most an eighth of them to one receiver."
     )
 
 

@@ -22,7 +22,7 @@ from tests.gateways import BOUND, EDIT, KEY, Gateway, completed, failed, picture
 from gateway import pipeline, plan
 from gateway.intake import Intake
 from gateway.receivers import Allowed
-from gateway.webhooks import PER_HOST, Webhooks
+from gateway.webhooks import LONGEST_WAIT_S, SHARE, SHORTEST_WAIT_S, Places, Webhooks
 from vidgen import contracts, dead, errors, topology, webhooks
 from vidgen.contracts import DeadLetter, Job, JobStatus, Webhook
 from vidgen.metrics import GatewayMetrics
@@ -445,20 +445,56 @@ async def test_a_receiver_that_never_takes_it_is_given_up_after_a_day_with_a_dea
 
 
 async def test_a_slow_receiver_takes_a_few_places_and_no_more() -> None:
-    delivering = Delivering(concurrency=PER_HOST + 2)
-    slow = [asyncio.get_running_loop().create_future() for _ in range(PER_HOST + 3)]
+    delivering = Delivering(concurrency=2 * SHARE)
+    slow = [asyncio.get_running_loop().create_future() for _ in range(5)]
     for number, answer in enumerate(slow):
         key = await delivering.queue(f"slow{number}", url="https://slow.example/")
         delivering.posts.answers[key] = [answer]
-    await delivering.posts.count(PER_HOST)
+    await delivering.posts.count(2)
     await delivering.queue("quick", url="https://quick.example/")
     await delivering.until(lambda: "quick:1" not in delivering.waiting(), advance=0.05)
 
-    assert len(delivering.posts.tried) == PER_HOST + 1
+    assert len(delivering.posts.tried) == 3
     for answer in slow:
         answer.set_result(200)
     await delivering.until(lambda: not delivering.waiting(), advance=0.5)
     await delivering.close()
+
+
+def test_who_finds_no_place_is_strung_out_at_the_pace_of_the_receiver() -> None:
+    clock = FakeClock()
+    places = Places(2, clock.time)
+    assert [places.take("a"), places.take("a"), places.take("b")] == [0, 0, 0]
+    for _ in range(40):  # it takes 4 s
+        places.leave("a", 4.0)
+        assert places.take("a") == 0
+
+    waits = [places.take("a") for _ in range(10)]
+    assert waits[:3] == pytest.approx([2, 4, 6], abs=0.1)
+    assert waits[-3:] == [LONGEST_WAIT_S] * 3
+
+    for _ in range(2):
+        places.leave("a", 0.0)
+    clock.advance(LONGEST_WAIT_S)
+    assert places.take("a") == 0
+
+
+@given(st.lists(st.tuples(st.sampled_from("ab"), st.booleans(), st.floats(0, 20)), max_size=60))
+def test_a_receiver_never_has_more_than_its_places_and_nobody_waits_for_ever(
+    moves: list[tuple[str, bool, float]],
+) -> None:
+    clock = FakeClock()
+    places, busy = Places(3, clock.time), {"a": 0, "b": 0}
+    for host, comes, seconds in moves:
+        clock.advance(seconds)
+        if comes:
+            wait = places.take(host)
+            assert (wait == 0) == (busy[host] < 3)
+            assert wait == 0 or SHORTEST_WAIT_S <= wait <= LONGEST_WAIT_S
+            busy[host] += wait == 0
+        elif busy[host]:
+            places.leave(host, seconds)
+            busy[host] -= 1
 
 
 async def test_a_post_that_takes_long_stays_with_the_replica_that_has_it(monkeypatch: pytest.MonkeyPatch) -> None:
