@@ -92,7 +92,6 @@ TELLING: dict[str, Callable[[], bytes]] = {
     "webp-xmp": lambda: saved("WEBP", xmp=PLANTED),
     "webp-unknown-chunk": lambda: in_webp(b"PRIV", PLANTED),
     "webp-behind-its-end": lambda: saved("WEBP") + PLANTED,
-    "gif-comment": lambda: saved("GIF", comment=PLANTED),
     "avif-exif": lambda: saved("AVIF", exif=exif()),
 }
 
