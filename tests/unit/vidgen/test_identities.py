@@ -141,19 +141,19 @@ def test_a_file_without_a_seed_is_said_to_be_none(tmp_path: Path, text: str | No
 
 
 def test_a_stream_or_consumer_that_is_new_is_the_gateways_and_nobody_elses(monkeypatch: pytest.MonkeyPatch) -> None:
-    webhooks = topology.Stream("VIDGEN_WEBHOOKS", ("vidgen.webhooks.*",), "workqueue")
-    monkeypatch.setattr(topology, "STREAMS", (*topology.STREAMS, webhooks))
-    monkeypatch.setattr(topology, "CONSUMERS", (*topology.CONSUMERS, topology.Consumer("VIDGEN_WEBHOOKS", "gateway")))
+    parcels = topology.Stream("VIDGEN_PARCELS", ("vidgen.parcels.*",), "workqueue")
+    monkeypatch.setattr(topology, "STREAMS", (*topology.STREAMS, parcels))
+    monkeypatch.setattr(topology, "CONSUMERS", (*topology.CONSUMERS, topology.Consumer("VIDGEN_PARCELS", "gateway")))
     monkeypatch.setattr(topology, "BUCKETS", (*topology.BUCKETS, topology.Bucket("vidgen_keys", ttl=0)))
     may = {role: set(permissions.rights_of(role).publish) for role in permissions.ROLES}
 
     assert {
-        "vidgen.webhooks.*", "$JS.API.STREAM.CREATE.VIDGEN_WEBHOOKS", "$JS.ACK.VIDGEN_WEBHOOKS.gateway.>",
-        "$JS.API.CONSUMER.MSG.NEXT.VIDGEN_WEBHOOKS.gateway", "$KV.vidgen_keys.>",
+        "vidgen.parcels.*", "$JS.API.STREAM.CREATE.VIDGEN_PARCELS", "$JS.ACK.VIDGEN_PARCELS.gateway.>",
+        "$JS.API.CONSUMER.MSG.NEXT.VIDGEN_PARCELS.gateway", "$KV.vidgen_keys.>",
     } <= may["gateway"]  # fmt: skip
     assert "$KV.vidgen_keys.>" in may["operator"]
     for role in set(permissions.ROLES) - {"gateway", "operator"}:
-        assert not [subject for subject in may[role] if "WEBHOOKS" in subject.upper() or "vidgen_keys" in subject]
+        assert not [subject for subject in may[role] if "PARCELS" in subject.upper() or "vidgen_keys" in subject]
 
 
 @pytest.mark.parametrize(
