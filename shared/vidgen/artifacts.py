@@ -114,7 +114,9 @@ def too_large(size: int, limit: int) -> errors.RejectedError:
 
 
 def local_file(exc: OSError) -> errors.StoreError:
-    return errors.StoreError(f"a local file could not be read or written: {exc.strerror or type(exc).__name__}")
+    return errors.StoreError(
+        f"a local file could not be read or written: {exc.strerror or type(exc).__name__}", code="local_file"
+    )
 
 
 @contextlib.contextmanager
@@ -124,7 +126,9 @@ def _translated(key: str = "") -> Iterator[None]:
     except S3Error as exc:
         if exc.code in MISSING:
             raise missing(key) from exc
-        raise errors.StoreError(f"the object store refused: {exc.code}") from exc
+        if exc.response.status < 500:
+            raise errors.StoreError(f"the object store refused: {exc.code}", code="store_refused") from exc
+        raise errors.StoreError(f"the object store could not: {exc.code}") from exc
     except (MinioException, urllib3.exceptions.HTTPError) as exc:
         raise errors.StoreError(f"the object store did not answer: {type(exc).__name__}") from exc
     except OSError as exc:  # urllib3 wraps those of the network
