@@ -122,6 +122,9 @@ class Consumers:
         job = await self._jobs.find(event.job_id)
         if job is None:
             return
+        if isinstance(event, ENDS) and event.run == job.run and not job.status.final:
+            # The record was written first; on a bus of several nodes the one that answers may not have it yet.
+            raise errors.RetryableError(f"the record of job {event.job_id} is behind its log")
         self._metrics.observe(event, job)
         if isinstance(event, ENDS) and job.status.final:
             self._metrics.job_finished(job)

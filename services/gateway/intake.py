@@ -124,7 +124,13 @@ class Intake:
         request = request.model_copy(update={"job_id": job_id})
         job = await self._prepare(request, job_id, now())
         await self._bus.publish(topology.SUBJECT_REQUESTS, request.to_bytes(), message_id=job_id)
-        return await self._jobs.create(job)
+        try:
+            return await self._jobs.create(job)
+        except errors.BusError as exc:
+            # It is let in: whoever takes the message will enter it. Told otherwise, the client would ask again, and
+            # without an id of its own that would be a second job.
+            log.warning(exc.message, _event="entered_later", job=job_id)
+            return job, True
 
     async def handle(self, delivery: Delivery) -> Job:
         """Let a message on `vidgen.requests` in, or turn it away; either way it is recorded when this returns."""

@@ -22,6 +22,7 @@ from gateway.fleet import Fleet
 from gateway.forecast import Forecast
 from gateway.intake import Intake
 from gateway.jobs import Jobs
+from gateway.orphans import Orphans
 from gateway.receivers import Allowed, Receivers
 from gateway.webhooks import Webhooks
 from vidgen import bootstrap, errors, jetstream, probes, settings, telemetry, tracing, webhooks
@@ -105,7 +106,8 @@ class _Gateway:
         forecast = Forecast(connected, jobs, fleet)
         parts = Parts(own, connected, store, jobs, intake, fleet, forecast, metrics, self._stop)
         consumers = Consumers(connected, jobs, intake, metrics, own.intake_concurrency)
-        working = self._work(consumers, hooks) if hooks else self._work(consumers)
+        orphans = Orphans(connected, fleet, metrics, own.worker_silence_s)
+        working = self._work(consumers, orphans, *([hooks] if hooks else []))
         consuming = asyncio.create_task(working, name="consumers")
         stopped = asyncio.create_task(self._stop.wait(), name="stop")
         try:
@@ -137,7 +139,7 @@ class _Gateway:
             give_up_after=own.webhook_give_up_s, concurrency=own.webhook_concurrency, renew_every=own.ack_wait / 4,
         )  # fmt: skip
 
-    async def _work(self, *parts: Consumers | Webhooks) -> None:
+    async def _work(self, *parts: Consumers | Orphans | Webhooks) -> None:
         async with asyncio.TaskGroup() as group:
             for part in parts:
                 group.create_task(part.run(self._stop))

@@ -124,6 +124,12 @@ class Bus(Protocol):
         A pull that is cancelled hands back what it was about to take.
         """
 
+    async def unsettled(self, consumer: topology.Consumer) -> list[Stored]:
+        """What a work queue's consumer handed out and nobody settled, oldest first; also what waits after a nak."""
+
+    async def hand_back(self, consumer: topology.Consumer, seq: int) -> None:
+        """What `nak` is to a delivery, for a message whose holder can no longer say so; it must be unsettled."""
+
     async def last(self, stream: str, subject: str) -> Stored | None:
         """The newest message on `subject`, read from the stream's leader."""
 
@@ -147,6 +153,9 @@ class Bus(Protocol):
         """Fire and forget, for whoever listens now; a stream on `subject` stores it."""
 
     async def listen(self, subject: str) -> Feed: ...
+
+    async def listened(self, subject: str) -> bool:
+        """Whether anybody listens on `subject` now; True where the bus cannot say."""
 
     async def depth(self, consumer: topology.Consumer) -> Depth: ...
 

@@ -590,6 +590,7 @@ class WorkerInfo(Message):
     device: str
     gpus: tuple[GpuFigures, ...] = ()
     running: tuple[JobId, ...] = ()
+    generating: JobId | None = Field(None, description="The one of them that is on the device.")
     seconds_per_step: float | None = None
     busy_seconds: float = 0.0
     tasks_done: int = 0

@@ -4,6 +4,7 @@ VidgenError
 ├── RejectedError     the task or request can never succeed: fail it at once, dead-letter it, go on
 ├── RetryableError    it may succeed later: hand it back with back-off, up to `max_attempts`
 ├── FatalError        the task is healthy, this worker is not: hand the task back, leave
+│   └── HungError         the engine does not come back: whose fault it is nobody knows, so the task is charged a try
 ├── Cancelled         somebody asked for the job to stop: free the GPU, settle as cancelled
 │   └── Suspended                     the task is to go on elsewhere: keep its state, hand it back
 └── bus and store, raised by the seams' adapters
@@ -60,6 +61,12 @@ class FatalError(VidgenError):
     """This worker can no longer do any task."""
 
     code = "worker_unhealthy"
+
+
+class HungError(FatalError):
+    """The engine hangs, and its thread with it."""
+
+    code = "engine_hung"
 
 
 class Cancelled(VidgenError):  # noqa: N818  an outcome, not a fault

@@ -32,6 +32,7 @@ from vidgen.metrics import WorkerMetrics
 from vidgen.progress import Reporter
 from vidgen.settlement import Outcome, Policy, Settlement
 from vidgen.turn import SUSPENDING, Clocks, Stop, Turn
+from vidgen.watchdog import Watchdog
 
 log = structlog.get_logger(__name__)
 
@@ -68,6 +69,7 @@ class Handler:
         self._decoding, self._finishing = Recent(), Recent()
         self._busy_seconds = 0.0
         self._device_lost = False
+        self._watchdog = Watchdog(policy.hang)
 
     @property
     def seconds_per_step(self) -> float | None:
@@ -107,12 +109,9 @@ class Handler:
             return await self._settlement.unreadable(delivery, exc)
         tracing.about(run=task.run, lane=task.lane)
         clocks = Clocks(queued=max(0.0, (datetime.now(UTC) - task.queued_at).total_seconds()))
-        fatal: errors.FatalError | None = None
         with structlog.contextvars.bound_contextvars(job=task.job_id, stage=task.stage):
             try:
                 outcome = await self._attempt(delivery, task, turn, clocks)
-            except errors.FatalError as exc:
-                outcome, fatal = "released", exc
             except errors.BusError as exc:
                 # Not settled: the lease runs out and the task comes again, to find what is stored.
                 tracing.failed(exc.code)
@@ -131,8 +130,8 @@ class Handler:
                 deliveries=delivery.num_delivered, gpu_seconds=round(clocks.device, 3),
                 **{f"{name}_s": round(value, 4) for name, value in clocks.timings()},
             )  # fmt: skip
-        if fatal is not None:
-            raise fatal
+        if turn.fatal is not None:
+            raise turn.fatal
         return outcome
 
     async def _attempt(self, delivery: Delivery, task: Task, turn: Turn, clocks: Clocks) -> Outcome:
@@ -188,9 +187,8 @@ class Handler:
                 return await self._settlement.fail(delivery, held, clocks, exc, retryable=False)
             except errors.FatalError as exc:
                 log.exception(exc.message, _event="worker_unhealthy", code=exc.code)
-                with contextlib.suppress(errors.VidgenError):
-                    await self._settlement.release(delivery, held, clocks)
-                raise
+                turn.fatal = exc
+                return await self._settlement.unfit(delivery, held, clocks, exc)
             except errors.BusError:
                 raise
             except errors.RetryableError as exc:
@@ -276,12 +274,18 @@ class Handler:
                 done = begun.step if begun else 0
                 turn.frees_in(self._pace * (task.work.steps - done) + decoding)
 
+            watch = self._watchdog.watch(task.work)
+
+            def may_go_on(step: int, steps: int) -> None:
+                watch.heard(step)
+                _may_go_on(task, turn.stop, step, steps)
+
             def on_step(done: int) -> OnStep:
-                return reporter.on_step(lambda step, steps: _may_go_on(task, turn.stop, step, steps), stepped, done)
+                return reporter.on_step(may_go_on, stepped, done)
 
             try:
                 with clocks.timed("device"):
-                    generated = await self._generate(inputs, on_step, begun)
+                    generated = await watch.over(self._generate(inputs, on_step, begun))
                     _trace_generated(generated, clocks.now())
                 self._metrics.memory_rungs(generated.rungs)
             except errors.VidgenError as exc:
@@ -430,9 +434,9 @@ async def _device(turn: Turn, clocks: Clocks) -> AsyncIterator[None]:
             await asyncio.wait([taken, raised], return_when=asyncio.FIRST_COMPLETED)
             turn.stop.check()
             taken.result()  # raises where the engine could not be woken
-        turn.phase = "generating"
+        turn.enters("generating")
         yield
-        turn.phase = "finishing"
+        turn.enters("finishing")
     finally:
         raised.cancel()
         if not taken.done():

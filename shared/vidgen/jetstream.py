@@ -7,6 +7,7 @@ import contextlib
 import json
 import logging
 import secrets
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -31,6 +32,7 @@ REQUEST_TIMEOUT = 5.0
 READY_TIMEOUT = 2.0
 FIRST_CONNECT_ATTEMPTS = 2  # beyond the first one, a second apart
 FIRST_CONNECT_LIMIT = 30.0  # for all of them: a TLS handshake that fails may leave nats-py waiting for ever
+LISTENED_TIMEOUT = 1.0  # for an answer that nobody gives: that nobody is there, the server says at once
 FEED_MEMORY = 60.0  # seconds that the server keeps the place of a feed nobody reads
 RECORDS_AT_ONCE = 64
 NOT_SECURE = "the bus speaks no TLS, and the settings want it"
@@ -368,6 +370,25 @@ class JetStreamBus:
         self._side_tasks.add(task)
         task.add_done_callback(self._side_tasks.discard)
 
+    async def unsettled(self, consumer: topology.Consumer) -> list[Stored]:
+        with translated():
+            info = await self._js.consumer_info(consumer.stream, consumer.name)
+        at = info.ack_floor.stream_seq if info.ack_floor else 0
+        last = info.delivered.stream_seq if info.delivered else 0
+        found: list[Stored] = []
+        while at < last and (stored := await self._next(consumer, at)) is not None and stored.seq <= last:
+            found.append(stored)
+            at = stored.seq
+        return found
+
+    async def hand_back(self, consumer: topology.Consumer, seq: int) -> None:
+        with translated():
+            info = await self._js.consumer_info(consumer.stream, consumer.name)
+            # The server goes by the stream's sequence; of the consumer's it only asks that it was given out.
+            place = info.delivered.consumer_seq if info.delivered else 0
+            reply = f"$JS.ACK.{consumer.stream}.{consumer.name}.1.{seq}.{place}.{time.time_ns()}.0"
+            await self._client.request(reply, b"-NAK", timeout=REQUEST_TIMEOUT)
+
     async def last(self, stream: str, subject: str) -> Stored | None:
         return await self._get(stream, subject=subject)
 
@@ -434,6 +455,16 @@ class JetStreamBus:
             await self._client.flush(timeout=int(REQUEST_TIMEOUT))
         return ListenFeed(subscription)
 
+    async def listened(self, subject: str) -> bool:
+        try:
+            with cancellable():
+                await self._client.request(subject, b"", timeout=LISTENED_TIMEOUT)
+        except nats.errors.NoRespondersError:
+            return False
+        except (nats.errors.Error, TimeoutError, OSError):
+            pass
+        return True
+
     async def require(self, consumer: topology.Consumer) -> None:
         """Raise BusError unless the consumer is there; asks for less than `depth`, which reads the stream."""
         with translated():
@@ -455,8 +486,11 @@ class JetStreamBus:
 
     async def _time_of_next(self, consumer: topology.Consumer, seq: int) -> datetime | None:
         """When the first message of a consumer behind `seq` was stored."""
-        found = await self._get(consumer.stream, seq=seq + 1, subject=consumer.filter_subject or ">", next=True)
+        found = await self._next(consumer, seq)
         return found.at if found else None
+
+    async def _next(self, consumer: topology.Consumer, seq: int) -> Stored | None:
+        return await self._get(consumer.stream, seq=seq + 1, subject=consumer.filter_subject or ">", next=True)
 
     async def held(self, stream: str) -> Held:
         with translated():

@@ -277,6 +277,10 @@ GATEWAY = (
         (STAGE,),
     ),
     Metric(
+        "vidgen_orphans_total", "counter", "tasks", "Tasks of workers that died, handed out again before their leases "
+        "ran out.", (STAGE,),
+    ),
+    Metric(
         "vidgen_cancel_latency_seconds", "histogram", "seconds", "From the request to cancel to the freed GPU.",
         (STAGE,), MOMENTS,
     ),
@@ -604,6 +608,10 @@ class GatewayMetrics(_Exposed):
     def dead_lettered(self, stage: Stage | Literal["webhook"] | None) -> None:
         """A dead letter that no event stands for; final failures and rejections are counted by `observe`."""
         self._inc("vidgen_dead_letters_total", stage=stage or "request")
+
+    def handed_back(self, stage: Stage) -> None:
+        """A task of a worker that died was handed out again."""
+        self._inc("vidgen_orphans_total", stage=stage)
 
     def webhook(self, outcome: WebhookOutcome) -> None:
         """Call once per try, with how it ended."""

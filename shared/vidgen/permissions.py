@@ -44,7 +44,9 @@ def rights_of(role: Role) -> Rights:
         case "operator":
             return Rights(tuple(_operator()))
         case _:
-            return Rights(tuple(_worker(STAGES_OF[role])), hear=(topology.SUBJECT_CONTROL_ALL,))
+            stages = STAGES_OF[role]
+            own = tuple(topology.subject_of_worker(stage, "*") for stage in stages)
+            return Rights(tuple(_worker(stages)), hear=(topology.SUBJECT_CONTROL_ALL, *own))
 
 
 def subject_of_requests(tenant: str) -> str:
@@ -85,10 +87,13 @@ def _gateways_subjects() -> Iterator[str]:
         yield f"{API}.CONSUMER.INFO.{consumer.stream}.{consumer.name}"
         if consumer.name not in stages:
             yield from _taken(consumer)
+        else:
+            yield f"$JS.ACK.{consumer.stream}.{consumer.name}.>"  # hands back what a dead worker held
     yield f"{API}.CONSUMER.CREATE.{topology.EVENTS}"
     yield f"{API}.CONSUMER.MSG.NEXT.{topology.EVENTS}.*"
     yield f"{API}.CONSUMER.DELETE.{topology.EVENTS}.*"
     yield topology.SUBJECT_CONTROL_ALL
+    yield from (topology.subject_of_worker(stage, "*") for stage in STAGES)  # is anybody there
 
 
 def _made(stream: str) -> Iterator[str]:

@@ -27,8 +27,10 @@ from vidgen.contracts import LANES, Stage
 from vidgen.engine import Engine, Sleeper
 from vidgen.jetstream import JetStreamBus
 from vidgen.metrics import WorkerMetrics
+from vidgen.patience import PatientStore
 from vidgen.settings import WorkerSettings, read
 from vidgen.settlement import Policy
+from vidgen.watchdog import Patience
 from vidgen.worker import Registration, Worker
 
 log = structlog.get_logger(__name__)
@@ -63,6 +65,8 @@ def run_stages(makers: Mapping[Stage, MakeEngine], service: str) -> int:
             uvloop.run(_Service(makers, settings).run())
     except errors.VidgenError as exc:
         log.error(exc.message, _event="left", code=exc.code, exc_info=exc.__cause__)
+        if isinstance(exc, errors.HungError):
+            os._exit(1)  # an interpreter that ends waits for its threads, and one of them never will
         return 1
     return 0
 
@@ -100,9 +104,16 @@ class _Service:
             metrics=lambda: metrics.exposition(list(self._metrics.values())),
         )  # fmt: skip
         async with probing as url:
-            with ThreadPoolExecutor(1, "device") as device_thread:
+            device_thread = ThreadPoolExecutor(1, "device")
+            hangs = False
+            try:
                 loaded, takes_turns = await self._load(device_thread)
                 await self._serve(loaded, takes_turns, device_thread, url)
+            except errors.HungError:
+                hangs = True
+                raise
+            finally:
+                device_thread.shutdown(wait=not hangs)
 
     async def _load(self, device_thread: ThreadPoolExecutor) -> tuple[dict[Stage, _Loaded], bool]:
         """The engines, set up, and whether they take turns; then all but the first stage's are asleep."""
@@ -160,7 +171,7 @@ class _Service:
             connected = await self._connect(stack, on_denied)
             if connected is None:
                 return
-            store = S3Store.from_settings(settings)
+            store = PatientStore(S3Store.from_settings(settings), settings.store_patience_s)
             await self._wait_for_queues(connected)
             devices = device.views(
                 {stage: one.engine for stage, one in loaded.items()}, self._stages[0], device_thread,
@@ -198,6 +209,7 @@ class _Service:
             backoff_limit=settings.backoff_limit, gpu_usd_per_hour=settings.gpu_usd_per_hour,
             work_dir=settings.work_dir,
             checkpoint_over_s=settings.checkpoint_over_s if settings.checkpoint == "auto" else None,
+            hang=Patience(settings.hang_factor, settings.hang_least_s, settings.hang_first_s),
         )  # fmt: skip
 
     async def _connect(self, stack: contextlib.AsyncExitStack, on_denied: Callable[[str], None]) -> JetStreamBus | None:

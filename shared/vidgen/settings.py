@@ -114,6 +114,11 @@ class GatewaySettings(Settings):
     http_port: int = Field(8080, ge=0, le=65535, description="0: a port that the OS chooses.")
     max_upload_bytes: int = Field(32 << 20, gt=0, description="The largest reference image, in bytes.")
     intake_concurrency: int = Field(8, ge=1, le=64, description="Requests, and events, handled at once.")
+    worker_silence_s: float = Field(
+        6.0, gt=0,
+        description="A worker that is silent for so many seconds, and not connected to the bus, is dead: its tasks are "
+        "handed out again.",
+    )  # fmt: skip
     presign_minutes: int = Field(15, ge=1, le=1440, description="How long a presigned URL is good for.")
 
     webhook_secret: SecretStr | None = Field(
@@ -166,6 +171,19 @@ class WorkerSettings(Settings):
         20.0, ge=0, description="Seconds that must be left of a task to hand it back; what is shorter is finished."
     )
     heartbeat_s: float = Field(3.0, gt=0, description="How often the worker registry is refreshed.")
+    store_patience_s: float = Field(
+        300.0, ge=0, description="How long a task waits for an object store that does not answer, before it fails."
+    )
+    hang_factor: float = Field(
+        10.0, ge=0,
+        description="An engine that says nothing for this many times the longest silence that tasks of that size took "
+        "here hangs: its task is handed on, and the worker leaves. 0: it is waited for, for ever.",
+    )  # fmt: skip
+    hang_least_s: float = Field(60.0, gt=0, description="Silence of an engine that is always borne, in seconds.")
+    hang_first_s: float = Field(
+        900.0, gt=0,
+        description="The same for the first task of a size, which may compile, and for one for which memory ran out.",
+    )  # fmt: skip
     gpu_usd_per_hour: float = Field(
         0.0, ge=0, description="What this worker's GPU costs, or both where it has two; gives cost_usd."
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -18,6 +18,7 @@ from vidgen.contracts import Task
 from vidgen.eventlog import Claim, FencedError
 from vidgen.metrics import WorkerMetrics
 from vidgen.turn import SUSPENDING, Clocks, Stop
+from vidgen.watchdog import Patience
 
 log = structlog.get_logger(__name__)
 
@@ -41,6 +42,7 @@ class Policy:
     gpu_usd_per_hour: float = 0.0
     work_dir: Path | None = None
     checkpoint_over_s: float | None = 20.0  # None: a task is never handed back in its middle
+    hang: Patience = field(default_factory=Patience)
 
 
 class Settlement:
@@ -87,6 +89,17 @@ class Settlement:
         await held.append(contracts.StageReleased.model_validate(stamp | self.spent(clocks)))
         await delivery.nak()
         return "released"
+
+    async def unfit(self, delivery: Delivery, held: Claim, clocks: Clocks, exc: errors.FatalError) -> Outcome:
+        """Hand back what a worker holds that must leave: unharmed, but where engines hang it may be the task."""
+        if isinstance(exc, errors.HungError):
+            return await self.fail(delivery, held, clocks, exc, retryable=True)
+        try:
+            return await self.release(delivery, held, clocks)
+        except FencedError:
+            return "fenced"
+        except errors.Cancelled:
+            return await self.cancelled(delivery, held, clocks)
 
     async def fail(
         self, delivery: Delivery, held: Claim, clocks: Clocks, exc: errors.VidgenError, *, retryable: bool

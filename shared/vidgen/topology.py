@@ -79,6 +79,11 @@ def subject_of_control(job_id: str) -> str:
     return f"vidgen.control.{job_id}"
 
 
+def subject_of_worker(stage: Stage, worker_id: str) -> str:
+    """What a worker listens on while it lives: nobody sends anything there, but that it listens can be asked."""
+    return f"vidgen.workers.{stage}.{worker_id}"
+
+
 def subject_of_dead(stage: Stage | None, job_id: str | None) -> str:
     return "vidgen.dead.requests" if stage is None else f"vidgen.dead.{stage}.{job_id or 'unknown'}"
 

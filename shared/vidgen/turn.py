@@ -14,6 +14,7 @@ from vidgen import errors, tracing
 from vidgen.contracts import Timings
 from vidgen.device import Device
 
+Phase = Literal["preparing", "generating", "finishing"]
 Reason = Literal["cancelled", "fenced", "released", "drained", "preempted"]
 # What hands a task back with its state; a cancel or a newer attempt may still come over it.
 SUSPENDING: tuple[Reason, ...] = ("drained", "preempted")
@@ -61,8 +62,9 @@ class Turn:
     device: Device
     stop: Stop = field(default_factory=Stop)
     look: asyncio.Event = field(default_factory=asyncio.Event)
-    phase: Literal["preparing", "generating", "finishing"] = "preparing"
+    phase: Phase = "preparing"
     preempted: int = 0
+    fatal: errors.FatalError | None = None  # why this worker must leave
     _frees_at: float | None = None
 
     def frees_in(self, seconds: float) -> None:
@@ -73,6 +75,10 @@ class Turn:
     def left_s(self) -> float | None:
         """Seconds until the device is likely to be free, None while nobody knows."""
         return None if self._frees_at is None else max(0.0, self._frees_at - asyncio.get_running_loop().time())
+
+    def enters(self, phase: Phase) -> None:
+        """The task is on."""
+        self.phase = phase
 
     def ends(self) -> None:
         """The device is free."""

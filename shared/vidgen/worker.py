@@ -28,7 +28,7 @@ from vidgen.engine import Engine, GpuMonitor
 from vidgen.handler import Handler
 from vidgen.metrics import WorkerMetrics
 from vidgen.settlement import JOB_ID, Policy
-from vidgen.turn import Turn
+from vidgen.turn import Phase, Turn
 
 log = structlog.get_logger(__name__)
 
@@ -92,8 +92,14 @@ class _JustInTimeTurn(Turn):
     open_next: Callable[[], None] = lambda: None
     told: Callable[[_JustInTimeTurn], None] = lambda turn: None
     lose: Callable[[], None] = lambda: None
+    changed: Callable[[], None] = lambda: None
+    seq: int = 0  # of the task in its queue
     _timer: asyncio.TimerHandle | None = None
     _opened: bool = False
+
+    def enters(self, phase: Phase) -> None:
+        super().enters(phase)
+        self.changed()
 
     def frees_in(self, seconds: float) -> None:
         super().frees_in(seconds)
@@ -164,6 +170,7 @@ class Worker:
         self._next = asyncio.Semaphore(1)
         self._turns: set[_JustInTimeTurn] = set()
         self._draining = asyncio.Event()
+        self._changed = asyncio.Event()  # what it holds: the registry should know before anything can happen to it
         self._fatal: errors.FatalError | None = None
         self._started_at = datetime.now(UTC)
         self._done = 0
@@ -208,12 +215,15 @@ class Worker:
             async with asyncio.TaskGroup() as sides:
                 sides.create_task(self._register(ending), name="registry")
                 cancels = sides.create_task(self._hear_cancels(), name="cancels")
+                presence = sides.create_task(self._be_there(), name="presence")
                 sides.create_task(self._end_grace(ending), name="grace")
                 try:
                     await self._serve()
                 finally:
                     ending.set()
+                    self._changed.set()
                     cancels.cancel()
+                    presence.cancel()
         except ExceptionGroup as died:
             self._fatal = errors.FatalError("a part of this worker died: the log says of what", code="worker_broken")
             raise self._fatal from died
@@ -239,9 +249,10 @@ class Worker:
         delivery = pulled.delivery
         turn = _JustInTimeTurn(
             self._device, job_id=delivery.subject.rsplit(".", 1)[-1], gives_way=pulled.gives_way, open_next=open_next,
-            told=self._leave_if_long, lose=self.drain,
+            told=self._leave_if_long, lose=self.drain, changed=self._changed.set, seq=delivery.seq,
         )  # fmt: skip
         self._turns.add(turn)
+        self._changed.set()
         tasks.create_task(self._see_through(delivery, turn), name=f"task-{delivery.seq}")
 
     async def _make_way(self, tasks: asyncio.TaskGroup) -> None:
@@ -294,6 +305,11 @@ class Worker:
             log.warning(exc.message, _event="bus_lost")
             await asyncio.sleep(BUS_PAUSE_S)
             return None
+        if pulled is not None and any(turn.seq == pulled.delivery.seq for turn in self._turns):
+            # A bus that was killed may forget that it gave it to us. It goes by the message, not by the delivery: what
+            # runs here renews its lease and settles it, and a second attempt would only overtake the first.
+            log.warning("a task that runs here came again", _event="held_already", seq=pulled.delivery.seq)
+            return None
         return pulled
 
     async def _see_through(self, delivery: Delivery, turn: _JustInTimeTurn) -> None:
@@ -327,6 +343,21 @@ class Worker:
                 log.warning(exc.message, _event="bus_lost")
                 await asyncio.sleep(BUS_PAUSE_S)
 
+    async def _be_there(self) -> None:
+        """Listen for as long as this process lives: where nobody does, a gateway hands out again what is held here."""
+        subject = topology.subject_of_worker(self._policy.stage, self._policy.worker_id)
+        while True:
+            try:
+                feed = await self._bus.listen(subject)
+                try:
+                    while True:
+                        await feed.next(wait=CANCEL_WAIT_S)
+                finally:
+                    await feed.close()
+            except errors.BusError as exc:
+                log.warning(exc.message, _event="bus_lost")
+                await asyncio.sleep(BUS_PAUSE_S)
+
     async def _end_grace(self, ending: asyncio.Event) -> None:
         """A drain that takes longer than the grace period hands back what still runs, at its next step.
 
@@ -346,6 +377,7 @@ class Worker:
         key = f"{self._policy.stage}.{self._policy.worker_id}"
         while True:
             last = ending.is_set()
+            self._changed.clear()
             info = self._describe(await asyncio.to_thread(self._monitor.read))
             self._metrics.state(info.state)
             self._metrics.gpu_figures(info.gpus)
@@ -358,7 +390,7 @@ class Worker:
                 return
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(self._registration.heartbeat_s):
-                    await ending.wait()
+                    await self._changed.wait()
 
     def _describe(self, gpus: tuple[GpuFigures, ...]) -> WorkerInfo:
         engine = self._engine.info
@@ -374,6 +406,7 @@ class Worker:
             gpus=gpus,
             # A task that cannot be read may have come under any name.
             running=tuple(turn.job_id for turn in self._turns if JOB_ID.fullmatch(turn.job_id)),
+            generating=next((turn.job_id for turn in self._turns if turn.phase == "generating"), None),
             seconds_per_step=self._handler.seconds_per_step,
             busy_seconds=self._handler.busy_seconds,
             tasks_done=self._done,

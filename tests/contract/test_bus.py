@@ -652,3 +652,32 @@ async def test_the_oldest_message_on_a_subject_is_found_as_long_as_it_is_there(b
     await (await taken(bus, topology.GATEWAY_WEBHOOKS)).ack()
     assert (await bus.first(topology.WEBHOOKS, subject)).body == b"3"
     assert (await bus.first(topology.WEBHOOKS, other)).body == b"2"
+
+
+# ── for those who died ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_what_was_handed_out_and_not_settled_is_told_and_can_be_handed_back_by_anybody(bus: Bus) -> None:
+    for job in ("j1", "j2", "j3"):
+        await queued(bus, job)
+    first, second = await taken(bus), await taken(bus)
+    await first.ack()
+
+    assert [held.seq for held in await bus.unsettled(QUEUE)] == [second.seq]
+    await bus.hand_back(QUEUE, second.seq)
+
+    again = await taken(bus)
+    assert (again.seq, again.num_delivered) == (second.seq, 2)
+    await again.ack()
+    assert await bus.unsettled(QUEUE) == []
+
+
+async def test_whether_anybody_listens_is_known_at_once(bus: Bus) -> None:
+    subject = topology.subject_of_worker("edit", "w1")
+    assert not await bus.listened(subject)
+
+    feed = await bus.listen(subject)
+    assert await bus.listened(subject)
+
+    await feed.close()
+    assert not await bus.listened(subject)

@@ -42,6 +42,7 @@ PUBLISHED: dict[str, set[str]] = {
     "vidgen.events.a-job": GATEWAY | WORKERS,
     "vidgen.progress.a-job": WORKERS,
     "vidgen.control.a-job": GATEWAY,
+    "vidgen.workers.edit.w1": GATEWAY,
     "vidgen.history.a-job": GATEWAY,
     "vidgen.webhooks.a-job": GATEWAY,
     f"{JS}.CONSUMER.MSG.NEXT.VIDGEN_WEBHOOKS.gateway-webhooks": GATEWAY,
@@ -58,14 +59,18 @@ PUBLISHED: dict[str, set[str]] = {
     f"{JS}.STREAM.MSG.GET.KV_vidgen_jobs": GATEWAY,
     f"{JS}.STREAM.MSG.GET.KV_vidgen_workers": GATEWAY,
     f"{JS}.STREAM.INFO.KV_vidgen_workers": GATEWAY,
-    # tasks are taken and settled by their stage alone
+    # tasks are taken and settled by their stage alone; what a dead worker held a gateway hands back
+    **{
+        f"$JS.ACK.VIDGEN_TASKS.{stage}-{lane}.1.1.1.1790000000000000000.0": GATEWAY | (EDIT if stage == "edit" else I2V)
+        for stage in ("edit", "i2v")
+        for lane in ("interactive", "batch")
+    },
     **{
         subject: EDIT if stage == "edit" else I2V
         for stage in ("edit", "i2v")
         for lane in ("interactive", "batch")
         for subject in (
             f"{JS}.CONSUMER.MSG.NEXT.VIDGEN_TASKS.{stage}-{lane}",
-            f"$JS.ACK.VIDGEN_TASKS.{stage}-{lane}.1.1.1.1790000000000000000.0",
             f"$JS.ACK._.HASH.VIDGEN_TASKS.{stage}-{lane}.1.1.1.1790000000000000000.0.token",
         )
     },
@@ -134,6 +139,9 @@ HEARD: dict[str, set[str]] = {
     "vidgen.webhooks.*": NOBODY,
     "vidgen.progress.*": GATEWAY,
     "vidgen.control.*": WORKERS,
+    "vidgen.workers.edit.*": EDIT,
+    "vidgen.workers.i2v.*": I2V,
+    "vidgen.workers.>": NOBODY,
     "$KV.>": NOBODY,
     "$JS.>": NOBODY,
     "$JS.API.>": NOBODY,

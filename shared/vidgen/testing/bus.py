@@ -21,7 +21,8 @@ class MemoryBus(Faults):
 
     METHODS = frozenset({
         "publish", "pull", "last", "first", "tail", "get", "delete", "purge", "follow", "signal", "listen", "depth",
-        "held", "ack", "nak", "in_progress", "next", "records.get", "records.put", "records.all",
+        "listened", "held", "ack", "nak", "unsettled", "hand_back", "in_progress", "next", "records.get", "records.put",
+        "records.all",
     })  # fmt: skip
     OUTAGE = errors.BusError
 
@@ -90,6 +91,15 @@ class MemoryBus(Faults):
                 await self.change(until if due is None else min(due, until))
             return MemoryDelivery(self, state, *taken)
 
+    async def unsettled(self, consumer: topology.Consumer) -> list[Stored]:
+        async with self.call("unsettled"):
+            return self._consumer(consumer).unsettled()
+
+    async def hand_back(self, consumer: topology.Consumer, seq: int) -> None:
+        async with self.call("hand_back"):
+            self._consumer(consumer).nak(seq, 0.0)
+            self.changed()
+
     async def last(self, stream: str, subject: str) -> Stored | None:
         async with self.call("last"):
             return next(reversed(list(self._stream(stream).on(subject))), None)
@@ -129,6 +139,10 @@ class MemoryBus(Faults):
             feed = MemoryListenFeed(self, subject)
             self._listeners.append(feed)
             return feed
+
+    async def listened(self, subject: str) -> bool:
+        async with self.call("listened"):
+            return any(matches(feed.subject, subject) for feed in self._listeners)
 
     async def depth(self, consumer: topology.Consumer) -> Depth:
         async with self.call("depth"):

@@ -141,6 +141,10 @@ class MemoryConsumer:
         if seq in self._due:
             self._due[seq] = self._clock.time() + self.ack_wait
 
+    def unsettled(self) -> list[Stored]:
+        self._forget_what_is_gone()
+        return [self.stream.messages[seq] for seq in sorted(self._due)]
+
     def depth(self) -> Depth:
         self._forget_what_is_gone()
         fresh = [stored for stored in self.stream.on(self._filter) if stored.seq > self._cursor]

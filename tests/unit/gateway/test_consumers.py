@@ -74,6 +74,30 @@ async def test_a_request_goes_through_to_a_completed_job_and_is_counted_once(loo
     assert (await loops.gateway.parts.jobs.get(job.id)).status is contracts.JobStatus.COMPLETED
 
 
+async def test_an_end_is_counted_though_the_record_that_is_read_is_behind_it(
+    loops: Loops, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With three nodes a record may be read from one that is behind: the end of a job was not counted then."""
+    monkeypatch.setattr("gateway.consumers.HAND_BACK_S", 0.0)
+    job = await loops.gateway.submit()
+    jobs, behind = loops.gateway.parts.jobs, [job]
+    find = jobs.find
+
+    async def stale(job_id: str) -> Job | None:
+        found = await find(job_id)
+        return behind.pop() if behind and found is not None and found.status.final else found
+
+    monkeypatch.setattr(jobs, "find", stale)
+    await say(loops, completed(job))
+    await loops.until_told(job.id, "completed")
+
+    counted = b'vidgen_jobs_total{status="completed"} 1.0'
+    async with asyncio.timeout(BOUND):
+        while counted not in loops.gateway.parts.metrics.render()[0]:
+            await asyncio.sleep(0)
+    assert behind == []
+
+
 async def test_a_message_that_cannot_be_digested_does_not_stop_the_others(
     loops: Loops, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -118,6 +118,7 @@ def busy_gateway(on_gateway: metrics.GatewayMetrics) -> metrics.GatewayMetrics:
     on_gateway.observe(contracts.StageCancelled(**common(cancel_latency_s=0.3)), job())
     on_gateway.job_finished(job(status="completed", completed_at=NOW + timedelta(seconds=50)))
     on_gateway.dead_lettered(None)
+    on_gateway.handed_back("edit")
     on_gateway.http_request("/v1/jobs/{id}", "GET", 200, 0.01)
     on_gateway.observe(failed(final=True), job())
     on_gateway.fleet([worker()], DEPTHS, NOW)

@@ -758,16 +758,17 @@ async def test_a_worker_shows_itself_with_its_figures_and_what_it_does(loop_cloc
         await reached(gate)
         await settled()
         loop_clock.advance(3.1)
-        await shop.until("records.put", 2)
-        info = await shop.registered()
+        async with asyncio.timeout(BOUND):
+            while not (info := await shop.registered()).busy_seconds:  # while it runs
+                await asyncio.sleep(0)
         assert (info.state, info.running) == ("busy", ("j1",))
-        assert info.busy_seconds > 0  # while it runs
 
         shop.worker.drain()
         await settled()
         loop_clock.advance(3.1)
-        await shop.until("records.put", 3)
-        assert (await shop.registered()).state == "draining"
+        async with asyncio.timeout(BOUND):
+            while (await shop.registered()).state != "draining":
+                await asyncio.sleep(0)
 
         gate.open()
         await shop.left()
@@ -788,3 +789,42 @@ async def test_a_registry_that_does_not_answer_does_not_stop_the_worker(loop_clo
 
         await shop.queue(1)
         await shop.until("stage_completed")
+
+
+# ── what came before ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_a_task_that_comes_again_while_it_runs_here_is_not_begun_a_second_time() -> None:
+    """A bus that was killed and came back gave workers what they were running: they overtook themselves."""
+    async with open_shop() as shop:
+        gate = shop.engine.hold("generate", 1, 2)
+        await shop.queue(1)
+        shop.start()
+        await reached(gate)
+        [held] = await shop.bench.bus.unsettled(topology.consumer_of("edit", "interactive"))
+        pulls = shop.bench.bus.calls["pull"]
+
+        await shop.bench.bus.hand_back(topology.consumer_of("edit", "interactive"), held.seq)
+        gate.open()
+        await shop.until("stage_completed")
+
+        assert shop.bench.bus.calls["pull"] > pulls
+        assert shop.engine.generated == [1]
+        assert shop.bench.types("j1").count("stage_started") == 1
+
+
+async def test_a_worker_can_be_asked_for_and_tells_at_once_what_it_holds_and_what_is_on_the_device() -> None:
+    async with open_shop() as shop:
+        first, second = shop.engine.hold("generate", 1, 2), shop.engine.hold("prepare", 2)
+        await shop.queue(1)
+        await shop.queue(2)
+        shop.start()
+        await reached(first, second)
+        second.open()
+
+        async with asyncio.timeout(BOUND):
+            while set((told := await shop.registered()).running) != {"j1", "j2"}:
+                await asyncio.sleep(0)
+
+        assert told.generating == "j1"
+        assert await shop.bench.bus.listened(topology.subject_of_worker("edit", shop.bench.policy.worker_id))

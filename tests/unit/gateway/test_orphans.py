@@ -1,0 +1,190 @@
+"""The tasks of a dead worker are handed out again; those of one that is there, or of another, are not."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+
+import pytest
+from tests.gateways import Gateway, started
+
+from gateway.orphans import Orphans
+from vidgen import contracts, topology
+from vidgen.bus import Delivery
+from vidgen.contracts import Job, WorkerInfo
+from vidgen.testing import FakeClock, MemoryBus
+
+SILENCE_S = 6.0
+QUEUE = topology.consumer_of("edit", "interactive")
+
+
+class Ward:
+    """A gateway that looks after orphans, a job whose task a worker `w1` took, and time that is moved by hand."""
+
+    def __init__(self, gateway: Gateway, clock: FakeClock) -> None:
+        parts = gateway.parts
+        assert isinstance(parts.bus, MemoryBus)
+        self.gateway, self.bus, self.clock = gateway, parts.bus, clock
+        self.orphans = Orphans(self.bus, parts.fleet, parts.metrics, SILENCE_S, clock=clock.time)
+
+    @classmethod
+    async def open(cls) -> Ward:
+        clock = FakeClock()
+        return cls(await Gateway.open(MemoryBus(clock=clock)), clock)
+
+    async def register(self, worker: str = "w1", **given: Any) -> None:
+        at = datetime.now(UTC)
+        info = WorkerInfo(
+            id=worker, stage="edit", state="busy", engine="preview", model="none", device="cpu", version="1", host="h",
+            started_at=at, at=at, **given,
+        )  # fmt: skip
+        await self.bus.records(topology.WORKERS_BUCKET).put(f"edit.{worker}", info.to_bytes())
+
+    async def taken(self) -> tuple[Job, Delivery]:
+        job = await self.gateway.submit()
+        delivery = await self.bus.pull(QUEUE, 0)
+        assert delivery is not None
+        return job, delivery
+
+    async def looks(self, count: int = 2) -> None:
+        """The first look, silence, and so many looks behind it."""
+        await self.orphans.look()
+        self.clock.advance(SILENCE_S)
+        for _ in range(count):
+            await self.orphans.look()
+
+    async def again(self) -> Delivery | None:
+        return await self.bus.pull(QUEUE, 0)
+
+    async def newest(self, job: Job) -> contracts.AnyEvent:
+        stored = await self.bus.last(topology.EVENTS, topology.subject_of_events(job.id))
+        assert stored is not None
+        return contracts.Event.validate_json(stored.body)
+
+
+@pytest.fixture
+async def ward() -> Ward:
+    return await Ward.open()
+
+
+async def test_a_task_that_a_dead_worker_began_is_handed_out_again_with_a_try_less(ward: Ward) -> None:
+    job, _ = await ward.taken()
+    await ward.gateway.tell(started(job))
+    await ward.register(running=(job.id,))
+
+    await ward.looks()
+
+    again = await ward.again()
+    assert again is not None
+    assert again.num_delivered == 2
+    assert isinstance(await ward.newest(job), contracts.StageStarted)
+    assert b'vidgen_orphans_total{stage="edit"} 1.0' in ward.gateway.parts.metrics.render()[0]
+
+
+async def test_one_that_had_not_said_so_yet_is_handed_out_again_too(ward: Ward) -> None:
+    await ward.taken()
+    await ward.register()
+
+    await ward.looks()
+    assert await ward.again() is None  # nobody says who has it: it may have been taken in this moment
+    await ward.orphans.look()
+
+    assert await ward.again() is not None
+
+
+async def test_a_task_that_was_not_on_the_device_is_not_charged_for_the_one_that_was(ward: Ward) -> None:
+    """A task beside one that kills its process was given up with it, for it had been begun each time."""
+    job, _ = await ward.taken()
+    await ward.gateway.tell(started(job))
+    await ward.register(running=(job.id, "killer"), generating="killer")
+
+    await ward.looks()
+
+    assert await ward.again() is not None
+    released = await ward.newest(job)
+    assert isinstance(released, contracts.StageReleased)
+    assert (released.attempt, released.tries, released.worker) == (1, 0, "w1")
+
+
+async def test_a_task_is_not_excused_for_ever(ward: Ward) -> None:
+    """It may kill while it is prepared, beside whatever is on the device."""
+    job, _ = await ward.taken()
+    await ward.gateway.tell(started(job).model_copy(update={"attempt": 4, "tries": 1}))
+    await ward.register(running=(job.id, "other"), generating="other")
+
+    await ward.looks()
+
+    assert await ward.again() is not None
+    assert isinstance(await ward.newest(job), contracts.StageStarted)
+
+
+async def test_a_worker_that_is_silent_but_there_keeps_its_task(ward: Ward) -> None:
+    job, _ = await ward.taken()
+    await ward.gateway.tell(started(job))
+    await ward.register(running=(job.id,))
+    await ward.bus.listen(topology.subject_of_worker("edit", "w1"))
+
+    await ward.looks()
+
+    assert await ward.again() is None
+
+
+async def test_a_worker_that_is_missed_once_may_be_reconnecting(ward: Ward) -> None:
+    job, _ = await ward.taken()
+    await ward.gateway.tell(started(job))
+    await ward.register(running=(job.id,))
+
+    await ward.looks(1)
+
+    assert await ward.again() is None
+
+
+async def test_what_another_worker_holds_by_now_is_not_taken_from_it(ward: Ward) -> None:
+    job, _ = await ward.taken()
+    await ward.gateway.tell(started(job).model_copy(update={"worker": "w2", "attempt": 2}))
+    await ward.register(running=(job.id,))
+    await ward.register("w2")
+    await ward.bus.listen(topology.subject_of_worker("edit", "w2"))
+
+    await ward.looks()
+
+    assert await ward.again() is None
+
+
+async def test_a_task_in_its_back_off_stays_there(ward: Ward) -> None:
+    job, delivery = await ward.taken()
+    error = contracts.JobError(code="out_of_memory", message="no room")
+    stamp = started(job).model_dump(include={"job_id", "run", "at", "stage", "attempt", "tries", "worker"})
+    await ward.gateway.tell(contracts.StageFailed(**stamp, error=error, final=False, retry_in_s=30.0))
+    await delivery.nak(30.0)
+    await ward.register()
+
+    await ward.looks()
+
+    assert await ward.again() is None
+
+
+async def test_a_task_that_was_handed_back_to_one_who_died_with_it_is_not_forgotten(ward: Ward) -> None:
+    """It was excused, given out, and its next worker died before its claim: its log said that it was free."""
+    job, _ = await ward.taken()
+    stamp = started(job).model_dump(include={"job_id", "run", "at", "stage", "attempt", "tries", "worker"})
+    await ward.gateway.tell(contracts.StageReleased(**stamp))
+    await ward.register()
+
+    await ward.looks()
+    await ward.orphans.look()
+
+    assert await ward.again() is not None
+
+
+async def test_a_holder_of_whom_nothing_is_known_any_more_is_given_time(ward: Ward) -> None:
+    job, _ = await ward.taken()
+    await ward.gateway.tell(started(job).model_copy(update={"worker": "expired"}))
+    await ward.register()
+
+    await ward.looks(3)
+    assert await ward.again() is None
+    ward.clock.advance(SILENCE_S)
+    await ward.orphans.look()
+
+    assert await ward.again() is not None

@@ -1,0 +1,118 @@
+"""Silence is judged by what was measured for tasks of that size, and a process that stood still was not silent."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from tests import engines
+from tests.workbench import BOUND, Bench, work_of
+
+from vidgen import errors
+from vidgen.watchdog import Patience, Watch, Watchdog
+
+LOOK_S = 0.01
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+async def done() -> str:
+    return "done"
+
+
+async def looks(clock: Clock, watch: Watch, each_s: float) -> None:
+    """Let time pass, look by look, until the watch loses patience."""
+    watched = asyncio.ensure_future(watch.over(asyncio.Event().wait()))
+    async with asyncio.timeout(BOUND):
+        while not watched.done():
+            clock.now += each_s
+            await asyncio.sleep(LOOK_S)
+    watched.result()
+
+
+async def learnt(dog: Watchdog, clock: Clock, silence_s: float) -> None:
+    """One task of the usual size, whose longest silence was this."""
+    watch = dog.watch(work_of("edit"))
+    clock.now += silence_s
+    watch.heard(1)
+    assert await watch.over(done()) == "done"
+
+
+async def test_the_first_task_of_a_size_is_borne_for_longest() -> None:
+    clock = Clock()
+    dog = Watchdog(Patience(factor=10, least_s=60, first_s=900), look_s=LOOK_S, clock=clock)
+    await learnt(dog, clock, 20.0)
+
+    assert dog.watch(work_of("edit")).bears_s == 200
+    assert dog.watch(work_of("edit", width=128)).bears_s == 900
+    assert dog.watch(work_of("i2v")).bears_s == 900
+
+
+async def test_short_silences_are_borne_for_the_least() -> None:
+    clock = Clock()
+    dog = Watchdog(Patience(factor=10, least_s=60, first_s=900), look_s=LOOK_S, clock=clock)
+    await learnt(dog, clock, 0.5)
+
+    assert dog.watch(work_of("edit")).bears_s == 60
+
+
+async def test_an_engine_that_begins_again_with_less_memory_is_borne_as_at_first() -> None:
+    clock = Clock()
+    dog = Watchdog(Patience(factor=10, least_s=60, first_s=900), look_s=LOOK_S, clock=clock)
+    await learnt(dog, clock, 0.5)
+    watch = dog.watch(work_of("edit"))
+    watch.heard(3)
+    watch.heard(1)
+
+    assert watch.bears_s == 900
+
+
+async def test_silence_beyond_that_is_a_hang() -> None:
+    clock = Clock()
+    dog = Watchdog(Patience(factor=10, least_s=5 * LOOK_S, first_s=10 * LOOK_S), look_s=LOOK_S, clock=clock)
+
+    with pytest.raises(errors.HungError, match="behind step 0"):
+        await looks(clock, dog.watch(work_of("edit")), LOOK_S)
+
+
+async def test_a_process_that_stood_still_was_not_silent() -> None:
+    """After a SIGSTOP, or on a machine that slept, the clock jumps while the engine could not have said anything."""
+    clock = Clock()
+    dog = Watchdog(Patience(least_s=1000 * LOOK_S, first_s=1000 * LOOK_S), look_s=LOOK_S, clock=clock)
+    release = asyncio.Event()
+    watched = asyncio.ensure_future(dog.watch(work_of("edit")).over(release.wait()))
+    for _ in range(3):
+        clock.now += 1e6
+        await asyncio.sleep(2 * LOOK_S)
+
+    release.set()
+    assert await watched
+
+
+async def test_without_a_factor_an_engine_is_waited_for() -> None:
+    assert Watchdog(Patience(factor=0)).watch(work_of("edit")).bears_s == float("inf")
+
+
+async def test_a_task_at_which_the_engine_hangs_is_charged_a_try_and_free_at_once() -> None:
+    engine = engines.Hangs()
+    bench = Bench(engine)
+    bench.use(engine)
+    bench.handler._watchdog = Watchdog(Patience(least_s=LOOK_S, first_s=LOOK_S), look_s=LOOK_S)
+    try:
+        await bench.queue()
+        with pytest.raises(errors.HungError):
+            await bench.run()
+
+        failed = bench.events()[-1]
+        assert (failed.type, failed.error.code, failed.final, failed.tries) == ("stage_failed", "engine_hung", False, 1)
+        assert bench.metric("vidgen_worker_tasks_total", outcome="retried") == 1
+        assert bench.queued() == 1
+    finally:
+        engine.released.set()
+        bench.close()
