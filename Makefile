@@ -13,11 +13,12 @@ INSTALL = UV_COMPILE_BYTECODE=1 $(if $(PIP_FIND_LINKS),$(if $(wildcard $(PIP_FIN
 unexport PYTHONDONTWRITEBYTECODE
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test check lint constraints audit clean
+.PHONY: help demo test fault check lint constraints audit clean
 
 help:
 	@echo "make demo         examples/portrait.jpg -> out/frame.png and out/video.mp4, on this machine"
 	@echo "make test         install everything for the tests, torch too, and run them"
+	@echo "make fault        the fault suite in its long form: hours of kills and outages; a table at the end"
 	@echo "make check        ruff, mypy and the tests: what CI runs"
 	@echo "make constraints  resolve the dependencies anew into constraints.txt"
 	@echo "make audit        compare constraints.txt with the published advisories; needs PyPI itself, not a mirror"
@@ -31,6 +32,9 @@ demo: $(VENV)/.local
 # Two at a time on two cores take little more than half the time. A file stays in one process, which shares its servers.
 test: $(VENV)/.test
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile $(ARGS)
+
+fault: $(VENV)/.test
+	$(BIN)/python -m tests.fault $(ARGS)
 
 check: lint test
 

@@ -1,0 +1,28 @@
+"""The NATS server is killed and started again on its data, while publishers go on until they are acknowledged."""
+
+from __future__ import annotations
+
+import asyncio
+
+from tests.fault.ledger import Ledger
+from tests.fault.system import Lab
+
+
+async def campaign(lab: Lab, *, kills: int, jobs: int) -> str:
+    async with lab.system(workers=2) as system:
+        for number in range(kills):
+            share = jobs * (number + 1) // kills - len(system.asked)
+            asking = asyncio.create_task(system.submit(share))
+            await asyncio.sleep(lab.chance.uniform(0, 0.3))
+            await system.nats.kill()
+            await asyncio.sleep(lab.chance.uniform(0, 0.5))
+            await system.nats.start()
+            await asking
+        # What a gateway had counted when the bus forgot its ack came to it again.
+        ends = await Ledger(system, exact=False).audit()
+        assert ends == {"completed": jobs}
+        return f"{kills} kills, {len(system.asked)} acknowledged requests, 0 lost: {dict(ends)}"
+
+
+async def test_the_bus_is_killed_and_no_acknowledged_request_is_lost(lab: Lab) -> None:
+    await campaign(lab, kills=2, jobs=12)

@@ -1,0 +1,95 @@
+"""A bus of three nodes: one is killed and comes back, leaders change, and nothing is lost."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import socket
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import nats.errors
+from tests.fault.ledger import Ledger
+from tests.fault.nursery import BOUND_S
+from tests.fault.system import Lab
+
+from vidgen import topology
+from vidgen.local import NatsServer
+from vidgen.local.process import POLL
+from vidgen.local.servers import program
+
+
+class Node(NatsServer):
+    """One of three servers that keep every stream threefold; known to the others by `routes`."""
+
+    def __init__(self, folder: Path, name: str, route: int, routes: list[int]) -> None:
+        super().__init__(folder, sync_always=False)
+        self._name, self._route, self._routes = name, route, routes
+
+    def _config(self) -> str:
+        urls = ", ".join(f"nats://127.0.0.1:{port}" for port in self._routes)
+        own = f"name: fault\n listen: 127.0.0.1:{self._route}\n routes: [{urls}]\n"
+        return f"server_name: {self._name}\ncluster {{ {own} }}\n" + super()._config()
+
+    async def start(self) -> None:
+        """As a node: ready when it listens, for the others may be missing until JetStream can answer."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for stale in self.folder.glob("nats-server_*.ports"):
+            stale.unlink()
+        config = self.folder / "nats.conf"
+        config.write_text(self._config())
+        self.process.start([program("nats-server"), "-c", str(config)])
+        async with asyncio.timeout(BOUND_S):
+            while not self._read_ports():
+                self.process.check()
+                await asyncio.sleep(POLL)
+
+
+def free_ports(count: int) -> list[int]:
+    with contextlib.ExitStack() as held:
+        sockets = [held.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+
+
+@contextlib.asynccontextmanager
+async def cluster(folder: Path) -> AsyncIterator[list[Node]]:
+    ports = free_ports(3)
+    nodes = [Node(folder / f"node-{n}", f"node-{n}", port, ports) for n, port in enumerate(ports)]
+    try:
+        await asyncio.gather(*(node.start() for node in nodes))
+        yield nodes
+    finally:
+        for node in nodes:
+            await node.kill()
+
+
+async def campaign(lab: Lab, *, kills: int, stepdowns: int, jobs: int) -> str:
+    async with cluster(lab.folder) as nodes:
+        env = {"VIDGEN_STREAM_REPLICAS": "3"}
+        async with lab.system(workers=2, nats=nodes[0], env=env) as system:
+            moments = ["kill"] * kills + ["stepdown"] * stepdowns
+            lab.chance.shuffle(moments)
+            for number, moment in enumerate(moments):
+                share = jobs * (number + 1) // len(moments) - len(system.asked)
+                asking = asyncio.create_task(system.submit(share))
+                await asyncio.sleep(lab.chance.uniform(0, 0.5))
+                if moment == "kill":
+                    node = lab.chance.choice(nodes)
+                    await node.kill()
+                    await asking
+                    await node.start()
+                else:
+                    for stream in (topology.REQUESTS, topology.TASKS, topology.EVENTS, f"KV_{topology.JOBS_BUCKET}"):
+                        with contextlib.suppress(nats.errors.Error, TimeoutError):
+                            await system.bus.client.request(f"$JS.API.STREAM.LEADER.STEPDOWN.{stream}", b"", timeout=5)
+                    await asking
+            ends = await Ledger(system, exact=False).audit()
+            assert ends == {"completed": jobs}
+            return f"{kills} nodes killed, {stepdowns} leader changes, {jobs} jobs: {json.dumps(dict(ends))}"
+
+
+async def test_a_node_dies_and_leaders_change_and_nothing_is_lost(lab: Lab) -> None:
+    await campaign(lab, kills=1, stepdowns=1, jobs=8)

@@ -1,0 +1,33 @@
+"""An engine hangs: its worker is unhealthy and leaves, its task is handed on, and given up where every engine hangs."""
+
+from __future__ import annotations
+
+from tests.fault.ledger import Ledger
+from tests.fault.system import Lab
+
+from vidgen import contracts
+
+QUICK = {"VIDGEN_HANG_FIRST_S": "3", "VIDGEN_HANG_LEAST_S": "3", "VIDGEN_ACK_WAIT": "900"}
+
+
+async def campaign(lab: Lab, *, hangs: int, jobs: int) -> str:
+    async with lab.system(workers=1, env=QUICK) as system:
+        stuck = system.start("worker", FAULT_HANGS="1")
+        await stuck.until_ready()
+        poison = await system.submit(hangs, stages=["edit"], told="hang")
+        await system.submit(jobs)
+        await system.until_ended(poison)
+        await system.until(lambda: stuck.ended is not None)
+        for child in system.of("worker"):  # one that hangs came back as one that hangs
+            system.own_env[child.name].pop("FAULT_HANGS", None)
+        ends = await Ledger(system).audit()
+        assert ends == {"completed": jobs, "failed": hangs}
+        codes = {event.error.code for event in system.events if isinstance(event, contracts.StageFailed)}
+        assert codes == {"engine_hung"}
+        assert stuck.ended == 1
+        left = sum(child.role == "worker" for child in system.dead)
+        return f"{left} workers hung and left, {jobs} jobs beside: {dict(ends)}"
+
+
+async def test_a_worker_whose_engine_hangs_hands_its_task_on_and_leaves(lab: Lab) -> None:
+    await campaign(lab, hangs=1, jobs=4)

@@ -1,0 +1,38 @@
+"""Tasks that take their process with them: given up after three tries, in seconds, and no other task is harmed."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+
+from tests.fault.ledger import Ledger
+from tests.fault.system import Lab
+
+from vidgen import contracts
+
+# Nothing can come back by its lease within the bound of a test: what does was handed out again for its worker died.
+LEASE = {"VIDGEN_ACK_WAIT": "900"}
+WAYS = ("exit", "segv", "oom")
+
+
+async def campaign(lab: Lab, *, killers: int, jobs: int) -> str:
+    async with lab.system(workers=2, env=LEASE) as system:
+        begun = asyncio.get_running_loop().time()
+        deadly = []
+        for number in range(killers):
+            deadly += await system.submit(stages=["edit"], told=WAYS[number % len(WAYS)])
+            await system.submit(jobs * (number + 1) // killers - (len(system.asked) - len(deadly)))
+        await system.until_ended(deadly)
+        took = asyncio.get_running_loop().time() - begun
+        ends = await Ledger(system).audit()
+        assert ends == {"completed": jobs, "failed": killers}
+        failed = {e.job_id: e.error.code for e in system.events if isinstance(e, contracts.JobFailed)}
+        assert failed == {job.job_id: "attempts_exhausted" for job in deadly}
+        starts = Counter(event.job_id for event in system.events if isinstance(event, contracts.StageStarted))
+        excused = Counter(event.job_id for event in system.events if isinstance(event, contracts.StageReleased))
+        assert {starts[job_id] - excused[job_id] for job_id in failed} == {3}
+        return f"{killers} killers among {jobs} jobs: all given up within {took:.0f} s: {dict(ends)}"
+
+
+async def test_tasks_that_kill_their_workers_are_given_up_in_seconds_and_harm_no_other(lab: Lab) -> None:
+    await campaign(lab, killers=3, jobs=6)
