@@ -35,6 +35,12 @@ STORE_FILES = tuple(ROOT / "deploy" / "s3" / f"{name}.yml" for name in STORES)
 OURS = {"gateway": settings.GatewaySettings} | dict.fromkeys(
     ("edit-service", "i2v-service", "edit-service-gpu", "i2v-service-gpu", "worker-gpu"), settings.WorkerSettings
 )
+# To whom an image gives the folders that it writes, by its recipe: root where it says nothing, who is its user else.
+# A root without capabilities does not write where another one is the owner.
+WRITERS = {
+    "nats": "root", "chrislusf/seaweedfs": "1000:1000", "pgsty/silo": "root", "prom/prometheus": "its own",
+    "grafana/grafana": "its own", "localhost/vidgen/edit-service": "its own", "localhost/vidgen/i2v-service": "its own",
+}  # fmt: skip
 BOUND, POLL = 180.0, 0.1  # seconds to wait for what must come, on a busy machine, and between two looks
 
 
@@ -161,6 +167,20 @@ def test_every_service_can_do_little_and_says_how_it_is(store: str) -> None:
         once = name.endswith("-weights")
         assert service["restart"] == ("no" if once else "unless-stopped")
         assert once or service["healthcheck"]["test"]
+
+
+@pytest.mark.parametrize("store", STORES)
+def test_who_writes_into_a_volume_owns_it(store: str) -> None:
+    written = set()
+    for service in compose.services({**compose.filled(), "S3_SERVER": store}).values():
+        volumes = [volume.split(":") for volume in service.get("volumes", ())]
+        if any(not parts[0].startswith("./") and parts[-1] != "ro" for parts in volumes):
+            image = service["image"].rpartition(":")[0]
+            owner = WRITERS[image]
+            assert service.get("user", owner) == owner
+            assert ("user" in service) == ("entrypoint" in service)  # another program than the image's is nobody's but ours
+            written.add(image)
+    assert written == set(WRITERS) - {"pgsty/silo" if store == "seaweedfs" else "chrislusf/seaweedfs"}
 
 
 def test_secrets_are_files_because_the_roots_are_read_only() -> None:
