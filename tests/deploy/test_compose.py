@@ -269,8 +269,8 @@ def test_the_store_has_the_flags_of_the_embedded_one(tmp_path: Path) -> None:
 class Graph:
     """The services of the preview profile as processes of this machine, with other ports and folders alone."""
 
-    RUN = ("nats", "s3", "gateway", "edit-service", "i2v-service")
-    PORTS = {"nats": (4222, 8222), "s3": (8333, 9333, 9327), "gateway": (8080,)} | dict.fromkeys(
+    RUN = ("nats", "s3", "gateway", "edit-service", "i2v-service", "prometheus")
+    PORTS = {"nats": (4222, 8222), "s3": (8333, 9333, 9327), "gateway": (8080,), "prometheus": (9090,)} | dict.fromkeys(
         ("edit-service", "i2v-service"), (9100,)
     )
 
@@ -326,7 +326,26 @@ class Graph:
             kept = [flag for flag in arguments if flag.split("=")[0] not in {*replaced, "-s3.port"}]
             arguments = [*kept, *(f"{flag}={value}" for flag, value in replaced.items())]
             arguments += [f"-{flag}={port}" for flag, port in self.inner.items()]
+        if name == "prometheus":  # the image starts it, the file names only flags
+            config, data = self._monitoring() / "prometheus.yml", self.folder / "prometheus"
+            replaced = {"--config.file": config, "--storage.tsdb.path": data}
+            kept = [flag for flag in (program, *arguments) if flag.split("=")[0] not in replaced]
+            arguments = [*kept, *(f"{flag}={value}" for flag, value in replaced.items())]
+            arguments += [f"--web.listen-address=127.0.0.1:{self.ports[name, 9090]}"]
+            program = name
         return [servers.program(Path(program).name), *arguments]
+
+    def _monitoring(self) -> Path:
+        """The mounted configuration, in a hurry, with targets on this machine."""
+        made = shutil.copytree(MONITORING, self.folder / "monitoring")
+        config = made / "prometheus.yml"
+        config.write_text(config.read_text("utf-8").replace("15s", "2s"))
+        for path in (made / "targets").iterdir():
+            text = path.read_text("utf-8")
+            for (other, port), here in self.ports.items():
+                text = text.replace(f'"{other}:{port}"', f'"127.0.0.1:{here}"')
+            path.write_text(text)
+        return made
 
     def _file(self, mounted: dict[str, str], argument: str) -> str:
         source = mounted.get(argument)
@@ -371,6 +390,7 @@ async def started(folder: Path) -> AsyncIterator[Graph]:
         graph = Graph(folder)
         servers.program("nats-server")
         servers.program("weed")
+        servers.program("prometheus")
     if shutil.which("wget") is None:
         assert "CI" not in os.environ, "wget is missing: apt-get install wget"
         pytest.skip("wget, which health checks in containers use, is missing here")
@@ -384,6 +404,16 @@ async def started(folder: Path) -> AsyncIterator[Graph]:
         for port in graph.inner.values():
             for left in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):
                 left.unlink(missing_ok=True)
+
+
+async def scraped(http: httpx.AsyncClient, prometheus: str, jobs: set[str]) -> None:
+    """Wait until all these answer Prometheus."""
+    async with asyncio.timeout(BOUND):
+        while True:
+            answer = (await http.get(f"{prometheus}/api/v1/query", params={"query": "up == 1"})).json()
+            if {found["metric"]["job"] for found in answer["data"]["result"]} >= jobs:
+                return
+            await asyncio.sleep(POLL)
 
 
 async def test_the_same_processes_with_the_same_files_make_a_video_and_stop_when_told(tmp_path: Path) -> None:
@@ -409,6 +439,9 @@ async def test_the_same_processes_with_the_same_files_make_a_video_and_stop_when
             assert link.startswith(f"{graph.url('s3', 8333)}/vidgen/jobs/{job.id}/video.mp4?")
             assert (await http.get(link)).content[4:8] == b"ftyp"
             assert (await http.get(link.partition("?")[0])).status_code == 403
+
+            # And Prometheus, with its own file, has found everybody that there is here
+            await scraped(http, graph.url("prometheus", 9090), {"gateway", "edit-service", "i2v-service", "s3"})
 
         # And nobody comes in without the secrets
         with pytest.raises(errors.BusError, match=r"(?i)authorization"):
