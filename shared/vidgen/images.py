@@ -16,7 +16,18 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from PIL import AvifImagePlugin, Image, ImageCms, ImageDraw, ImageFont, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
+from PIL import (
+    AvifImagePlugin,
+    GifImagePlugin,
+    Image,
+    ImageCms,
+    ImageDraw,
+    ImageFile,
+    ImageFont,
+    JpegImagePlugin,
+    PngImagePlugin,
+    WebPImagePlugin,
+)
 
 from vidgen import errors
 
@@ -27,8 +38,8 @@ MAX_ASPECT = 100
 MAX_SCANS = 200  # of a progressive JPEG; a camera writes about 10, and each costs a pass over all pixels
 MARK_SHARE = 0.06  # of the height, at the bottom: where `mark` writes
 
-FORMATS = "PNG, JPEG, WebP or AVIF"
-MEDIA_TYPES = ("image/png", "image/jpeg", "image/webp", "image/avif")
+FORMATS = "PNG, JPEG, WebP, AVIF or GIF"
+MEDIA_TYPES = ("image/png", "image/jpeg", "image/webp", "image/avif", "image/gif")
 # What Pillow may find in a file without it being worth a second encoding; anything else (EXIF, GPS, XMP, ICC, text) is.
 HARMLESS = frozenset({
     "dpi", "aspect", "gamma", "srgb", "chromaticity", "interlace", "jfif", "jfif_version", "jfif_unit", "jfif_density",
@@ -185,9 +196,7 @@ def _opened(path: Path) -> Iterator[Image.Image]:
             yield image
 
 
-def _kind(
-    head: bytes,
-) -> type[_Jpeg | PngImagePlugin.PngImageFile | WebPImagePlugin.WebPImageFile | AvifImagePlugin.AvifImageFile]:
+def _kind(head: bytes) -> type[ImageFile.ImageFile]:
     """The decoder, by the first bytes.
 
     Not `Image.open`: it warns of large images through the process-wide warnings machinery before we can refuse them.
@@ -202,6 +211,8 @@ def _kind(
         return WebPImagePlugin.WebPImageFile
     if head[4:8] == b"ftyp" and (b"avif" in head[8:] or b"avis" in head[8:]):
         return AvifImagePlugin.AvifImageFile
+    if head.startswith((b"GIF87a", b"GIF89a")):
+        return GifImagePlugin.GifImageFile
     raise errors.RejectedError(f"the file is not an image that can be read: send {FORMATS}", code="not_an_image")
 
 
