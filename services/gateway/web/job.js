@@ -401,11 +401,12 @@ function framesOf(now) {
 function picturesOf(now) {
   const { job } = now;
   const found = [];
-  if ((job.inputs || []).length) found.push({ kind: "photo", caption: "Photo", source: referencePath(job.id, 0) });
-  const frames = framesOf(now);
-  frames.forEach(({ name }, index) => {
-    const caption = frames.length > 1 ? `Edited frame ${index + 1}` : "Edited frame";
-    found.push({ kind: "frame", caption, name, source: artifactPath(job.id, name) });
+  const numbered = (word, index, all) => (all.length > 1 ? `${word} ${index + 1}` : word);
+  (job.inputs || []).forEach((_, index, all) => {
+    found.push({ kind: "photo", caption: numbered("Photo", index, all), source: referencePath(job.id, index) });
+  });
+  framesOf(now).forEach(({ name }, index, all) => {
+    found.push({ kind: "frame", caption: numbered("Edited frame", index, all), name, source: artifactPath(job.id, name) });
   });
   const made = now.stage("i2v")?.artifacts || [];
   const video = made.find((one) => one.content_type === "video/mp4");
@@ -417,11 +418,10 @@ function picturesOf(now) {
   return found;
 }
 
-// The video, else the frame that it is made of, else the photo.
+// The video, else the frame that it is made of, else the first photo.
 function newestOf(pictures, now) {
-  const last = pictures.at(-1);
-  if (last?.kind !== "frame") return last;
-  return pictures.filter((one) => one.kind === "frame")[now.approved ?? 0] || last;
+  const of = (kind) => pictures.filter((one) => one.kind === kind);
+  return of("video")[0] || of("frame")[now.approved ?? 0] || of("frame")[0] || of("photo")[0];
 }
 
 function pictureNode(picture) {
