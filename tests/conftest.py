@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import os
 import warnings
 from collections.abc import AsyncIterator, Iterator
@@ -62,8 +63,16 @@ def s3_store(s3_server: S3Server) -> S3Store:
 
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The folders of the tiny checkpoints, by the names in `checkpoints.MODELS`; built once."""
-    with warnings.catch_warnings():
-        # Building is the preparation, not what is tested: loading and running warn as errors.
-        warnings.simplefilter("ignore")
-        return checkpoints.build(tmp_path_factory.mktemp("models"))
+    """The folders of the tiny checkpoints, by the names in `checkpoints.MODELS`; built once for all test processes."""
+    shared = tmp_path_factory.getbasetemp()
+    shared = shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared
+    folder, built = shared / "models", shared / "models.built"
+    with (shared / "models.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not built.exists():
+            with warnings.catch_warnings():
+                # Building is the preparation, not what is tested: loading and running warn as errors.
+                warnings.simplefilter("ignore")
+                checkpoints.build(folder)
+            built.touch()
+    return {name: folder / name for name in checkpoints.MODELS}
