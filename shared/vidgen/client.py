@@ -353,8 +353,6 @@ def _as_part(image: Image, number: int) -> tuple[str, bytes, str]:
         kind = "image/webp"
     elif body[4:12] in (b"ftypavif", b"ftypavis"):
         kind = "image/avif"
-    elif body.startswith(b"GIF8"):
-        kind = "image/gif"
     else:
         kind = mimetypes.guess_type(name)[0] or "application/octet-stream"
     return name, body, kind

@@ -18,7 +18,6 @@ import numpy as np
 import numpy.typing as npt
 from PIL import (
     AvifImagePlugin,
-    GifImagePlugin,
     Image,
     ImageCms,
     ImageDraw,
@@ -38,8 +37,8 @@ MAX_ASPECT = 100
 MAX_SCANS = 200  # of a progressive JPEG; a camera writes about 10, and each costs a pass over all pixels
 MARK_SHARE = 0.06  # of the height, at the bottom: where `mark` writes
 
-FORMATS = "PNG, JPEG, WebP, AVIF or GIF"
-MEDIA_TYPES = ("image/png", "image/jpeg", "image/webp", "image/avif", "image/gif")
+FORMATS = "PNG, JPEG, WebP or AVIF"
+MEDIA_TYPES = ("image/png", "image/jpeg", "image/webp", "image/avif")
 # What Pillow may find in a file without it being worth a second encoding; anything else (EXIF, GPS, XMP, ICC, text) is.
 HARMLESS = frozenset({
     "dpi", "aspect", "gamma", "srgb", "chromaticity", "interlace", "jfif", "jfif_version", "jfif_unit", "jfif_density",
@@ -211,8 +210,6 @@ def _kind(head: bytes) -> type[ImageFile.ImageFile]:
         return WebPImagePlugin.WebPImageFile
     if head[4:8] == b"ftyp" and (b"avif" in head[8:] or b"avis" in head[8:]):
         return AvifImagePlugin.AvifImageFile
-    if head.startswith((b"GIF87a", b"GIF89a")):
-        return GifImagePlugin.GifImageFile
     raise errors.RejectedError(f"the file is not an image that can be read: send {FORMATS}", code="not_an_image")
 
 

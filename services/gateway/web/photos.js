@@ -66,7 +66,7 @@ export class Photos {
 
   async take(file) {
     const { limits } = this;
-    if (!limits.image_types.includes(file.type)) return "this is no PNG, JPEG, WebP, AVIF or GIF image.";
+    if (!limits.image_types.includes(file.type)) return "this is no PNG, JPEG, WebP or AVIF image.";
     if (!file.size) return "the file is empty.";
     if (file.size > limits.max_image_bytes) {
       return `${bytes(file.size)} is too large: at most ${bytes(limits.max_image_bytes)} are taken.`;

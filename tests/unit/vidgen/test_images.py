@@ -67,14 +67,16 @@ def test_an_empty_file_is_refused(tmp_path: Path) -> None:
     assert code_of(path) == "empty_file"
 
 
-@pytest.mark.parametrize("content", [b"%PDF-1.7 not an image at all", b"BM" + bytes(40), b"\xff", b"<svg/>"])
+@pytest.mark.parametrize(
+    "content", [b"%PDF-1.7 not an image at all", b"BM" + bytes(40), b"\xff", b"<svg/>", b"GIF89a" + bytes(40)]
+)
 def test_what_is_not_an_image_of_a_known_kind_is_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "file.png"
     path.write_bytes(content)
     assert code_of(path) == "not_an_image"
 
 
-@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "AVIF", "GIF"])
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "AVIF"])
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
 def test_a_truncated_image_is_found_wherever_it_ends(tmp_path: Path, kind: str, share: float) -> None:
     noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
@@ -98,14 +100,6 @@ def test_a_decompression_bomb_is_refused_by_its_header(tmp_path: Path, width: in
     # Its pixels are not even in the file: reading them would end in truncated_image.
     path = tmp_path / "bomb.png"
     path.write_bytes(huge_png(width, height))
-    assert code_of(path) == "too_many_pixels"
-
-
-@pytest.mark.parametrize("screen", [60_000, 16])
-def test_so_is_a_gif_also_where_only_its_first_frame_is_too_large(tmp_path: Path, screen: int) -> None:
-    path = tmp_path / "bomb.gif"
-    header = b"GIF89a" + struct.pack("<HHBBB", screen, screen, 0x80, 0, 0) + bytes(6)
-    path.write_bytes(header + b"," + struct.pack("<HHHHB", 0, 0, 60_000, 60_000, 0) + b"\x02\x02\x44\x01\x00;")
     assert code_of(path) == "too_many_pixels"
 
 
@@ -250,7 +244,7 @@ def test_a_broken_colour_profile_is_ignored(tmp_path: Path) -> None:
     assert normalised(path).getpixel((6, 16)) == (220, 20, 20)
 
 
-@pytest.mark.parametrize("kind", ["PNG", "WEBP", "GIF"])
+@pytest.mark.parametrize("kind", ["PNG", "WEBP"])
 def test_of_an_animation_the_first_frame_is_used(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "moving"
     frames = [stripes(), Image.new("RGB", (48, 32), (0, 255, 0)), stripes().rotate(180)]
