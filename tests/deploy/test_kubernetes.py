@@ -739,6 +739,12 @@ async def queue(bus: JetStreamBus, stage: Stage, numbers: Iterable[int], lanes: 
     for number in numbers:
         subject = topology.subject_of_task(stage, lanes[number % len(lanes)], f"job-{number}")
         await bus.publish(subject, b"{}", message_id=secrets.token_hex(8))
+    consumers = [topology.consumer_of(one, lane) for one in STAGES for lane in LANES]
+    stored = (await bus.held(topology.TASKS)).messages
+    async with asyncio.timeout(240):
+        # What waits for a consumer is counted a moment after it was stored.
+        while sum([(await bus.depth(consumer)).pending for consumer in consumers]) < stored:
+            await asyncio.sleep(0.02)
 
 
 async def pods_while_more_come(

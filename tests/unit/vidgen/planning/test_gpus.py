@@ -64,7 +64,7 @@ def test_a_file_adds_to_the_table(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "field", "message"),
     [
-        ("[L4]\nedit_s = -1\n", ", L4.edit_s", "more than 0"),
+        ("[L4]\nedit_s = -1\n", ", L4.edit_s", "must be more than 0"),
         ("[L4]\nprice = 1\n", ", L4.price", ""),
         ("L4 = 1\n", ", L4", "[L4]"),
         ("[L4\n", "", "not TOML"),
