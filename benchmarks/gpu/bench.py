@@ -274,17 +274,23 @@ class Plain:
 
 
 def measured(
-    bench: Bench, section: str, name: str, engine: Any, work: Any, source: Path, plain: Plain | None = None
-) -> None:
-    """A row of the table: what the GPU is held for, and speed and error against plain diffusers doing the same."""
+    bench: Bench, section: str, name: str, engine: Any, work: Any, source: Path, plain: Plain | None = None, *,
+    brief: bool = False,
+) -> None:  # fmt: skip
+    """A row of the table: what the GPU is held for, and speed and error against plain diffusers doing the same.
+
+    `brief`: one run behind the first, the one whose phases are timed.
+    """
     final = Final(engine._pipe)
     with tempfile.TemporaryDirectory() as folder, final:
         first = through(engine, work, source, Path(folder))["generate"]
         peak()
-        taken = [through(engine, work, source, Path(folder)) for _ in range(1 if first > 30 else 2)]
-        most = peak()
+        runs = 0 if brief else 1 if first > 30 else 2
+        taken = [through(engine, work, source, Path(folder)) for _ in range(runs)]
         with phases(engine._pipe) as spent:
-            through(engine, work, source, Path(folder))
+            last = through(engine, work, source, Path(folder))
+        taken = taken or [last]
+        most = peak()
     generate = min(one["generate"] for one in taken)
     compared: dict[str, float] = {}
     if plain is not None:

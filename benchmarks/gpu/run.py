@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import abc
 import argparse
+import contextlib
 import functools
 import gc
 import json
@@ -37,6 +38,7 @@ if "--tiny" in sys.argv:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # so little is computed that threads only wait for one another
 
 import models
+import numpy as np
 import structlog
 import torch
 import turns
@@ -68,6 +70,7 @@ from vidgen.accel import fp8, loader, quantize, stepcache
 from vidgen.accel.engine import Layout
 from vidgen.accel.guidance import Partner
 from vidgen.contracts import EditWork, I2VWork
+from vidgen.errors import Suspended
 
 torch.set_grad_enabled(False)
 CARDS = (80, 48, 24)  # GiB
@@ -205,6 +208,23 @@ class Video(Subject):
         )  # fmt: skip
 
 
+class Small5B(Video):
+    """Wan2.2-TI2V-5B, 121 frames of 1280 × 704, its VAE in float32 as the service has it."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return (128, 64) if self.bench.tiny else (1280, 704)
+
+    @property
+    def frames(self) -> int:
+        return 9 if self.bench.tiny else 121
+
+    def made(self) -> Any:
+        pipe = models.wan(self.bench.device, self.bench.dtype, small=True, tiny=self.bench.tiny)
+        pipe.vae.float()
+        return pipe
+
+
 class SmallVideo(Video):
     """33 frames of 416 × 240."""
 
@@ -254,9 +274,9 @@ def candidates(bench: Bench, folder: Path) -> None:
     """Four candidates of one edit beside four edits."""
     subject = Edit(bench, folder)
     engine = subject.engine(Layout() if bench.tiny else Layout(profile="resident-fp8"))
-    measured(bench, "candidates", "1 candidate, 8 steps, CFG 4", engine, subject.work(8, 4.0), subject.source)
-    four = subject.work(8, 4.0, candidates=4)
-    measured(bench, "candidates", "4 candidates, 8 steps, CFG 4", engine, four, subject.source)
+    for count in (1, 4):
+        work = subject.work(8, 4.0, candidates=count)
+        measured(bench, "candidates", f"{count} of 8 steps, CFG 4", engine, work, subject.source, brief=True)
 
 
 def i2v(bench: Bench, folder: Path) -> None:
@@ -362,6 +382,43 @@ def i2v_two(bench: Bench, folder: Path) -> None:
     engine._partner.close()
 
 
+def ti2v_5b(bench: Bench, folder: Path) -> None:
+    """The small video model at its own size, 4 steps."""
+    subject = Small5B(bench, folder)
+    subject.call(2, 1.0)
+    peak()
+    short = subject.plain(4, 1.0)
+    bench.row("5b", "plain diffusers: 4 steps, CFG off", plain_s=short.seconds, peak_gib=peak())
+    engine = subject.engine(Layout() if bench.tiny else Layout(profile="resident-fp8"))
+    work = subject.work(4, 1.0)
+    measured(bench, "5b", "fp8, compiled: 4 steps, CFG off", engine, work, subject.source, short, brief=True)
+
+
+def resumed(bench: Bench, folder: Path) -> None:
+    """A run that is left in the middle and gone on with, beside one that is not: the pixels are to be the same."""
+    for kind in (Edit, SmallVideo):
+        subject = kind(bench, folder)
+        engine = subject.engine(Layout() if bench.tiny else Layout(profile="resident-fp8"))
+        inputs = engine.prepare(subject.work(6, 3.0), [subject.source])
+        whole = engine.generate(inputs, lambda step, steps: None)
+        left = Suspended(3, 6)
+
+        def leave(step: int, steps: int, left: Suspended = left) -> None:
+            if step == left.step:
+                raise left
+
+        with contextlib.suppress(Suspended):
+            engine.generate(inputs, leave)
+        again = engine.resume(inputs, lambda step, steps: None, left.state)
+        pixels = [getattr(made.output, "pixels", getattr(made.output, "frames", None)) for made in (whole, again)]
+        bench.row(
+            "resume", f"{subject.kind}: 6 steps, left behind the third", same=bool(np.array_equal(*pixels)),
+            state_mib=len(left.state or b"") / 2**20, whole_s=whole.denoise_s, rest_s=again.denoise_s,
+        )  # fmt: skip
+        del subject, engine
+        gc.collect()
+
+
 def card(kind: type[Subject], gib: int) -> Callable[[Bench, Path], None]:
     """A section: one model on a GPU of which so much may be used; the profile that is chosen, its speed, its peak."""
 
@@ -374,7 +431,8 @@ def card(kind: type[Subject], gib: int) -> Callable[[Bench, Path], None]:
             engine = subject.engine(Layout())
             name = f"{subject.kind} on {gib} GiB"
             bench.row("cards", f"{name}: ready", seconds=subject.ready_s, phases=rounded(engine.load_seconds))
-            measured(bench, "cards", f"{name}: 4 steps, CFG off", engine, subject.work(4, 1.0), subject.source)
+            work = subject.work(4, 1.0)
+            measured(bench, "cards", f"{name}: 4 steps, CFG off", engine, work, subject.source, brief=True)
         finally:
             cap(bench.device, None)
 
@@ -462,7 +520,7 @@ def drop(model: Path) -> None:
 
 SECTIONS: dict[str, Callable[[Bench, Path], None]] = {
     "edit": edit, "i2v": i2v, "candidates": candidates, "i2v-40": i2v_40, "i2v-40-plain": i2v_40_plain,
-    "step-cache": step_cache, "start": start,
+    "step-cache": step_cache, "ti2v-5b": ti2v_5b, "resume": resumed, "start": start,
     "start-fp8": functools.partial(start, in_fp8=True), "i2v-2": i2v_two,
     **{f"{kind.kind}-{gib}": card(kind, gib) for gib in CARDS for kind in (Edit, Video)},
     "turns": turns.section(None), **{f"turns-{gib}": turns.section(gib) for gib in CARDS},
