@@ -123,7 +123,7 @@ def let_rest(vae: Any) -> int:
     the same frames of it, gives the same again: the first layers, which are the largest, are soon at rest.
     """
     layers = [_Layer(layer) for layer in (*vae.encoder.down_blocks, vae.encoder.mid_block)]
-    first = _First(vae.encoder.conv_in)
+    keepers: list[_First | _Layer] = [_First(vae.encoder.conv_in), *layers]
     encode = vae._encode
 
     def encoded(x: Tensor) -> Tensor:
@@ -131,8 +131,8 @@ def let_rest(vae: Any) -> int:
             made: Tensor = encode(x)
             return made
         finally:
-            for each in (first, *layers):
-                each.forget()
+            for keeper in keepers:
+                keeper.forget()
 
     vae._encode = encoded
     return len(layers)
@@ -191,7 +191,7 @@ class _Layer:
 def _alike(one: Any, other: Any) -> bool:
     """Whether caches hold the same: tensors, lists of them, or what is not there yet."""
     if torch.is_tensor(one) and torch.is_tensor(other):
-        return one.shape == other.shape and torch.equal(one, other)
+        return one.shape == other.shape and bool(torch.equal(one, other))
     if isinstance(one, list | tuple) and isinstance(other, list | tuple):
         return len(one) == len(other) and all(map(_alike, one, other))
     return one is None and other is None
