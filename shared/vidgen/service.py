@@ -25,10 +25,10 @@ from vidgen import choice, device, errors, gpu, jetstream, metrics, probes, tele
 from vidgen.artifacts import S3Store
 from vidgen.contracts import LANES, Stage
 from vidgen.engine import Engine, Sleeper
-from vidgen.handler import Policy
 from vidgen.jetstream import JetStreamBus
 from vidgen.metrics import WorkerMetrics
 from vidgen.settings import WorkerSettings, read
+from vidgen.settlement import Policy
 from vidgen.worker import Registration, Worker
 
 log = structlog.get_logger(__name__)
@@ -227,7 +227,7 @@ class _Service:
         while not self._stop.is_set():
             try:
                 for stage, lane in itertools.product(self._stages, LANES):
-                    await connected.depth(topology.consumer_of(stage, lane))
+                    await connected.require(topology.consumer_of(stage, lane))
             except errors.BusError as exc:
                 if time.monotonic() > give_up:
                     stages = " and ".join(self._stages)

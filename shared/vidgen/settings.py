@@ -10,11 +10,11 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
-from pydantic import Field, SecretStr, ValidationError
+from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from vidgen import errors, reference
+from vidgen import credentials, errors, reference
 from vidgen.contracts import Stage
 
 QWEN_MODEL = "Qwen/Qwen-Image-Edit-2511"
@@ -33,6 +33,22 @@ class Settings(BaseSettings):
     nats_user: str | None = Field(None, description="A NATS user, where the bus wants one.")
     nats_password: SecretStr | None = Field(None, description="That user's password.")
     nats_creds: Path | None = Field(None, description="A NATS credentials file, instead of user and password.")
+    nats_nkey_seed: SecretStr | None = Field(
+        None,
+        description="The seed of this process's user of the bus (`vidgen identities` makes it), or a file that holds "
+        "it; instead of user and password.",
+    )
+    nats_inbox_prefix: str | None = Field(
+        None, pattern=r"^[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*$",
+        description="Where the bus answers this process. By default a name of its own, with a seed the one that its "
+        "user may hear.",
+    )  # fmt: skip
+    nats_tls_ca: Path | None = Field(
+        None,
+        description="The authority that signed the bus's certificate. Where it is set, a bus without TLS is refused.",
+    )
+    nats_tls_cert: Path | None = Field(None, description="This process's own certificate, where the bus wants one.")
+    nats_tls_key: Path | None = Field(None, description="That certificate's key.")
     stream_replicas: int = Field(
         1, ge=1, le=5, description="Replicas of every stream and bucket; the gateway only ever raises them."
     )
@@ -59,6 +75,13 @@ class Settings(BaseSettings):
         description="The whole URL for spans, instead.",
     )  # fmt: skip
 
+    @field_validator("s3_endpoint", "s3_public_endpoint")
+    @classmethod
+    def _without_credentials(cls, url: str | None) -> str | None:
+        if url is not None and "@" in url:
+            raise ValueError("leave the credentials out: they have settings of their own")
+        return url
+
     @property
     def traces_url(self) -> str | None:
         """Where spans are sent; None: there are none. An empty variable is one that is not set."""
@@ -66,14 +89,22 @@ class Settings(BaseSettings):
             return self.otlp_traces_endpoint
         return f"{self.otlp_endpoint.rstrip('/')}/v1/traces" if self.otlp_endpoint else None
 
-    def nats_options(self) -> dict[str, object]:
-        """Credentials for `jetstream.connect`."""
+    def nats_options(self) -> dict[str, Any]:
+        """Credentials, inbox and TLS for `jetstream.connect`; raises FatalError `settings` where a file is no good."""
+        return credentials.inbox(self.nats_inbox_prefix) | self._nats_identity() | self._nats_tls()
+
+    def _nats_identity(self) -> dict[str, Any]:
+        if self.nats_nkey_seed is not None:
+            return credentials.nkey(self.nats_nkey_seed.get_secret_value(), self.nats_inbox_prefix)
         if self.nats_creds is not None:
             return {"user_credentials": str(self.nats_creds)}
         if self.nats_user is not None:
             password = self.nats_password.get_secret_value() if self.nats_password else ""
             return {"user": self.nats_user, "password": password}
         return {}
+
+    def _nats_tls(self) -> dict[str, Any]:
+        return credentials.tls(self.nats_tls_ca, self.nats_tls_cert, self.nats_tls_key)
 
 
 class GatewaySettings(Settings):
@@ -84,6 +115,27 @@ class GatewaySettings(Settings):
     max_upload_bytes: int = Field(32 << 20, gt=0, description="The largest reference image, in bytes.")
     intake_concurrency: int = Field(8, ge=1, le=64, description="Requests, and events, handled at once.")
     presign_minutes: int = Field(15, ge=1, le=1440, description="How long a presigned URL is good for.")
+
+    webhook_secret: SecretStr | None = Field(
+        None,
+        description="`whsec_` and 24 to 64 random bytes in base64: each tenant's secret is made of it "
+        "(`vidgen webhooks secret`). Without it `webhook_url` is refused.",
+    )
+    webhook_allow: str = Field(
+        "",
+        description="Receivers of webhooks beside those on the public internet: networks (`10.0.0.0/8`) and host "
+        "names, separated by commas.",
+    )
+    webhook_ca_file: Path | None = Field(
+        None, description="The certificate authorities of receivers (PEM), in place of the public ones."
+    )
+    webhook_timeout_s: float = Field(15.0, gt=0, le=60, description="How long a receiver may take to answer.")
+    webhook_give_up_s: float = Field(
+        86400.0, gt=0, le=5 * 86400, description="The age at which a webhook that nobody takes becomes a dead letter."
+    )
+    webhook_concurrency: int = Field(
+        64, ge=1, le=512, description="Webhooks delivered at once, at most an eighth of them to one receiver."
+    )
 
 
 def _worker_id() -> str:
