@@ -1,7 +1,8 @@
 """Causal 3D convolutions as products of matrices: RMS norm, SiLU and padding in one pass, then product, bias and sum.
 
-cuDNN's own for these shapes reach a third to a half of what the matrix units can do, and stock norms and paddings take
-longer than they do. Each kernel is beside the same arithmetic in plain torch, which serves where there is no Triton.
+cuDNN's own for these shapes reach a third to two thirds of what the matrix units can do, and stock norms and paddings
+take longer than they do. Each kernel is beside the same arithmetic in plain torch, which serves where there is no
+Triton.
 
 What is convolved lies in a padded (frames, height + 2, width + 2, channels) tensor whose border is zero. Read as rows
 of pixels, each of a kernel's taps is then the same rows, shifted: no tap needs a case of its own.
