@@ -190,6 +190,11 @@ class WorkerSettings(Settings):
         description="auto: blocks, on a GPU; full: the VAE too, which compiles anew at each size that comes, for half "
         "a minute or more.",
     )
+    vae: Literal["auto", "stock"] = Field(
+        "auto",
+        description="auto: the VAE in fused kernels where the GPU is a Hopper, and frames that stand still encoded "
+        "once; stock: as diffusers has it.",
+    )
     compile_cache: Path | None = Field(
         None,
         description="Where what was compiled is kept for the next start: a folder beside the weights, say. By default "
@@ -233,7 +238,8 @@ class WorkerSettings(Settings):
     def layout(self) -> dict[str, Any]:
         """How an engine is laid into the device: the fields of `vidgen.accel.engine.Layout`."""
         names = (
-            "device", "dtype", "profile", "attention", "compile", "compile_cache", "step_cache", "sleep_in", "work_dir",
+            "device", "dtype", "profile", "attention", "compile", "vae", "compile_cache", "step_cache", "sleep_in",
+            "work_dir",
         )  # fmt: skip
         return {name: getattr(self, name) for name in names}
 
