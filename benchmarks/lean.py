@@ -28,8 +28,12 @@ class Connection:
             self._streams = None
 
     async def call(self, method: str, path: str, body: bytes = b"") -> tuple[int, bytes]:
-        """Status and body."""
-        reader, headers = await self._send(method, path, body)
+        """Status and body; asked once more where the server has closed an idle connection just now."""
+        try:
+            reader, headers = await self._send(method, path, body)
+        except (OSError, asyncio.IncompleteReadError):
+            self._close()
+            reader, headers = await self._send(method, path, body)
         content = await reader.readexactly(int(headers.get(b"content-length", b"0")))
         if headers.get(b"connection") == b"close":
             self._close()
@@ -51,7 +55,8 @@ class Connection:
         reader, writer = self._streams
         writer.write(
             f"{method} {path} HTTP/1.1\r\nHost: {self._host}:{self._port}\r\nContent-Type: application/json\r\n"
-            f"Content-Length: {len(body)}\r\n\r\n".encode() + body
+            f"Content-Length: {len(body)}\r\n\r\n".encode()
+            + body
         )
         head = (await reader.readuntil(b"\r\n\r\n")).split(b"\r\n")
         headers = {name.lower(): value.strip() for name, _, value in (line.partition(b":") for line in head[1:])}

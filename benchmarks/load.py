@@ -100,7 +100,9 @@ class Figures:
         print(f"  memory of the gateway: {first:.1f} MB at the start, {last:.1f} at the end;"
               f" {self.slope():+.3f} MB per 1,000 jobs behind the first {WARM_SHARE:.0%}")  # fmt: skip
         print("  disk per 1,000 jobs: " + ", ".join(f"{name} {size:.2f} MB" for name, size in self.disk.items()))
-        print(f"  told to readers: {self.told:,} events or answers; jobs that did not complete: {self.wrong}", flush=True)
+        print(
+            f"  told to readers: {self.told:,} events or answers; jobs that did not complete: {self.wrong}", flush=True
+        )
 
 
 class Vidgen:
@@ -181,7 +183,9 @@ class Peer:
                 await api.terminate()
 
     def body(self, job_id: str) -> bytes:
-        return json.dumps({"job_id": job_id, "references": [KEY], "edit": {"prompt": "x"}, "i2v": {"prompt": "x"}}).encode()
+        return json.dumps(
+            {"job_id": job_id, "references": [KEY], "edit": {"prompt": "x"}, "i2v": {"prompt": "x"}}
+        ).encode()
 
     @contextlib.asynccontextmanager
     async def workers(self, count: int, processes: int) -> AsyncIterator[None]:
@@ -255,7 +259,9 @@ class Redis:
 
 
 @contextlib.asynccontextmanager
-async def _children(commands: list[list[str]], env: dict[str, str], folder: Path, ready: bool = True) -> AsyncIterator[None]:
+async def _children(
+    commands: list[list[str]], env: dict[str, str], folder: Path, ready: bool = True
+) -> AsyncIterator[None]:
     """Processes that run for the block, all of them ready where they can say so."""
     folder.mkdir(exist_ok=True)
     processes = [Process(f"workers-{number}", folder / f"{number}.log") for number in range(len(commands))]
@@ -336,7 +342,9 @@ async def measure(side: Side, options: argparse.Namespace) -> Figures:
         await connection.call("POST", "/v1/jobs", side.body(ids[0]))
     asked = {"url": side.url, "ids": ids, "readers": options.readers, "sse": side.sse, "rate": PROBES_PER_S}
     feed.write(json.dumps(asked).encode() + b"\n")
-    figures.requests_per_s = await submit(side, ids[1:], lambda count: feed.write(b"%d\n" % count) if not count % 100 else None)
+    figures.requests_per_s = await submit(
+        side, ids[1:], lambda count: feed.write(b"%d\n" % count) if not count % 100 else None
+    )
     feed.write(b"%d\n" % len(ids))
     turned = time.time()
     async with side.workers(options.workers, options.processes):

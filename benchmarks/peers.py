@@ -57,7 +57,9 @@ _client: list[tuple[Minio, str]] = []
 def client() -> tuple[Minio, str]:
     if not _client:
         endpoint, access, secret, bucket = os.environ["BENCH_S3"].split()
-        _client.append((Minio(endpoint.removeprefix("http://"), access, secret, secure=False, region="us-east-1"), bucket))
+        _client.append(
+            (Minio(endpoint.removeprefix("http://"), access, secret, secure=False, region="us-east-1"), bucket)
+        )
     return _client[0]
 
 
@@ -65,7 +67,9 @@ if KIND == "celery":
     import celery
     import redis
 
-    app = celery.Celery("peers", broker=REDIS.replace("unix://", "redis+socket://"), backend=REDIS.replace("unix://", "redis+socket://"))
+    app = celery.Celery(
+        "peers", broker=REDIS.replace("unix://", "redis+socket://"), backend=REDIS.replace("unix://", "redis+socket://")
+    )
     app.conf.update(
         task_acks_late=True, task_reject_on_worker_lost=True, worker_prefetch_multiplier=1, result_expires=DAY,
         broker_transport_options={"visibility_timeout": 3600}, broker_connection_retry_on_startup=True,
@@ -97,9 +101,9 @@ if KIND == "taskiq":
     import redis
     import taskiq_redis
 
-    broker = taskiq_redis.RedisStreamBroker(REDIS, consumer_id="0", xread_count=1, idle_timeout=3600_000).with_result_backend(
-        taskiq_redis.RedisAsyncResultBackend(REDIS, result_ex_time=DAY)
-    )
+    broker = taskiq_redis.RedisStreamBroker(
+        REDIS, consumer_id="0", xread_count=1, idle_timeout=3600_000
+    ).with_result_backend(taskiq_redis.RedisAsyncResultBackend(REDIS, result_ex_time=DAY))
     counting = redis.Redis(unix_socket_path=REDIS.removeprefix("unix://"))
 
     @broker.task(task_name="edit")

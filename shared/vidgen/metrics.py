@@ -27,6 +27,7 @@ Outcome = Literal[
 GatewayOutcome = Literal["completed", "reused", "failed", "retried", "cancelled", "released"]
 RequestOutcome = Literal["accepted", "rejected", "duplicate"]
 Direction = Literal["get", "put"]
+Kept = Literal["uploads", "checkpoints", "artifacts"]
 CheckpointOutcome = Literal["stored", "resumed", "refused", "failed"]
 State = Literal["starting", "ready", "busy", "draining", "unhealthy"]
 
@@ -74,6 +75,7 @@ LANE = Label("lane", LANES)
 PHASE = Label("phase", PHASES)
 DIRECTION = Label("direction", get_args(Direction))
 STATE = Label("state", STATES)
+KIND = Label("kind", get_args(Kept))
 GPU = (Label("gpu"), Label("gpu_uuid"), Label("gpu_name"))
 ON_WORKER = (STAGE, Label("worker"), *GPU)
 STAGE_OR_REQUEST = Label("stage", (*STAGES, "request"))
@@ -270,6 +272,11 @@ GATEWAY = (
         (STAGE,), MOMENTS,
     ),
     Metric("vidgen_artifact_bytes_total", "counter", "bytes", "Bytes of the artifacts that stages made.", (STAGE,)),
+    Metric(
+        "vidgen_swept_objects_total", "counter", "objects", "Objects deleted from the bucket because their time was "
+        "over.", (KIND,),
+    ),
+    Metric("vidgen_swept_bytes_total", "counter", "bytes", "Bytes of those objects.", (KIND,)),
     Metric(
         "vidgen_http_requests_total", "counter", "requests", "HTTP requests by route template.",
         (Label("route"), Label("method"), Label("status")),
@@ -591,6 +598,11 @@ class GatewayMetrics(_Exposed):
     def dead_lettered(self, stage: Stage | None) -> None:
         """A dead letter that no event stands for; final failures and rejections are counted by `observe`."""
         self._inc("vidgen_dead_letters_total", stage=stage or "request")
+
+    def swept(self, kind: Kept, count: int, size: int) -> None:
+        """Objects that were deleted from the bucket, and their bytes."""
+        self._inc("vidgen_swept_objects_total", count, kind=kind)
+        self._inc("vidgen_swept_bytes_total", size, kind=kind)
 
     def http_request(self, route: str | None, method: str, status: int, seconds: float) -> None:
         """`route` is the template (`/v1/jobs/{id}`), never the path; None where no route matched."""
