@@ -6,7 +6,7 @@ import asyncio
 from datetime import timedelta
 
 import pytest
-from tests.gateways import KEY, Gateway, completed, failed, picture
+from tests.gateways import KEY, Gateway, failed, picture
 
 from gateway.retention import Keep, Sweeper
 from vidgen import artifacts, errors, topology
