@@ -54,6 +54,7 @@ class Side(Protocol):
     sse: bool
     pid: int  # of the process that answers by HTTP
     folders: dict[str, Path]  # what its servers keep
+    pids: dict[str, list[int]]  # of its processes, by what they are
 
     def body(self, job_id: str) -> bytes: ...
 
@@ -77,6 +78,7 @@ class Figures:
     told: int = 0
     memory: list[tuple[int, float]] = field(default_factory=list)  # jobs done, MB
     disk: dict[str, float] = field(default_factory=dict)  # MB per 1,000 jobs
+    cpu: dict[str, float] = field(default_factory=dict)  # seconds per 1,000 jobs, in both phases
     wrong: int = 0
 
     def p99(self) -> float:
@@ -100,6 +102,7 @@ class Figures:
         print(f"  memory of the gateway: {first:.1f} MB at the start, {last:.1f} at the end;"
               f" {self.slope():+.3f} MB per 1,000 jobs behind the first {WARM_SHARE:.0%}")  # fmt: skip
         print("  disk per 1,000 jobs: " + ", ".join(f"{name} {size:.2f} MB" for name, size in self.disk.items()))
+        print("  CPU seconds per 1,000 jobs: " + ", ".join(f"{name} {used:.1f}" for name, used in self.cpu.items()))
         print(
             f"  told to readers: {self.told:,} events or answers; jobs that did not complete: {self.wrong}", flush=True
         )
@@ -114,6 +117,7 @@ class Vidgen:
         self._system, self._gateways, self._finals = system, gateways, finals
         self.url, self.pid = gateways[0].url, gateways[0].pid
         self.folders = {"bus": system.nats.folder / "data", "S3": system.s3.folder / "data"}
+        self.pids = {"gateway": [one.pid for one in gateways], "bus": [system.nats.pid], "S3": [system.s3.pid]}
 
     @classmethod
     @contextlib.asynccontextmanager
@@ -146,7 +150,8 @@ class Vidgen:
             [sys.executable, str(HERE / "workers.py"), str(edit), str(i2v)]
             for edit, i2v in zip(edits, reversed(i2vs), strict=True)
         ]
-        async with _children(commands, self._system.env, self._system.folder / "workers"):
+        async with _children(commands, self._system.env, self._system.folder / "workers") as pids:
+            self.pids["workers"] = pids
             yield
 
     async def done(self) -> int:
@@ -166,6 +171,7 @@ class Peer:
         self.name, self._kind, self._redis, self._env, self._folder = PEERS[kind], kind, redis, env, folder
         self.url, self.pid = api.url, api.pid
         self.folders = {"Redis": redis.folder, "S3": s3.folder / "data"}
+        self.pids = {"gateway": [api.pid], "Redis": [redis.pid], "S3": [s3.pid]}
 
     @classmethod
     @contextlib.asynccontextmanager
@@ -198,7 +204,8 @@ class Peer:
                  f"--max-async-tasks={share}", "--max-prefetch=1", "--ack-type=when_saved", "--log-level=WARNING"]
                 for share in _shares(count, processes)
             ]  # fmt: skip
-        async with _children(commands, self._env, self._folder / "workers", ready=False):
+        async with _children(commands, self._env, self._folder / "workers", ready=False) as pids:
+            self.pids["workers"] = pids
             yield
 
     async def done(self) -> int:
@@ -234,6 +241,10 @@ class Redis:
     def url(self) -> str:
         return f"unix://{self._socket}"
 
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
     async def __aenter__(self) -> Redis:
         self.folder.mkdir(parents=True)
         program = shutil.which("redis-server") or shutil.which("valkey-server")
@@ -261,9 +272,9 @@ class Redis:
 @contextlib.asynccontextmanager
 async def _children(
     commands: list[list[str]], env: dict[str, str], folder: Path, ready: bool = True
-) -> AsyncIterator[None]:
-    """Processes that run for the block, all of them ready where they can say so."""
-    folder.mkdir(exist_ok=True)
+) -> AsyncIterator[list[int]]:
+    """Processes that run for the block, all of them ready where they can say so; their ids."""
+    folder.mkdir(exist_ok=True)  # noqa: ASYNC240
     processes = [Process(f"workers-{number}", folder / f"{number}.log") for number in range(len(commands))]
     marks = [folder / f"{number}.ready" for number in range(len(commands))]
     try:
@@ -273,7 +284,7 @@ async def _children(
             for process in processes:
                 process.check()
             await asyncio.sleep(0.05)
-        yield
+        yield [process.pid for process in processes]
     finally:
         await asyncio.gather(*(process.stop(20) for process in processes))
 
@@ -284,6 +295,21 @@ def _shares(count: int, parts: int) -> list[int]:
 
 def memory_mb(pid: int) -> float:
     return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+def cpu_s(pids: list[int]) -> float:
+    """CPU seconds of processes and all that they started so far."""
+    found, parents = 0.0, {}
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError, ValueError):
+            fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            parents[int(entry.name)] = (int(fields[1]), int(fields[11]) + int(fields[12]))
+    for pid, (_, used) in parents.items():
+        above = pid
+        while above and above not in pids:
+            above = parents.get(above, (0, 0))[0]
+        found += used if above else 0
+    return found / os.sysconf("SC_CLK_TCK")
 
 
 def disk_mb(folder: Path) -> float:
@@ -333,6 +359,7 @@ async def measure(side: Side, options: argparse.Namespace) -> Figures:
     figures = Figures(side.name)
     ids = [uuid.uuid4().hex for _ in range(options.jobs)]
     before = {name: disk_mb(folder) for name, folder in side.folders.items()}
+    spent = {name: cpu_s(pids) for name, pids in side.pids.items()}
     watcher = await asyncio.create_subprocess_exec(
         sys.executable, str(HERE / "watchers.py"), stdin=subprocess.PIPE, stdout=subprocess.PIPE, limit=1 << 30
     )
@@ -350,6 +377,9 @@ async def measure(side: Side, options: argparse.Namespace) -> Figures:
     async with side.workers(options.workers, options.processes):
         figures.jobs_per_s = await drain(side, options.jobs, figures.memory)
         feed.close()
+        figures.cpu = {
+            name: (cpu_s(pids) - spent.get(name, 0.0)) / options.jobs * 1000 for name, pids in side.pids.items()
+        }
         seen = json.loads((await watcher.communicate())[0])
     figures.told = seen["told"]
     figures.probes = {
