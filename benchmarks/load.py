@@ -2,8 +2,8 @@
 
     python benchmarks/load.py [--jobs 10000] [--readers 50] [--workers 20] [--processes 4] [--peers celery taskiq]
 
-Real nats-server (synced), real S3 server, gateway and workers as processes on this machine, engines of zero cost. Beside
-it, in the same run, the same jobs by others: an object in S3, two stages, an object out, the status by HTTP.
+Real nats-server (synced), real S3 server, gateway and workers as processes on this machine, engines of zero cost.
+Beside it, in the same run, the same jobs by others: an object in S3, two stages, an object out, the status by HTTP.
 """
 
 from __future__ import annotations
@@ -196,8 +196,9 @@ class Peer:
     @contextlib.asynccontextmanager
     async def workers(self, count: int, processes: int) -> AsyncIterator[None]:
         if self._kind == "celery":  # its own pool: a process for each worker
-            commands = [[sys.executable, "-m", "celery", "-A", "peers:app", "worker", "--loglevel=WARNING",
-                         f"--concurrency={count}", "--without-gossip", "--without-mingle", "--without-heartbeat"]]  # fmt: skip
+            quiet = ["--loglevel=WARNING", "--without-gossip", "--without-mingle", "--without-heartbeat"]
+            celery = [sys.executable, "-m", "celery", "-A", "peers:app", "worker"]
+            commands = [[*celery, f"--concurrency={count}", *quiet]]
         else:
             commands = [
                 [sys.executable, "-m", "taskiq", "worker", "peers:broker", "--workers=1",
@@ -414,8 +415,9 @@ async def main() -> None:
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
     options = parser.parse_args()
     print(environment())
-    print(f"load average {' '.join(f'{one:.1f}' for one in os.getloadavg())}; {options.jobs:,} jobs,"
-          f" {options.readers} readers, {options.workers} workers in {options.processes} processes", flush=True)  # fmt: skip
+    busy = " ".join(f"{one:.1f}" for one in os.getloadavg())
+    print(f"load average {busy}; {options.jobs:,} jobs, {options.readers} readers, {options.workers} workers in"
+          f" {options.processes} processes, {options.gateways} gateway(s)", flush=True)  # fmt: skip
     ours: Figures | None = None
     with tempfile.TemporaryDirectory(prefix="vidgen-load-") as name:
         for kind in ("vidgen", *options.peers):

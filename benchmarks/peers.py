@@ -154,7 +154,7 @@ class _Server(uvicorn.Server):
             await broker.startup()
         await super().startup(sockets)
         port = self.servers[0].sockets[0].getsockname()[1]
-        Path(os.environ["VIDGEN_READY_FILE"]).write_text(f"http://127.0.0.1:{port}\n")
+        Path(os.environ["VIDGEN_READY_FILE"]).write_text(f"http://127.0.0.1:{port}\n")  # noqa: ASYNC240
 
 
 if __name__ == "__main__":

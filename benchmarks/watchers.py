@@ -1,4 +1,4 @@
-"""Who looks on while jobs come and run: `python benchmarks/watchers.py` reads what to do as JSON, and watches until EOF.
+"""Who looks on while jobs come and run: `python benchmarks/watchers.py` reads what to do as JSON, watches until EOF.
 
 Each line that follows says how many of the jobs are there by now.
 

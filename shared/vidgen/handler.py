@@ -250,7 +250,7 @@ class Handler:
         return outcome
 
     async def _attempt(self, delivery: Delivery, task: Task, turn: Turn, clocks: _Clocks) -> Outcome:
-        with contextlib.ExitStack() as scratch:
+        async with contextlib.AsyncExitStack() as scratch:
             # While the claim is under way: looking and fetching leave no trace if it is not won.
             gathering = asyncio.ensure_future(self._gather(task, scratch, clocks))
             try:
@@ -314,16 +314,10 @@ class Handler:
                 unexpected = errors.RetryableError(f"unexpected {type(exc).__name__}", code="unexpected")
                 return await self._fail(delivery, held, clocks, unexpected, retryable=True)
 
-    async def _gather(self, task: Task, scratch: contextlib.ExitStack, clocks: _Clocks) -> _Gathered:
+    async def _gather(self, task: Task, scratch: contextlib.AsyncExitStack, clocks: _Clocks) -> _Gathered:
         """The stored result of this very task, else its inputs in a folder of its own that goes with `scratch`."""
         with clocks.timed("prepare"):
-            folder = Path(
-                scratch.enter_context(
-                    tempfile.TemporaryDirectory(
-                        prefix="vidgen-task-", dir=self._policy.work_dir, ignore_cleanup_errors=True
-                    )
-                )
-            )
+            folder = await scratch.enter_async_context(_scratch(self._policy.work_dir))
             found, files = await asyncio.gather(
                 results.find(self._store, task), self._fetch(task, folder), return_exceptions=True
             )
@@ -640,6 +634,18 @@ class Handler:
             standing = attempts.standing(held.task, held.attempt, seen.event)
             if standing != "mine":
                 turn.stop.now(standing, seen.event.at if seen.event else None)
+
+
+@contextlib.asynccontextmanager
+async def _scratch(work_dir: Path | None) -> AsyncIterator[Path]:
+    """A folder for the block. Made and removed in a thread: a disk that is busy would hold up every task here."""
+    folder = await asyncio.to_thread(
+        tempfile.TemporaryDirectory, prefix="vidgen-task-", dir=work_dir, ignore_cleanup_errors=True
+    )
+    try:
+        yield Path(folder.name)
+    finally:
+        await asyncio.to_thread(folder.cleanup)
 
 
 async def _all_of(*works: Awaitable[T]) -> list[T]:

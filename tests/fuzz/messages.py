@@ -1,12 +1,14 @@
-"""Bytes that claim to be requests, tasks, events and the like: each is taken, or refused by name; nothing else happens."""
+"""Bytes that claim to be requests, tasks, events and the like: each is taken or refused by name, and no more happens."""
 
 from __future__ import annotations
 
 import json
 import random
 import sys
+import tempfile
 from collections import Counter
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pydantic
@@ -23,15 +25,17 @@ READERS = {
     "worker": pydantic.TypeAdapter(WorkerInfo),
 }  # fmt: skip
 ODD: tuple[Any, ...] = (
-    None, True, 0, -1, 1, 4, 10**30, -(2**63), 0.5, 1e308, float("nan"), float("inf"), "", " ", "x" * 300, "\0", "\ud800",
-    "uploads/a.png", "uploads/../x", "jobs/other/x", "💃", [], {}, [[]], "2026-01-01T00:00:00Z", "standard", "batch", "edit",
+    None, True, 0, -1, 1, 4, 10**30, -(2**63), 0.5, 1e308, float("nan"), float("inf"), "", " ", "x" * 300, "\0",
+    "\ud800", "uploads/a.png", "uploads/../x", "jobs/other/x", "💃", [], {}, [[]], "2026-01-01T00:00:00Z", "standard",
+    "batch", "edit",
 )  # fmt: skip
 
 
 def seeds() -> list[dict[str, Any]]:
     """Valid messages of every kind."""
     asked = {
-        "references": ["uploads/a.png", "uploads/b.png"], "review": True, "lane": "batch", "deadline_s": 60, "labels": {"a": "b"},
+        "references": ["uploads/a.png", "uploads/b.png"], "review": True, "lane": "batch", "deadline_s": 60,
+        "labels": {"a": "b"},
         "edit": {"prompt": "p", "background": "beach", "candidates": 2, "seed": 1, "width": 512, "height": 512},
         "i2v": {"prompt": "p", "num_frames": 81, "fps": 16, "width": 832, "height": 480, "steps": 4},
     }  # fmt: skip
@@ -128,14 +132,15 @@ def main(count: int, seed: int) -> None:
 
 def guided(count: int, seed: int) -> None:
     """The same with atheris, which looks at the branches that an input takes; does not return."""
-    import tempfile
-    from pathlib import Path
-
     import atheris
 
     corpus = Path(tempfile.mkdtemp(prefix="vidgen-corpus-"))
     for number, message in enumerate(seeds()):
         (corpus / str(number)).write_text(json.dumps(message))
-    atheris.instrument_all()  # the modules are loaded already: what they do is followed all the same
-    atheris.Setup(["messages", f"-runs={count}", f"-seed={seed}", "-max_len=4096", str(corpus)], lambda body: take(body) and None)
+    flags = [f"-runs={count}", f"-seed={seed}", "-max_len=4096", "-timeout=60", f"-artifact_prefix={corpus}/"]
+    atheris.Setup(["messages", *flags, str(corpus)], _taken)
     atheris.Fuzz()
+
+
+def _taken(body: bytes) -> None:
+    take(body)

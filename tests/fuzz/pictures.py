@@ -18,7 +18,9 @@ from PIL import Image
 
 from vidgen import errors, images
 
-LIMIT_BYTES = 1536 << 20  # of address space: the interpreter, numpy and Pillow map a third of that before the first image
+LIMIT_BYTES = (
+    1536 << 20
+)  # of address space: the interpreter, numpy and Pillow map a third of that before the first image
 KINDS = {"PNG": {}, "JPEG": {}, "WEBP": {"lossless": True}}
 HUGE = 65_000
 
@@ -102,7 +104,11 @@ def polyglots() -> Iterator[tuple[str, bytes]]:
     yield "svg", b'<svg xmlns="http://www.w3.org/2000/svg"><script>alert(1)</script></svg>'
     yield "zip", archive.getvalue()
     yield "nothing", b""
-    for name, magic in (("png", b"\x89PNG\r\n\x1a\n"), ("jpeg", b"\xff\xd8\xff"), ("webp", b"RIFF\xff\xff\xff\xffWEBP")):
+    for name, magic in (
+        ("png", b"\x89PNG\r\n\x1a\n"),
+        ("jpeg", b"\xff\xd8\xff"),
+        ("webp", b"RIFF\xff\xff\xff\xffWEBP"),
+    ):
         yield f"{name} magic and noise", magic + random.Random(1).randbytes(2000)
 
 
@@ -116,7 +122,7 @@ def mutations(chance: random.Random, count: int) -> Iterator[tuple[str, bytes]]:
     """Valid images with a few bits, bytes or pieces changed."""
     seeds = [
         small("PNG"), small("JPEG"), small("JPEG", progressive=True), small("WEBP"), small("WEBP", lossless=False),
-        png(24, 24, chunk(b"iCCP", b"icc\0\0" + zlib.compress(b"profile" * 20)), chunk(b"eXIf", b"MM\0*\0\0\0\x08" + bytes(30))),
+        png(24, 24, chunk(b"iCCP", b"icc\0\0" + zlib.compress(b"profile" * 20)), chunk(b"eXIf", b"MM\0*" + bytes(30))),
         _saved("AVIF"),
     ]  # fmt: skip
     for number in range(count):

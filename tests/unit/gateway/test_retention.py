@@ -124,7 +124,8 @@ async def test_an_image_that_is_sent_again_is_kept_anew(bucket: Bucket) -> None:
     await bucket.gateway.post_form([picture("JPEG")], {"edit": {"prompt": "p"}})
 
     again = bucket.store._stats[key].modified
-    assert again is not None and again >= stored
+    assert again is not None
+    assert again >= stored
 
 
 async def test_what_is_to_be_kept_for_ever_is_not_looked_at(bucket: Bucket) -> None:
