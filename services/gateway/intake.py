@@ -222,12 +222,12 @@ class Intake:
 
 @contextlib.asynccontextmanager
 async def _scratch(suffix: str = "") -> AsyncIterator[Path]:
-    """A file for the block. Made and removed in a thread: a disk that is busy syncing would hold up everything."""
-    file = await asyncio.to_thread(tempfile.NamedTemporaryFile, prefix="vidgen-intake-", suffix=suffix)
+    """A file for the block. Removed in a thread: a disk that is busy syncing would hold up everything."""
+    file = tempfile.NamedTemporaryFile(prefix="vidgen-intake-", suffix=suffix)  # noqa: SIM115
     try:
         yield Path(file.name)
-    finally:
-        await asyncio.to_thread(file.close)
+    finally:  # shielded: a cancel that comes before the thread has begun must not leave the file behind
+        await asyncio.shield(asyncio.get_running_loop().run_in_executor(None, file.close))
 
 
 def _claimed_id(body: bytes) -> str | None:

@@ -638,14 +638,12 @@ class Handler:
 
 @contextlib.asynccontextmanager
 async def _scratch(work_dir: Path | None) -> AsyncIterator[Path]:
-    """A folder for the block. Made and removed in a thread: a disk that is busy would hold up every task here."""
-    folder = await asyncio.to_thread(
-        tempfile.TemporaryDirectory, prefix="vidgen-task-", dir=work_dir, ignore_cleanup_errors=True
-    )
+    """A folder for the block. Removed in a thread: a disk that is busy would hold up every task here."""
+    folder = tempfile.TemporaryDirectory(prefix="vidgen-task-", dir=work_dir, ignore_cleanup_errors=True)
     try:
         yield Path(folder.name)
-    finally:
-        await asyncio.to_thread(folder.cleanup)
+    finally:  # shielded: a cancel that comes before the thread has begun must not leave the folder behind
+        await asyncio.shield(asyncio.get_running_loop().run_in_executor(None, folder.cleanup))
 
 
 async def _all_of(*works: Awaitable[T]) -> list[T]:

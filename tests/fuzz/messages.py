@@ -1,4 +1,4 @@
-"""Bytes that claim to be requests, tasks, events and the like: each is taken or refused by name, and no more happens."""
+"""Bytes that claim to be requests, tasks, events and the like: each is taken or refused by name, and that is all."""
 
 from __future__ import annotations
 
