@@ -48,7 +48,7 @@ class Fleet:
 
     async def behind(self) -> dict[topology.Consumer, Depth]:
         """What waits for the gateways themselves, by consumer. Raises BusError."""
-        own = [consumer for consumer in topology.CONSUMERS if consumer.name == topology.GATEWAY]
+        own = [consumer for consumer in topology.CONSUMERS if consumer.stream != topology.TASKS]
         return dict(zip(own, await asyncio.gather(*map(self._bus.depth, own)), strict=True))
 
     async def streams(self) -> dict[str, Held]:

@@ -22,6 +22,7 @@ import structlog
 
 from gateway import pipeline, plan
 from gateway.jobs import Jobs, now
+from gateway.receivers import Allowed
 from vidgen import artifacts, contracts, dead, errors, images, topology, tracing
 from vidgen.bus import Bus, Delivery
 from vidgen.contracts import FieldError, Job, VideoRequest
@@ -105,9 +106,13 @@ def id_from_position(at: datetime, stream: str, seq: int) -> str:
 class Intake:
     """Lets requests in. Several may run at once; each is idempotent by job id."""
 
-    def __init__(self, bus: Bus, store: artifacts.ArtifactStore, jobs: Jobs, max_upload_bytes: int) -> None:
+    def __init__(
+        self, bus: Bus, store: artifacts.ArtifactStore, jobs: Jobs, max_upload_bytes: int,
+        receivers: Allowed | None = None,
+    ) -> None:  # fmt: skip
+        """`receivers` are those that webhooks may go to; None: this server sends none."""
         self._bus, self._store, self._jobs = bus, store, jobs
-        self._max_bytes = max_upload_bytes
+        self._max_bytes, self._receivers = max_upload_bytes, receivers
         # What this replica lets in by HTTP comes back to it from the bus: then there is nothing left to do.
         self._submitted: OrderedDict[str, asyncio.Future[Job | None]] = OrderedDict()
 
@@ -144,7 +149,7 @@ class Intake:
     async def handle(self, delivery: Delivery) -> Job:
         """Let a message on `vidgen.requests` in, or turn it away; either way it is recorded when this returns."""
         at = delivery.at.astimezone(UTC)
-        job_id = self._identify(delivery)
+        job_id, request = self._identify(delivery), None
         try:
             request = parse(delivery.body)
             job_id = request.job_id or job_id
@@ -159,7 +164,7 @@ class Intake:
                 return existing
             job, _ = await self._jobs.create(await self._prepare(request, job_id, at))
         except InvalidRequestError as exc:
-            return await self._turn_away(delivery, job_id, exc, at)
+            return await self._turn_away(delivery, request, job_id, exc, at)
         return job
 
     def _identify(self, delivery: Delivery) -> str:
@@ -170,10 +175,22 @@ class Intake:
 
     async def _prepare(self, request: VideoRequest, job_id: str, at: datetime) -> Job:
         with tracing.span("intake"):
+            self._check_receiver(request)
             usable = await self._check_all(request.references, job_id)
             first = usable[0][1]
             work = plan.plan(request.edit, request.i2v, job_id, (first.width, first.height))
             return pipeline.accept(request, job_id, [key for key, _ in usable], work, at)
+
+    def _check_receiver(self, request: VideoRequest) -> None:
+        if request.webhook_url is None:
+            return
+        if self._receivers is None:
+            message = "this server sends no webhooks: leave it out, or have VIDGEN_WEBHOOK_SECRET set there"
+            raise InvalidRequestError([FieldError(field="webhook_url", message=message)])
+        try:
+            self._receivers.check_url(request.webhook_url)
+        except errors.RejectedError as exc:
+            raise InvalidRequestError([FieldError(field="webhook_url", message=exc.message)]) from None
 
     async def _check_all(self, references: Sequence[str], job_id: str) -> list[tuple[str, images.ImageFacts]]:
         checked = await asyncio.gather(
@@ -206,13 +223,17 @@ class Intake:
                 await self._store.put(own, target, "image/png")
                 return own, facts
 
-    async def _turn_away(self, delivery: Delivery, job_id: str, exc: InvalidRequestError, at: datetime) -> Job:
+    async def _turn_away(
+        self, delivery: Delivery, request: VideoRequest | None, job_id: str, exc: InvalidRequestError, at: datetime
+    ) -> Job:
         claimed = _claimed_id(delivery.body)
         if claimed is not None:
             job_id = claimed
+        if request is not None and any(error.field == "webhook_url" for error in exc.errors):
+            request = request.model_copy(update={"webhook_url": None})  # a receiver that may not be is not told either
         tracing.about(job_id=job_id)
         tracing.failed(exc.code)
-        job, new = await self._jobs.create(pipeline.reject(None, job_id, exc.errors, at))
+        job, new = await self._jobs.create(pipeline.reject(request, job_id, exc.errors, at))
         error = contracts.JobError(code=exc.code, message=exc.message, fields=exc.errors)
         letter = dead.letter(delivery.body, delivery.subject, error, job_id=job_id, at=at)
         await dead.publish(self._bus, letter, message_id=f"request:{delivery.seq}:{job_id}")

@@ -127,6 +127,9 @@ class Bus(Protocol):
     async def last(self, stream: str, subject: str) -> Stored | None:
         """The newest message on `subject`, read from the stream's leader."""
 
+    async def first(self, stream: str, subject: str) -> Stored | None:
+        """The oldest message on `subject` that the stream still holds."""
+
     async def tail(self, stream: str, before: int | None, limit: int) -> list[Stored]:
         """Up to `limit` messages, newest first, with sequences under `before` (None: from the end)."""
 

@@ -364,6 +364,9 @@ class JetStreamBus:
     async def last(self, stream: str, subject: str) -> Stored | None:
         return await self._get(stream, subject=subject)
 
+    async def first(self, stream: str, subject: str) -> Stored | None:
+        return await self._get(stream, seq=1, subject=subject, next=True)
+
     async def get(self, stream: str, seq: int) -> Stored | None:
         return await self._get(stream, seq=seq)
 

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
-from pydantic import Field, SecretStr, ValidationError
+from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
@@ -59,6 +59,13 @@ class Settings(BaseSettings):
         description="The whole URL for spans, instead.",
     )  # fmt: skip
 
+    @field_validator("s3_endpoint", "s3_public_endpoint")
+    @classmethod
+    def _without_credentials(cls, url: str | None) -> str | None:
+        if url is not None and "@" in url:
+            raise ValueError("leave the credentials out: they have settings of their own")
+        return url
+
     @property
     def traces_url(self) -> str | None:
         """Where spans are sent; None: there are none. An empty variable is one that is not set."""
@@ -101,6 +108,27 @@ class GatewaySettings(Settings):
     )
     keep_artifacts: KeptDays = Field(
         30.0, description="The same for what jobs made, from the end of the job on; off: for ever."
+    )
+
+    webhook_secret: SecretStr | None = Field(
+        None,
+        description="`whsec_` and 24 to 64 random bytes in base64: each tenant's secret is made of it "
+        "(`vidgen webhooks secret`). Without it `webhook_url` is refused.",
+    )
+    webhook_allow: str = Field(
+        "",
+        description="Receivers of webhooks beside those on the public internet: networks (`10.0.0.0/8`) and host "
+        "names, separated by commas.",
+    )
+    webhook_ca_file: Path | None = Field(
+        None, description="The certificate authorities of receivers (PEM), in place of the public ones."
+    )
+    webhook_timeout_s: float = Field(15.0, gt=0, le=60, description="How long a receiver may take to answer.")
+    webhook_give_up_s: float = Field(
+        86400.0, gt=0, le=5 * 86400, description="The age at which a webhook that nobody takes becomes a dead letter."
+    )
+    webhook_concurrency: int = Field(
+        64, ge=1, le=512, description="Webhooks delivered at once, at most an eighth of them to one receiver."
     )
 
 

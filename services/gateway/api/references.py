@@ -14,7 +14,7 @@ from vidgen.contracts import FieldError
 
 FRESH = timedelta(hours=1)
 DECODERS = 2  # images decoded at once: each may take a few hundred MB for a moment
-EXTENSIONS = {"image/png": "png", "image/jpeg": "jpg", "image/webp": "webp"}
+EXTENSIONS = {"image/png": "png", "image/jpeg": "jpg", "image/webp": "webp", "image/avif": "avif"}
 
 
 @dataclass(frozen=True)

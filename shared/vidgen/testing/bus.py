@@ -20,7 +20,7 @@ class MemoryBus(Faults):
     """
 
     METHODS = frozenset({
-        "publish", "pull", "last", "tail", "get", "delete", "purge", "follow", "signal", "listen", "depth",
+        "publish", "pull", "last", "first", "tail", "get", "delete", "purge", "follow", "signal", "listen", "depth",
         "held", "ack", "nak", "in_progress", "next", "records.get", "records.put", "records.all",
     })  # fmt: skip
     OUTAGE = errors.BusError
@@ -93,6 +93,10 @@ class MemoryBus(Faults):
     async def last(self, stream: str, subject: str) -> Stored | None:
         async with self.call("last"):
             return next(reversed(list(self._stream(stream).on(subject))), None)
+
+    async def first(self, stream: str, subject: str) -> Stored | None:
+        async with self.call("first"):
+            return next(self._stream(stream).on(subject), None)
 
     async def tail(self, stream: str, before: int | None, limit: int) -> list[Stored]:
         async with self.call("tail"):
