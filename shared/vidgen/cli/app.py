@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from vidgen.cli import dead, doctor, jobs, plan, run, up, webhooks, weights, worker
+from vidgen.cli import dead, doctor, identities, jobs, plan, run, up, webhooks, weights, worker
 
 app = typer.Typer(
     name="vidgen",
@@ -49,6 +49,7 @@ app.command("list")(jobs.list_jobs)
 app.command("workers")(jobs.workers)
 app.add_typer(dead.app, name="dead")
 app.add_typer(weights.app, name="weights")
+app.add_typer(identities.app, name="identities")
 app.add_typer(webhooks.app, name="webhooks")
 app.command("plan")(plan.plan)
 app.command("doctor")(doctor.doctor)
