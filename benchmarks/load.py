@@ -98,9 +98,13 @@ class Figures:
         print(f"  jobs per second through:  {self.jobs_per_s:8.1f}")
         for phase, times in self.probes.items():
             print(f"  GET /v1/jobs/{{id}}, {phase + ':':9} {summary(times)}")
-        first, last = self.memory[0][1], self.memory[-1][1]
-        print(f"  memory of the gateway: {first:.1f} MB at the start, {last:.1f} at the end;"
-              f" {self.slope():+.3f} MB per 1,000 jobs behind the first {WARM_SHARE:.0%}")  # fmt: skip
+        jobs = self.memory[-1][0]
+        quarters = [next(size for done, size in self.memory if done >= jobs * part / 4) for part in range(5)]
+        print(
+            f"  memory of the gateway: {quarters[0]:.1f} MB at the start, {quarters[-1]:.1f} at the end, by quarters"
+            f" {' '.join(f'{size:.1f}' for size in quarters[1:])};"
+            f" {self.slope():+.3f} MB per 1,000 jobs behind the first {WARM_SHARE:.0%}"
+        )
         print("  disk per 1,000 jobs: " + ", ".join(f"{name} {size:.2f} MB" for name, size in self.disk.items()))
         print("  CPU seconds per 1,000 jobs: " + ", ".join(f"{name} {used:.1f}" for name, used in self.cpu.items()))
         print(
