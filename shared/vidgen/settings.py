@@ -8,7 +8,7 @@ import socket
 import sys
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic.fields import FieldInfo
@@ -107,6 +107,10 @@ class Settings(BaseSettings):
         return credentials.tls(self.nats_tls_ca, self.nats_tls_cert, self.nats_tls_key)
 
 
+Days = Annotated[float, Field(ge=1)]  # less than a day is within reach of a clock that is wrong
+KeptDays = Days | Literal["off"]
+
+
 class GatewaySettings(Settings):
     """The gateway's own."""
 
@@ -115,6 +119,20 @@ class GatewaySettings(Settings):
     max_upload_bytes: int = Field(32 << 20, gt=0, description="The largest reference image, in bytes.")
     intake_concurrency: int = Field(8, ge=1, le=64, description="Requests, and events, handled at once.")
     presign_minutes: int = Field(15, ge=1, le=1440, description="How long a presigned URL is good for.")
+    keep_events: Days = Field(7.0, description="Days for which the logs of jobs are kept.")
+    keep_jobs: Days = Field(30.0, description="Days for which a job's record is kept, from its last change on.")
+    keep_dead: Days = Field(30.0, description="Days for which dead letters are kept.")
+    keep_uploads: KeptDays = Field(
+        30.0,
+        description="Days for which uploaded images are kept in the bucket, from their last upload on, and in any case "
+        "while anything on the bus waits for them; off: for ever.",
+    )
+    keep_checkpoints: KeptDays = Field(
+        1.0, description="The same for checkpoints, and in any case until their job has ended; off: for ever."
+    )
+    keep_artifacts: KeptDays = Field(
+        30.0, description="The same for what jobs made, from the end of the job on; off: for ever."
+    )
 
     webhook_secret: SecretStr | None = Field(
         None,
