@@ -1,8 +1,10 @@
 # `make demo` turns the example photograph into a video on any machine; `make test` runs every test.
-# Both need python3 >= 3.11 and nothing else. VENV=folder and PYTHON=python3.12 choose others.
+# Both need python3 >= 3.11 and nothing else. VENV=folder and PYTHON=python3.12 choose others,
+# WORKERS=N the number of test processes.
 
 PYTHON ?= python3
 VENV ?= .venv
+WORKERS ?= $(shell n=$$(getconf _NPROCESSORS_ONLN); [ $$n -lt 4 ] && echo $$((n + 1)) || echo 4)
 BIN := $(VENV)/bin
 
 # uv does not read PIP_FIND_LINKS, and fails on a folder that is not there.
@@ -29,9 +31,10 @@ demo: $(VENV)/.local
 		--edit "golden hour light, warm and cinematic" --motion "slow zoom in, a little hand-held" \
 		-o out/video.mp4 --frame out/frame.png
 
-# Two at a time on two cores take little more than half the time. A file stays in one process, which shares its servers.
+# One more than there are cores, for much of a test is waiting. A file stays in one process, which shares its servers;
+# files go out in the order of tests/conftest.py.
 test: $(VENV)/.test
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 fault: $(VENV)/.test
 	$(BIN)/python -m tests.fault $(ARGS)

@@ -49,6 +49,10 @@ class Collector:
         """The spans of a job, as they began."""
         return sorted((span for span in self._spans if span.job == job_id), key=lambda span: span.begun)
 
+    def jobs(self, trace: str) -> set[Any]:
+        """The jobs that the spans of a trace name; None where one names none."""
+        return {span.job for span in self._spans if span.trace == trace}
+
     def until(self, job_id: str, there: Callable[[list[Span]], bool], bound: float) -> list[Span]:
         """The spans of a job once `there` says that they are all there; blocks, at most for `bound` seconds."""
         with self._changed:

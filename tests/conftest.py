@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import os
 import warnings
 from collections.abc import AsyncIterator, Iterator
@@ -19,6 +20,8 @@ from vidgen.local import NatsServer, S3Server
 # On some processors MKL adds up in another order where tensors lie otherwise in memory: what is compared to the last
 # bit must not depend on that. Read when torch is imported, here and in the processes that tests start.
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
+# Tiny tensors are soonest done by one thread; more of them, in each process, would spin on cores that others need.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 checkpoints.install_shim()  # before any test imports transformers
 
 # Nothing is asserted about time, and a busy machine is no failure. CI draws the same examples each time, so that
@@ -27,6 +30,11 @@ untimed = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.register_profile("vidgen", untimed, derandomize="CI" in os.environ)
 settings.register_profile("thorough", untimed, max_examples=2000, derandomize=False)
 settings.load_profile("vidgen")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """What starts servers and waits for them goes first, so that no long file is left to one process at the end."""
+    items.sort(key=lambda item: item.nodeid.startswith("tests/unit/"))
 
 
 @pytest.fixture
@@ -55,11 +63,16 @@ def s3_store(s3_server: S3Server) -> S3Store:
 
 @pytest.fixture(scope="session")
 def tiny_models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """The folders of the tiny checkpoints, by the names in `checkpoints.MODELS`; built once."""
-    import torch
-
-    torch.set_num_threads(1)  # tiny tensors: threads would only wait for one another
-    with warnings.catch_warnings():
-        # Building is the preparation, not what is tested: loading and running warn as errors.
-        warnings.simplefilter("ignore")
-        return checkpoints.build(tmp_path_factory.mktemp("models"))
+    """The folders of the tiny checkpoints, by the names in `checkpoints.MODELS`; built once for all test processes."""
+    shared = tmp_path_factory.getbasetemp()
+    shared = shared.parent if "PYTEST_XDIST_WORKER" in os.environ else shared
+    folder, built = shared / "models", shared / "models.built"
+    with (shared / "models.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not built.exists():
+            with warnings.catch_warnings():
+                # Building is the preparation, not what is tested: loading and running warn as errors.
+                warnings.simplefilter("ignore")
+                checkpoints.build(folder)
+            built.touch()
+    return {name: folder / name for name in checkpoints.MODELS}

@@ -37,6 +37,7 @@ class Bench:
     variants: str
     device: torch.device
     dtype: torch.dtype
+    long: int = 40  # steps of a long run
     rows: list[dict[str, Any]] = field(default_factory=list)
 
     def layouts(self) -> list[tuple[str, Layout]]:
@@ -163,6 +164,37 @@ class Captured:
         return seconds(lambda: self.pipe.transformer(*args, **options), runs)
 
 
+class Encoded:
+    """What stock diffusers' VAE makes of a picture that a clip begins with, and of latents: to compare ours with."""
+
+    def __init__(self, pipe: Any, width: int, height: int, frames: int) -> None:
+        self._vae = pipe.vae
+        device, dtype = pipe.vae.device, pipe.vae.dtype
+        draw = torch.Generator("cpu").manual_seed(3)
+        self._picture = torch.zeros(1, 3, frames, height, width)
+        self._picture[:, :, 0] = torch.rand(3, height, width, generator=draw) * 2 - 1
+        across = pipe.vae_scale_factor if hasattr(pipe, "vae_scale_factor") else pipe.vae_scale_factor_spatial
+        shape = (1, pipe.vae.config.z_dim, (frames - 1) // 4 + 1, height // across, width // across)
+        self._latents = torch.randn(shape, generator=draw).to(device, dtype)
+        self._picture = self._picture.to(device, dtype)
+        self._wanted = self._made()
+
+    def _made(self) -> tuple[torch.Tensor, torch.Tensor]:
+        encoded = self._vae.encode(self._picture).latent_dist.mode()
+        return encoded.float(), self._vae.decode(self._latents, return_dict=False)[0].float()
+
+    def errors(self) -> dict[str, float]:
+        found = self._made()
+        names = ("vae_encode_error", "vae_decode_error")
+        return {name: error(*pair) for name, pair in zip(names, zip(found, self._wanted, strict=True), strict=True)}
+
+    def seconds(self, runs: int = 2) -> dict[str, float]:
+        return {
+            "vae_encode_s": seconds(lambda: self._vae.encode(self._picture), runs),
+            "vae_decode_s": seconds(lambda: self._vae.decode(self._latents), runs),
+        }
+
+
 class Final(contextlib.AbstractContextManager["Final"]):
     """The latents that a pipeline last handed to its VAE while the block ran: what all its steps came to."""
 
@@ -242,17 +274,23 @@ class Plain:
 
 
 def measured(
-    bench: Bench, section: str, name: str, engine: Any, work: Any, source: Path, plain: Plain | None = None
-) -> None:
-    """A row of the table: what the GPU is held for, and speed and error against plain diffusers doing the same."""
+    bench: Bench, section: str, name: str, engine: Any, work: Any, source: Path, plain: Plain | None = None, *,
+    brief: bool = False,
+) -> None:  # fmt: skip
+    """A row of the table: what the GPU is held for, and speed and error against plain diffusers doing the same.
+
+    `brief`: one run behind the first, the one whose phases are timed.
+    """
     final = Final(engine._pipe)
     with tempfile.TemporaryDirectory() as folder, final:
         first = through(engine, work, source, Path(folder))["generate"]
         peak()
-        taken = [through(engine, work, source, Path(folder)) for _ in range(1 if first > 30 else 2)]
-        most = peak()
+        runs = 0 if brief else 1 if first > 30 else 2
+        taken = [through(engine, work, source, Path(folder)) for _ in range(runs)]
         with phases(engine._pipe) as spent:
-            through(engine, work, source, Path(folder))
+            last = through(engine, work, source, Path(folder))
+        taken = taken or [last]
+        most = peak()
     generate = min(one["generate"] for one in taken)
     compared: dict[str, float] = {}
     if plain is not None:

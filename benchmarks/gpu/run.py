@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import abc
 import argparse
+import contextlib
 import functools
 import gc
 import json
@@ -37,6 +38,7 @@ if "--tiny" in sys.argv:
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # so little is computed that threads only wait for one another
 
 import models
+import numpy as np
 import structlog
 import torch
 import turns
@@ -46,10 +48,12 @@ from bench import (
     PROMPT,
     Bench,
     Captured,
+    Encoded,
     Final,
     Plain,
     cap,
     engine_of,
+    error,
     measured,
     partner_engine,
     peak,
@@ -66,6 +70,7 @@ from vidgen.accel import fp8, loader, quantize, stepcache
 from vidgen.accel.engine import Layout
 from vidgen.accel.guidance import Partner
 from vidgen.contracts import EditWork, I2VWork
+from vidgen.errors import Suspended
 
 torch.set_grad_enabled(False)
 CARDS = (80, 48, 24)  # GiB
@@ -203,6 +208,35 @@ class Video(Subject):
         )  # fmt: skip
 
 
+class Small5B(Video):
+    """Wan2.2-TI2V-5B, 121 frames of 1280 × 704, its VAE in float32 as the service has it."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return (128, 64) if self.bench.tiny else (1280, 704)
+
+    @property
+    def frames(self) -> int:
+        return 9 if self.bench.tiny else 121
+
+    def made(self) -> Any:
+        pipe = models.wan(self.bench.device, self.bench.dtype, small=True, tiny=self.bench.tiny)
+        pipe.vae.float()
+        return pipe
+
+
+class SmallVideo(Video):
+    """33 frames of 416 × 240."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return (96, 64) if self.bench.tiny else (416, 240)
+
+    @property
+    def frames(self) -> int:
+        return 9 if self.bench.tiny else 33
+
+
 # ── sections ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -218,6 +252,8 @@ def edit(bench: Bench, folder: Path) -> None:
         mask=given.get("encoder_hidden_states_mask") is not None, tflop=shape.flop / 1e12,
         floor_bf16_s=shape.flop / CEILINGS["bf16"],
     )  # fmt: skip
+    vae = Encoded(subject.pipe, *subject.size, 1)
+    bench.row("edit", "plain diffusers: VAE", **vae.seconds())
     peak()
     long, short = subject.plain(8, 4.0), subject.plain(4, 1.0, runs=2)
     bench.row("edit", "plain diffusers: 8 steps, CFG 4", plain_s=long.seconds, peak_gib=peak())
@@ -226,6 +262,7 @@ def edit(bench: Bench, folder: Path) -> None:
         engine = subject.engine(layout)
         bench.row("edit", f"{label}: ready", seconds=subject.ready_s, phases=rounded(engine.load_seconds))
         bench.row("edit", f"{label}: one forward", forward_s=captured.forward_s(3), error=captured.error())
+        bench.row("edit", f"{label}: VAE", **vae.seconds(), **vae.errors())
         measured(bench, "edit", f"{label}: 4 steps, CFG off", engine, subject.work(4, 1.0), subject.source, short)
         if label.startswith("fp8"):
             measured(bench, "edit", f"{label}: 8 steps, CFG 4", engine, subject.work(8, 4.0), subject.source, long)
@@ -237,9 +274,9 @@ def candidates(bench: Bench, folder: Path) -> None:
     """Four candidates of one edit beside four edits."""
     subject = Edit(bench, folder)
     engine = subject.engine(Layout() if bench.tiny else Layout(profile="resident-fp8"))
-    measured(bench, "candidates", "1 candidate, 8 steps, CFG 4", engine, subject.work(8, 4.0), subject.source)
-    four = subject.work(8, 4.0, candidates=4)
-    measured(bench, "candidates", "4 candidates, 8 steps, CFG 4", engine, four, subject.source)
+    for count in (1, 4):
+        work = subject.work(8, 4.0, candidates=count)
+        measured(bench, "candidates", f"{count} of 8 steps, CFG 4", engine, work, subject.source, brief=True)
 
 
 def i2v(bench: Bench, folder: Path) -> None:
@@ -250,6 +287,8 @@ def i2v(bench: Bench, folder: Path) -> None:
         "i2v", "one forward", tokens=shape.tokens, tflop=shape.flop / 1e12, floor_bf16_s=shape.flop / CEILINGS["bf16"]
     )
     captured = subject.captured()
+    vae = Encoded(subject.pipe, *subject.size, subject.frames)
+    bench.row("i2v", "plain diffusers: VAE", **vae.seconds())
     short = subject.plain(4, 1.0)
     bench.row(
         "i2v", "plain diffusers: 4 steps, CFG off", plain_s=short.seconds, peak_gib=peak(),
@@ -259,6 +298,7 @@ def i2v(bench: Bench, folder: Path) -> None:
         engine = subject.engine(layout)
         bench.row("i2v", f"{label}: ready", seconds=subject.ready_s, phases=rounded(engine.load_seconds))
         bench.row("i2v", f"{label}: one forward", forward_s=captured.forward_s(2), error=captured.error())
+        bench.row("i2v", f"{label}: VAE", **vae.seconds(), **vae.errors())
         measured(bench, "i2v", f"{label}: 4 steps, CFG off", engine, subject.work(4, 1.0), subject.source, short)
         profile_forward(bench, "i2v", captured)
 
@@ -271,49 +311,112 @@ def i2v_40_plain(bench: Bench, folder: Path) -> None:
 
 
 def i2v_40(bench: Bench, folder: Path) -> None:
-    """40 steps with guidance in ours, every step computed and one in 2 and 3 of the middle; error against the first."""
+    """40 steps with guidance in ours, every step computed (worked out of a shorter run) and one in 3 of the middle."""
     subject = Video(bench, folder)
-    fastest = Layout() if bench.tiny else Layout(profile="resident-fp8")
+    layout = Layout() if bench.tiny else Layout(profile="resident-fp8")
+    exact = worked_out(bench, subject, subject.engine(layout))
+    bench.row("i2v-40", "40 steps, CFG 3.5, every step", **exact)
+    engine = subject.engine(replace(layout, step_cache=3))
+    taken = through(engine, subject.work(40, 3.5), subject.source, folder)["generate"]
+    bench.row(
+        "i2v-40", "40 steps, CFG 3.5, one step in 3", generate_s=taken, ratio=exact["forty_s"] / taken,
+        computed=sum(stepcache.computed(40, 3)),
+    )  # fmt: skip
+
+
+def worked_out(bench: Bench, subject: Video, engine: Any) -> dict[str, float]:
+    """What 40 steps take, of a run of `--long` steps and one of 2."""
+    short = 0.0
+    for _ in range(2):  # the first one compiles
+        short = through(engine, subject.work(2, 3.5), subject.source, subject.folder)["generate"]
+    taken = through(engine, subject.work(bench.long, 3.5), subject.source, subject.folder)["generate"]
+    step = (taken - short) / (bench.long - 2)
+    return {
+        "steps": bench.long,
+        "generate_s": taken,
+        "two_steps_s": short,
+        "step_s": step,
+        "forty_s": short + 38 * step,
+    }
+
+
+def step_cache(bench: Bench, folder: Path) -> None:
+    """The step cache in a small clip of 40 steps: its speed, and its error against every step computed."""
+    subject = SmallVideo(bench, folder)
+    layout = Layout() if bench.tiny else Layout(profile="resident-fp8")
     exact = None
-    for every in (1, 2, 3):
-        engine = subject.engine(Layout(profile=fastest.profile, step_cache=every))
-        through(engine, subject.work(4, 1.0), subject.source, folder)  # compiles
+    for every in (1, 2, 3, 4):
+        engine = subject.engine(replace(layout, step_cache=every))
+        through(engine, subject.work(2, 3.5), subject.source, folder)  # compiles
         with Final(subject.pipe) as final:
             taken = through(engine, subject.work(40, 3.5), subject.source, folder)["generate"]
         exact = exact or Plain(taken, final.latents)
         bench.row(
-            "i2v-40", f"40 steps, CFG 3.5, one step in {every}", generate_s=taken, ratio=exact.seconds / taken,
-            latents_error=float((final.latents - exact.latents).norm() / exact.latents.norm()),
+            "step-cache", f"416x240x33, 40 steps, CFG 3.5, one step in {every}", generate_s=taken,
+            ratio=exact.seconds / taken, latents_error=error(final.latents, exact.latents),
+            computed=sum(stepcache.computed(40, every)),
         )  # fmt: skip
 
 
 def i2v_two(bench: Bench, folder: Path) -> None:
-    """40 steps with guidance on one GPU, each computed and one in 3 of the middle, and on two."""
+    """40 steps with guidance on one GPU and on two; of a shorter run the rest of the 40 are worked out."""
     subject = Video(bench, folder)
     one = Layout(device=str(bench.device)) if bench.tiny else Layout(profile="resident-fp8", device=str(bench.device))
     other = replace(one, device="cpu" if bench.tiny else "cuda:1")
     alone = None
-    for devices, every in ((1, 1), (1, 3), (2, 1)):
-        engine = engine_of("i2v", subject.pipe, replace(one, step_cache=every))
+    for devices in (1, 2):
+        engine = engine_of("i2v", subject.pipe, one)
         if devices == 2:
             # It finds this folder's modules by what this process has on its path.
             shim = [str(checkpoints.SHIM)] if bench.tiny else []
             os.environ["PYTHONPATH"] = os.pathsep.join([*shim, *sys.path])
             engine._partner = Partner(functools.partial(partner_engine, bench.tiny, other), other.device)
         engine.setup()
-        through(engine, subject.work(4, 3.5), subject.source, folder)  # compiles
         with Final(subject.pipe) as final:
-            taken = through(engine, subject.work(40, 3.5), subject.source, folder)["generate"]
-        alone = alone or Plain(taken, final.latents)
+            found = worked_out(bench, subject, engine)
+        alone = alone or Plain(found["forty_s"], final.latents)
         bench.row(
-            "i2v-2", f"40 steps, CFG 3.5, {devices} GPU, one step in {every}", generate_s=taken,
-            ratio=alone.seconds / taken,
-            latents_error=float((final.latents - alone.latents).norm() / alone.latents.norm()),
+            "i2v-2", f"40 steps, CFG 3.5, {devices} GPU", **found, ratio=alone.seconds / found["forty_s"],
+            latents_error=error(final.latents, alone.latents),
         )  # fmt: skip
-        if every > 1:
-            for transformer in engine.transformers():
-                transformer._diffusers_hook.remove_hook(stepcache.HOOK, recurse=False)
     engine._partner.close()
+
+
+def ti2v_5b(bench: Bench, folder: Path) -> None:
+    """The small video model at its own size, 4 steps."""
+    subject = Small5B(bench, folder)
+    subject.call(2, 1.0)
+    peak()
+    short = subject.plain(4, 1.0)
+    bench.row("5b", "plain diffusers: 4 steps, CFG off", plain_s=short.seconds, peak_gib=peak())
+    engine = subject.engine(Layout() if bench.tiny else Layout(profile="resident-fp8"))
+    work = subject.work(4, 1.0)
+    measured(bench, "5b", "fp8, compiled: 4 steps, CFG off", engine, work, subject.source, short, brief=True)
+
+
+def resumed(bench: Bench, folder: Path) -> None:
+    """A run that is left in the middle and gone on with, beside one that is not: the pixels are to be the same."""
+    for kind in (Edit, SmallVideo):
+        subject = kind(bench, folder)
+        engine = subject.engine(Layout() if bench.tiny else Layout(profile="resident-fp8"))
+        inputs = engine.prepare(subject.work(6, 3.0), [subject.source])
+        whole = engine.generate(inputs, lambda step, steps: None)
+        left = Suspended(3, 6)
+
+        def leave(step: int, steps: int, left: Suspended = left) -> None:
+            if step == left.step:
+                raise left
+
+        with contextlib.suppress(Suspended):
+            engine.generate(inputs, leave)
+        again = engine.resume(inputs, lambda step, steps: None, left.state)
+        pixels = [getattr(made.output, "pixels", getattr(made.output, "frames", None)) for made in (whole, again)]
+        bench.row(
+            "resume", f"{subject.kind}: 6 steps, left behind the third", same=bool(np.array_equal(*pixels)),
+            state_mib=len(left.state or b"") / 2**20, whole_s=whole.denoise_s, rest_s=again.denoise_s,
+        )  # fmt: skip
+        del subject, engine
+        gc.collect()
 
 
 def card(kind: type[Subject], gib: int) -> Callable[[Bench, Path], None]:
@@ -328,7 +431,8 @@ def card(kind: type[Subject], gib: int) -> Callable[[Bench, Path], None]:
             engine = subject.engine(Layout())
             name = f"{subject.kind} on {gib} GiB"
             bench.row("cards", f"{name}: ready", seconds=subject.ready_s, phases=rounded(engine.load_seconds))
-            measured(bench, "cards", f"{name}: 4 steps, CFG off", engine, subject.work(4, 1.0), subject.source)
+            work = subject.work(4, 1.0)
+            measured(bench, "cards", f"{name}: 4 steps, CFG off", engine, work, subject.source, brief=True)
         finally:
             cap(bench.device, None)
 
@@ -415,7 +519,8 @@ def drop(model: Path) -> None:
 
 
 SECTIONS: dict[str, Callable[[Bench, Path], None]] = {
-    "edit": edit, "i2v": i2v, "candidates": candidates, "i2v-40": i2v_40, "i2v-40-plain": i2v_40_plain, "start": start,
+    "edit": edit, "i2v": i2v, "candidates": candidates, "i2v-40": i2v_40, "i2v-40-plain": i2v_40_plain,
+    "step-cache": step_cache, "ti2v-5b": ti2v_5b, "resume": resumed, "start": start,
     "start-fp8": functools.partial(start, in_fp8=True), "i2v-2": i2v_two,
     **{f"{kind.kind}-{gib}": card(kind, gib) for gib in CARDS for kind in (Edit, Video)},
     "turns": turns.section(None), **{f"turns-{gib}": turns.section(gib) for gib in CARDS},
@@ -428,6 +533,7 @@ def main() -> None:
     parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"of {', '.join(SECTIONS)}; by default all")
     parser.add_argument("--out", type=Path, default=Path("gpu-results.jsonl"))
     parser.add_argument("--variants", default="", help="only those in whose name this regular expression is found")
+    parser.add_argument("--long", type=int, default=40, help="steps of which the 40 of a long run are worked out")
     parser.add_argument("--tiny", action="store_true", help="rehearse with tiny models, on the CPU")
     options = parser.parse_args()
     if unknown := set(options.sections) - set(SECTIONS):
@@ -435,7 +541,12 @@ def main() -> None:
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
     device = torch.device("cpu" if options.tiny else "cuda:0")
     bench = Bench(
-        options.out, options.tiny, options.variants, device, torch.float32 if options.tiny else torch.bfloat16
+        options.out,
+        options.tiny,
+        options.variants,
+        device,
+        torch.float32 if options.tiny else torch.bfloat16,
+        options.long,
     )
     done = (
         {json.loads(line)["name"] for line in options.out.read_text().splitlines()} if options.out.exists() else set()

@@ -68,7 +68,8 @@ RUN --mount=type=bind,from=wheel,source=/wheels,target=/wheels \
     /opt/uv/bin/uv pip install --no-cache --python /opt/vidgen/bin/python --compile-bytecode --no-deps --no-index \
         /wheels/*.whl
 LABEL org.opencontainers.image.title="vidgen ${STAGE}-service" org.opencontainers.image.licenses="Apache-2.0"
-ENV PATH=/opt/vidgen/bin:$PATH HOME=/tmp PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
+# USER: torch names its cache after it, and no file of the image knows the number below.
+ENV PATH=/opt/vidgen/bin:$PATH HOME=/tmp USER=vidgen PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 \
     NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
 USER 10001:10001
 EXPOSE 9100

@@ -119,7 +119,7 @@ class Consumers:
         if isinstance(event, contracts.Accepted):  # its record may be a moment behind
             self._metrics.request_accepted()
             return
-        job = await self._jobs.find(event.job_id)
+        job = await self._jobs.ended(event.job_id)
         if job is None:
             return
         if isinstance(event, ENDS) and event.run == job.run and not job.status.final:

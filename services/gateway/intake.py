@@ -6,10 +6,12 @@ Both doors lead through `Intake`: the HTTP edge (`submit`) and the public subjec
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import tempfile
 import uuid
-from collections.abc import Sequence
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,7 @@ log = structlog.get_logger(__name__)
 
 MAX_REQUEST_BYTES = 128 << 10
 MAX_NAMED, MAX_FIELD_NAME = 50, 200
+REMEMBERED = 1000  # requests let in by HTTP whose message another replica may have taken
 JOB_NAMESPACE = uuid.UUID("5f0c7f2e-64b5-5f0e-9a55-6b1f1f0a7c11")
 
 
@@ -110,6 +113,8 @@ class Intake:
         """`receivers` are those that webhooks may go to; None: this server sends none."""
         self._bus, self._store, self._jobs = bus, store, jobs
         self._max_bytes, self._receivers = max_upload_bytes, receivers
+        # What this replica lets in by HTTP comes back to it from the bus: then there is nothing left to do.
+        self._submitted: OrderedDict[str, asyncio.Future[Job | None]] = OrderedDict()
 
     async def submit(self, request: VideoRequest, job_id: str) -> tuple[Job, bool]:
         """Let a request in by HTTP: checked first, durable once this returns; True where the job is new.
@@ -123,14 +128,29 @@ class Intake:
             return existing, False
         request = request.model_copy(update={"job_id": job_id})
         job = await self._prepare(request, job_id, now())
-        await self._bus.publish(topology.SUBJECT_REQUESTS, request.to_bytes(), message_id=job_id)
+        with self._submitting(job_id) as submitted:
+            await self._bus.publish(topology.SUBJECT_REQUESTS, request.to_bytes(), message_id=job_id)
+            try:
+                job, new = await self._jobs.create(job)
+            except errors.BusError as exc:
+                # It is let in: whoever takes the message will enter it. Told otherwise, the client would ask again, and
+                # without an id of its own that would be a second job.
+                log.warning(exc.message, _event="entered_later", job=job_id)
+                return job, True
+            submitted.set_result(job)
+        return job, new
+
+    @contextlib.contextmanager
+    def _submitting(self, job_id: str) -> Iterator[asyncio.Future[Job | None]]:
+        """What `handle` waits for, should it see the request before it is let in; None where it was not."""
+        submitted = self._submitted[job_id] = asyncio.get_running_loop().create_future()
+        if len(self._submitted) > REMEMBERED:
+            self._submitted.popitem(last=False)
         try:
-            return await self._jobs.create(job)
-        except errors.BusError as exc:
-            # It is let in: whoever takes the message will enter it. Told otherwise, the client would ask again, and
-            # without an id of its own that would be a second job.
-            log.warning(exc.message, _event="entered_later", job=job_id)
-            return job, True
+            yield submitted
+        finally:
+            if not submitted.done():
+                submitted.set_result(None)
 
     async def handle(self, delivery: Delivery) -> Job:
         """Let a message on `vidgen.requests` in, or turn it away; either way it is recorded when this returns."""
@@ -140,6 +160,9 @@ class Intake:
             request = parse(delivery.body)
             job_id = request.job_id or job_id
             tracing.about(job_id=job_id)
+            submitted = self._submitted.pop(job_id, None)
+            if submitted is not None and (let_in := await submitted) is not None:
+                return let_in
             # Before its references are looked at: a normalised one is stored under the job's own key.
             existing = await self._jobs.find(job_id)
             if existing is not None:
@@ -195,15 +218,15 @@ class Intake:
     async def _check(self, key: str, index: int, job_id: str) -> tuple[str, images.ImageFacts]:
         """A reference that every engine can read: itself where it is plain, else a normalised copy of the job's own."""
         artifacts.check_key(key, job_id)
-        with tempfile.NamedTemporaryFile(prefix="vidgen-intake-") as source:
-            await self._store.fetch(key, Path(source.name), limit=self._max_bytes)
-            facts = await asyncio.to_thread(images.inspect, Path(source.name))
+        async with _scratch() as source:
+            await self._store.fetch(key, source, limit=self._max_bytes)
+            facts = await asyncio.to_thread(images.inspect, source)
             if facts.normal:
                 return key, facts
-            with tempfile.NamedTemporaryFile(prefix="vidgen-intake-", suffix=".png") as target:
-                facts = await asyncio.to_thread(images.normalise, Path(source.name), Path(target.name))
+            async with _scratch(".png") as target:
+                facts = await asyncio.to_thread(images.normalise, source, target)
                 own = artifacts.artifact_key(job_id, f"reference-{index}.png")
-                await self._store.put(own, Path(target.name), "image/png")
+                await self._store.put(own, target, "image/png")
                 return own, facts
 
     async def _turn_away(
@@ -222,6 +245,16 @@ class Intake:
         await dead.publish(self._bus, letter, message_id=f"request:{delivery.seq}:{job_id}")
         log.info("a request was turned away", _event="request_rejected", job=job_id, new=new, errors=len(exc.errors))
         return job
+
+
+@contextlib.asynccontextmanager
+async def _scratch(suffix: str = "") -> AsyncIterator[Path]:
+    """A file for the block. Removed in a thread: a disk that is busy syncing would hold up everything."""
+    file = tempfile.NamedTemporaryFile(prefix="vidgen-intake-", suffix=suffix)  # noqa: SIM115
+    try:
+        yield Path(file.name)
+    finally:  # shielded: a cancel that comes before the thread has begun must not leave the file behind
+        await asyncio.shield(asyncio.get_running_loop().run_in_executor(None, file.close))
 
 
 def _claimed_id(body: bytes) -> str | None:

@@ -85,6 +85,11 @@ class Jobs:
         current = progress.stage == job.stage and progress.run == job.run
         return job.model_copy(update={"progress": progress}) if current else job
 
+    async def ended(self, job_id: str) -> Job | None:
+        """The record of a job whose log has come to an end: as this replica wrote it last, if that was the end."""
+        written = self._written.get(job_id)
+        return written[0] if written is not None and written[0].status.final else await self.find(job_id)
+
     async def create(self, job: Job) -> tuple[Job, bool]:
         """Write a new record, put it into the history and act on it; False where the job was there already."""
         # Both at once: until the record is there nobody acts on the log, and a request that comes again finds it begun.

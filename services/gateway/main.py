@@ -24,13 +24,14 @@ from gateway.intake import Intake
 from gateway.jobs import Jobs
 from gateway.orphans import Orphans
 from gateway.receivers import Allowed, Receivers
+from gateway.retention import Keep, Sweeper
 from gateway.webhooks import Webhooks
 from vidgen import bootstrap, errors, jetstream, probes, settings, telemetry, tracing, webhooks
 from vidgen.artifacts import S3Store
 from vidgen.jetstream import JetStreamBus
 from vidgen.metrics import GatewayMetrics
 from vidgen.settings import GatewaySettings
-from vidgen.topology import Topology
+from vidgen.topology import DAY, Topology
 
 log = structlog.get_logger(__name__)
 
@@ -94,7 +95,9 @@ class _Gateway:
             return await stack.enter_async_context(connection)
 
         connected = await self._persist("the bus", attempt)
-        wanted = Topology(own.stream_replicas, own.ack_wait)
+        wanted = Topology(own.stream_replicas, own.ack_wait).keeping(
+            events=own.keep_events * DAY, jobs=own.keep_jobs * DAY, dead=own.keep_dead * DAY
+        )
         await self._persist("the bus", lambda: bootstrap.ensure(connected, wanted))
         return connected
 
@@ -106,9 +109,11 @@ class _Gateway:
         forecast = Forecast(connected, jobs, fleet)
         parts = Parts(own, connected, store, jobs, intake, fleet, forecast, metrics, self._stop)
         consumers = Consumers(connected, jobs, intake, metrics, own.intake_concurrency)
+        sweeper = Sweeper(connected, store, jobs, Keep.from_settings(own), metrics)
         orphans = Orphans(connected, fleet, metrics, own.worker_silence_s)
         working = self._work(consumers, orphans, *([hooks] if hooks else []))
         consuming = asyncio.create_task(working, name="consumers")
+        sweeping = asyncio.create_task(sweeper.run(self._stop), name="sweeper")
         stopped = asyncio.create_task(self._stop.wait(), name="stop")
         try:
             async with probes.run_app(create_app(parts), own.http_host, own.http_port, grace=HTTP_GRACE_S) as url:
@@ -120,9 +125,9 @@ class _Gateway:
             await asyncio.wait((consuming,), timeout=DRAIN_S)
         finally:
             self._stop.set()
-            stopped.cancel()
-            consuming.cancel()
-            await asyncio.gather(consuming, stopped, return_exceptions=True)
+            for task in (consuming, sweeping, stopped):
+                task.cancel()
+            await asyncio.gather(consuming, sweeping, stopped, return_exceptions=True)
         if not consuming.cancelled() and (died := consuming.exception()) is not None:
             raise errors.FatalError("the consumers died: the log says of what", code="consumers_died") from died
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import itertools
 import re
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
@@ -15,12 +16,13 @@ from urllib.parse import urlsplit
 
 import urllib3
 from minio import Minio
+from minio.deleteobjects import DeleteObject
 from minio.error import MinioException, S3Error
 
 from vidgen import errors, presign
 from vidgen.settings import Settings
 
-UPLOADS = "uploads/"
+UPLOADS, JOBS, CHECKPOINTS = "uploads/", "jobs/", "checkpoints/"
 KEY = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_./-]{0,499}")
 CHUNK = 1 << 20
 LINK_LIFE = timedelta(minutes=15)
@@ -69,12 +71,18 @@ class ArtifactStore(Protocol):
     async def upload_url(self, key: str, content_type: str, size: int, *, expires: timedelta = LINK_LIFE) -> str:
         """A presigned URL to put one file of this size with `upload_headers`; nothing else can be done with it."""
 
+    async def page(self, prefix: str, after: str = "", limit: int = 1000) -> list[Stat]:
+        """Up to `limit` objects under `prefix` with keys behind `after`, by key; size and time are what is known."""
+
+    async def remove(self, keys: Sequence[str]) -> None:
+        """Delete objects; one that is not there any more is no error."""
+
     async def ready(self) -> bool:
         """Whether the store answers now and the bucket is there."""
 
 
 def job_prefix(job_id: str) -> str:
-    return f"jobs/{job_id}/"
+    return f"{JOBS}{job_id}/"
 
 
 def artifact_key(job_id: str, name: str) -> str:
@@ -251,6 +259,26 @@ class S3Store:
             address = self._signer.get_presigned_url("PUT", self.bucket, key, expires=expires).partition("?")[0]
         headers = upload_headers(content_type, size)
         return presign.url_with_headers("PUT", address, headers, self._keys, self._region, expires)
+
+    async def page(self, prefix: str, after: str = "", limit: int = 1000) -> list[Stat]:
+        def call() -> list[Stat]:
+            with _translated(prefix):
+                found = self._client.list_objects(self.bucket, prefix, recursive=True, start_after=after or None)
+                return [
+                    Stat(one.object_name or "", one.size or 0, "", one.last_modified)
+                    for one in itertools.islice((one for one in found if not one.is_dir), limit)
+                ]
+
+        return await asyncio.to_thread(call)
+
+    async def remove(self, keys: Sequence[str]) -> None:
+        def call() -> None:
+            with _translated():
+                failed = list(self._client.remove_objects(self.bucket, [DeleteObject(key) for key in keys]))
+            if failed:
+                raise errors.StoreError(f"the object store kept {len(failed)} objects: {failed[0].code}")
+
+        await asyncio.to_thread(call)
 
     async def ready(self) -> bool:
         try:

@@ -107,5 +107,8 @@ async def _ensure_bucket(js: JetStreamContext, bucket: topology.Bucket, replicas
         except js_errors.NotFoundError:
             await js.create_key_value(config)
             return
-    wanted = found.evolve(max_age=bucket.ttl, storage=config.storage, num_replicas=replicas, max_msgs_per_subject=1)
+    wanted = found.evolve(
+        max_age=bucket.ttl, storage=config.storage, num_replicas=replicas, max_msgs_per_subject=1,
+        duplicate_window=min(found.duplicate_window or bucket.ttl, bucket.ttl),
+    )  # fmt: skip
     await _ensure_stream(js, f"bucket {bucket.name}", wanted)

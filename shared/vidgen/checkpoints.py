@@ -17,7 +17,7 @@ from typing import Any, Literal
 import pydantic
 
 from vidgen import contracts, errors, results
-from vidgen.artifacts import ArtifactStore
+from vidgen.artifacts import CHECKPOINTS, ArtifactStore
 from vidgen.contracts import Message, Task
 from vidgen.engine import EngineInfo
 
@@ -58,7 +58,7 @@ class Found:
 
 def key(task: Task, attempt: int) -> str:
     """Where an attempt at a task keeps its state: a key names one content here, too."""
-    return f"checkpoints/{task.job_id}/{task.stage}-{task.run}-{attempt}.safetensors"
+    return f"{CHECKPOINTS}{task.job_id}/{task.stage}-{task.run}-{attempt}.safetensors"
 
 
 async def keep(

@@ -102,7 +102,7 @@ WAN_NEGATIVE_PROMPT = (
 class Message(BaseModel):
     """A frozen message that refuses what it does not know."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
     def to_bytes(self) -> bytes:
         """Compact JSON, without the fields that were left out."""

@@ -135,7 +135,7 @@ class Handler:
         return outcome
 
     async def _attempt(self, delivery: Delivery, task: Task, turn: Turn, clocks: Clocks) -> Outcome:
-        with contextlib.ExitStack() as scratch:
+        async with contextlib.AsyncExitStack() as scratch:
             # While the claim is under way: looking and fetching leave no trace if it is not won.
             gathering = asyncio.ensure_future(self._gather(task, scratch, clocks))
             try:
@@ -198,16 +198,10 @@ class Handler:
                 unexpected = errors.RetryableError(f"unexpected {type(exc).__name__}", code="unexpected")
                 return await self._settlement.fail(delivery, held, clocks, unexpected, retryable=True)
 
-    async def _gather(self, task: Task, scratch: contextlib.ExitStack, clocks: Clocks) -> _Gathered:
+    async def _gather(self, task: Task, scratch: contextlib.AsyncExitStack, clocks: Clocks) -> _Gathered:
         """The stored result of this very task, else its inputs in a folder of its own that goes with `scratch`."""
         with clocks.timed("prepare"):
-            folder = Path(
-                scratch.enter_context(
-                    tempfile.TemporaryDirectory(
-                        prefix="vidgen-task-", dir=self._policy.work_dir, ignore_cleanup_errors=True
-                    )
-                )
-            )
+            folder = await scratch.enter_async_context(_scratch(self._policy.work_dir))
             found, files = await asyncio.gather(
                 results.find(self._store, task), self._fetch(task, folder), return_exceptions=True
             )
@@ -413,6 +407,16 @@ class Handler:
             standing = attempts.standing(held.task, held.attempt, seen.event)
             if standing != "mine":
                 turn.stop.now(standing, seen.event.at if seen.event else None)
+
+
+@contextlib.asynccontextmanager
+async def _scratch(work_dir: Path | None) -> AsyncIterator[Path]:
+    """A folder for the block. Removed in a thread: a disk that is busy would hold up every task here."""
+    folder = tempfile.TemporaryDirectory(prefix="vidgen-task-", dir=work_dir, ignore_cleanup_errors=True)
+    try:
+        yield Path(folder.name)
+    finally:  # shielded: a cancel that comes before the thread has begun must not leave the folder behind
+        await asyncio.shield(asyncio.get_running_loop().run_in_executor(None, folder.cleanup))
 
 
 async def _all_of(*works: Awaitable[T]) -> list[T]:

@@ -9,6 +9,7 @@ import contextlib
 import functools
 import io
 import math
+import os
 import re
 import struct
 from collections.abc import Iterator, Mapping
@@ -79,6 +80,14 @@ class _Jpeg(JpegImagePlugin.JpegImageFile):
 
     def _read_dpi_from_exif(self) -> None:
         return
+
+
+class _File(io.BufferedReader):
+    """A file of which nobody reads more than there is: a chunk that claims to have 2 GB is not given the memory."""
+
+    def read(self, size: int | None = -1) -> bytes:
+        left = max(0, os.fstat(self.fileno()).st_size - self.tell())
+        return super().read(left if size is None or size < 0 else min(size, left))
 
 
 def inspect(path: Path) -> ImageFacts:
@@ -187,7 +196,7 @@ def _label(text: str, height: int) -> Image.Image:
 @contextlib.contextmanager
 def _opened(path: Path) -> Iterator[Image.Image]:
     """The image with its header read and its limits checked; whatever goes wrong inside becomes a RejectedError."""
-    with path.open("rb") as file:
+    with _File(io.FileIO(path)) as file:
         kind = _kind(file.read(64))
         file.seek(0)
         with _refusing(), contextlib.ExitStack() as stack:

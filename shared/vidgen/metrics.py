@@ -28,6 +28,7 @@ GatewayOutcome = Literal["completed", "reused", "failed", "retried", "cancelled"
 RequestOutcome = Literal["accepted", "rejected", "duplicate"]
 WebhookOutcome = Literal["delivered", "retried", "given_up"]
 Direction = Literal["get", "put"]
+Kept = Literal["uploads", "checkpoints", "artifacts"]
 CheckpointOutcome = Literal["stored", "resumed", "refused", "failed"]
 State = Literal["starting", "ready", "busy", "draining", "unhealthy"]
 
@@ -75,6 +76,7 @@ LANE = Label("lane", LANES)
 PHASE = Label("phase", PHASES)
 DIRECTION = Label("direction", get_args(Direction))
 STATE = Label("state", STATES)
+KIND = Label("kind", get_args(Kept))
 GPU = (Label("gpu"), Label("gpu_uuid"), Label("gpu_name"))
 ON_WORKER = (STAGE, Label("worker"), *GPU)
 STAGE_OR_REQUEST = Label("stage", (*STAGES, "request"))
@@ -285,6 +287,11 @@ GATEWAY = (
         (STAGE,), MOMENTS,
     ),
     Metric("vidgen_artifact_bytes_total", "counter", "bytes", "Bytes of the artifacts that stages made.", (STAGE,)),
+    Metric(
+        "vidgen_swept_objects_total", "counter", "objects", "Objects deleted from the bucket because their time was "
+        "over.", (KIND,),
+    ),
+    Metric("vidgen_swept_bytes_total", "counter", "bytes", "Bytes of those objects.", (KIND,)),
     Metric(
         "vidgen_http_requests_total", "counter", "requests", "HTTP requests by route template.",
         (Label("route"), Label("method"), Label("status")),
@@ -612,6 +619,11 @@ class GatewayMetrics(_Exposed):
     def handed_back(self, stage: Stage) -> None:
         """A task of a worker that died was handed out again."""
         self._inc("vidgen_orphans_total", stage=stage)
+
+    def swept(self, kind: Kept, count: int, size: int) -> None:
+        """Objects that were deleted from the bucket, and their bytes."""
+        self._inc("vidgen_swept_objects_total", count, kind=kind)
+        self._inc("vidgen_swept_bytes_total", size, kind=kind)
 
     def webhook(self, outcome: WebhookOutcome) -> None:
         """Call once per try, with how it ended."""

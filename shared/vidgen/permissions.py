@@ -147,10 +147,14 @@ def _operator() -> Iterator[str]:
 
 @dataclass(frozen=True)
 class Keys:
-    """The keys that an identity may read, and those that it may write, overwrite and delete; `*` is any text."""
+    """The keys that an identity may read, those that it may write and overwrite, and those that it may delete.
+
+    `*` is any text. Who may delete lists the bucket, to find what has had its time.
+    """
 
     read: tuple[str, ...]
     write: tuple[str, ...]
+    delete: tuple[str, ...] = ()
 
 
 RESULTS: dict[Stage, tuple[str, ...]] = {
@@ -164,7 +168,8 @@ def keys_of(role: Role) -> Keys | None:
     if role == "operator":
         return None
     if role == "gateway":
-        return Keys(read=("uploads/*", "jobs/*"), write=("uploads/*", "jobs/*/reference-*"))
+        swept = ("uploads/*", "jobs/*", "checkpoints/*")
+        return Keys(read=("uploads/*", "jobs/*"), write=("uploads/*", "jobs/*/reference-*"), delete=swept)
     own = STAGES_OF[role]
     states = tuple(f"checkpoints/*/{stage}-*" for stage in own)
     return Keys(
@@ -174,8 +179,10 @@ def keys_of(role: Role) -> Keys | None:
 
 
 def seaweedfs_actions(keys: Keys, bucket: str) -> list[str]:
-    """The rights as SeaweedFS' s3.json has them. It lets who may write delete, too, and lists for nobody."""
-    return [f"Read:{bucket}/{key}" for key in keys.read] + [f"Write:{bucket}/{key}" for key in keys.write]
+    """The rights as SeaweedFS' s3.json has them. It knows no right to delete: who may write may, and only they."""
+    written = dict.fromkeys((*keys.write, *keys.delete))
+    listed = [f"List:{bucket}"] if keys.delete else []
+    return [*(f"Read:{bucket}/{key}" for key in keys.read), *(f"Write:{bucket}/{key}" for key in written), *listed]
 
 
 def iam_policy(keys: Keys, bucket: str) -> dict[str, object]:
@@ -188,6 +195,8 @@ def iam_policy(keys: Keys, bucket: str) -> dict[str, object]:
     def resources(patterns: Sequence[str]) -> list[str]:
         return [f"arn:aws:s3:::{bucket}/{pattern}" for pattern in patterns]
 
+    delete = {"Sid": "Delete", "Effect": "Allow", "Action": ["s3:DeleteObject"], "Resource": resources(keys.delete)}
+    deletion = [delete] if keys.delete else []
     return {
         "Version": "2012-10-17",
         "Statement": [
@@ -196,6 +205,7 @@ def iam_policy(keys: Keys, bucket: str) -> dict[str, object]:
                 "Sid": "Write", "Effect": "Allow", "Action": ["s3:PutObject", "s3:AbortMultipartUpload"],
                 "Resource": resources(keys.write),
             },
+            *deletion,
             {"Sid": "Missing", "Effect": "Allow", "Action": ["s3:ListBucket"], "Resource": [f"arn:aws:s3:::{bucket}"]},
         ],
     }  # fmt: skip

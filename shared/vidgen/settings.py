@@ -8,7 +8,7 @@ import socket
 import sys
 from collections.abc import Collection, Iterator
 from pathlib import Path
-from typing import Any, Literal, TypeVar, get_args
+from typing import Annotated, Any, Literal, TypeVar, get_args
 
 from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic.fields import FieldInfo
@@ -107,6 +107,10 @@ class Settings(BaseSettings):
         return credentials.tls(self.nats_tls_ca, self.nats_tls_cert, self.nats_tls_key)
 
 
+Days = Annotated[float, Field(ge=1)]  # less than a day is within reach of a clock that is wrong
+KeptDays = Days | Literal["off"]
+
+
 class GatewaySettings(Settings):
     """The gateway's own."""
 
@@ -120,6 +124,20 @@ class GatewaySettings(Settings):
         "handed out again.",
     )  # fmt: skip
     presign_minutes: int = Field(15, ge=1, le=1440, description="How long a presigned URL is good for.")
+    keep_events: Days = Field(7.0, description="Days for which the logs of jobs are kept.")
+    keep_jobs: Days = Field(30.0, description="Days for which a job's record is kept, from its last change on.")
+    keep_dead: Days = Field(30.0, description="Days for which dead letters are kept.")
+    keep_uploads: KeptDays = Field(
+        30.0,
+        description="Days for which uploaded images are kept in the bucket, from their last upload on, and in any case "
+        "while anything on the bus waits for them; off: for ever.",
+    )
+    keep_checkpoints: KeptDays = Field(
+        1.0, description="The same for checkpoints, and in any case until their job has ended; off: for ever."
+    )
+    keep_artifacts: KeptDays = Field(
+        30.0, description="The same for what jobs made, from the end of the job on; off: for ever."
+    )
 
     webhook_secret: SecretStr | None = Field(
         None,
@@ -208,6 +226,11 @@ class WorkerSettings(Settings):
         description="auto: blocks, on a GPU; full: the VAE too, which compiles anew at each size that comes, for half "
         "a minute or more.",
     )
+    vae: Literal["auto", "stock"] = Field(
+        "auto",
+        description="auto: the VAE in fused kernels where the GPU is a Hopper, and frames that stand still encoded "
+        "once; stock: as diffusers has it.",
+    )
     compile_cache: Path | None = Field(
         None,
         description="Where what was compiled is kept for the next start: a folder beside the weights, say. By default "
@@ -251,7 +274,8 @@ class WorkerSettings(Settings):
     def layout(self) -> dict[str, Any]:
         """How an engine is laid into the device: the fields of `vidgen.accel.engine.Layout`."""
         names = (
-            "device", "dtype", "profile", "attention", "compile", "compile_cache", "step_cache", "sleep_in", "work_dir",
+            "device", "dtype", "profile", "attention", "compile", "vae", "compile_cache", "step_cache", "sleep_in",
+            "work_dir",
         )  # fmt: skip
         return {name: getattr(self, name) for name in names}
 

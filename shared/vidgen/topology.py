@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from vidgen.contracts import LANES, STAGES, Lane, Stage
@@ -158,3 +158,10 @@ class Topology:
     streams: tuple[Stream, ...] = STREAMS
     consumers: tuple[Consumer, ...] = CONSUMERS
     buckets: tuple[Bucket, ...] = field(default=BUCKETS)
+
+    def keeping(self, *, events: float, jobs: float, dead: float) -> Topology:
+        """The same with these ages, in seconds: of the logs, of the records and the history, of dead letters."""
+        ages = {EVENTS: events, HISTORY: jobs, DEAD: dead}
+        streams = tuple(replace(one, max_age=ages.get(one.name, one.max_age)) for one in self.streams)
+        buckets = tuple(replace(one, ttl=jobs) if one.name == JOBS_BUCKET else one for one in self.buckets)
+        return replace(self, streams=streams, buckets=buckets)

@@ -163,6 +163,29 @@ async def test_many_files_at_once(store: ArtifactStore, key: str, file: Path) ->
     assert all(await asyncio.gather(*(store.stat(each) for each in keys)))
 
 
+async def test_objects_are_listed_by_key_a_page_at_a_time(store: ArtifactStore, file: Path) -> None:
+    prefix = f"jobs/{secrets.token_hex(8)}/"
+    for name in ("c.png", "a/deep.png", "b.png"):
+        await store.put(f"{prefix}{name}", file, "image/png")
+
+    first = await store.page(prefix, limit=2)
+    rest = await store.page(prefix, after=first[-1].key, limit=2)
+
+    assert [(one.key.removeprefix(prefix), one.size) for one in first] == [("a/deep.png", 100), ("b.png", 100)]
+    assert [one.key.removeprefix(prefix) for one in rest] == ["c.png"]
+    assert await store.page(prefix, after=rest[-1].key) == []
+    assert all(one.modified is not None for one in first)
+
+
+async def test_what_is_removed_is_gone_and_may_be_removed_again(store: ArtifactStore, key: str, file: Path) -> None:
+    await store.put(key, file, "image/png")
+
+    await store.remove([key, f"{key}-never-was"])
+    await store.remove([key])
+
+    assert await store.stat(key) is None
+
+
 async def test_ready_while_it_answers(store: ArtifactStore) -> None:
     assert await store.ready()
 

@@ -36,6 +36,12 @@ STORE_FILES = tuple(ROOT / "deploy" / "s3" / f"{name}.yml" for name in STORES)
 OURS = {"gateway": settings.GatewaySettings} | dict.fromkeys(
     ("edit-service", "i2v-service", "edit-service-gpu", "i2v-service-gpu", "worker-gpu"), settings.WorkerSettings
 )
+# To whom an image gives the folders that it writes, by its recipe: root where it says nothing, who is its user else.
+# A root without capabilities does not write where another one is the owner.
+WRITERS = {
+    "nats": "root", "chrislusf/seaweedfs": "1000:1000", "pgsty/silo": "root", "prom/prometheus": "its own",
+    "grafana/grafana": "its own", "localhost/vidgen/edit-service": "its own", "localhost/vidgen/i2v-service": "its own",
+}  # fmt: skip
 BOUND, POLL = 180.0, 0.1  # seconds to wait for what must come, on a busy machine, and between two looks
 
 
@@ -177,6 +183,20 @@ def test_every_service_can_do_little_and_says_how_it_is(store: str) -> None:
         assert once or service["healthcheck"]["test"]
 
 
+@pytest.mark.parametrize("store", STORES)
+def test_who_writes_into_a_volume_owns_it(store: str) -> None:
+    written = set()
+    for service in compose.services({**compose.filled(), "S3_SERVER": store}).values():
+        volumes = [volume.split(":") for volume in service.get("volumes", ())]
+        if any(not parts[0].startswith("./") and parts[-1] != "ro" for parts in volumes):
+            image = service["image"].rpartition(":")[0]
+            owner = WRITERS[image]
+            assert service.get("user", owner) == owner
+            assert ("user" in service) == ("entrypoint" in service)  # an entrypoint may change the user
+            written.add(image)
+    assert written == set(WRITERS) - {"pgsty/silo" if store == "seaweedfs" else "chrislusf/seaweedfs"}
+
+
 def test_secrets_are_files_because_the_roots_are_read_only() -> None:
     found = compose.loaded()
     assert all(set(secret) == {"file"} for secret in found["secrets"].values())
@@ -265,8 +285,8 @@ def test_the_store_has_the_flags_of_the_embedded_one(tmp_path: Path) -> None:
 class Graph:
     """The services of the preview profile as processes of this machine, with other ports and folders alone."""
 
-    RUN = ("nats", "s3", "gateway", "edit-service", "i2v-service")
-    PORTS = {"nats": (4222, 8222), "s3": (8333, 9333, 9327), "gateway": (8080,)} | dict.fromkeys(
+    RUN = ("nats", "s3", "gateway", "edit-service", "i2v-service", "prometheus")
+    PORTS = {"nats": (4222, 8222), "s3": (8333, 9333, 9327), "gateway": (8080,), "prometheus": (9090,)} | dict.fromkeys(
         ("edit-service", "i2v-service"), (9100,)
     )
 
@@ -326,7 +346,26 @@ class Graph:
             kept = [flag for flag in arguments if flag.split("=")[0] not in {*replaced, "-s3.port"}]
             arguments = [*kept, *(f"{flag}={value}" for flag, value in replaced.items())]
             arguments += [f"-{flag}={port}" for flag, port in self.inner.items()]
+        if name == "prometheus":  # the image starts it, the file names only flags
+            config, data = self._monitoring() / "prometheus.yml", self.folder / "prometheus"
+            replaced = {"--config.file": config, "--storage.tsdb.path": data}
+            kept = [flag for flag in (program, *arguments) if flag.split("=")[0] not in replaced]
+            arguments = [*kept, *(f"{flag}={value}" for flag, value in replaced.items())]
+            arguments += [f"--web.listen-address=127.0.0.1:{self.ports[name, 9090]}"]
+            program = name
         return [servers.program(Path(program).name), *arguments]
+
+    def _monitoring(self) -> Path:
+        """The mounted configuration, in a hurry, with targets on this machine."""
+        made = shutil.copytree(MONITORING, self.folder / "monitoring")
+        config = made / "prometheus.yml"
+        config.write_text(config.read_text("utf-8").replace("15s", "2s"))
+        for path in (made / "targets").iterdir():
+            text = path.read_text("utf-8")
+            for (other, port), here in self.ports.items():
+                text = text.replace(f'"{other}:{port}"', f'"127.0.0.1:{here}"')
+            path.write_text(text)
+        return made
 
     def _mounts(self, name: str) -> dict[str, Path]:
         """Where what is mounted is on this machine, by its place in the container; files lie together there, too."""
@@ -335,9 +374,10 @@ class Graph:
             source, target = volume.split(":")[:2]
             if source.startswith(("./", "/")):
                 found[target] = self.folder / name / target.removeprefix("/")
-                found[target].parent.mkdir(parents=True, exist_ok=True)
-                copy = shutil.copytree if (ROOT / source).is_dir() else shutil.copyfile
-                copy(ROOT / source, found[target])
+                if not found[target].exists():  # a second start has it
+                    found[target].parent.mkdir(parents=True, exist_ok=True)
+                    copy = shutil.copytree if (ROOT / source).is_dir() else shutil.copyfile
+                    copy(ROOT / source, found[target])
             else:
                 found[target] = self.folder / source
         return found
@@ -384,6 +424,7 @@ async def started(folder: Path) -> AsyncIterator[Graph]:
         graph = Graph(folder)
         servers.program("nats-server")
         servers.program("weed")
+        servers.program("prometheus")
     if shutil.which("wget") is None:
         assert "CI" not in os.environ, "wget is missing: apt-get install wget"
         pytest.skip("wget, which health checks in containers use, is missing here")
@@ -397,6 +438,16 @@ async def started(folder: Path) -> AsyncIterator[Graph]:
         for port in graph.inner.values():
             for left in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):
                 left.unlink(missing_ok=True)
+
+
+async def scraped(http: httpx.AsyncClient, prometheus: str, jobs: set[str]) -> None:
+    """Wait until all these answer Prometheus."""
+    async with asyncio.timeout(BOUND):
+        while True:
+            answer = (await http.get(f"{prometheus}/api/v1/query", params={"query": "up == 1"})).json()
+            if {found["metric"]["job"] for found in answer["data"]["result"]} >= jobs:
+                return
+            await asyncio.sleep(POLL)
 
 
 async def test_the_same_processes_with_the_same_files_make_a_video_and_stop_when_told(tmp_path: Path) -> None:
@@ -423,6 +474,9 @@ async def test_the_same_processes_with_the_same_files_make_a_video_and_stop_when
             assert (await http.get(link)).content[4:8] == b"ftyp"
             assert (await http.get(link.partition("?")[0])).status_code == 403
 
+            # And Prometheus, with its own file, has found everybody that there is here
+            await scraped(http, graph.url("prometheus", 9090), {"gateway", "edit-service", "i2v-service", "s3"})
+
         # And nobody comes in without an identity
         with pytest.raises(errors.BusError, match=r"(?i)authorization"):
             async with jetstream.connect(f"nats://127.0.0.1:{graph.ports['nats', 4222]}", "stranger"):
@@ -434,3 +488,11 @@ async def test_the_same_processes_with_the_same_files_make_a_video_and_stop_when
             "i2v-service": 0, "edit-service": 0, "gateway": 0,
         }  # fmt: skip
         assert None not in codes.values()
+
+        # And what is in the volumes is all there is to know: started anew, the job and its video are there
+        for name in ("nats", "s3", "gateway"):
+            await graph.start(name)
+        async with httpx.AsyncClient(base_url=graph.url("gateway", 8080)) as http:
+            assert (await http.get(f"/v1/jobs/{job.id}")).json()["status"] == "completed"
+            video = await http.get(f"/v1/jobs/{job.id}/artifacts/video.mp4", params={"proxy": "1"})
+            assert video.content[4:8] == b"ftyp"

@@ -22,7 +22,7 @@ import urllib.request
 from collections.abc import AsyncIterator, Iterable, Iterator
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlencode
+from urllib.parse import urlencode, urlsplit
 
 import httpx
 import jsonschema
@@ -49,20 +49,23 @@ VALUES = yaml.safe_load((K8S / "nats" / "values.yaml").read_text(encoding="utf-8
 
 LOADER = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 KUBERNETES = "1.34"
-OPTIONAL = ("keda", "monitoring", "warm-floor")
+OPTIONAL = ("keda", "monitoring", "tracing", "warm-floor")
 COMBINATIONS = [
     ("local", ()),
+    ("local", ("tracing",)),
     ("local", ("keda", "monitoring")),
     ("gpu", ()),
     ("gpu", ("keda",)),
     ("gpu", ("monitoring",)),
     ("gpu", ("keda", "monitoring")),
     ("gpu", ("keda", "warm-floor")),
+    ("gpu", ("keda", "warm-floor", "monitoring", "tracing")),
 ]
 DECLARED = {"local": (), "gpu": ("keda", "monitoring")}
 # Made by whoever installs, by the command in docs/operations.md.
 SECRETS = {"identity-gateway", "identity-edit-service", "identity-i2v-service", "store", "hub"}
 CLUSTER_WIDE = {"Namespace", "PriorityClass"}
+TRACES = "OTEL_EXPORTER_OTLP_ENDPOINT"
 OTHER_VARIABLES = {"MODEL", "REVISION", "HF_TOKEN", "HF_HOME", "USER", "HOME"}
 WORKERS = tuple(f"{stage}-service" for stage in STAGES)
 
@@ -229,13 +232,16 @@ def test_every_variable_is_a_setting_that_the_services_accept(
     every = (settings.Settings, settings.GatewaySettings, settings.WorkerSettings)
     known = {f"VIDGEN_{name.upper()}" for kind in every for name in kind.model_fields}
 
-    assert set(given) <= known
+    assert set(given) - {TRACES} <= known
     for name in (*WORKERS, "gateway"):
         own = {variable["name"] for one in containers(pods(manifests)[name]) for variable in one.get("env", [])}
         assert own <= known | OTHER_VARIABLES
     for variable, value in given.items():
         monkeypatch.setenv(variable, value)
     assert settings.read(settings.GatewaySettings).stream_replicas == (3 if overlay == "gpu" else 1)
+    assert settings.read(settings.WorkerSettings).traces_url == (
+        f"{given[TRACES]}/v1/traces" if "tracing" in components else None
+    )
     assert settings.read(settings.WorkerSettings).engine == ("real" if overlay == "gpu" else "preview")
 
 
@@ -486,16 +492,19 @@ def test_only_the_real_arrows_pass(overlay: str, components: tuple[str, ...]) ->
         "podSelector": {}, "policyTypes": ["Ingress", "Egress"],
     }  # fmt: skip
     labels = {name: pod["metadata"]["labels"] for name, pod in pods(manifests).items()}
-    client, keda, prometheus, stranger = (
-        {"vidgen/clients": "true"}, {"kubernetes.io/metadata.name": "keda"},
-        {"kubernetes.io/metadata.name": "monitoring"}, {"kubernetes.io/metadata.name": "default"},
-    )  # fmt: skip
+    client = {"vidgen/clients": "true"}
+    keda, prometheus, tracing, stranger = (
+        {"kubernetes.io/metadata.name": name} for name in ("keda", "monitoring", "tracing", "default")
+    )
+    collector = urlsplit(variables(manifests).get(TRACES, "http://collector.tracing.svc.cluster.local:4318"))
+    assert (collector.hostname or "").split(".")[1] == "tracing"
 
     for name in ("gateway", *WORKERS):
         own = labels[name]
         assert allowed(manifests, "Egress", own, 4222, NATS, {})
         assert allowed(manifests, "Ingress", NATS, 4222, own, {})
         assert not allowed(manifests, "Egress", own, 8222, NATS, {})
+        assert allowed(manifests, "Egress", own, collector.port or 80, {}, tracing) == ("tracing" in components)
         assert not allowed(manifests, "Ingress", NATS, 8222, own, {})
         if overlay == "local":
             assert allowed(manifests, "Egress", own, 8333, labels["store"], {})
@@ -730,6 +739,12 @@ async def queue(bus: JetStreamBus, stage: Stage, numbers: Iterable[int], lanes: 
     for number in numbers:
         subject = topology.subject_of_task(stage, lanes[number % len(lanes)], f"job-{number}")
         await bus.publish(subject, b"{}", message_id=secrets.token_hex(8))
+    consumers = [topology.consumer_of(one, lane) for one in STAGES for lane in LANES]
+    stored = (await bus.held(topology.TASKS)).messages
+    async with asyncio.timeout(240):
+        # What waits for a consumer is counted a moment after it was stored.
+        while sum([(await bus.depth(consumer)).pending for consumer in consumers]) < stored:
+            await asyncio.sleep(0.02)
 
 
 async def pods_while_more_come(

@@ -33,6 +33,7 @@ from vidgen.results import MAIN_FILE
 BUCKET = "vidgen"
 EDIT, I2V = {"edit-service", "worker"}, {"i2v-service", "worker"}
 WORKERS, GATEWAY, NOBODY = EDIT | I2V, {"gateway"}, set[str]()
+SWEEPS = GATEWAY  # deletes what has had its time, and SeaweedFS knows no right to delete but that to write
 ALL = tuple(sorted(WORKERS | GATEWAY))
 
 STORED = (
@@ -54,13 +55,13 @@ WRITTEN = {
     "uploads/new.png": GATEWAY,
     "uploads/acme/new.png": GATEWAY,
     "jobs/j2/reference-0.png": GATEWAY,
-    "jobs/j2/edit-0.png": EDIT,
-    "jobs/j2/edit-3.png": EDIT,
-    "jobs/j2/video.mp4": I2V,
-    "jobs/j2/poster.jpg": I2V,
-    "jobs/j2/page.html": NOBODY,
-    "checkpoints/j2/edit-1-2.safetensors": EDIT,
-    "checkpoints/j2/i2v-1-2.safetensors": I2V,
+    "jobs/j2/edit-0.png": EDIT | SWEEPS,
+    "jobs/j2/edit-3.png": EDIT | SWEEPS,
+    "jobs/j2/video.mp4": I2V | SWEEPS,
+    "jobs/j2/poster.jpg": I2V | SWEEPS,
+    "jobs/j2/page.html": SWEEPS,
+    "checkpoints/j2/edit-1-2.safetensors": EDIT | SWEEPS,
+    "checkpoints/j2/i2v-1-2.safetensors": I2V | SWEEPS,
     "backups/new.tar": NOBODY,
     "new.txt": NOBODY,
 }
@@ -81,6 +82,7 @@ ELSE: dict[str, Call] = {
     "copy a backup": lambda s3: s3.copy_object(BUCKET, "jobs/j3/edit-0.png", CopySource(BUCKET, "backups/all.tar")),
     "delete an upload as another": lambda s3: s3.remove_object(BUCKET, "backups/all.tar"),
 }
+LISTS = {"list the bucket", "list uploads", "list jobs", "list versions"}
 PUBLIC = {
     "Version": "2012-10-17",
     "Statement": [
@@ -150,7 +152,7 @@ def test_an_identity_may_do_what_it_must_and_nothing_else(server: S3Server, iden
 
     assert read == looked_at == {key for key, who in READ.items() if name in who}
     assert written == {key for key, who in WRITTEN.items() if name in who}
-    assert done == NOBODY
+    assert done == (LISTS if name in SWEEPS else NOBODY)
 
 
 @pytest.mark.parametrize("name", ALL)
@@ -162,6 +164,26 @@ async def test_an_identity_learns_that_a_file_is_missing_and_that_the_store_is_t
     assert await store.stat("jobs/none/edit-0.png") is None
     assert await store.ready()
     await store.ensure_bucket()
+
+
+async def test_the_gateway_finds_and_deletes_what_has_had_its_time(
+    server: S3Server, identities: Identities, tmp_path: Path
+) -> None:
+    given = identities.environment("gateway")
+    store = S3Store(server.endpoint, given["VIDGEN_S3_ACCESS_KEY"], given["VIDGEN_S3_SECRET_KEY"], BUCKET)
+    owner = client(server, server.access_key, server.secret_key)
+    old = [
+        f"{prefix}swept/{name}"
+        for prefix, name in (("uploads/", "a.png"), ("jobs/", "video.mp4"), ("checkpoints/", "i2v-1-1"))
+    ]
+    for key in old:
+        owner.put_object(BUCKET, key, io.BytesIO(b"old"), 3)
+
+    found = [one.key for key in old for one in await store.page(key)]
+    await store.remove(found)
+
+    assert found == old
+    assert [await store.page(key) for key in old] == [[], [], []]
 
 
 @pytest.mark.parametrize("name", sorted(WORKERS))
@@ -249,5 +271,5 @@ def test_the_policy_for_other_servers_says_the_same(name: Role) -> None:
     assert keys is not None
     assert allowed == {
         "s3:GetObject": set(keys.read), "s3:PutObject": set(keys.write), "s3:AbortMultipartUpload": set(keys.write),
-        "s3:ListBucket": {""},
+        "s3:ListBucket": {""}, **({"s3:DeleteObject": set(keys.delete)} if keys.delete else {}),
     }  # fmt: skip

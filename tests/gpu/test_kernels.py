@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from vidgen.accel import kernels
+from vidgen.accel import convolution, kernels
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
 
@@ -87,3 +87,22 @@ def test_attention_in_fp8_is_close_to_attention() -> None:
     given = (part.transpose(1, 2) for part in (query, key, value))
     wanted = nn.functional.scaled_dot_product_attention(*given).transpose(1, 2)
     assert error(found, wanted) < 0.1
+
+
+@pytest.mark.parametrize(("channels", "filters"), [(96, 96), (192, 192), (384, 384), (192, 96), (96, 3), (160, 320)])
+@pytest.mark.parametrize("alone", [False, True])
+def test_frames_are_activated_and_convolved_as_torch_does_it(channels: int, filters: int, alone: bool) -> None:
+    conv = nn.Conv3d(channels, filters, 3, device="cuda", dtype=torch.bfloat16).requires_grad_(False)
+    conv.weight.data = conv.weight.data.contiguous(memory_format=torch.channels_last_3d)
+    x, gamma, added = drawn(2, 37, 51, channels), drawn(channels, 1, 1, 1), drawn(2, 37, 51, filters)
+    room = convolution.padded(2 if alone else 4, x)
+    room[:2] = 0
+    convolution.activate(x, gamma, room[-2:])
+    found = convolution.convolve(room, conv, added, alone=alone)
+
+    normed = nn.functional.normalize(x.float(), dim=-1).bfloat16() * channels**0.5 * gamma.flatten()
+    active = nn.functional.silu(normed).movedim(-1, 0)[None]
+    # Alone, a frame has nothing before it; else the second one sees the first.
+    frames = [nn.functional.conv3d(nn.functional.pad(part, (1, 1, 1, 1, 2, 0)), conv.weight, conv.bias)
+              for part in (active.split(1, dim=2) if alone else [active])]  # fmt: skip
+    assert error(found, torch.cat(frames, dim=2)[0].movedim(0, -1) + added) < 0.01

@@ -96,6 +96,7 @@ async def test_a_job_by_http_is_one_trace_from_its_request_to_its_video(
     [root] = [span for span in spans if not span.parent]
     assert (root.service, root.name) == ("gateway", "POST /v1/jobs")
     check(spans, root)
+    assert collector.jobs(root.trace) == {job.id}
     assert not [span for span in spans if "secret" in str(span) or "uploads/" in str(span)]
     for service in STAGES.values():
         lines = [json.loads(line) for line in (stack.folder / "services" / f"{service}.log").read_text().splitlines()]
@@ -119,6 +120,7 @@ async def test_a_job_by_nats_goes_on_in_the_trace_of_its_client(
     [root] = [span for span in spans if span.name == "request"]
     assert (root.service, root.trace, root.parent) == ("gateway", TRACE, PARENT)
     check(spans, root)
+    assert collector.jobs(TRACE) == {"traced"}
 
 
 async def test_without_its_collector_the_stack_works_on_and_drains(

@@ -15,7 +15,7 @@ TRACING = ("opentelemetry.sdk", "opentelemetry.exporter", "opentelemetry.proto")
 ROOTS = ("shared/vidgen", "services/gateway", "services/edit_service", "services/i2v_service")
 
 IMPORT_ALL = """
-import importlib, json, sys
+import importlib, json, sys, threading
 heavy, modules = json.loads(sys.argv[1])
 found = {}
 for name in modules:
@@ -23,7 +23,7 @@ for name in modules:
     for module in heavy:
         if module in sys.modules:
             found.setdefault(module, name)
-print(json.dumps(found))
+print(json.dumps({"found": found, "threads": threading.active_count()}))
 """
 
 
@@ -45,25 +45,23 @@ def test_the_list_of_modules_has_the_mains_and_the_core(pytestconfig: pytest.Con
     assert not any(name.endswith("__init__") for name in found)
 
 
-def test_the_core_imports_no_model_framework_and_nothing_that_sends_traces(pytestconfig: pytest.Config) -> None:
-    names = modules(pytestconfig.rootpath)
-
-    done = subprocess.run(
-        [sys.executable, "-c", IMPORT_ALL, json.dumps([HEAVY + TRACING, names])],
-        capture_output=True, text=True, check=False, timeout=300,
-    )  # fmt: skip
-
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout) == {}, "a framework was imported by"
+@pytest.fixture(scope="module")
+def imported(pytestconfig: pytest.Config) -> subprocess.CompletedProcess[str]:
+    """A process that imported every module, and what it said."""
+    given = json.dumps([HEAVY + TRACING, modules(pytestconfig.rootpath)])
+    return subprocess.run(
+        [sys.executable, "-c", IMPORT_ALL, given], capture_output=True, text=True, check=False, timeout=300
+    )
 
 
-def test_importing_prints_nothing_and_starts_no_thread(pytestconfig: pytest.Config) -> None:
-    names = modules(pytestconfig.rootpath)
-    code = "import importlib, sys, threading\nfor n in sys.argv[1:]: importlib.import_module(n)\n"
+def test_the_core_imports_no_model_framework_and_nothing_that_sends_traces(
+    imported: subprocess.CompletedProcess[str],
+) -> None:
+    assert imported.returncode == 0, imported.stderr
+    assert json.loads(imported.stdout)["found"] == {}, "a framework was imported by"
 
-    done = subprocess.run(
-        [sys.executable, "-c", code + "assert threading.active_count() == 1, threading.enumerate()", *names],
-        capture_output=True, text=True, check=False, timeout=300,
-    )  # fmt: skip
 
-    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+def test_importing_prints_nothing_and_starts_no_thread(imported: subprocess.CompletedProcess[str]) -> None:
+    told = json.loads(imported.stdout)  # one object and nothing else
+
+    assert (imported.stderr, told["threads"]) == ("", 1)

@@ -56,7 +56,7 @@ class EventStream(Response):
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
-@router.get("", response_class=Response, responses=EVENTS_DOC | problems.responses(404, 503))
+@router.get("", response_class=Response, responses=EVENTS_DOC | problems.responses(404, 422, 503))
 async def events(
     job_id: JobIdHere,
     parts: PartsHere,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from gateway.api.forms import IMAGE_FIELD
@@ -11,6 +12,7 @@ from vidgen import artifacts, errors, images
 from vidgen.artifacts import ArtifactStore
 from vidgen.contracts import FieldError
 
+FRESH = timedelta(hours=1)
 DECODERS = 2  # images decoded at once: each may take a few hundred MB for a moment
 EXTENSIONS = {"image/png": "png", "image/jpeg": "jpg", "image/webp": "webp", "image/avif": "avif"}
 
@@ -60,7 +62,9 @@ class References:
             return await asyncio.to_thread(_examine, path)
 
     async def _store_one(self, reference: Reference) -> None:
-        if await self._store.stat(reference.key) is None:
+        found = await self._store.stat(reference.key)
+        # One that was there long ago may be about to go: what is put anew is kept anew.
+        if found is None or found.modified is None or found.modified < datetime.now(UTC) - FRESH:
             await self._store.put(reference.key, reference.path, reference.content_type)
 
 

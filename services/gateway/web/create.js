@@ -210,14 +210,20 @@ class Create {
 
   mark(field, message) {
     const name = field.startsWith("image") ? "image" : field.split(".")[0];
-    const place = this.form.querySelector(`[data-error="${name}"]`);
     const input = name === "image" ? this.field("files") : this.form.querySelector(`[data-field="${field}"]`);
     input?.setAttribute("aria-invalid", "true");
-    if (input?.closest("details")) input.closest("details").open = true;
-    if (place) {
-      setText(place, message);
-      show(place, true);
-    }
+    const folded = input?.closest("details");
+    if (folded) folded.open = true;
+    const place = this.placeOf(input) || this.form.querySelector(`[data-error="${name}"]`);
+    if (!place) return;
+    setText(place, folded ? `${input.labels[0].textContent}: ${message}` : message);
+    show(place, true);
+  }
+
+  // Where it is said what is wrong with an input: the place that the input is described by.
+  placeOf(input) {
+    const told = (input?.getAttribute("aria-describedby") || "").split(" ");
+    return told.map((id) => id && this.field(id)).find((place) => place?.dataset.error) || null;
   }
 
   complain(text) {
@@ -229,15 +235,14 @@ class Create {
 
   accept(input) {
     input.removeAttribute("aria-invalid");
-    const name = input.dataset.field?.split(".")[0];
-    const place = name && this.form.querySelector(`[data-error="${name}"]`);
-    if (place) show(place, false);
+    const place = this.placeOf(input);
+    if (place) unsay(place);
   }
 
   forgive() {
     show(this.problem, false);
     for (const input of this.form.querySelectorAll("[aria-invalid]")) input.removeAttribute("aria-invalid");
-    for (const place of this.form.querySelectorAll("[data-error]")) show(place, false);
+    for (const place of this.form.querySelectorAll("[data-error]")) unsay(place);
   }
 
   // ── once more ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -274,6 +279,12 @@ class Create {
   }
 }
 
+// Hidden text that an input is described by would be read out all the same.
+function unsay(place) {
+  setText(place, "");
+  show(place, false);
+}
+
 async function fetchPhoto(id, index) {
   const answer = await fetch(referencePath(id, index));
   if (!answer.ok) throw new Error("The photo of that job is no longer in the store: choose it again.");
@@ -289,7 +300,7 @@ function noteOf(found) {
   }
   if (found.stages.some((stage) => stage.basis === "unknown")) return "Nothing like it has been made here lately.";
   const parts = found.stages.map(
-    (stage) => `${stage.stage === "edit" ? "edit" : "video"} ${stage.steps} × ${stage.seconds_per_step < 0.1 ? "<0.1" : stage.seconds_per_step.toPrecision(2)} s`,
+    (stage) => `${stage.stage === "edit" ? "edit" : "video"} ${stage.steps} × ${stage.seconds_per_step < 0.1 ? "<0.1" : stage.seconds_per_step.toPrecision(2)}\u00a0s`,
   );
   const basis = found.stages.some((stage) => stage.basis === "scaled") ? "Reckoned from jobs of another size" : "Measured on recent jobs";
   return `${basis}: ${parts.join(", ")}.`;

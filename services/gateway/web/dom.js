@@ -25,18 +25,21 @@ export function announce(text) {
   setText(document.getElementById("announcer"), text);
 }
 
+// No line ends between a figure and its unit.
+const together = (text) => text.replaceAll(" ", "\u00a0");
+
 export function duration(seconds) {
-  if (seconds < 0.095) return "0 s";
-  if (seconds < 9.95) return `${seconds.toFixed(1)} s`;
-  if (seconds < 90) return `${Math.round(seconds)} s`;
+  if (seconds < 0.095) return together("0 s");
+  if (seconds < 9.95) return together(`${seconds.toFixed(1)} s`);
+  if (seconds < 90) return together(`${Math.round(seconds)} s`);
   const minutes = Math.floor(seconds / 60);
-  if (minutes < 10) return `${minutes} min ${Math.round(seconds % 60)} s`;
-  if (minutes < 90) return `${Math.round(seconds / 60)} min`;
-  return `${Math.floor(minutes / 60)} h ${minutes % 60} min`;
+  if (minutes < 10) return together(`${minutes} min ${Math.round(seconds % 60)} s`);
+  if (minutes < 90) return together(`${Math.round(seconds / 60)} min`);
+  return together(`${Math.floor(minutes / 60)} h ${minutes % 60} min`);
 }
 
 export function pace(seconds) {
-  return seconds < 0.1 ? `${Math.max(1, Math.round(seconds * 1000))} ms` : `${seconds.toPrecision(2)} s`;
+  return together(seconds < 0.1 ? `${Math.max(1, Math.round(seconds * 1000))} ms` : `${seconds.toPrecision(2)} s`);
 }
 
 export function money(dollars) {
@@ -51,7 +54,7 @@ export function bytes(size) {
     size /= 1024;
     unit += 1;
   }
-  return `${size < 10 && unit ? size.toFixed(1) : Math.round(size)} ${units[unit]}`;
+  return together(`${size < 10 && unit ? size.toFixed(1) : Math.round(size)} ${units[unit]}`);
 }
 
 export function ago(iso) {

@@ -1,7 +1,7 @@
 // One job, live: the picture as soon as there is one, how far each stage is, and what can be done about it.
 
 import { artifactPath, call, jobPath, post, referencePath } from "./api.js";
-import { FINAL, STAGE, announce, ago, duration, el, money, pace, setText, show, statusChip, titleOf, words } from "./dom.js";
+import { FINAL, STAGE, STATUS, announce, ago, duration, el, money, pace, setText, show, statusChip, titleOf, words } from "./dom.js";
 import { Progress } from "./progress.js";
 
 const KINDS = [
@@ -10,7 +10,6 @@ const KINDS = [
 ];
 const MANY_STEPS = 40; // more are drawn as one bar
 const TICK_MS = 500;
-const CAPTIONS = { photo: "Photo", frame: "Edited frame", video: "Video" };
 
 export function jobPage(id) {
   const page = new JobPage(id);
@@ -24,6 +23,7 @@ class JobPage {
     this.source = null;
     this.progress = null;
     this.chosen = null; // the picture that somebody asked to see
+    this.usual = {}; // seconds that a stage takes, where that is known
     this.shown = ""; // what the screen shows
     this.drawing = 0;
     this.left = false;
@@ -76,8 +76,23 @@ class JobPage {
       return;
     }
     if (this.left) return;
-    if (this.progress.final) announce(this.progress.ending());
-    else this.listen();
+    if (this.progress.final) {
+      announce(this.progress.ending());
+      return;
+    }
+    this.listen();
+    this.expect(this.progress.job);
+  }
+
+  // What the stages would take that have not begun, by what others took lately; without an answer nothing is said.
+  async expect(job) {
+    const asked = { lane: job.request?.lane };
+    for (const { stage, work } of job.stages || []) {
+      asked[stage] = { ...job.request[stage], width: work.width, height: work.height };
+    }
+    const found = await post("v1/estimate", asked).catch(() => null);
+    for (const one of found?.stages || []) this.usual[one.stage] = one.seconds;
+    this.soon();
   }
 
   take(job) {
@@ -201,36 +216,41 @@ class JobPage {
       if (bar.children.length === 1) bar.firstChild.style.setProperty("--share", stage.step / stage.steps);
       else [...bar.children].forEach((part, step) => part.classList.toggle("done", step < stage.step));
       setText(node.querySelector(".where"), whereOf(stage));
-      setText(node.querySelector(".pace"), paceOf(stage, now));
+      setText(node.querySelector(".pace"), paceOf(stage, now, this.usual[stage.stage]));
     });
   }
 
   // The newest of photo, edited frame and video, unless another one was asked for.
   drawPictures(now) {
     const pictures = picturesOf(now);
-    const newest = pictures.at(-1);
-    const wanted = pictures.find((one) => one.kind === this.chosen) || newest;
+    const newest = newestOf(pictures, now);
+    const wanted = pictures.find((one) => one.caption === this.chosen) || newest;
     const key = wanted ? `${wanted.kind} ${wanted.source}` : "";
     const first = now.stages.at(-1)?.artifacts[0];
     const { width, height } = now.job.request?.i2v || first || {};
     if (width && height) this.screen.style.setProperty("--aspect", width / height);
     if (key !== this.shown || !this.screen.children.length) this.turnTo(wanted, key);
     this.screen.classList.toggle("working", !now.final && wanted?.kind !== "video" && now.status !== "awaiting_review");
-    const kinds = pictures.map((one) => one.kind).join();
-    if (this.strip.dataset.kinds !== kinds) {
-      this.strip.dataset.kinds = kinds;
+    const captions = pictures.map((one) => one.caption).join();
+    if (this.strip.dataset.captions !== captions) {
+      this.strip.dataset.captions = captions;
       this.strip.replaceChildren(
-        ...pictures.map((one) =>
-          el(
-            "button",
-            { type: "button", class: "pill", "data-kind": one.kind, onclick: () => this.choose(one.kind, newest.kind) },
-            CAPTIONS[one.kind],
-          ),
-        ),
+        ...pictures.map(({ caption }) => el("button", { type: "button", class: "pill", onclick: () => this.choose(caption) }, caption)),
       );
     }
-    for (const button of this.strip.children) button.setAttribute("aria-pressed", button.dataset.kind === wanted?.kind);
+    for (const button of this.strip.children) button.setAttribute("aria-pressed", button.textContent === wanted?.caption);
     show(this.strip, pictures.length > 1);
+    this.drawDownload(now, wanted?.kind === "photo" ? newest : wanted);
+  }
+
+  // What is looked at is what is taken home; a photo is at home already.
+  drawDownload(now, picture) {
+    const made = picture && picture.kind !== "photo" ? picture : null;
+    show(this.download, now.status === "completed" && made !== null);
+    if (!made) return;
+    setText(this.download, made.kind === "video" ? "Download the video" : "Download the picture");
+    this.download.href = made.source;
+    this.download.download = `${this.id}-${made.name}`;
   }
 
   // The one before stays until the next one is here.
@@ -249,8 +269,8 @@ class JobPage {
     if (!this.screen.children.length) this.screen.replaceChildren(el("p", { class: "waiting" }, "…"));
   }
 
-  choose(kind, newest) {
-    this.chosen = kind === newest ? null : kind;
+  choose(caption) {
+    this.chosen = caption === newestOf(picturesOf(this.progress), this.progress).caption ? null : caption;
     this.draw();
   }
 
@@ -258,7 +278,7 @@ class JobPage {
     const waits = now.status === "awaiting_review";
     show(this.review, waits);
     if (!waits || this.review.children.length) return;
-    const frames = (now.stage("edit")?.artifacts || []).filter((one) => one.content_type === "image/png");
+    const frames = framesOf(now);
     this.review.append(
       el("h2", {}, frames.length > 1 ? "Which one shall move?" : "Shall this one move?"),
       el(
@@ -284,18 +304,16 @@ class JobPage {
       delete this.trouble.dataset.own;
     }
     if (failed || this.trouble.dataset.own === undefined) show(this.trouble, Boolean(failed));
-    const made = now.artifacts.find((one) => one.name === "video.mp4") || now.artifacts.find((one) => one.content_type === "image/png");
     const focused = document.activeElement;
     show(this.cancelButton, !now.final);
     this.cancelButton.setAttribute("aria-disabled", now.cancelling && !now.final);
     setText(this.cancelButton, now.cancelling && !now.final ? "Cancelling …" : "Cancel");
     show(this.retryButton, now.status === "failed" || now.status === "cancelled");
     show(this.again, now.final && Boolean(now.job.request));
-    show(this.download, now.status === "completed" && Boolean(made));
-    if (made) {
-      this.download.href = artifactPath(this.id, made.name);
-      this.download.download = `${this.id}-${made.name}`;
-    }
+    // What would fail in the same way again is better changed first.
+    const hopeless = now.status === "failed" && now.error?.retryable === false;
+    this.retryButton.className = hopeless ? "button" : "primary";
+    this.again.className = hopeless ? "primary" : "button";
     // A button that goes must not take the place of whoever stands on it along.
     if (this.actions.contains(focused) && focused.hidden) {
       const next = [...this.actions.children].find((one) => !one.hidden);
@@ -336,12 +354,13 @@ function whereOf(stage) {
   }
 }
 
-function paceOf(stage, now) {
+function paceOf(stage, now, usual) {
   if (now.final && stage.state !== "completed") return "";
   const parts = [];
   if (stage.perStep && stage.state !== "pending" && stage.state !== "queued") parts.push(`${pace(stage.perStep)} a step`);
   if (stage.state === "running" && stage.etaAt) parts.push(`about ${duration(Math.max(0, (stage.etaAt - Date.now()) / 1000))} left`);
   if (stage.state === "queued" && now.place?.stage === stage.stage) parts.push(placeOf(now.place));
+  if (usual && (stage.state === "pending" || stage.state === "queued")) parts.push(`takes about ${duration(usual)}`);
   if (stage.trouble && stage.state === "queued") parts.push(`tried again: ${stage.trouble}`);
   return parts.join(" · ");
 }
@@ -367,30 +386,47 @@ function lineOf(now) {
       return "The edited frame waits for you.";
     case "completed": {
       const took = (Date.parse(now.job.completed_at) - Date.parse(now.job.created_at)) / 1000;
-      return Number.isFinite(took) ? `Took ${duration(took)}, ${ago(now.job.completed_at)}.` : "";
+      const cost = now.job.cost_usd ? ` for ${money(now.job.cost_usd)}` : "";
+      return Number.isFinite(took) ? `Made in ${duration(took)}${cost}, ${ago(now.job.completed_at)}.` : "";
     }
     default:
-      return now.job.completed_at && FINAL.has(now.job.status) ? words(ago(now.job.completed_at)) + "." : "";
+      return now.job.completed_at && FINAL.has(now.job.status) ? `${STATUS[now.status]} ${ago(now.job.completed_at)}.` : "";
   }
+}
+
+function framesOf(now) {
+  return (now.stage("edit")?.artifacts || []).filter((one) => one.content_type === "image/png");
 }
 
 function picturesOf(now) {
   const { job } = now;
   const found = [];
-  if ((job.inputs || []).length) found.push({ kind: "photo", source: referencePath(job.id, 0) });
-  const frames = (now.stage("edit")?.artifacts || []).filter((one) => one.content_type === "image/png");
-  const frame = frames[now.approved ?? 0] || frames[0];
-  if (frame) found.push({ kind: "frame", source: artifactPath(job.id, frame.name) });
+  const numbered = (word, index, all) => (all.length > 1 ? `${word} ${index + 1}` : word);
+  (job.inputs || []).forEach((_, index, all) => {
+    found.push({ kind: "photo", caption: numbered("Photo", index, all), source: referencePath(job.id, index) });
+  });
+  framesOf(now).forEach(({ name }, index, all) => {
+    found.push({ kind: "frame", caption: numbered("Edited frame", index, all), name, source: artifactPath(job.id, name) });
+  });
   const made = now.stage("i2v")?.artifacts || [];
   const video = made.find((one) => one.content_type === "video/mp4");
   const poster = made.find((one) => one.name === "poster.jpg");
-  if (video) found.push({ kind: "video", source: artifactPath(job.id, video.name), poster: poster && artifactPath(job.id, poster.name) });
+  if (video) {
+    const source = artifactPath(job.id, video.name);
+    found.push({ kind: "video", caption: "Video", name: video.name, source, poster: poster && artifactPath(job.id, poster.name) });
+  }
   return found;
+}
+
+// The video, else the frame that it is made of, else the first photo.
+function newestOf(pictures, now) {
+  const of = (kind) => pictures.filter((one) => one.kind === kind);
+  return of("video")[0] || of("frame")[now.approved ?? 0] || of("frame")[0] || of("photo")[0];
 }
 
 function pictureNode(picture) {
   if (picture.kind !== "video") {
-    return el("img", { src: picture.source, alt: CAPTIONS[picture.kind], class: picture.kind });
+    return el("img", { src: picture.source, alt: picture.caption, class: picture.kind });
   }
   const video = el("video", { src: picture.source, poster: picture.poster, controls: true, loop: true, playsinline: true, "aria-label": "The video" });
   video.muted = true;

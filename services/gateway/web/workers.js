@@ -1,7 +1,7 @@
 // The workers and their GPUs, with what they do now.
 
-import { call, poll } from "./api.js";
-import { STAGE, ago, bytes, duration, el, pace, setText, show, words } from "./dom.js";
+import { call, jobPath, poll } from "./api.js";
+import { STAGE, ago, bytes, duration, el, pace, setText, show, titleOf, words } from "./dom.js";
 
 const EVERY_S = 2;
 
@@ -10,6 +10,15 @@ export function workersPage() {
   const grid = el("ul", { class: "grid workers" });
   const node = el("section", { class: "wide" }, el("h1", { tabindex: "-1" }, "Workers"), note, grid);
   const cards = new Map();
+  const titles = new Map(); // what the jobs that run were asked for
+
+  // A job of which the gateway tells nothing keeps its number.
+  function link(id) {
+    const node = el("a", { href: `#/jobs/${encodeURIComponent(id)}` }, shortId(id));
+    if (!titles.has(id)) titles.set(id, call(jobPath(id)).then(titleOf, () => shortId(id)));
+    titles.get(id).then((title) => setText(node, title));
+    return node;
+  }
 
   async function look() {
     let found;
@@ -29,7 +38,7 @@ export function workersPage() {
     for (const worker of found) {
       const key = `${worker.stage}.${worker.id}`;
       if (!cards.has(key)) {
-        cards.set(key, card());
+        cards.set(key, card(link));
         grid.append(cards.get(key).node);
       }
       cards.get(key).update(worker);
@@ -41,7 +50,7 @@ export function workersPage() {
   return { title: "Workers", node, leave: poll(look, EVERY_S) };
 }
 
-function card() {
+function card(link) {
   const title = el("h2");
   const state = el("span", { class: "status" });
   const model = el("p", { class: "facts" });
@@ -62,7 +71,7 @@ function card() {
         running = ids.join();
         doing.replaceChildren(
           ...(ids.length
-            ? ["Works on ", ...ids.flatMap((id, index) => [index ? ", " : "", el("a", { href: `#/jobs/${encodeURIComponent(id)}` }, shortId(id))])]
+            ? ["Works on ", ...ids.flatMap((id, index) => [index ? ", " : "", link(id)])]
             : ["Waits for work"]),
         );
       }

@@ -28,6 +28,8 @@ class Layout:
     `dtype` auto is bfloat16 on a GPU and float32 on the CPU. `profile` auto follows the GPU's memory; on the CPU there
     is none. `attention` auto is FlashAttention 3 where it is installed and the GPU is a Hopper, else torch's own.
     `compile` auto compiles the transformer's blocks on a GPU that holds them all, `full` the VAE too, `off` nothing.
+    `vae` auto lets the VAE do less for the same result (`vidgen.accel.autoencoder`) where it is not compiled, `stock`
+    leaves it.
     What is compiled is kept in `compile_cache` for the next start. With `step_cache` over 1 one step in so many is
     computed in the middle of a run (`vidgen.accel.stepcache`). While another engine has the device the weights are
     in `sleep_in`: `memory`, `disk` (in `work_dir`), or auto.
@@ -38,6 +40,7 @@ class Layout:
     profile: str = "auto"
     attention: str = "auto"
     compile: str = "auto"
+    vae: str = "auto"
     compile_cache: Path | None = None
     step_cache: int = 1
     sleep_in: str = "auto"
@@ -165,7 +168,7 @@ class DiffusersEngine(abc.ABC):
 
     def _made_with(self) -> dict[str, object]:
         """What decides over the numbers besides model, profile and task: of a checkpoint, too, it must be the same."""
-        names = ("dtype", "attention", "compile", "step_cache")
+        names = ("dtype", "attention", "compile", "vae", "step_cache")
         return {"loras": self._loras, **{name: getattr(self.layout, name) for name in names}}
 
     @abc.abstractmethod
@@ -234,11 +237,16 @@ class DiffusersEngine(abc.ABC):
                 blocks.fuse_norms(model)
         diffusion.free(self._device)  # the projections that were put side by side left gaps
         speed.choose_attention(transformers, self.layout.attention, self._device)
-        if profile == "offload-fp8":
+        streams = profile == "offload-fp8"
+        if streams:
             speed.offload(self._pipe, self._device)
-            return
-        self._pipe.to(self._device)
+        else:
+            self._pipe.to(self._device)
         speed.channels_last(self._pipe.vae)
+        if self.layout.vae == "auto" and self.layout.compile != "full":
+            speed.fuse_vae(self._pipe.vae, self._device)
+        if streams:
+            return
         if self.layout.compile_cache is not None:
             speed.keep_compiled(self.layout.compile_cache)
         if self.layout.compile != "off":

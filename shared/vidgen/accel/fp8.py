@@ -31,12 +31,10 @@ class Fp8Linear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = weight.shape
         self.arithmetic = arithmetic
-        self.weight: Tensor
-        self.weight_scale: Tensor
-        self.bias: Tensor | None
-        self.register_buffer("weight", weight)
-        self.register_buffer("weight_scale", scale)
-        self.register_buffer("bias", bias)
+        # Not buffers: diffusers' offloading brings those of a block to the device, and leaves them there.
+        self.weight = _fixed(weight)
+        self.weight_scale = _fixed(scale)
+        self.bias = None if bias is None else _fixed(bias)
 
     @classmethod
     def of(cls, linear: nn.Linear, *, arithmetic: bool, through: torch.device | None = None) -> Fp8Linear:
@@ -61,17 +59,20 @@ class Fp8Linear(nn.Module):
         return made
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Fp8Linear:
-        weight, scale = self.weight, self.weight_scale
+        before = self.weight.data, self.weight_scale.data
         super()._apply(fn, recurse)
         # Of `.to(device, dtype)` the device holds: another precision would undo the quantisation.
-        if self.weight.dtype != weight.dtype:
-            self.weight = weight.to(self.weight.device)
-        if self.weight_scale.dtype != scale.dtype:
-            self.weight_scale = scale.to(self.weight_scale.device)
+        for now, data in zip((self.weight, self.weight_scale), before, strict=True):
+            if now.dtype != data.dtype:
+                now.data = data.to(now.device)
         return self
 
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, out_features={self.out_features}, arithmetic={self.arithmetic}"
+
+
+def _fixed(tensor: Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)
 
 
 def suits(linear: nn.Module, least: int = LEAST_FEATURES) -> bool:

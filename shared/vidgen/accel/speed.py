@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from vidgen import profiles
-from vidgen.accel import blocks
+from vidgen.accel import autoencoder, blocks, kernels
 from vidgen.errors import FatalError
 
 # diffusers' names of the attention kernels, by ours.
@@ -81,6 +81,17 @@ def compile_vae(vae: Any) -> None:
     # Wan's for all sizes at once was not compiled within four minutes (docs/performance.md).
     vae.encoder.compile(dynamic=False)
     vae.decoder.compile(dynamic=False)
+
+
+def fuse_vae(vae: Any, device: torch.device) -> None:
+    """Spare the VAE what it need not do: still frames twice, and on a Hopper in half precision passes over memory."""
+    if autoencoder.rests(vae):
+        return
+    # The kernels' tiles are laid out for a Hopper's shared memory.
+    hopper = device.type == "cuda" and torch.cuda.get_device_capability(device) == HOPPER
+    if hopper and kernels.HAS_TRITON and vae.dtype in (torch.bfloat16, torch.float16):
+        autoencoder.fuse_blocks(vae)
+    autoencoder.let_rest(vae)
 
 
 def channels_last(vae: nn.Module) -> None:

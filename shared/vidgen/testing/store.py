@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from vidgen.testing.faults import Faults
 class MemoryStore(Faults):
     """`vidgen.artifacts.ArtifactStore` in a dictionary; `objects` is what is stored."""
 
-    METHODS = frozenset({"put", "fetch", "stat", "read"})
+    METHODS = frozenset({"put", "fetch", "stat", "read", "page", "remove"})
     OUTAGE = errors.StoreError
 
     def __init__(self, bucket: str = "vidgen", *, clock: Clock | None = None) -> None:
@@ -68,6 +68,17 @@ class MemoryStore(Faults):
 
     async def upload_url(self, key: str, content_type: str, size: int, *, expires: timedelta = LINK_LIFE) -> str:
         return f"memory://{self.bucket}/{key}?method=PUT&expires={expires.total_seconds():.0f}&size={size}"
+
+    async def page(self, prefix: str, after: str = "", limit: int = 1000) -> list[Stat]:
+        async with self.call("page"):
+            keys = sorted(key for key in self.objects if key.startswith(prefix) and key > after)
+            return [self._stats[key] for key in keys[:limit]]
+
+    async def remove(self, keys: Sequence[str]) -> None:
+        async with self.call("remove"):
+            for key in keys:
+                self.objects.pop(key, None)
+                self._stats.pop(key, None)
 
     async def ready(self) -> bool:
         return not self.down

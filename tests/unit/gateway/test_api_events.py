@@ -225,7 +225,10 @@ async def test_a_video_is_told_through_both_stages(gateway: Gateway) -> None:
     assert [one["name"] for one in frames[-1][2]["artifacts"]] == ["edit-0.png", "video.mp4"]
 
 
-async def test_whoever_asks_for_the_place_hears_of_it_until_the_stage_begins(gateway: Gateway) -> None:
+async def test_whoever_asks_for_the_place_hears_of_it_until_the_stage_begins(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feed_module, "PLACE_S", 0.05)
     first, job = await gateway.submit(), await gateway.submit()
     call = Call(gateway.app, "GET", f"/v1/jobs/{job.id}/events", query="place=true")
     accepted, queued = await call.frames(2)

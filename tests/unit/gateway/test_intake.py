@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 from typing import Any
@@ -13,7 +14,7 @@ from gateway.intake import Intake, InvalidRequestError, id_from_key, parse
 from gateway.jobs import Jobs, parse_event
 from vidgen import contracts, errors, topology
 from vidgen.bus import Delivery
-from vidgen.contracts import DeadLetter, Job, JobStatus
+from vidgen.contracts import DeadLetter, Job, JobStatus, VideoRequest
 from vidgen.testing import MemoryBus, MemoryStore
 
 GATEWAY = topology.Consumer(topology.REQUESTS, topology.GATEWAY)
@@ -215,3 +216,44 @@ async def test_a_second_request_with_a_known_id_leaves_the_references_of_the_fir
     again = await door.handle_one()
     assert again.inputs == job.inputs == ("jobs/j1/reference-0.png",)
     assert b"".join([chunk async for chunk in door.store.read(job.inputs[0])]) == before
+
+
+async def test_what_a_replica_let_in_by_http_is_not_done_again_when_it_comes_from_the_bus(door: Door) -> None:
+    submitted, new = await door.intake.submit(VideoRequest.model_validate(GOOD), "web")
+    before = dict(door.bus.calls)
+
+    job = await door.handle_one()
+
+    assert (job, new) == (submitted, True)
+    assert {name for name, count in door.bus.calls.items() if count != before.get(name, 0)} == {"pull", "ack"}
+
+
+async def test_a_request_that_comes_from_the_bus_while_it_is_being_let_in_waits_for_that(door: Door) -> None:
+    held = asyncio.Event()
+    create = door.jobs.create
+
+    async def slowly(job: Job) -> tuple[Job, bool]:
+        await held.wait()
+        return await create(job)
+
+    door.jobs.create = slowly  # type: ignore[method-assign]
+    submitting = asyncio.create_task(door.intake.submit(VideoRequest.model_validate(GOOD), "web"))
+    handling = asyncio.create_task(door.handle_one())
+    while not await door.bus.tail(topology.REQUESTS, None, 1):
+        await asyncio.sleep(0)
+    held.set()
+
+    assert (await handling).id == (await submitting)[0].id == "web"
+    assert len(await door.events("web")) == 1
+
+
+async def test_a_request_that_was_published_and_not_let_in_is_let_in_from_the_bus(door: Door) -> None:
+    door.bus.fail_next("records.put")  # the record, behind the request
+    with pytest.raises(errors.BusError):
+        await door.intake.submit(VideoRequest.model_validate(GOOD), "web")
+
+    job = await door.handle_one()
+
+    assert job.id == "web"
+    assert [event.type for event in await door.events("web")] == ["accepted"]
+    assert await door.bus.tail(topology.TASKS, None, 2) != []

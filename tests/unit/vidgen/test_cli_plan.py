@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +33,16 @@ def test_it_says_how_long_jobs_wait_and_what_gpus_cost() -> None:
     assert result.exit_code == 0, result.output
     for word in ("interactive", "batch", "waits", "takes in all", "p95", "edit", "i2v", "H200", "images", "clips"):
         assert word in result.stdout
+
+
+def test_the_page_on_planning_shows_what_the_command_prints() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "planning.md").read_text(encoding="utf-8")
+    [arguments] = re.findall(r"^ +vidgen plan (.*) --plot plan\.png$", page, re.MULTILINE)
+    shown = page.split("```\n")[1]
+
+    printed = plan(*arguments.split()).stdout
+
+    assert [line.rstrip() for line in printed.splitlines()] == shown.splitlines(), "docs/planning.md: paste it anew"
 
 
 def test_json_says_the_same_the_second_time_and_adds_up() -> None:

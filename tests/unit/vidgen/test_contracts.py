@@ -235,3 +235,14 @@ def test_the_request_schema_says_what_the_code_checks() -> None:
     assert schema["additionalProperties"] is False
     assert schema["properties"]["references"]["maxItems"] == contracts.MAX_REFERENCES
     assert schema["$defs"]["I2VParams"]["properties"]["width"]["multipleOf"] == contracts.SIZE_MULTIPLE
+
+
+@pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity"])
+def test_no_number_of_a_message_is_none(number: str) -> None:
+    # Fuzzing found it: such a progress was taken, and written as null it is another one.
+    told = (
+        b'{"job_id": "j", "stage": "edit", "run": 1, "step": 1, "steps": 8, "at": "2026-01-01T00:00:00Z", "eta_s": %b}'
+    )
+    assert contracts.Progress.model_validate_json(told % b"1.5").eta_s == 1.5
+    with pytest.raises(ValidationError, match="finite"):
+        contracts.Progress.model_validate_json(told % number.encode())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
+import tracemalloc
 import zlib
 from pathlib import Path
 
@@ -112,6 +113,21 @@ def test_as_many_pixels_as_allowed_come_as_far_as_the_decoder(tmp_path: Path) ->
     with pytest.raises(errors.RejectedError) as caught:
         images.inspect(path)
     assert caught.value.code == "truncated_image"
+
+
+def test_a_chunk_that_claims_to_be_huge_is_not_given_the_memory(tmp_path: Path) -> None:
+    # Fuzzing found it: Pillow reads the rest of a chunk at once, and a read of 2 GB asked for 2 GB first.
+    whole = tmp_path / "whole.png"
+    Image.effect_noise((24, 24), 80).convert("RGB").save(whole)
+    start = whole.read_bytes().index(b"IDAT") - 4
+    (tmp_path / "a.png").write_bytes(whole.read_bytes()[:start] + b"\x7f\xff\xff\xffIDAT" + bytes(64))
+
+    tracemalloc.start()
+    try:
+        assert code_of(tmp_path / "a.png") == "truncated_image"
+        assert tracemalloc.get_traced_memory()[1] < 64 << 20
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_progressive_jpeg_with_endless_scans_is_refused(tmp_path: Path) -> None:

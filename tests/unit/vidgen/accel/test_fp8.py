@@ -58,3 +58,11 @@ def test_only_layers_that_gain_are_replaced() -> None:
 
 def test_no_cpu_has_its_arithmetic() -> None:
     assert not fp8.has_arithmetic(torch.device("cpu"))
+
+
+def test_what_an_fp8_layer_holds_are_parameters() -> None:
+    """diffusers' offloading of whole blocks brought buffers to the GPU and left them there: nothing was saved."""
+    layer = fp8.Fp8Linear.of(nn.Linear(32, 16), arithmetic=False)
+    assert set(dict(layer.named_parameters())) == {"weight", "weight_scale", "bias"}
+    assert not list(layer.buffers())
+    assert not any(parameter.requires_grad for parameter in layer.parameters())

@@ -1,0 +1,448 @@
+"""Ten thousand jobs at once: what goes in, what gets through, and how soon the gateway answers meanwhile.
+
+    python benchmarks/load.py [--jobs 10000] [--readers 50] [--workers 20] [--processes 4] [--peers celery taskiq]
+
+Real nats-server (synced), real S3 server, gateway and workers as processes on this machine, engines of zero cost.
+Beside it, in the same run, the same jobs by others: an object in S3, two stages, an object out, the status by HTTP.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+import uuid
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import uvloop
+from PIL import Image
+
+from lean import Connection
+from overhead import Finals, System, environment
+from vidgen import jetstream
+from vidgen.local import NatsServer, S3Server
+from vidgen.local.process import Process
+from vidgen.local.stack import Service
+from watchers import quantile, summary
+
+HERE = Path(__file__).parent
+KEY = "uploads/bench/reference.png"
+PROBES_PER_S = 20.0
+SENDERS = 16
+SAMPLE_S = 0.5
+WARM_SHARE = 0.2  # of the jobs: caches fill and imports happen, so memory is looked at behind them
+STALL_S = 120.0
+
+
+class Side(Protocol):
+    """A system under load."""
+
+    name: str
+    url: str
+    sse: bool
+    pid: int  # of the process that answers by HTTP
+    folders: dict[str, Path]  # what its servers keep
+    pids: dict[str, list[int]]  # of its processes, by what they are
+
+    def body(self, job_id: str) -> bytes: ...
+
+    def workers(self, count: int, processes: int) -> contextlib.AbstractAsyncContextManager[None]: ...
+
+    async def done(self) -> int:
+        """Jobs that have come to their end so far."""
+        ...
+
+    async def completed(self, job_id: str, connection: Connection) -> bool: ...
+
+
+@dataclass
+class Figures:
+    """What one side did."""
+
+    name: str
+    requests_per_s: float = 0.0
+    jobs_per_s: float = 0.0
+    probes: dict[str, list[float]] = field(default_factory=dict)
+    told: int = 0
+    memory: list[tuple[int, float]] = field(default_factory=list)  # jobs done, MB
+    disk: dict[str, float] = field(default_factory=dict)  # MB per 1,000 jobs
+    cpu: dict[str, float] = field(default_factory=dict)  # seconds per 1,000 jobs, in both phases
+    wrong: int = 0
+
+    def p99(self) -> float:
+        return quantile(self.probes["through"], 0.99)
+
+    def slope(self) -> float:
+        """MB per 1,000 jobs done, by least squares behind the warm-up."""
+        last = self.memory[-1][0] if self.memory else 0
+        points = [(done / 1000, size) for done, size in self.memory if done >= WARM_SHARE * last]
+        middle_x, middle_y = (sum(axis) / len(points) for axis in zip(*points, strict=True))
+        spread = sum((x - middle_x) ** 2 for x, _ in points)
+        return sum((x - middle_x) * (y - middle_y) for x, y in points) / spread if spread else 0.0
+
+    def show(self) -> None:
+        print(f"\n{self.name}")
+        print(f"  requests per second in:   {self.requests_per_s:8.1f}")
+        print(f"  jobs per second through:  {self.jobs_per_s:8.1f}")
+        for phase, times in self.probes.items():
+            print(f"  GET /v1/jobs/{{id}}, {phase + ':':9} {summary(times)}")
+        jobs = self.memory[-1][0]
+        quarters = [next(size for done, size in self.memory if done >= jobs * part / 4) for part in range(5)]
+        print(
+            f"  memory of the gateway: {quarters[0]:.1f} MB at the start, {quarters[-1]:.1f} at the end, by quarters"
+            f" {' '.join(f'{size:.1f}' for size in quarters[1:])};"
+            f" {self.slope():+.3f} MB per 1,000 jobs behind the first {WARM_SHARE:.0%}"
+        )
+        print("  disk per 1,000 jobs: " + ", ".join(f"{name} {size:.2f} MB" for name, size in self.disk.items()))
+        print("  CPU seconds per 1,000 jobs: " + ", ".join(f"{name} {used:.1f}" for name, used in self.cpu.items()))
+        print(
+            f"  told to readers: {self.told:,} events or answers; jobs that did not complete: {self.wrong}", flush=True
+        )
+
+
+class Vidgen:
+    """This project."""
+
+    name, sse = "vidgen", True
+
+    def __init__(self, system: System, gateways: list[Service], finals: Finals) -> None:
+        self._system, self._gateways, self._finals = system, gateways, finals
+        self.url, self.pid = gateways[0].url, gateways[0].pid
+        self.folders = {"bus": system.nats.folder / "data", "S3": system.s3.folder / "data"}
+        self.pids = {"gateway": [one.pid for one in gateways], "bus": [system.nats.pid], "S3": [system.s3.pid]}
+
+    @classmethod
+    @contextlib.asynccontextmanager
+    async def start(cls, folder: Path, s3: S3Server, replicas: int) -> AsyncIterator[Vidgen]:
+        async with NatsServer(folder / "nats") as nats:
+            system = System(folder, nats, s3)
+            gateways = [Service(f"gateway-{number}", "gateway.main", folder, system.env) for number in range(replicas)]
+            try:
+                for gateway in gateways:
+                    await gateway.start()
+                async with jetstream.connect(nats.url, "bench") as connected:
+                    finals = Finals(connected)
+                    watching = asyncio.create_task(finals.watch())
+                    yield cls(system, gateways, finals)
+                    watching.cancel()
+                    await asyncio.wait([watching])
+            finally:
+                for gateway in gateways:
+                    await gateway.terminate()
+
+    def body(self, job_id: str) -> bytes:
+        asked = {"job_id": job_id, "references": [KEY], "edit": {"prompt": "x", "steps": 2},
+                 "i2v": {"prompt": "x", "steps": 1}}  # fmt: skip
+        return json.dumps(asked).encode()
+
+    @contextlib.asynccontextmanager
+    async def workers(self, count: int, processes: int) -> AsyncIterator[None]:
+        edits, i2vs = _shares(count - count // 2, processes), _shares(count // 2, processes)
+        commands = [
+            [sys.executable, str(HERE / "workers.py"), str(edit), str(i2v)]
+            for edit, i2v in zip(edits, reversed(i2vs), strict=True)
+        ]
+        async with _children(commands, self._system.env, self._system.folder / "workers") as pids:
+            self.pids["workers"] = pids
+            yield
+
+    async def done(self) -> int:
+        return len(self._finals.at)
+
+    async def completed(self, job_id: str, connection: Connection) -> bool:
+        status, body = await connection.call("GET", f"/v1/jobs/{job_id}")
+        return status == 200 and json.loads(body)["status"] == "completed"
+
+
+class Peer:
+    """Celery or taskiq with Redis, and FastAPI before it: `benchmarks/peers.py` is all of it."""
+
+    sse = False
+
+    def __init__(self, kind: str, redis: Redis, api: Service, env: dict[str, str], folder: Path, s3: S3Server) -> None:
+        self.name, self._kind, self._redis, self._env, self._folder = PEERS[kind], kind, redis, env, folder
+        self.url, self.pid = api.url, api.pid
+        self.folders = {"Redis": redis.folder, "S3": s3.folder / "data"}
+        self.pids = {"gateway": [api.pid], "Redis": [redis.pid], "S3": [s3.pid]}
+
+    @classmethod
+    @contextlib.asynccontextmanager
+    async def start(cls, kind: str, folder: Path, s3: S3Server) -> AsyncIterator[Peer]:
+        async with Redis(folder / "redis") as redis:
+            env = {
+                **os.environ, "PYTHONPATH": str(HERE), "BENCH_REDIS": redis.url, "BENCH_PEER": kind,
+                "BENCH_S3": f"{s3.endpoint} {s3.access_key} {s3.secret_key} {s3.bucket}",
+            }  # fmt: skip
+            api = PeerApi("peer-api", "peers", folder, env)
+            try:
+                await api.start()
+                yield cls(kind, redis, api, env, folder, s3)
+            finally:
+                await api.terminate()
+
+    def body(self, job_id: str) -> bytes:
+        return json.dumps(
+            {"job_id": job_id, "references": [KEY], "edit": {"prompt": "x"}, "i2v": {"prompt": "x"}}
+        ).encode()
+
+    @contextlib.asynccontextmanager
+    async def workers(self, count: int, processes: int) -> AsyncIterator[None]:
+        if self._kind == "celery":  # its own pool: a process for each worker
+            quiet = ["--loglevel=WARNING", "--without-gossip", "--without-mingle", "--without-heartbeat"]
+            celery = [sys.executable, "-m", "celery", "-A", "peers:app", "worker"]
+            commands = [[*celery, f"--concurrency={count}", *quiet]]
+        else:
+            commands = [
+                [sys.executable, "-m", "taskiq", "worker", "peers:broker", "--workers=1",
+                 f"--max-async-tasks={share}", "--max-prefetch=1", "--ack-type=when_saved", "--log-level=WARNING"]
+                for share in _shares(count, processes)
+            ]  # fmt: skip
+        async with _children(commands, self._env, self._folder / "workers", ready=False) as pids:
+            self.pids["workers"] = pids
+            yield
+
+    async def done(self) -> int:
+        return await asyncio.to_thread(self._redis.count, "bench:done")
+
+    async def completed(self, job_id: str, connection: Connection) -> bool:
+        status, body = await connection.call("GET", f"/v1/jobs/{job_id}")
+        return status == 200 and json.loads(body)["status"] == "completed"
+
+
+PEERS = {"celery": "Celery + Redis", "taskiq": "taskiq + Redis Streams"}
+
+
+class PeerApi(Service):
+    """`python -m peers`, which writes its URL as our services do, and has no probe of its own."""
+
+    async def until_ready(self, limit: float = 60.0) -> None:
+        async with asyncio.timeout(limit):
+            while not self._read_url():
+                self.process.check()
+                await asyncio.sleep(0.05)
+
+
+class Redis:
+    """A redis-server on loopback that syncs each write before it answers, as our bus does."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._socket = folder / "redis.sock"
+        self._process = Process("redis-server", folder / "log")
+
+    @property
+    def url(self) -> str:
+        return f"unix://{self._socket}"
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    async def __aenter__(self) -> Redis:
+        self.folder.mkdir(parents=True)
+        program = shutil.which("redis-server") or shutil.which("valkey-server")
+        if program is None:
+            raise SystemExit("the peers need redis-server: apt-get install redis-server")
+        self._process.start([
+            program, "--port", "0", "--unixsocket", str(self._socket), "--dir", str(self.folder), "--save", "",
+            "--appendonly", "yes", "--appendfsync", "always",
+        ])  # fmt: skip
+        while not self._socket.exists():
+            self._process.check()
+            await asyncio.sleep(0.05)
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self._process.stop(10)
+
+    def count(self, key: str) -> int:
+        import redis
+
+        with redis.Redis(unix_socket_path=str(self._socket)) as client:
+            return int(client.get(key) or 0)
+
+
+@contextlib.asynccontextmanager
+async def _children(
+    commands: list[list[str]], env: dict[str, str], folder: Path, ready: bool = True
+) -> AsyncIterator[list[int]]:
+    """Processes that run for the block, all of them ready where they can say so; their ids."""
+    folder.mkdir(exist_ok=True)  # noqa: ASYNC240
+    processes = [Process(f"workers-{number}", folder / f"{number}.log") for number in range(len(commands))]
+    marks = [folder / f"{number}.ready" for number in range(len(commands))]
+    try:
+        for process, command, mark in zip(processes, commands, marks, strict=True):
+            process.start(command, {**env, "VIDGEN_READY_FILE": str(mark)})
+        while ready and not all(mark.exists() for mark in marks):
+            for process in processes:
+                process.check()
+            await asyncio.sleep(0.05)
+        yield [process.pid for process in processes]
+    finally:
+        await asyncio.gather(*(process.stop(20) for process in processes))
+
+
+def _shares(count: int, parts: int) -> list[int]:
+    return [count // parts + (number < count % parts) for number in range(parts)]
+
+
+def memory_mb(pid: int) -> float:
+    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+
+
+def cpu_s(pids: list[int]) -> float:
+    """CPU seconds of processes and all that they started so far."""
+    found, parents = 0.0, {}
+    for entry in Path("/proc").iterdir():
+        with contextlib.suppress(OSError, ValueError):
+            fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            parents[int(entry.name)] = (int(fields[1]), int(fields[11]) + int(fields[12]))
+    for pid, (_, used) in parents.items():
+        above = pid
+        while above and above not in pids:
+            above = parents.get(above, (0, 0))[0]
+        found += used if above else 0
+    return found / os.sysconf("SC_CLK_TCK")
+
+
+def disk_mb(folder: Path) -> float:
+    """What the files take on disk, in blocks: sparse and preallocated ones count as what they are."""
+    return int(subprocess.run(["du", "-sk", folder], capture_output=True, check=True).stdout.split()[0]) / 1e3
+
+
+async def submit(side: Side, ids: list[str], told: Callable[[int], None]) -> float:
+    """Requests per second that are taken in, a few at a time."""
+    waiting = iter(ids)
+    taken = 0
+
+    async def send() -> None:
+        nonlocal taken
+        async with Connection(side.url) as connection:
+            for job_id in waiting:
+                status, body = await connection.call("POST", "/v1/jobs", side.body(job_id))
+                assert status in (200, 202), body
+                taken += 1
+                told(taken)
+
+    begun = time.perf_counter()
+    await asyncio.gather(*(send() for _ in range(SENDERS)))
+    return len(ids) / (time.perf_counter() - begun)
+
+
+async def drain(side: Side, jobs: int, memory: list[tuple[int, float]]) -> float:
+    """Jobs per second until all are done; between the first and the last, for workers take a while to start."""
+    first: tuple[int, float] | None = None
+    moved = time.perf_counter()
+    while True:
+        done, at = await side.done(), time.perf_counter()
+        if done > (memory[-1][0] if memory else 0):
+            moved = at
+        memory.append((done, memory_mb(side.pid)))
+        if first is None and done:
+            first = (done, at)
+        if done >= jobs:
+            assert first is not None
+            return (done - first[0]) / max(at - first[1], SAMPLE_S)
+        if at - moved > STALL_S:
+            raise SystemExit(f"{side.name} stands still at {done} of {jobs} jobs")
+        await asyncio.sleep(SAMPLE_S)
+
+
+async def measure(side: Side, options: argparse.Namespace) -> Figures:
+    figures = Figures(side.name)
+    ids = [uuid.uuid4().hex for _ in range(options.jobs)]
+    before = {name: disk_mb(folder) for name, folder in side.folders.items()}
+    spent = {name: cpu_s(pids) for name, pids in side.pids.items()}
+    watcher = await asyncio.create_subprocess_exec(
+        sys.executable, str(HERE / "watchers.py"), stdin=subprocess.PIPE, stdout=subprocess.PIPE, limit=1 << 30
+    )
+    assert watcher.stdin is not None
+    feed = watcher.stdin
+    async with Connection(side.url) as connection:
+        await connection.call("POST", "/v1/jobs", side.body(ids[0]))
+    asked = {"url": side.url, "ids": ids, "readers": options.readers, "sse": side.sse, "rate": PROBES_PER_S}
+    feed.write(json.dumps(asked).encode() + b"\n")
+    figures.requests_per_s = await submit(
+        side, ids[1:], lambda count: feed.write(b"%d\n" % count) if not count % 100 else None
+    )
+    feed.write(b"%d\n" % len(ids))
+    turned = time.time()
+    async with side.workers(options.workers, options.processes):
+        figures.jobs_per_s = await drain(side, options.jobs, figures.memory)
+        feed.close()
+        figures.cpu = {
+            name: (cpu_s(pids) - spent.get(name, 0.0)) / options.jobs * 1000 for name, pids in side.pids.items()
+        }
+        seen = json.loads((await watcher.communicate())[0])
+    figures.told = seen["told"]
+    figures.probes = {
+        "filling": [seconds for at, seconds in seen["times"] if at < turned],
+        "through": [seconds for at, seconds in seen["times"] if at >= turned],
+    }
+    figures.disk = {n: (disk_mb(f) - before[n]) / options.jobs * 1000 for n, f in side.folders.items()}
+    async with Connection(side.url) as connection:
+        figures.wrong = sum([not await side.completed(job_id, connection) for job_id in ids])
+    return figures
+
+
+@contextlib.asynccontextmanager
+async def store(folder: Path) -> AsyncIterator[S3Server]:
+    """An S3 server of its own for each side, with the reference in it."""
+    from vidgen.artifacts import S3Store
+
+    reference = folder / "reference.png"
+    Image.new("RGB", (64, 64), "teal").save(reference)
+    async with S3Server(folder / "s3") as s3:
+        await S3Store(s3.endpoint, s3.access_key, s3.secret_key, s3.bucket).put(KEY, reference, "image/png")
+        yield s3
+
+
+async def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--jobs", type=int, default=10_000)
+    parser.add_argument("--readers", type=int, default=50)
+    parser.add_argument("--workers", type=int, default=20, help="half of them for each stage")
+    parser.add_argument("--processes", type=int, default=4, help="that our workers, and taskiq's, share")
+    parser.add_argument("--gateways", type=int, default=1)
+    parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
+    options = parser.parse_args()
+    print(environment())
+    busy = " ".join(f"{one:.1f}" for one in os.getloadavg())
+    print(f"load average {busy}; {options.jobs:,} jobs, {options.readers} readers, {options.workers} workers in"
+          f" {options.processes} processes, {options.gateways} gateway(s)", flush=True)  # fmt: skip
+    ours: Figures | None = None
+    with tempfile.TemporaryDirectory(prefix="vidgen-load-") as name:
+        for kind in ("vidgen", *options.peers):
+            folder = Path(name) / kind
+            folder.mkdir()
+            async with store(folder) as s3:
+                if kind == "vidgen":
+                    starting: contextlib.AbstractAsyncContextManager[Side] = Vidgen.start(folder, s3, options.gateways)
+                else:
+                    starting = Peer.start(kind, folder, s3)
+                async with starting as side:
+                    figures = await measure(side, options)
+            figures.show()
+            if ours is None:
+                ours = figures
+            else:
+                print(f"  vidgen to {figures.name}: jobs per second × {ours.jobs_per_s / figures.jobs_per_s:.2f},"
+                      f" requests per second × {ours.requests_per_s / figures.requests_per_s:.2f},"
+                      f" p99 × {ours.p99() / figures.p99():.2f}", flush=True)  # fmt: skip
+    print(f"load average at the end {' '.join(f'{one:.1f}' for one in os.getloadavg())}")
+
+
+if __name__ == "__main__":
+    uvloop.run(main())

@@ -1,0 +1,161 @@
+"""The same jobs by others, with what makes them durable turned on: Celery, or taskiq, on Redis; FastAPI before it.
+
+`python -m peers` is the HTTP side; `peers:app` and `peers:broker` are what their own workers load. A task fetches its
+object from S3, makes a file as `HoldingEngine` does, stores it, and hands its key to the next one. Its end is
+acknowledged late, so a worker that dies loses nothing; what that does not give them (a fence, one effect, cancel,
+progress, a log of what happened) they are not asked for here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from fastapi import FastAPI, HTTPException
+from minio import Minio
+from pydantic import BaseModel
+
+KIND, REDIS = os.environ.get("BENCH_PEER", ""), os.environ.get("BENCH_REDIS", "")
+DAY = 86400
+FILES = {"edit": ("edit-0.png", "image/png"), "i2v": ("video.mp4", "video/mp4")}
+
+
+class Part(BaseModel):
+    prompt: str
+
+
+class Request(BaseModel):
+    job_id: str
+    references: list[str]
+    edit: Part
+    i2v: Part
+
+
+def stage(name: str, job_id: str, key: str) -> str:
+    """One stage's work: object in, object out."""
+    from engines import HoldingEngine, Shape
+
+    store, bucket = client()
+    engine = HoldingEngine(name, Shape())  # type: ignore[arg-type]
+    engine.setup()
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "input")
+        store.fget_object(bucket, key, str(source))
+        generated = engine.generate(engine.prepare(None, [source]), lambda _step, _steps: None)  # type: ignore[arg-type]
+        made = engine.finish(generated.output, Path(folder))[0]
+        store.fput_object(bucket, f"jobs/{job_id}/{made.path.name}", str(made.path), content_type=made.content_type)
+    return f"jobs/{job_id}/{made.path.name}"
+
+
+_client: list[tuple[Minio, str]] = []
+
+
+def client() -> tuple[Minio, str]:
+    if not _client:
+        endpoint, access, secret, bucket = os.environ["BENCH_S3"].split()
+        _client.append(
+            (Minio(endpoint.removeprefix("http://"), access, secret, secure=False, region="us-east-1"), bucket)
+        )
+    return _client[0]
+
+
+if KIND == "celery":
+    import celery
+    import redis
+
+    app = celery.Celery(
+        "peers", broker=REDIS.replace("unix://", "redis+socket://"), backend=REDIS.replace("unix://", "redis+socket://")
+    )
+    app.conf.update(
+        task_acks_late=True, task_reject_on_worker_lost=True, worker_prefetch_multiplier=1, result_expires=DAY,
+        broker_transport_options={"visibility_timeout": 3600}, broker_connection_retry_on_startup=True,
+    )  # fmt: skip
+    counting = redis.Redis(unix_socket_path=REDIS.removeprefix("unix://"))
+
+    @app.task(name="edit")
+    def edit(key: str, job_id: str) -> str:
+        return stage("edit", job_id, key)
+
+    @app.task(name="i2v")
+    def i2v(key: str, job_id: str) -> str:
+        made = stage("i2v", job_id, key)
+        counting.incr("bench:done")
+        return made
+
+    def submit(request: Request) -> None:
+        chain = edit.s(request.references[0], request.job_id).set(task_id=f"{request.job_id}-edit")
+        (chain | i2v.s(request.job_id).set(task_id=request.job_id)).apply_async()
+
+    def status(job_id: str) -> str:
+        found = app.AsyncResult(job_id)
+        if found.state == "SUCCESS":
+            return "completed"
+        return "in_progress" if app.AsyncResult(f"{job_id}-edit").state == "SUCCESS" else "queued"
+
+
+if KIND == "taskiq":
+    import redis
+    import taskiq_redis
+
+    broker = taskiq_redis.RedisStreamBroker(
+        REDIS, consumer_id="0", xread_count=1, idle_timeout=3600_000
+    ).with_result_backend(taskiq_redis.RedisAsyncResultBackend(REDIS, result_ex_time=DAY))
+    counting = redis.Redis(unix_socket_path=REDIS.removeprefix("unix://"))
+
+    @broker.task(task_name="edit")
+    async def edit(key: str, job_id: str) -> str:
+        made = await asyncio.to_thread(stage, "edit", job_id, key)
+        await i2v.kicker().with_task_id(job_id).kiq(made, job_id)
+        return made
+
+    @broker.task(task_name="i2v")
+    async def i2v(key: str, job_id: str) -> str:
+        made = await asyncio.to_thread(stage, "i2v", job_id, key)
+        await asyncio.to_thread(counting.incr, "bench:done")
+        return made
+
+    async def submit(request: Request) -> None:
+        await edit.kicker().with_task_id(f"{request.job_id}-edit").kiq(request.references[0], request.job_id)
+
+    async def status(job_id: str) -> str:
+        if await broker.result_backend.is_result_ready(job_id):
+            return "completed"
+        return "in_progress" if await broker.result_backend.is_result_ready(f"{job_id}-edit") else "queued"
+
+
+def api() -> FastAPI:
+    """The HTTP side. Celery's calls block, so FastAPI runs them in its threads, as its users do."""
+    made = FastAPI()
+
+    async def called(function: Any, *given: Any) -> Any:
+        return await (function(*given) if KIND == "taskiq" else asyncio.to_thread(function, *given))
+
+    @made.post("/v1/jobs", status_code=202)
+    async def post(request: Request) -> dict[str, str]:
+        await called(submit, request)
+        return {"job_id": request.job_id, "status": "queued"}
+
+    @made.get("/v1/jobs/{job_id}")
+    async def get(job_id: str) -> dict[str, str]:
+        if not job_id.isalnum():
+            raise HTTPException(404)
+        return {"job_id": job_id, "status": await called(status, job_id)}
+
+    return made
+
+
+class _Server(uvicorn.Server):
+    async def startup(self, sockets: Any = None) -> None:
+        if KIND == "taskiq":
+            await broker.startup()
+        await super().startup(sockets)
+        port = self.servers[0].sockets[0].getsockname()[1]
+        Path(os.environ["VIDGEN_READY_FILE"]).write_text(f"http://127.0.0.1:{port}\n")  # noqa: ASYNC240
+
+
+if __name__ == "__main__":
+    _Server(uvicorn.Config(api(), port=0, log_level="warning")).run()
