@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
@@ -48,6 +48,12 @@ class PatientStore:
 
     async def upload_url(self, key: str, content_type: str, size: int, *, expires: timedelta = LINK_LIFE) -> str:
         return await self._store.upload_url(key, content_type, size, expires=expires)
+
+    async def page(self, prefix: str, after: str = "", limit: int = 1000) -> list[Stat]:
+        return await self._persist(lambda: self._store.page(prefix, after, limit))
+
+    async def remove(self, keys: Sequence[str]) -> None:
+        await self._persist(lambda: self._store.remove(keys))
 
     async def ready(self) -> bool:
         return await self._store.ready()

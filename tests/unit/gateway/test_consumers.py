@@ -81,13 +81,13 @@ async def test_an_end_is_counted_though_the_record_that_is_read_is_behind_it(
     monkeypatch.setattr("gateway.consumers.HAND_BACK_S", 0.0)
     job = await loops.gateway.submit()
     jobs, behind = loops.gateway.parts.jobs, [job]
-    find = jobs.find
+    ended = jobs.ended
 
     async def stale(job_id: str) -> Job | None:
-        found = await find(job_id)
+        found = await ended(job_id)
         return behind.pop() if behind and found is not None and found.status.final else found
 
-    monkeypatch.setattr(jobs, "find", stale)
+    monkeypatch.setattr(jobs, "ended", stale)
     await say(loops, completed(job))
     await loops.until_told(job.id, "completed")
 
