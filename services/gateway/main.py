@@ -22,11 +22,15 @@ from gateway.fleet import Fleet
 from gateway.forecast import Forecast
 from gateway.intake import Intake
 from gateway.jobs import Jobs
+from gateway.keyring import Keyring
+from gateway.quotas import Quotas
+from gateway.share import FairShare
 from vidgen import bootstrap, errors, jetstream, probes, settings, telemetry, tracing
 from vidgen.artifacts import S3Store
 from vidgen.jetstream import JetStreamBus
 from vidgen.metrics import GatewayMetrics
 from vidgen.settings import GatewaySettings
+from vidgen.tenants import Tenants
 from vidgen.topology import Topology
 
 log = structlog.get_logger(__name__)
@@ -52,6 +56,8 @@ def main() -> None:
         raise SystemExit(1) from exc
     telemetry.configure(own, "gateway")
     try:
+        if not own.asks_for_keys:
+            log.info("callers need no key: only this machine can reach this gateway", _event="no_keys")
         with tracing.running(own.traces_url, "gateway"):
             uvloop.run(_Gateway(own).run())
     except errors.VidgenError as exc:
@@ -96,11 +102,14 @@ class _Gateway:
         return connected
 
     async def _serve(self, connected: JetStreamBus, store: S3Store) -> None:
-        own, metrics, jobs = self._settings, GatewayMetrics(), Jobs(connected)
-        intake = Intake(connected, store, jobs, own.max_upload_bytes)
+        own, metrics, tenants = self._settings, GatewayMetrics(), Tenants(connected)
+        jobs = Jobs(connected, FairShare(connected, tenants, own.tenant_waiting))
+        quotas = Quotas(connected, tenants, own)
+        intake = Intake(connected, store, jobs, quotas, own.max_upload_bytes)
         fleet = Fleet(connected)
         forecast = Forecast(connected, jobs, fleet)
-        parts = Parts(own, connected, store, jobs, intake, fleet, forecast, metrics, self._stop)
+        keyring = Keyring(connected)
+        parts = Parts(own, connected, store, jobs, intake, fleet, forecast, metrics, keyring, quotas, self._stop)
         consumers = Consumers(connected, jobs, intake, metrics, own.intake_concurrency)
         consuming = asyncio.create_task(consumers.run(self._stop), name="consumers")
         stopped = asyncio.create_task(self._stop.wait(), name="stop")

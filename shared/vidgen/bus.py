@@ -127,8 +127,17 @@ class Bus(Protocol):
     async def last(self, stream: str, subject: str) -> Stored | None:
         """The newest message on `subject`, read from the stream's leader."""
 
-    async def tail(self, stream: str, before: int | None, limit: int) -> list[Stored]:
-        """Up to `limit` messages, newest first, with sequences under `before` (None: from the end)."""
+    async def first(self, stream: str, subject: str, after: int = 0) -> Stored | None:
+        """The oldest message past sequence `after` on a subject or a pattern."""
+
+    async def count(self, stream: str, subject: str) -> int:
+        """Messages on a subject or a pattern; costs what lies there, not what the stream holds."""
+
+    async def tail(self, stream: str, before: int | None, limit: int, subject: str | None = None) -> list[Stored]:
+        """Up to `limit` messages, newest first, with sequences under `before` (None: from the end).
+
+        With `subject`, a subject or a pattern, those on it alone, at a cost that hardly grows with what lies between.
+        """
 
     async def get(self, stream: str, seq: int) -> Stored | None: ...
 

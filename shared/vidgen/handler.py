@@ -43,7 +43,7 @@ Outcome = Literal[
 MAX_INPUT_BYTES = 64 << 20
 HAND_BACK_S = 2.0  # what a worker that leaves in a hurry takes to hand a task back
 KEEP_S = 15.0  # what storing a checkpoint may take: the machine may be gone soon after
-SUBJECT = re.compile(r"vidgen\.tasks\.\w+\.(?P<lane>interactive|batch)\.(?P<job>.+)")
+SUBJECT = re.compile(r"vidgen\.tasks\.\w+\.(?P<lane>interactive|batch)\.(?:[a-z0-9-]+\.)?(?P<job>[^.]+)")
 JOB_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
@@ -477,7 +477,7 @@ class Handler:
     async def _fetch(self, task: Task, folder: Path) -> list[Path]:
         paths = [folder / f"input-{index}" for index in range(len(task.inputs))]
         for key in task.inputs:
-            check_key(key, task.job_id)
+            check_key(key, task.job_id, task.tenant)
         begun = time.monotonic()
         await _all_of(
             *(self._store.fetch(key, path, MAX_INPUT_BYTES) for key, path in zip(task.inputs, paths, strict=True))

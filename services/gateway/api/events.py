@@ -11,7 +11,7 @@ from starlette.types import Receive, Scope, Send
 
 from gateway.api import problems
 from gateway.api.feed import JobFeed
-from gateway.api.parts import JobIdHere, PartsHere
+from gateway.api.parts import JobHere, PartsHere
 
 router = APIRouter(prefix="/v1/jobs/{job_id}/events", tags=["events"])
 
@@ -58,7 +58,7 @@ class EventStream(Response):
 
 @router.get("", response_class=Response, responses=EVENTS_DOC | problems.responses(404, 503))
 async def events(
-    job_id: JobIdHere,
+    job: JobHere,
     parts: PartsHere,
     place: Annotated[bool, Query(description="While the job waits, tell its place in the queue, as `queue`.")] = False,
     last_event_id: Annotated[str, Header(description="The id of the last event that was seen.")] = "",
@@ -66,7 +66,7 @@ async def events(
     """Everything that happened to a job, and what happens, as server-sent events."""
     after = int(last_event_id) if last_event_id.isdecimal() and len(last_event_id) <= 18 else 0
     forecast = parts.forecast if place else None
-    return EventStream(await JobFeed.open(parts.bus, parts.jobs, job_id, after, parts.stopping, forecast))
+    return EventStream(await JobFeed.open(parts.bus, parts.jobs, job.id, after, parts.stopping, forecast))
 
 
 async def _gone(receive: Receive) -> None:

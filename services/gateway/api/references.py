@@ -23,10 +23,9 @@ class Reference:
     content_type: str
     sha256: str
 
-    @property
-    def key(self) -> str:
-        """The same upload twice is one object."""
-        return f"{artifacts.UPLOADS}{self.sha256}.{EXTENSIONS[self.content_type]}"
+    def key(self, tenant: str) -> str:
+        """The same upload of a tenant twice is one object."""
+        return f"{artifacts.uploads_prefix(tenant)}{self.sha256}.{EXTENSIONS[self.content_type]}"
 
 
 class References:
@@ -50,18 +49,18 @@ class References:
                 found.append(result)
         return found, wrong
 
-    async def store(self, references: list[Reference]) -> list[str]:
-        """Put them into the store; their keys, in order."""
-        await asyncio.gather(*map(self._store_one, references))
-        return [reference.key for reference in references]
+    async def store(self, references: list[Reference], tenant: str) -> list[str]:
+        """Put them into the store for a tenant; their keys, in order."""
+        await asyncio.gather(*(self._store_one(reference, reference.key(tenant)) for reference in references))
+        return [reference.key(tenant) for reference in references]
 
     async def _check(self, path: Path) -> Reference:
         async with self._decoders:
             return await asyncio.to_thread(_examine, path)
 
-    async def _store_one(self, reference: Reference) -> None:
-        if await self._store.stat(reference.key) is None:
-            await self._store.put(reference.key, reference.path, reference.content_type)
+    async def _store_one(self, reference: Reference, key: str) -> None:
+        if await self._store.stat(key) is None:
+            await self._store.put(key, reference.path, reference.content_type)
 
 
 def _examine(path: Path) -> Reference:

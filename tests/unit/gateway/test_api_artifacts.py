@@ -124,7 +124,7 @@ async def test_an_upload_gets_a_key_and_a_url_to_put_it_to(gateway: Gateway, kin
     answer = await gateway.client.post("/v1/uploads", json={"content_type": f"image/{kind}"})
     slot = answer.json()
     assert answer.status_code == 201
-    assert re.fullmatch(rf"uploads/[0-9a-f-]{{36}}\.{end}", slot["key"])
+    assert re.fullmatch(rf"uploads/default/[0-9a-f-]{{36}}\.{end}", slot["key"])
     assert slot["key"] in slot["url"]
     assert (slot["method"], slot["headers"]) == ("PUT", {"Content-Type": f"image/{kind}"})
     assert slot["expires_at"]

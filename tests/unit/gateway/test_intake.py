@@ -11,9 +11,12 @@ from tests.gateways import EDIT, KEY, picture, put
 
 from gateway.intake import Intake, InvalidRequestError, id_from_key, parse
 from gateway.jobs import Jobs, parse_event
+from gateway.quotas import Quotas
 from vidgen import contracts, errors, topology
 from vidgen.bus import Delivery
 from vidgen.contracts import DeadLetter, Job, JobStatus
+from vidgen.settings import GatewaySettings
+from vidgen.tenants import Tenants
 from vidgen.testing import MemoryBus, MemoryStore
 
 GATEWAY = topology.Consumer(topology.REQUESTS, topology.GATEWAY)
@@ -26,7 +29,8 @@ class Door:
     def __init__(self, store: MemoryStore | None = None) -> None:
         self.bus, self.store = MemoryBus(topology.Topology(ack_wait=0.05)), store or MemoryStore()
         self.jobs = Jobs(self.bus)
-        self.intake = Intake(self.bus, self.store, self.jobs, max_upload_bytes=1 << 20)
+        quotas = Quotas(self.bus, Tenants(self.bus), GatewaySettings())
+        self.intake = Intake(self.bus, self.store, self.jobs, quotas, max_upload_bytes=1 << 20)
         self._count = 0
 
     async def publish(self, body: object, message_id: str | None = None) -> None:
@@ -202,7 +206,7 @@ async def test_a_store_out_of_reach_hands_the_request_back_and_rejects_nothing()
 
 def test_a_number_too_long_for_python_is_refused_like_any_other_body() -> None:
     with pytest.raises(InvalidRequestError):
-        parse(b'{"references":["x"],"edit":{"prompt":"a","seed":' + b"9" * 6000 + b"}}")
+        parse(b'{"references":["x"],"edit":{"prompt":"a","seed":' + b"9" * 6000 + b"}}", "default")
 
 
 async def test_a_second_request_with_a_known_id_leaves_the_references_of_the_first_alone(door: Door) -> None:
