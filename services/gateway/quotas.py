@@ -64,6 +64,7 @@ class Quotas:
         What has no task that waits or runs, such as a job that waits for a review, does not count. Of what comes at the
         same moment through several gateways each may let in one too many.
         """
+        await self._tenants.meet(tenant)
         most = int(self._limit(await self._tenants.get(tenant), "jobs"))
         self._entering[tenant] += 1
         try:

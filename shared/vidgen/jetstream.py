@@ -202,7 +202,12 @@ class JetStreamRecords:
 
     async def _open(self) -> KeyValue:
         if self._kv is None:
-            self._kv = await self._js.key_value(self._bucket)
+            try:
+                self._kv = await self._js.key_value(self._bucket)
+            except js_errors.NotFoundError as exc:
+                raise errors.BusError(
+                    f"the bucket {self._bucket} is not there: start a gateway, it creates what is missing"
+                ) from exc
         return self._kv
 
     async def get(self, key: str) -> tuple[bytes, int] | None:

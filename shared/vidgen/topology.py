@@ -79,7 +79,7 @@ def subject_of_task(stage: Stage, lane: Lane, job_id: str, tenant: str = DEFAULT
 
 
 def subject_of_older_task(stage: Stage, lane: Lane, job_id: str) -> str:
-    """Where gateways before 0.2 queued a task: one may wait there still, and consumers take it."""
+    """Where gateways queued a task before there were tenants: one may wait there still, and consumers take it."""
     return f"vidgen.tasks.{stage}.{lane}.{job_id}"
 
 
@@ -130,7 +130,7 @@ SUBJECT_CONTROL_ALL = "vidgen.control.*"
 STREAMS = (
     Stream(REQUESTS, ("vidgen.requests", "vidgen.requests.*"), "workqueue", discard="new", max_bytes=1 << 30),
     Stream(
-        # `.>` takes what gateways before 0.2 queued without a tenant, too.
+        # `.>` takes what was queued before there were tenants, too.
         TASKS, ("vidgen.tasks.*.*.>",), "workqueue", discard="new", max_bytes=1 << 30,
         max_msgs_per_subject=1, discard_new_per_subject=True,
     ),

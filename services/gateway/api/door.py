@@ -51,16 +51,14 @@ class Door:
         if self._wanted and scheme.lower() == "bearer":
             return await self._keyring.identify(key.strip())
         # A browser sends a cookie along, or reaches this machine, whichever page told it to.
-        session = cookie_parser(headers.get("cookie", "")).get(COOKIE) if self._wanted else None
+        session = cookie_parser(headers.get("cookie", "")).get(COOKIE)
+        if self._wanted and session is None:
+            raise UnknownKeyError("send an API key: Authorization: Bearer vg_… (`vidgen keys create`)", code="no_key")
         if method not in READING and not _of_our_page(headers, else_=not self._wanted):
             raise HttpError(
                 403, "another_page", "only the gateway's own page may do this without a key in the Authorization header"
             )
-        if not self._wanted:
-            return OPERATOR
-        if session is None:
-            raise UnknownKeyError("send an API key: Authorization: Bearer vg_… (`vidgen keys create`)", code="no_key")
-        return await self._keyring.identify(session)
+        return await self._keyring.identify(session or "") if self._wanted else OPERATOR
 
 
 def _of_our_page(headers: Headers, else_: bool) -> bool:

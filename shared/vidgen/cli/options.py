@@ -31,6 +31,16 @@ Gateway = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object per line.")]
 
+
+def api_key() -> str | None:
+    """The key that was given before the command, or by VIDGEN_API_KEY."""
+    import click
+
+    context = click.get_current_context(silent=True)
+    given: str | None = context.find_root().params.get("api_key") if context is not None else None
+    return given
+
+
 OPTION_OF = {
     "references": "IMAGE", "edit.prompt": "--edit", "i2v.prompt": "--motion",
     "edit.seed": "--seed", "i2v.seed": "--seed",

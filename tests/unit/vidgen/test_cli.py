@@ -77,8 +77,11 @@ class FakeClient:
     updates: ClassVar[Sequence[Update]]
     answer: ClassVar[Job | Exception]
 
-    def __init__(self, base_url: str) -> None:
+    api_keys: ClassVar[list[str | None]] = []
+
+    def __init__(self, base_url: str, *, api_key: str | None = None) -> None:
         assert base_url == "http://gateway"
+        self.api_keys.append(api_key)
 
     async def __aenter__(self) -> FakeClient:
         return self
