@@ -320,7 +320,7 @@ async def test_an_upgrade_takes_in_new_subjects_and_keeps_what_was_queued(nats_s
 @pytest.mark.parametrize(
     ("wider", "subject", "expected"),
     [
-        ("a.*.>", "a.*.*", True), ("a.>", "a.b", True), ("a.>", "a.>", True), ("a.*", "a.b", True), ("*.b", "a.b", True),
+        ("a.*.>", "a.*.*", True), ("a.>", "a.b", True), ("a.>", "a.>", True), ("*.b", "a.b", True),
         ("a.*", "a.>", False), ("a.b", "a.*", False), ("a.>", "a", False), ("a.*.*", "a.*.>", False),
         ("a.*", "a.*.*", False),
     ],

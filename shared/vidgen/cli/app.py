@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from vidgen.cli import access, dead, doctor, jobs, plan, run, up, weights, worker
+from vidgen.cli import access, dead, doctor, jobs, options, plan, run, up, weights, worker
 
 app = typer.Typer(
     name="vidgen",
@@ -42,6 +42,7 @@ def _root(
     ] = None,
 ) -> None:
     """Reference image and prompt to edited frame to video."""
+    options.API_KEY.set(api_key)
 
 
 app.command("run")(run.run)

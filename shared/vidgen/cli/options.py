@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -31,15 +32,7 @@ Gateway = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object per line.")]
 
-
-def api_key() -> str | None:
-    """The key that was given before the command, or by VIDGEN_API_KEY."""
-    import click
-
-    context = click.get_current_context(silent=True)
-    given: str | None = context.find_root().params.get("api_key") if context is not None else None
-    return given
-
+API_KEY: ContextVar[str | None] = ContextVar("api_key", default=None)  # given before the command, for all of them
 
 OPTION_OF = {
     "references": "IMAGE", "edit.prompt": "--edit", "i2v.prompt": "--motion",

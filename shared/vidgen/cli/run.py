@@ -99,7 +99,7 @@ async def _run(
     with view_for(out_put) as view:
         async with (
             _gateway(gateway, view, stages_of(request)) as (url, stack),
-            AsyncClient(url, api_key=options.api_key()) as client,
+            AsyncClient(url, api_key=options.API_KEY.get()) as client,
         ):
             job = await client.submit(request, images=images)
             view.begin(stages_of(request))
