@@ -53,8 +53,11 @@ class Keyring:
         key = await self._find(key_id) if key_id is not None else None
         if not keys.opens(key, text) or key is None:
             raise UnknownKeyError("this key is not known: ask the operator for one (`vidgen keys create`)")
-        if (state := key.state(now())) != "active":
-            raise UnknownKeyError(f"this key is {state}: ask the operator for another one", code=f"key_{state}")
+        match key.state(now()):
+            case "revoked":
+                raise UnknownKeyError("this key is revoked: ask the operator for another one", code="key_revoked")
+            case "expired":
+                raise UnknownKeyError("this key has expired: ask the operator for another one", code="key_expired")
         return Caller(key.tenant, key.admin, key.name)
 
     async def _find(self, key_id: str) -> Key | None:

@@ -21,7 +21,7 @@ RETRY_JOBS_S = 10
 class LimitError(errors.VidgenError):
     """A tenant asks for more than it may; after `retry_after_s` it may try again."""
 
-    def __init__(self, message: str, code: str, retry_after_s: int) -> None:
+    def __init__(self, message: str, retry_after_s: int, *, code: str) -> None:
         super().__init__(message, code=code)
         self.retry_after_s = retry_after_s
 
@@ -53,7 +53,7 @@ class Quotas:
             self._left[tenant] = left, now
             raise LimitError(
                 f"more than {rate:g} requests a second: send fewer, or ask the operator for a higher limit",
-                "rate_limited", math.ceil((1 - left) / rate),
+                math.ceil((1 - left) / rate), code="rate_limited",
             )  # fmt: skip
         self._left[tenant] = left - 1, now
 
@@ -71,7 +71,7 @@ class Quotas:
             if most and await self._unfinished(tenant) + self._entering[tenant] > most:
                 raise LimitError(
                     f"{most} jobs are not done yet, which is as many as may be: wait for one, or cancel one",
-                    "too_many_jobs", RETRY_JOBS_S,
+                    RETRY_JOBS_S, code="too_many_jobs",
                 )  # fmt: skip
             yield
         finally:

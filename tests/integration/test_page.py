@@ -413,9 +413,10 @@ def test_a_page_of_a_gateway_that_asks_for_keys_signs_in_and_out(
         text=True,
         check=True,
     ).stdout.strip()
+    gateway.launch()
     try:
         with ThreadPoolExecutor() as elsewhere:  # Playwright holds this thread's event loop
-            elsewhere.submit(lambda: asyncio.run(gateway.start())).result()
+            elsewhere.submit(lambda: asyncio.run(gateway.until_ready())).result()
         with opened(browser, gateway.url) as window:
             page = window.page
             page.goto(f"{gateway.url}/#/jobs")
