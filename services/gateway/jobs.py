@@ -197,8 +197,7 @@ class Jobs:
 
     def started(self, event: contracts.StageStarted, job: Job) -> None:
         """A worker has taken a task of this job: the next of its tenant's may move up."""
-        if self.share.active:
-            self.share.freed(event.stage, pipeline.lane_of(job), job.tenant)
+        self.share.freed(event.stage, pipeline.lane_of(job), job.tenant)
 
     async def _read(self, job_id: str) -> tuple[Job, int] | None:
         found = await self._records.get(job_id)

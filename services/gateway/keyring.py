@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import time
 from collections import OrderedDict
 from collections.abc import Callable
@@ -14,6 +16,7 @@ from vidgen.contracts import DEFAULT_TENANT
 from vidgen.keys import Key
 
 KEEP_S = 2.0  # that long a revoked key may still open this replica
+LOOK_S = 3.0
 KEPT = 4096  # keys; whoever tries many pushes out no more than what can be read again
 
 
@@ -30,6 +33,7 @@ class Caller:
     tenant: str = DEFAULT_TENANT
     admin: bool = False
     name: str = ""
+    key_id: str | None = None
 
     def sees(self, tenant: str) -> bool:
         """Whether what belongs to a tenant is shown."""
@@ -58,7 +62,18 @@ class Keyring:
                 raise UnknownKeyError("this key is revoked: ask the operator for another one", code="key_revoked")
             case "expired":
                 raise UnknownKeyError("this key has expired: ask the operator for another one", code="key_expired")
-        return Caller(key.tenant, key.admin, key.name)
+        return Caller(key.tenant, key.admin, key.name, key.id)
+
+    async def ended(self, caller: Caller) -> None:
+        """Wait until the caller's key opens nothing any more: for answers that go on for long."""
+        while True:
+            await asyncio.sleep(LOOK_S)
+            if caller.key_id is None:
+                continue
+            with contextlib.suppress(errors.BusError):
+                key = await self._find(caller.key_id)
+                if key is None or key.state(now()) != "active":
+                    return
 
     async def _find(self, key_id: str) -> Key | None:
         kept = self._kept.get(key_id)

@@ -48,7 +48,7 @@ class FairShare:
         self._bus, self._tenants, self._waiting, self._sweep_s = bus, tenants, waiting, sweep_s
         self._freed: set[Place] = set()
         self._wake = asyncio.Event()
-        self.active = False  # whether anything was held, as far as this gateway knows
+        self._shared = False  # as far as this gateway knows
 
     async def queue(self, task: contracts.Task, message_id: str, headers: dict[str, str] | None) -> None:
         """Queue a task, or hold it until its tenant has room. Raises ConflictError `already_queued`, and BusError."""
@@ -58,7 +58,7 @@ class FairShare:
                 topology.subject_of_task(*where), task.to_bytes(), message_id=message_id, headers=headers
             )
             return
-        self.active = True
+        self._shared = True
         # All of them, so that none overtakes those that are held.
         await self._bus.publish(
             topology.subject_of_held(*where), task.to_bytes(), message_id=message_id, headers=headers
@@ -67,20 +67,27 @@ class FairShare:
 
     def freed(self, stage: Stage, lane: Lane, tenant: str) -> None:
         """Look soon whether more of a tenant's tasks may move up: one of them started or left."""
+        if not self._shared:
+            return
         self._freed.add(Place(stage, lane, tenant))
         self._wake.set()
 
     async def run(self, stop: asyncio.Event) -> None:
         """Move tasks up until `stop`; now and then everywhere, for what another gateway did not come to."""
+        clock = asyncio.get_running_loop().time
         stopping = asyncio.ensure_future(stop.wait())
+        sweep_at = clock()
         try:
             while not stop.is_set():
+                places = self._take_freed()
+                if clock() >= sweep_at:
+                    places |= await self._everywhere()
+                    sweep_at = clock() + self._sweep_s
+                await self._move(places)
                 waking = asyncio.ensure_future(self._wake.wait())
-                done, _ = await asyncio.wait(
-                    (waking, stopping), timeout=self._sweep_s, return_when=asyncio.FIRST_COMPLETED
-                )
+                left = max(0.0, sweep_at - clock())
+                await asyncio.wait((waking, stopping), timeout=left, return_when=asyncio.FIRST_COMPLETED)
                 waking.cancel()
-                await self._move(self._take_freed() if done else await self._everywhere())
         finally:
             stopping.cancel()
 
@@ -91,8 +98,9 @@ class FairShare:
 
     async def _everywhere(self) -> set[Place]:
         try:
-            self.active = (await self._bus.held(topology.HELD)).messages > 0
-            if not self.active:
+            holds = (await self._bus.held(topology.HELD)).messages > 0
+            self._shared = holds or (self._waiting > 0 and await self._tenants.several())
+            if not holds:
                 return set()
             tenants = {*await self._tenants.all(), contracts.DEFAULT_TENANT}
         except errors.BusError:

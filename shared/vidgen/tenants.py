@@ -54,18 +54,26 @@ class Tenants:
         self._records = bus.records(topology.TENANTS_BUCKET)
         self._clock = clock
         self._lock = asyncio.Lock()
-        self._known: dict[str, Tenant] = {}
+        self._known: dict[str, Tenant] | None = None
         self._until = float("-inf")
 
     async def all(self) -> dict[str, Tenant]:
-        """The tenants by id; raises BusError."""
+        """The tenants by id, as they were last heard of; raises BusError where they never were."""
         if self._clock() >= self._until:
             async with self._lock:
                 if self._clock() >= self._until:
-                    entries = await self._records.all()
-                    self._known = {name: Tenant.model_validate_json(value) for name, value in entries.items()}
-                    self._until = self._clock() + KEEP_S
-        return self._known
+                    await self._read()
+        return self._known or {}
+
+    async def _read(self) -> None:
+        try:
+            entries = await self._records.all()
+        except errors.BusError:
+            if self._known is None:
+                raise
+        else:
+            self._known = {name: Tenant.model_validate_json(value) for name, value in entries.items()}
+        self._until = self._clock() + KEEP_S  # while the bus is away one asks, and not each caller in turn
 
     async def get(self, tenant: str) -> Tenant:
         """What was set for a tenant; raises BusError."""
@@ -73,8 +81,8 @@ class Tenants:
 
     async def meet(self, tenant: str) -> None:
         """Know of a tenant from now on; raises BusError."""
-        if tenant != DEFAULT_TENANT and tenant not in await self.all():
-            self._known[tenant] = await change(self._records, tenant, {})
+        if tenant != DEFAULT_TENANT and tenant not in (known := await self.all()):
+            self._known = known | {tenant: await change(self._records, tenant, {})}
 
     async def several(self) -> bool:
         """Whether there is anybody beside the operator; raises BusError."""

@@ -64,7 +64,7 @@ def _tell_who_may(schema: dict[str, Any]) -> None:
     for path, operations in schema["paths"].items():
         for operation in () if is_open(path) else operations.values():
             operation["security"] = [{name: []} for name in SCHEMES]
-            told = {str(status): said for status, said in problems.responses(401, 403, 429).items()}
+            told = {str(status): said for status, said in problems.responses(401, 403, 429, 503).items()}
             operation["responses"] = told | operation["responses"]
 
 

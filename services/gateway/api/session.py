@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from urllib.parse import urlsplit
+
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, Field
 from starlette.responses import Response
@@ -45,7 +47,7 @@ async def begin(request: Request, caller: CallerHere, parts: PartsHere) -> Respo
     if parts.settings.asks_for_keys:
         answer.set_cookie(
             COOKIE, key.strip(), max_age=LIFE_S, path="/", httponly=True, samesite="strict",
-            secure=request.url.scheme == "https",
+            secure="https" in (request.url.scheme, urlsplit(request.headers.get("origin", "")).scheme),
         )  # fmt: skip
     return answer
 

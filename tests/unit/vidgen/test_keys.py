@@ -79,6 +79,21 @@ async def test_limits_are_changed_one_by_one_and_heard_of_soon() -> None:
     assert await known.several()
 
 
+async def test_while_the_bus_is_away_what_was_heard_holds_and_one_asks_for_all() -> None:
+    bus, at = MemoryBus(), 0.0
+    known = tenants.Tenants(bus, clock=lambda: at)
+    bus.down = True
+    with pytest.raises(errors.BusError):
+        await known.all()
+    bus.down = False
+    await tenants.change(bus.records(topology.TENANTS_BUCKET), "acme", {})
+    assert await known.several()
+    bus.down, at = True, tenants.KEEP_S
+    before = bus.calls["records.all"]
+    assert [await known.several() for _ in range(5)] == [True] * 5
+    assert bus.calls["records.all"] == before + 1
+
+
 async def test_a_tenant_that_is_met_is_known_everywhere() -> None:
     bus = MemoryBus()
     one, other = tenants.Tenants(bus), tenants.Tenants(bus)
