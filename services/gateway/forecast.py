@@ -189,7 +189,7 @@ class Forecast:
 
     async def _recent(self) -> list[StageRecord]:
         if self._clock() >= self._records_until:
-            page = await self._jobs.list(None, None, LOOK_BACK, None)
+            page = await self._jobs.list(None, None, LOOK_BACK)
             done = [stage for job in page.jobs for stage in job.stages if _tells(stage)]
             # In a rush of new jobs none of the newest may be done: what was known still holds.
             new = {record.stage for record in done}

@@ -50,7 +50,7 @@ class InvalidRequestError(errors.RejectedError):
         self.errors = tuple(named)
 
 
-def parse(body: bytes, tenant: str) -> VideoRequest:
+def parse(body: bytes, tenant: str = DEFAULT_TENANT) -> VideoRequest:
     """A tenant's request from its JSON bytes; raises InvalidRequestError naming every wrong field."""
     if len(body) > MAX_REQUEST_BYTES:
         raise InvalidRequestError([FieldError(field="request", message=f"larger than {MAX_REQUEST_BYTES:,} bytes")])

@@ -251,7 +251,9 @@ class Jobs:
             raise errors.RejectedError(f"choose a candidate from 0 to {count - 1}", field="candidate")
         return await self.request(contracts.Approved(job_id=job_id, run=job.run, at=now(), candidate=candidate))
 
-    async def list(self, status: JobStatus | None, cursor: str | None, limit: int, tenant: str | None) -> JobPage:
+    async def list(
+        self, status: JobStatus | None, cursor: str | None, limit: int, tenant: str | None = None
+    ) -> JobPage:
         """A page of a tenant's jobs, or of all (None), newest first; what it costs does not grow with the history."""
         before = _parse_cursor(cursor)
         subject = None if tenant is None else topology.subject_of_history("*", tenant)

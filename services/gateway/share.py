@@ -18,6 +18,7 @@ from vidgen.tenants import Tenants
 log = structlog.get_logger(__name__)
 
 SWEEP_S = 5.0
+AT_ONCE = 16  # places that are looked at side by side
 UNSHARED = 1000  # at a time, where what was held is held no longer
 
 
@@ -108,13 +109,15 @@ class FairShare:
         return {Place(stage, lane, tenant) for stage in STAGES for lane in LANES for tenant in tenants}
 
     async def _move(self, places: set[Place]) -> None:
+        at_once = asyncio.Semaphore(AT_ONCE)
         async with asyncio.TaskGroup() as group:
             for place in places:
-                group.create_task(self._fill_or_wait(place))
+                group.create_task(self._fill_or_wait(place, at_once))
 
-    async def _fill_or_wait(self, place: Place) -> None:
+    async def _fill_or_wait(self, place: Place, at_once: asyncio.Semaphore) -> None:
         try:
-            await self.fill(place)
+            async with at_once:
+                await self.fill(place)
         except errors.BusError as exc:  # the next sweep comes to it
             log.warning(exc.message, _event="share_waits", stage=place.stage, lane=place.lane)
 
@@ -125,21 +128,21 @@ class FairShare:
             if room <= 0:
                 return
             while held is not None and room > 0:
-                await self._move_up(held, place)
+                await self._queue_held(held, place)
                 room -= 1
-                held = await self._bus.first(topology.HELD, place.held, held.seq)
+                _, held = await asyncio.gather(
+                    self._bus.delete(topology.HELD, held.seq),
+                    self._bus.first(topology.HELD, place.held, held.seq),
+                )
 
     async def _room(self, place: Place) -> int:
         """How many more may wait: those that a worker has taken are not among those that wait."""
         own = (await self._tenants.get(place.tenant)).share
-        room = own or self._waiting or UNSHARED
-        at = (await self._bus.depth(topology.consumer_of(place.stage, place.lane))).delivered
-        while room > 0 and (waiting := await self._bus.first(topology.TASKS, place.queued, at)) is not None:
-            at, room = waiting.seq, room - 1
-        return room
+        given = (await self._bus.depth(topology.consumer_of(place.stage, place.lane))).delivered
+        return (own or self._waiting or UNSHARED) - await self._bus.count(topology.TASKS, place.queued, given)
 
-    async def _move_up(self, held: Stored, place: Place) -> None:
-        """Queue a held task, then forget that it was held. Whoever dies in between leaves it to the next, as it was.
+    async def _queue_held(self, held: Stored, place: Place) -> None:
+        """Queue a held task, to be held no longer behind it. Whoever dies in between leaves it to the next, as it was.
 
         It keeps its message id and its place in the log: queued twice is once, and the fence knows what it knew.
         """
@@ -153,4 +156,3 @@ class FairShare:
         except errors.ConflictError as exc:
             if exc.code != "already_queued":
                 raise
-        await self._bus.delete(topology.HELD, held.seq)

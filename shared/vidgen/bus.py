@@ -130,8 +130,8 @@ class Bus(Protocol):
     async def first(self, stream: str, subject: str, after: int = 0) -> Stored | None:
         """The oldest message past sequence `after` on a subject or a pattern."""
 
-    async def count(self, stream: str, subject: str) -> int:
-        """Messages on a subject or a pattern; costs what lies there, not what the stream holds."""
+    async def count(self, stream: str, subject: str, after: int = 0) -> int:
+        """How many messages past sequence `after` are on a subject or a pattern; one question, however many."""
 
     async def tail(self, stream: str, before: int | None, limit: int, subject: str | None = None) -> list[Stored]:
         """Up to `limit` messages, newest first, with sequences under `before` (None: from the end).

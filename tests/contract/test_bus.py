@@ -460,6 +460,8 @@ async def test_the_first_and_the_number_of_messages_on_a_pattern(bus: Bus) -> No
     assert await bus.first(topology.TASKS, acme, 5) is None
     assert await bus.first(topology.HELD, "vidgen.held.>") is None
     assert [await bus.count(*place) for place in topology.tasks_of("acme")] == [3, 0]
+    assert [await bus.count(topology.TASKS, acme, after) for after in (1, 2, 4, 5, 99)] == [2, 2, 1, 0, 0]
+    assert await bus.count(topology.TASKS, topology.subject_of_task("edit", "interactive", "j0", "acme")) == 1
     delivery = await taken(bus)
     await delivery.ack()
     assert await bus.count(topology.TASKS, acme) == 2

@@ -98,9 +98,9 @@ class MemoryBus(Faults):
         async with self.call("first"):
             return self._stream(stream).after(after, subject)
 
-    async def count(self, stream: str, subject: str) -> int:
+    async def count(self, stream: str, subject: str, after: int = 0) -> int:
         async with self.call("count"):
-            return sum(1 for _ in self._stream(stream).on(subject))
+            return sum(message.seq > after for message in self._stream(stream).on(subject))
 
     async def tail(self, stream: str, before: int | None, limit: int, subject: str | None = None) -> list[Stored]:
         async with self.call("tail"):

@@ -208,7 +208,7 @@ async def test_a_store_out_of_reach_hands_the_request_back_and_rejects_nothing()
 
 def test_a_number_too_long_for_python_is_refused_like_any_other_body() -> None:
     with pytest.raises(InvalidRequestError):
-        parse(b'{"references":["x"],"edit":{"prompt":"a","seed":' + b"9" * 6000 + b"}}", "default")
+        parse(b'{"references":["x"],"edit":{"prompt":"a","seed":' + b"9" * 6000 + b"}}")
 
 
 async def test_a_second_request_with_a_known_id_leaves_the_references_of_the_first_alone(door: Door) -> None:
