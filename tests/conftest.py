@@ -16,6 +16,9 @@ from tests.servers import running_nats, skipped_at_home
 from vidgen.artifacts import S3Store
 from vidgen.local import NatsServer, S3Server
 
+# On some processors MKL adds up in another order where tensors lie otherwise in memory: what is compared to the last
+# bit must not depend on that. Read when torch is imported, here and in the processes that tests start.
+os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 checkpoints.install_shim()  # before any test imports transformers
 
 # Nothing is asserted about time, and a busy machine is no failure. CI draws the same examples each time, so that

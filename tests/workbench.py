@@ -19,9 +19,11 @@ from vidgen import contracts, gpu, topology
 from vidgen.bus import Delivery, Feed
 from vidgen.contracts import Event, Lane, Stage, Task
 from vidgen.engine import Engine
-from vidgen.handler import Handler, Outcome, Policy, Turn
+from vidgen.handler import Handler
 from vidgen.metrics import WorkerMetrics
+from vidgen.settlement import Outcome, Policy
 from vidgen.testing import Clock, FakeClock, MemoryBus, MemoryStore
+from vidgen.turn import Turn
 
 BOUND = 60.0  # how long to wait for what must come; nothing waits that long unless something is broken
 USD_PER_HOUR = 3600.0  # a dollar a second

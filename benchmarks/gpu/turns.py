@@ -26,8 +26,8 @@ from vidgen import artifacts, contracts, device, gpu, profiles, topology
 from vidgen.accel import residency
 from vidgen.accel.engine import Layout
 from vidgen.contracts import EditWork, Event, I2VWork, Stage, Task, Work
-from vidgen.handler import Policy
 from vidgen.metrics import WorkerMetrics
+from vidgen.settlement import Policy
 from vidgen.testing import MemoryBus, MemoryStore
 from vidgen.worker import Registration, Worker
 

@@ -188,7 +188,7 @@ class AsyncClient:
         return await self._model(Job, "POST", "/v1/jobs", data=form, files=files, headers=headers)
 
     async def upload(self, image: Image, content_type: str | None = None) -> str:
-        """Put an image (PNG, JPEG or WebP) into the store, and get the key that a request's references take."""
+        """Put an image into the store, and get the key that a request's references take."""
         _, body, guessed = await asyncio.to_thread(_as_part, image, 0)
         slot = (await self._call("POST", "/v1/uploads", json={"content_type": content_type or guessed})).json()
         with _reported():
@@ -370,6 +370,8 @@ def _as_part(image: Image, number: int) -> tuple[str, bytes, str]:
         kind = "image/jpeg"
     elif body[:4] == b"RIFF" and body[8:12] == b"WEBP":
         kind = "image/webp"
+    elif body[4:12] in (b"ftypavif", b"ftypavis"):
+        kind = "image/avif"
     else:
         kind = mimetypes.guess_type(name)[0] or "application/octet-stream"
     return name, body, kind

@@ -164,6 +164,10 @@ REMEDIES = {
     "string_too_long": "takes at most {max_length} characters: shorten it",
     "string_too_short": "must not be empty",
     "string_pattern_mismatch": "has characters that are not allowed: it must match {pattern}",
+    "greater_than": "must be more than {gt}",
+    "greater_than_equal": "must be {ge} or more",
+    "less_than_equal": "must be {le} or less",
+    "literal_error": "must be {expected}",
 }
 
 

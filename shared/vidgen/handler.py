@@ -9,12 +9,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
-import re
 import tempfile
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import Executor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -22,139 +21,25 @@ from typing import Any, Literal, TypeVar
 import pydantic
 import structlog
 
-from vidgen import attempts, checkpoints, contracts, dead, errors, eventlog, results, topology, tracing
+from vidgen import attempts, checkpoints, contracts, errors, eventlog, results, topology, tracing
 from vidgen.artifacts import ArtifactStore, check_key
 from vidgen.bus import Bus, Delivery
-from vidgen.contracts import Task, Timings
-from vidgen.device import Device
+from vidgen.contracts import Task
 from vidgen.engine import Engine, Finished, Generated, OnStep, Resumable
 from vidgen.eta import Recent
 from vidgen.eventlog import Claim, FencedError
 from vidgen.metrics import WorkerMetrics
 from vidgen.progress import Reporter
+from vidgen.settlement import Outcome, Policy, Settlement
+from vidgen.turn import SUSPENDING, Clocks, Stop, Turn
 
 log = structlog.get_logger(__name__)
 
 T = TypeVar("T")
 
-Outcome = Literal[
-    "completed", "reused", "rejected", "retried", "cancelled", "released", "fenced", "dead", "dropped", "lost"
-]
 MAX_INPUT_BYTES = 64 << 20
 HAND_BACK_S = 2.0  # what a worker that leaves in a hurry takes to hand a task back
 KEEP_S = 15.0  # what storing a checkpoint may take: the machine may be gone soon after
-SUBJECT = re.compile(r"vidgen\.tasks\.\w+\.(?P<lane>interactive|batch)\.(?:[a-z0-9-]+\.)?(?P<job>[^.]+)")
-JOB_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
-
-
-@dataclass(frozen=True)
-class Policy:
-    """What the runtime was told: limits, back-off and price."""
-
-    worker_id: str
-    stage: contracts.Stage
-    ack_wait: float
-    max_attempts: int = 3
-    backoff_base: float = 1.0
-    backoff_limit: float = 60.0
-    gpu_usd_per_hour: float = 0.0
-    work_dir: Path | None = None
-    checkpoint_over_s: float | None = 20.0  # None: a task is never handed back in its middle
-
-
-Reason = Literal["cancelled", "fenced", "released", "drained", "preempted"]
-# What hands a task back with its state; a cancel or a newer attempt may still come over it.
-SUSPENDING: tuple[Reason, ...] = ("drained", "preempted")
-
-
-@dataclass
-class Stop:
-    """Why a running task is to end early; read by the engine's thread at each step.
-
-    Where it is drained or preempted an engine that is Resumable leaves its state, for the next attempt.
-    """
-
-    reason: Reason | None = None
-    since: float = 0.0
-    asked_at: datetime | None = None
-    raised: asyncio.Event = field(default_factory=asyncio.Event)
-
-    def now(self, reason: Reason, asked_at: datetime | None = None) -> None:
-        """Ask for the end; the first reason stays. `asked_at` is when somebody wished it."""
-        if self.reason is None or (self.reason in SUSPENDING and reason in ("cancelled", "fenced")):
-            self.since, self.asked_at = time.monotonic(), asked_at
-            self.reason = reason
-            self.raised.set()
-
-    def check(self) -> None:
-        """Raise Cancelled if the end was asked for."""
-        if self.reason is not None:
-            raise errors.Cancelled
-
-    def check_step(self, step: int, steps: int) -> None:
-        """Raise after a step if the end was asked for: Suspended where the state is wanted, else Cancelled."""
-        if self.reason not in SUSPENDING:
-            self.check()
-        elif step < steps:  # behind the last step finishing is quicker
-            raise errors.Suspended(step, steps)
-
-
-@dataclass(eq=False)  # a turn is itself: kept in sets
-class Turn:
-    """A task's way through the runtime: it waits for the device, and says when the next task may be prepared.
-
-    `look` asks for a look at the job's log now: somebody says that the job was cancelled.
-    """
-
-    device: Device
-    stop: Stop = field(default_factory=Stop)
-    look: asyncio.Event = field(default_factory=asyncio.Event)
-    phase: Literal["preparing", "generating", "finishing"] = "preparing"
-    preempted: int = 0
-    _frees_at: float | None = None
-
-    def frees_in(self, seconds: float) -> None:
-        """The device is likely to be free in `seconds`; told anew with each step."""
-        self._frees_at = asyncio.get_running_loop().time() + seconds
-
-    @property
-    def left_s(self) -> float | None:
-        """Seconds until the device is likely to be free, None while nobody knows."""
-        return None if self._frees_at is None else max(0.0, self._frees_at - asyncio.get_running_loop().time())
-
-    def ends(self) -> None:
-        """The device is free."""
-
-    def lost(self) -> None:
-        """The device is lost: no task should be taken for it any more, not even this one, which is handed back."""
-
-
-@dataclass
-class _Clocks:
-    """Seconds per phase of one attempt; each phase is a span as well."""
-
-    queued: float = 0.0
-    prepare: float = 0.0
-    denoise: float = 0.0
-    decode: float = 0.0
-    encode: float = 0.0
-    store: float = 0.0
-    device: float = 0.0
-
-    @contextlib.contextmanager
-    def timed(self, phase: str) -> Iterator[None]:
-        begun = time.monotonic()
-        with tracing.span(phase):
-            try:
-                yield
-            finally:
-                setattr(self, phase, getattr(self, phase) + time.monotonic() - begun)
-
-    def timings(self) -> Timings:
-        return Timings(
-            queued=self.queued, prepare=self.prepare, denoise=self.denoise, decode=self.decode,
-            encode=self.encode, store=self.store,
-        )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -175,6 +60,7 @@ class Handler:
     ) -> None:  # fmt: skip
         self._bus, self._store, self._engine = bus, store, engine
         self._device_thread, self._metrics, self._policy = device_thread, metrics, policy
+        self._settlement = Settlement(bus, metrics, policy)
         self._resumable: Resumable | None = None
         if isinstance(engine, Resumable) and policy.checkpoint_over_s is not None:
             self._resumable = engine
@@ -218,9 +104,9 @@ class Handler:
         try:
             task = Task.model_validate_json(delivery.body)
         except pydantic.ValidationError as exc:
-            return await self._unreadable(delivery, exc)
+            return await self._settlement.unreadable(delivery, exc)
         tracing.about(run=task.run, lane=task.lane)
-        clocks = _Clocks(queued=max(0.0, (datetime.now(UTC) - task.queued_at).total_seconds()))
+        clocks = Clocks(queued=max(0.0, (datetime.now(UTC) - task.queued_at).total_seconds()))
         fatal: errors.FatalError | None = None
         with structlog.contextvars.bound_contextvars(job=task.job_id, stage=task.stage):
             try:
@@ -249,7 +135,7 @@ class Handler:
             raise fatal
         return outcome
 
-    async def _attempt(self, delivery: Delivery, task: Task, turn: Turn, clocks: _Clocks) -> Outcome:
+    async def _attempt(self, delivery: Delivery, task: Task, turn: Turn, clocks: Clocks) -> Outcome:
         with contextlib.ExitStack() as scratch:
             # While the claim is under way: looking and fetching leave no trace if it is not won.
             gathering = asyncio.ensure_future(self._gather(task, scratch, clocks))
@@ -259,7 +145,7 @@ class Handler:
                 await asyncio.gather(gathering, return_exceptions=True)
 
     async def _hold(
-        self, delivery: Delivery, task: Task, turn: Turn, clocks: _Clocks, gathering: asyncio.Future[_Gathered]
+        self, delivery: Delivery, task: Task, turn: Turn, clocks: Clocks, gathering: asyncio.Future[_Gathered]
     ) -> Outcome:
         info = self._engine.info
         held = await eventlog.claim(
@@ -270,7 +156,7 @@ class Handler:
             await delivery.ack()
             return "dropped"
         if isinstance(held, attempts.Exhausted):
-            return await self._exhausted(delivery, task, held)
+            return await self._settlement.exhausted(delivery, task, held)
         turn.preempted = held.preempted
         tracing.about(
             attempt=held.attempt, tries=held.tries, engine=info.name,
@@ -290,31 +176,31 @@ class Handler:
                 # A newer attempt holds the task: neither ack nor nak may come from here any more.
                 return "fenced"
             except errors.Cancelled:
-                return await self._stopped(delivery, held, turn.stop, clocks)
+                return await self._settlement.stopped(delivery, held, turn.stop, clocks)
             except asyncio.CancelledError:
                 # The whole worker leaves in a hurry: the engine ends at its next step, the task is free now.
                 turn.stop.now("released")
                 with contextlib.suppress(errors.VidgenError, TimeoutError):
                     async with asyncio.timeout(HAND_BACK_S):
-                        await self._release(delivery, held, clocks)
+                        await self._settlement.release(delivery, held, clocks)
                 raise
             except errors.RejectedError as exc:
-                return await self._fail(delivery, held, clocks, exc, retryable=False)
+                return await self._settlement.fail(delivery, held, clocks, exc, retryable=False)
             except errors.FatalError as exc:
                 log.exception(exc.message, _event="worker_unhealthy", code=exc.code)
                 with contextlib.suppress(errors.VidgenError):
-                    await self._release(delivery, held, clocks)
+                    await self._settlement.release(delivery, held, clocks)
                 raise
             except errors.BusError:
                 raise
             except errors.RetryableError as exc:
-                return await self._fail(delivery, held, clocks, exc, retryable=True)
+                return await self._settlement.fail(delivery, held, clocks, exc, retryable=True)
             except Exception as exc:
                 log.exception("the task failed unexpectedly", _event="task_unexpected")
                 unexpected = errors.RetryableError(f"unexpected {type(exc).__name__}", code="unexpected")
-                return await self._fail(delivery, held, clocks, unexpected, retryable=True)
+                return await self._settlement.fail(delivery, held, clocks, unexpected, retryable=True)
 
-    async def _gather(self, task: Task, scratch: contextlib.ExitStack, clocks: _Clocks) -> _Gathered:
+    async def _gather(self, task: Task, scratch: contextlib.ExitStack, clocks: Clocks) -> _Gathered:
         """The stored result of this very task, else its inputs in a folder of its own that goes with `scratch`."""
         with clocks.timed("prepare"):
             folder = Path(
@@ -336,7 +222,7 @@ class Handler:
         return _Gathered(folder, files, found)
 
     async def _run(
-        self, delivery: Delivery, held: Claim, turn: Turn, clocks: _Clocks, gathering: asyncio.Future[_Gathered]
+        self, delivery: Delivery, held: Claim, turn: Turn, clocks: Clocks, gathering: asyncio.Future[_Gathered]
     ) -> Outcome:
         task = held.task
         _check_deadline(task)
@@ -356,10 +242,11 @@ class Handler:
             self._finishing.add(clocks.decode + clocks.encode + clocks.store)
         event = contracts.StageCompleted.model_validate(
             held.stamp()
+            | self._settlement.spent(clocks)
             | {
                 "engine": result.engine, "model": result.model, "revision": result.revision, "seed": result.seed,
                 "steps": result.steps, "artifacts": result.artifacts, "timings": clocks.timings(),
-                "reused": gathered.result is not None, "gpu_seconds": clocks.device, "cost_usd": self._cost(clocks),
+                "reused": gathered.result is not None,
             }
         )  # fmt: skip
         await held.append(event)
@@ -368,7 +255,7 @@ class Handler:
         return "completed" if gathered.result is None else "reused"
 
     async def _compute(
-        self, held: Claim, gathered: _Gathered, turn: Turn, clocks: _Clocks, reporter: Reporter
+        self, held: Claim, gathered: _Gathered, turn: Turn, clocks: Clocks, reporter: Reporter
     ) -> tuple[Finished, ...]:
         task = held.task
         with clocks.timed("prepare"):
@@ -395,7 +282,7 @@ class Handler:
             try:
                 with clocks.timed("device"):
                     generated = await self._generate(inputs, on_step, begun)
-                    _trace_generated(generated, time.time())
+                    _trace_generated(generated, clocks.now())
                 self._metrics.memory_rungs(generated.rungs)
             except errors.VidgenError as exc:
                 self._metrics.memory_rungs(exc.rungs)
@@ -495,124 +382,6 @@ class Handler:
         self._busy_seconds += max(0.0, seconds)
         self._metrics.gpu_busy(seconds)
 
-    def _cost(self, clocks: _Clocks) -> float:
-        return clocks.device / 3600 * self._policy.gpu_usd_per_hour
-
-    # ── how a task ends otherwise ────────────────────────────────────────────────────────────────────────────────
-
-    async def _stopped(self, delivery: Delivery, held: Claim, stop: Stop, clocks: _Clocks) -> Outcome:
-        if stop.reason == "fenced":
-            return "fenced"
-        try:
-            if stop.reason == "released" or stop.reason in SUSPENDING:
-                return await self._release(delivery, held, clocks)
-        except FencedError:
-            return "fenced"
-        except errors.Cancelled:
-            pass
-        return await self._cancelled(delivery, held, clocks, stop)
-
-    async def _cancelled(self, delivery: Delivery, held: Claim, clocks: _Clocks, stop: Stop | None = None) -> Outcome:
-        latency = None
-        if stop is not None and stop.reason == "cancelled":
-            heard = time.monotonic() - stop.since
-            self._metrics.cancelled_after(heard)
-            asked = (datetime.now(UTC) - stop.asked_at).total_seconds() if stop.asked_at else 0.0
-            latency = max(heard, asked)  # the clocks of two machines may differ
-        event = contracts.StageCancelled.model_validate(
-            held.stamp() | self._spent(clocks) | {"cancel_latency_s": latency}
-        )
-        try:
-            await held.append(event)
-        except FencedError:
-            return "fenced"
-        await delivery.ack()
-        return "cancelled"
-
-    async def _release(self, delivery: Delivery, held: Claim, clocks: _Clocks) -> Outcome:
-        # Not held against the task: the next attempt has the same number of tries.
-        stamp = held.stamp() | held.carried() | {"tries": held.tries - 1}
-        await held.append(contracts.StageReleased.model_validate(stamp | self._spent(clocks)))
-        await delivery.nak()
-        return "released"
-
-    async def _fail(
-        self, delivery: Delivery, held: Claim, clocks: _Clocks, exc: errors.VidgenError, *, retryable: bool
-    ) -> Outcome:
-        task = held.task
-        final = not retryable or held.tries >= self._policy.max_attempts
-        wait = 0.0 if final else attempts.back_off(held.tries, self._policy.backoff_base, self._policy.backoff_limit)
-        error = contracts.JobError(code=exc.code, message=exc.message, stage=task.stage, retryable=retryable)
-        tracing.failed(exc.code)
-        log.warning(exc.message, _event="task_failed", code=exc.code, final=final, retry_in_s=wait)
-        event = contracts.StageFailed.model_validate(
-            held.stamp() | self._spent(clocks) | {"error": error, "final": final, "retry_in_s": None if final else wait}
-        )
-        try:
-            if final:
-                await held.check()  # what a newer attempt holds is not to be given up
-                await self._bury(delivery, error, task.job_id, f"{task.job_id}:{task.stage}:{task.run}:dead")
-            await held.append(event)
-        except FencedError:
-            return "fenced"
-        except errors.Cancelled:
-            return await self._cancelled(delivery, held, clocks)
-        if not final:
-            await delivery.nak(wait)
-            return "retried"
-        await delivery.ack()
-        return "dead" if retryable else "rejected"
-
-    async def _exhausted(self, delivery: Delivery, task: Task, verdict: attempts.Exhausted) -> Outcome:
-        """Too many attempts ended without a word: the task kills its process, so it is not run again."""
-        error = contracts.JobError(
-            code="attempts_exhausted", stage=task.stage, retryable=True,
-            message=f"{verdict.tries - 1} attempts ended without a word, as if the task had killed its worker: "
-            "look at the workers' logs, then retry the job",
-        )  # fmt: skip
-        tracing.failed(error.code)
-        await self._bury(delivery, error, task.job_id, f"{task.job_id}:{task.stage}:{task.run}:dead")
-        await eventlog.give_up(self._bus, task, self._policy.worker_id, error)
-        await delivery.ack()
-        log.error(error.message, _event="attempts_exhausted")
-        return "dead"
-
-    async def _unreadable(self, delivery: Delivery, exc: pydantic.ValidationError) -> Outcome:
-        """A task of another version: its job ends all the same, and is named by the subject."""
-        error = contracts.JobError(
-            code="unreadable_task", stage=self._policy.stage, fields=contracts.field_errors(exc),
-            message="the worker cannot read its task: run gateway and workers of one version, then retry the job",
-        )  # fmt: skip
-        tracing.failed(error.code)
-        found = SUBJECT.fullmatch(delivery.subject)
-        job_id = found["job"] if found and JOB_ID.fullmatch(found["job"]) else None
-        try:
-            await self._bury(delivery, error, job_id, f"unreadable:{delivery.seq}")
-            if job_id is not None:
-                run = await eventlog.current_run(self._bus, job_id)
-                names: dict[str, Any] = {"job_id": job_id, "stage": self._policy.stage, "run": run}
-                await eventlog.give_up(self._bus, Task.model_construct(**names), self._policy.worker_id, error)
-            await delivery.ack()
-            outcome: Outcome = "dead"
-        except errors.VidgenError as fault:
-            log.warning(fault.message, _event="settle_failed")
-            outcome = "lost"
-        lane: contracts.Lane = "batch" if found and found["lane"] == "batch" else "interactive"
-        self._metrics.task_settled(lane, outcome)
-        log.error(
-            f"task {outcome}: it cannot be read", _event="task", outcome=outcome, lane=lane, job=job_id,
-            stage=self._policy.stage, deliveries=delivery.num_delivered, code=error.code,
-        )  # fmt: skip
-        return outcome
-
-    async def _bury(self, delivery: Delivery, error: contracts.JobError, job_id: str | None, message_id: str) -> None:
-        letter = dead.letter(delivery.body, delivery.subject, error, job_id=job_id, stage=self._policy.stage)
-        await dead.publish(self._bus, letter, message_id=message_id)
-        self._metrics.dead_lettered()
-
-    def _spent(self, clocks: _Clocks) -> dict[str, float]:
-        return {"gpu_seconds": clocks.device, "cost_usd": self._cost(clocks)}
-
     @contextlib.asynccontextmanager
     async def _lease(self, delivery: Delivery, held: Claim, turn: Turn) -> AsyncIterator[None]:
         """Keep the task while the block runs: heartbeats at a quarter of `ack_wait`, each with a look at the log."""
@@ -652,7 +421,7 @@ async def _all_of(*works: Awaitable[T]) -> list[T]:
 
 
 @contextlib.asynccontextmanager
-async def _device(turn: Turn, clocks: _Clocks) -> AsyncIterator[None]:
+async def _device(turn: Turn, clocks: Clocks) -> AsyncIterator[None]:
     """The device, or Cancelled if the end is asked for while waiting for it."""
     taken = asyncio.ensure_future(turn.device.acquire())
     raised = asyncio.ensure_future(turn.stop.raised.wait())

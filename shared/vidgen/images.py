@@ -16,7 +16,17 @@ from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
-from PIL import AvifImagePlugin, Image, ImageCms, ImageDraw, ImageFont, JpegImagePlugin, PngImagePlugin, WebPImagePlugin
+from PIL import (
+    AvifImagePlugin,
+    Image,
+    ImageCms,
+    ImageDraw,
+    ImageFile,
+    ImageFont,
+    JpegImagePlugin,
+    PngImagePlugin,
+    WebPImagePlugin,
+)
 
 from vidgen import errors
 
@@ -185,9 +195,7 @@ def _opened(path: Path) -> Iterator[Image.Image]:
             yield image
 
 
-def _kind(
-    head: bytes,
-) -> type[_Jpeg | PngImagePlugin.PngImageFile | WebPImagePlugin.WebPImageFile | AvifImagePlugin.AvifImageFile]:
+def _kind(head: bytes) -> type[ImageFile.ImageFile]:
     """The decoder, by the first bytes.
 
     Not `Image.open`: it warns of large images through the process-wide warnings machinery before we can refuse them.

@@ -21,7 +21,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 
 import vidgen
 from vidgen import errors
-from vidgen.tracing import Kind, Value
+from vidgen.tracing import Kind, Lap, Value
 
 log = structlog.get_logger(__name__)
 
@@ -91,26 +91,31 @@ class OtlpTracer:
         self._tracer = self._provider.get_tracer("vidgen", vidgen.__version__)
 
     @contextlib.contextmanager
-    def span(self, name: str, of: Mapping[str, str] | None, kind: Kind, about: Mapping[str, Value]) -> Iterator[None]:
+    def span(
+        self, name: str, of: Mapping[str, str] | None, kind: Kind, about: Mapping[str, Value], lap: Lap | None = None
+    ) -> Iterator[None]:  # fmt: skip
         context = _context_of(of)
         with self._tracer.start_as_current_span(
             name, context=context, kind=KINDS[kind], attributes=_attributes(about), links=_links(context),
+            start_time=_ns(lap.begun) if lap else None, end_on_exit=False,
             record_exception=False, set_status_on_exception=False,
-        ):  # fmt: skip
+        ) as made:  # fmt: skip
             try:
                 yield
             except Exception as exc:
                 if not isinstance(exc, errors.Cancelled):
                     self.failed(exc.code if isinstance(exc, errors.VidgenError) else type(exc).__name__)
                 raise
+            finally:
+                made.end(_ns(lap.ended) if lap and lap.ended is not None else None)
 
     def took(
         self, name: str, begun: float, ended: float, of: Mapping[str, str] | None, about: Mapping[str, Value]
     ) -> None:
         made = self._tracer.start_span(
-            name, context=_context_of(of), attributes=_attributes(about), start_time=int(begun * 1e9)
+            name, context=_context_of(of), attributes=_attributes(about), start_time=_ns(begun)
         )
-        made.end(int(max(begun, ended) * 1e9))
+        made.end(_ns(max(begun, ended)))
 
     def about(self, attributes: Mapping[str, Value]) -> None:
         trace.get_current_span().set_attributes(_attributes(attributes))
@@ -145,6 +150,10 @@ class OtlpTracer:
         closing.join(bound)
         if closing.is_alive():
             log.warning("the collector is too slow: the last spans are lost", _event="tracing_cut")
+
+
+def _ns(seconds: float) -> int:
+    return int(seconds * 1e9)
 
 
 def _attributes(about: Mapping[str, Value]) -> dict[str, str | int | float | bool]:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, get_args
 
+from vidgen.contracts import Stage
 from vidgen.errors import FatalError
 
 Name = Literal["resident-bf16", "resident-fp8", "offload-fp8"]
@@ -21,6 +22,11 @@ RESERVE = 3 * GIB // 2
 # Layers outside the blocks stay in bfloat16: their share of a transformer, and the scales.
 FP8_SHARE = 0.52
 TRANSFORMERS = ("transformer", "transformer_2")
+# What one task takes beside the weights, at the largest common size.
+WORK: Mapping[Stage, int] = {
+    "edit": 5 * GIB,  # one image of a megapixel with one reference: 4.3 GiB measured
+    "i2v": 6 * GIB,  # 81 frames of 832x480: 4.9 GiB measured
+}
 
 
 @dataclass(frozen=True)

@@ -25,10 +25,10 @@ from vidgen import choice, device, errors, gpu, jetstream, metrics, probes, tele
 from vidgen.artifacts import S3Store
 from vidgen.contracts import LANES, Stage
 from vidgen.engine import Engine, Sleeper
-from vidgen.handler import Policy
 from vidgen.jetstream import JetStreamBus
 from vidgen.metrics import WorkerMetrics
 from vidgen.settings import WorkerSettings, read
+from vidgen.settlement import Policy
 from vidgen.worker import Registration, Worker
 
 log = structlog.get_logger(__name__)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from vidgen import errors
@@ -22,6 +23,14 @@ Value = str | int | float | bool | None  # None: not told
 
 _tracer: OtlpTracer | None = None  # of the process, as its log is: a span knows of its parent without being given it
 _NOTHING: AbstractContextManager[None] = nullcontext()
+
+
+@dataclass
+class Lap:
+    """From and to when something was measured, in seconds since the epoch; `ended` is set when it is over."""
+
+    begun: float
+    ended: float | None = None
 
 
 @contextlib.contextmanager
@@ -74,6 +83,11 @@ def span(
     attributes `about` are called `vidgen.<name>`, unless they have a dot; which job it is, a span knows of its parent.
     """
     return _NOTHING if _tracer is None else _tracer.span(name, of, kind, about)
+
+
+def timed(name: str, lap: Lap) -> AbstractContextManager[None]:
+    """A span around the block, which ends `lap`: its begin and end are those of the lap; else as `span`."""
+    return _NOTHING if _tracer is None else _tracer.span(name, None, "internal", {}, lap)
 
 
 def took(name: str, begun: float, ended: float, *, of: Mapping[str, str] | None = None, **about: Value) -> None:

@@ -25,8 +25,10 @@ from vidgen.bus import Bus, Delivery
 from vidgen.contracts import GpuFigures, Stage, WorkerInfo
 from vidgen.device import Device
 from vidgen.engine import Engine, GpuMonitor
-from vidgen.handler import JOB_ID, Handler, Policy, Turn
+from vidgen.handler import Handler
 from vidgen.metrics import WorkerMetrics
+from vidgen.settlement import JOB_ID, Policy
+from vidgen.turn import Turn
 
 log = structlog.get_logger(__name__)
 

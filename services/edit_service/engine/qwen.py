@@ -15,7 +15,7 @@ from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus
 from PIL import Image
 
 from edit_service.engine.references import Processors, Ready
-from vidgen import diffusion, images, weights
+from vidgen import diffusion, images, profiles, weights
 from vidgen.accel import resume, vision
 from vidgen.accel.engine import DiffusersEngine, Layout
 from vidgen.accel.resume import Part
@@ -68,7 +68,7 @@ class QwenEditEngine(DiffusersEngine):
     NAME = "qwen"
     PIPELINE = QwenImageEditPlusPipeline
     PIPELINES = weights.EDIT_PIPELINES
-    WORK = 5 * GIB  # one image of a megapixel with one reference: 4.3 GiB measured
+    WORK = profiles.WORK["edit"]
 
     def __init__(
         self,

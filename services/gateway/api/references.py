@@ -12,7 +12,7 @@ from vidgen.artifacts import ArtifactStore
 from vidgen.contracts import FieldError
 
 DECODERS = 2  # images decoded at once: each may take a few hundred MB for a moment
-EXTENSIONS = {"image/png": "png", "image/jpeg": "jpg", "image/webp": "webp"}
+EXTENSIONS = {"image/png": "png", "image/jpeg": "jpg", "image/webp": "webp", "image/avif": "avif"}
 
 
 @dataclass(frozen=True)

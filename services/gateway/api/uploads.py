@@ -22,7 +22,7 @@ class UploadRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    content_type: Literal["image/png", "image/jpeg", "image/webp"]
+    content_type: Literal["image/png", "image/jpeg", "image/webp", "image/avif"]
 
 
 class Upload(BaseModel):

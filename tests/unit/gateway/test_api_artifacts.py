@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 import pytest
 from tests.gateways import KEY, Gateway, completed, picture, put
 
+from vidgen import images
 from vidgen.contracts import Job
 from vidgen.testing import MemoryStore
 
@@ -119,14 +120,17 @@ async def test_an_artifact_that_is_gone_from_the_store_is_not_found(gateway: Gat
 # ── uploads ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize(("kind", "end"), [("png", "png"), ("jpeg", "jpg"), ("webp", "webp")])
-async def test_an_upload_gets_a_key_and_a_url_to_put_it_to(gateway: Gateway, kind: str, end: str) -> None:
-    answer = await gateway.client.post("/v1/uploads", json={"content_type": f"image/{kind}"})
+@pytest.mark.parametrize("kind", images.MEDIA_TYPES)
+async def test_an_upload_of_any_image_that_is_read_gets_a_key_and_a_url_to_put_it_to(
+    gateway: Gateway, kind: str
+) -> None:
+    answer = await gateway.client.post("/v1/uploads", json={"content_type": kind})
+    end = {"image/jpeg": "jpg"}.get(kind, kind.removeprefix("image/"))
     slot = answer.json()
     assert answer.status_code == 201
     assert re.fullmatch(rf"uploads/default/[0-9a-f-]{{36}}\.{end}", slot["key"])
     assert slot["key"] in slot["url"]
-    assert (slot["method"], slot["headers"]) == ("PUT", {"Content-Type": f"image/{kind}"})
+    assert (slot["method"], slot["headers"]) == ("PUT", {"Content-Type": kind})
     assert slot["expires_at"]
 
 

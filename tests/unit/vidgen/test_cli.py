@@ -8,15 +8,17 @@ import sys
 from collections.abc import AsyncIterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, ClassVar
 
 import pytest
 from PIL import Image
+from tests.nvml import FakeNvml
 from typer.testing import CliRunner, Result
 
-from vidgen import client, contracts
+from vidgen import client, contracts, profiles, weights
 from vidgen.cli import app
-from vidgen.cli.doctor import _engines, profile_for
+from vidgen.cli.doctor import Check, _engines, _profile
 from vidgen.cli.progress import PlainView
 from vidgen.client import DeadEntry, DeadPage, GatewayError, JobPage, Problem, Update
 from vidgen.contracts import (
@@ -424,7 +426,9 @@ def test_doctor_has_a_remedy_for_every_no_and_exit_code_0_where_the_previews_wor
     result = vidgen("doctor", "--json")
     lines = lines_of(result)
     checks = {line["name"]: line for line in lines if line["type"] == "check"}
-    assert {"python", "nats-server", "S3 server", "torch", "profile", "edit engine", "bus", "gateway"} <= set(checks)
+    assert {"python", "nats-server", "S3 server", "torch", "edit profile", "edit engine", "bus", "gateway"} <= set(
+        checks
+    )
     assert [check["name"] for check in checks.values() if not check["ok"] and not check["remedy"]] == []
     assert not checks["bus"]["ok"]
     assert lines[-1] == {"type": "doctor", "ok": True}
@@ -443,7 +447,9 @@ def test_doctor_without_the_embedded_servers_is_exit_code_1(monkeypatch: pytest.
 
 def test_doctor_says_which_settings_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VIDGEN_ENGINE", "warp")
-    assert "VIDGEN_ENGINE" in vidgen("doctor", "--json").stdout
+    result = vidgen("doctor", "--json")
+    assert "VIDGEN_ENGINE" in result.stdout
+    assert result.exit_code == 1
 
 
 @pytest.mark.parametrize(("multiplies", "said"), [(True, False), (None, False), (False, True)])
@@ -459,16 +465,81 @@ def test_doctor_says_of_a_gpu_that_it_does_not_multiply_fp8(
     assert ("does not multiply FP8" in found.detail) is said
 
 
+GIB = 1 << 30
+
+
+def demand_of(stage: contracts.Stage, gib: float) -> profiles.Demand:
+    """What a model of 40 GiB with a text encoder of 12 GiB asks of a GPU of `gib`."""
+    parts = {"transformer": 40 * GIB, "text_encoder": 12 * GIB}
+    return profiles.Demand(stage, int(gib * GIB), parts, profiles.WORK[stage])
+
+
+def profile_check(gib: float, stages: Sequence[contracts.Stage] = ("edit",), **settings: Any) -> Check:
+    return _profile("edit", WorkerSettings(**settings), {stage: demand_of(stage, gib) for stage in stages})
+
+
 @pytest.mark.parametrize(
-    ("gib", "profile"),
-    [(139, "resident-bf16"), (79.6, "resident-bf16"), (47.5, "resident-fp8"), (24, "offload-fp8"), (16, "preview")],
+    ("gib", "profile"), [(79.6, "resident-bf16"), (59, "resident-bf16"), (58, "resident-fp8"), (24, "offload-fp8")]
 )
-def test_the_profile_follows_from_the_memory_of_the_gpu(gib: float, profile: str) -> None:
-    assert profile_for(GpuFigures(index=0, uuid="u", name="g", memory_total=int(gib * 2**30))) == profile
+def test_doctor_names_the_profile_that_follows_from_the_gpu_and_the_models_own_files(gib: float, profile: str) -> None:
+    assert profile_check(gib) == Check("edit profile", True, profile, needed=True)
 
 
-def test_there_is_no_profile_without_a_gpu() -> None:
-    assert profile_for(None) == "preview"
+@pytest.mark.parametrize(
+    ("gib", "told"),
+    [
+        (139, "resident-bf16; with both models on one GPU resident-bf16, and both stay"),
+        (79.6, "resident-bf16; with both models on one GPU resident-fp8, and both stay"),
+        (59.5, "resident-bf16; with both models on one GPU resident-bf16, and they take turns"),
+    ],
+)
+def test_doctor_says_how_both_models_lie_on_one_gpu(gib: float, told: str) -> None:
+    assert profile_check(gib, ("edit", "i2v")).detail == told
+
+
+@pytest.mark.parametrize(
+    ("gib", "settings", "remedy"),
+    [
+        (7, {}, "Use a larger GPU or a smaller model"),
+        (24, {"profile": "resident-bf16"}, "VIDGEN_PROFILE=offload-fp8 fits"),
+    ],
+)
+def test_doctor_says_of_a_gpu_that_is_too_small_what_each_profile_needs(
+    gib: float, settings: dict[str, Any], remedy: str
+) -> None:
+    found = profile_check(gib, **settings)
+    assert (found.ok, found.needed, found.remedy) == (False, True, remedy)
+    assert "resident-bf16 58 GiB, resident-fp8 39 GiB, offload-fp8 9 GiB" in found.detail
+
+
+def test_doctor_takes_the_gpu_of_the_worker_and_the_sizes_of_the_files(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "transformer").mkdir()
+    with (tmp_path / "transformer" / "model.safetensors").open("wb") as file:
+        file.truncate(100 * GIB)  # a hole: it takes no room
+    nvml = FakeNvml()
+    memory = {"GPU-aaaa-1": 8 * GIB, "GPU-bbbb-2": 80 * GIB}
+    monkeypatch.setattr(nvml, "nvmlDeviceGetMemoryInfo", lambda handle: SimpleNamespace(used=0, total=memory[handle]))
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    monkeypatch.setattr(
+        weights, "why_not", lambda model, *given, **named: None if model == str(tmp_path) else "not here"
+    )
+    checks = {check.name: check for check in _engines(WorkerSettings(device="cuda:1", i2v_model=str(tmp_path)))}
+    assert (checks["i2v profile"].detail, checks["i2v profile"].ok) == ("resident-fp8", True)
+    assert checks["edit profile"].detail.startswith("none")
+    assert [check.name for check in checks.values() if check.needed and not check.ok] == []
+
+
+def test_doctor_is_exit_code_1_where_the_real_engine_that_is_asked_for_has_no_weights(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("VIDGEN_NATS_URL", "nats://127.0.0.1:1")
+    monkeypatch.setenv("VIDGEN_S3_ENDPOINT", "http://127.0.0.1:1")
+    monkeypatch.setenv("VIDGEN_ENGINE", "real")
+    result = vidgen("doctor", "--json")
+    assert (lines_of(result)[-1], result.exit_code) == ({"type": "doctor", "ok": False}, 1)
 
 
 # ── starting ─────────────────────────────────────────────────────────────────────────────────────────────────────

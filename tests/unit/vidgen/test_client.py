@@ -11,8 +11,9 @@ from typing import Any
 import httpx
 import pytest
 from pydantic import ValidationError
+from tests.gateways import picture
 
-from vidgen import client
+from vidgen import client, images
 from vidgen.client import AsyncClient, GatewayError
 from vidgen.contracts import Accepted, EditParams, I2VParams, Job, JobStatus, Progress, StageStarted, VideoRequest
 
@@ -326,17 +327,20 @@ async def test_a_download_that_breaks_leaves_the_old_file_alone(tmp_path: Path) 
     assert (tmp_path / "out.mp4").read_bytes() == b"old"
 
 
-async def test_an_upload_puts_the_image_where_the_gateway_says() -> None:
+@pytest.mark.parametrize("kind", images.MEDIA_TYPES)
+async def test_an_upload_puts_the_image_where_the_gateway_says_under_what_its_bytes_are(kind: str) -> None:
+    image = picture(kind.removeprefix("image/"))
+
     def handler(request: httpx.Request) -> httpx.Response:
         if request.url.host == "store":
-            assert (request.method, request.content, request.headers["content-type"]) == ("PUT", PNG, "image/png")
+            assert (request.method, request.content, request.headers["content-type"]) == ("PUT", image, kind)
             return httpx.Response(200)
-        assert json.loads(request.content) == {"content_type": "image/png"}
-        slot = {"key": "uploads/k.png", "url": "http://store/put", "method": "PUT"}
-        return httpx.Response(201, json=slot | {"headers": {"Content-Type": "image/png"}, "expires_at": AT.isoformat()})
+        assert json.loads(request.content) == {"content_type": kind}
+        slot = {"key": "uploads/k", "url": "http://store/put", "method": "PUT"}
+        return httpx.Response(201, json=slot | {"headers": {"Content-Type": kind}, "expires_at": AT.isoformat()})
 
     async with gateway(handler) as found:
-        assert await found.upload(PNG) == "uploads/k.png"
+        assert await found.upload(image) == "uploads/k"
 
 
 async def test_a_page_of_jobs_has_its_cursor() -> None:

@@ -20,8 +20,8 @@ from tests.workbench import BOUND, Bench, settled
 from vidgen import errors, profiles, tracing
 from vidgen.contracts import Stage
 from vidgen.device import HOLD_SWITCHES, LONGEST_HOLD_S, TakingTurns, next_stage, views
-from vidgen.handler import Turn
 from vidgen.testing import FakeClock
+from vidgen.turn import Turn
 
 STAGES: tuple[Stage, ...] = get_args(Stage)
 seconds = st.floats(min_value=0, max_value=1000)

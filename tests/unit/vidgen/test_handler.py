@@ -19,8 +19,8 @@ from vidgen import contracts, errors, topology
 from vidgen.contracts import MAX_REFERENCES
 from vidgen.engine import Engine
 from vidgen.eta import Pace
-from vidgen.handler import Reason, Turn
 from vidgen.testing import FakeClock
+from vidgen.turn import Reason, Turn
 
 MakeBench = Callable[..., Bench]
 

@@ -67,7 +67,9 @@ def test_an_empty_file_is_refused(tmp_path: Path) -> None:
     assert code_of(path) == "empty_file"
 
 
-@pytest.mark.parametrize("content", [b"%PDF-1.7 not an image at all", b"GIF89a" + bytes(40), b"\xff", b"<svg/>"])
+@pytest.mark.parametrize(
+    "content", [b"%PDF-1.7 not an image at all", b"BM" + bytes(40), b"\xff", b"<svg/>", b"GIF89a" + bytes(40)]
+)
 def test_what_is_not_an_image_of_a_known_kind_is_refused(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "file.png"
     path.write_bytes(content)
