@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 from nats.js import api
@@ -287,6 +288,31 @@ async def test_the_bootstrap_repairs_limits_and_keeps_what_is_stored(nats_server
         for bucket in wanted.buckets:
             assert (await connected.jetstream.stream_info(f"KV_{bucket.name}")).config.max_age == 500.0
         assert (await pulled(connected)).body == b"kept"
+
+
+async def test_the_list_of_one_tenant_costs_no_more_where_others_have_many_jobs(
+    nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads = 0
+    get = jetstream.JetStreamBus._get
+
+    async def counted(self: jetstream.JetStreamBus, stream: str, **query: Any) -> bus.Stored | None:
+        nonlocal reads
+        reads += 1
+        return await get(self, stream, **query)
+
+    monkeypatch.setattr(jetstream.JetStreamBus, "_get", counted)
+    async with connected_bus(nats_server) as connected:
+        for start in range(0, 2000, 200):
+            names = [("acme" if n in (3, 700, 701) else "umbrella", n) for n in range(start, start + 200)]
+            await asyncio.gather(
+                *(connected.publish(topology.subject_of_history(f"j{n}", t), b"", message_id=f"{n}") for t, n in names)
+            )
+
+        found = await connected.tail(topology.HISTORY, None, 21, topology.subject_of_history("*", "acme"))
+
+    assert sorted(message.subject for message in found) == [f"vidgen.history.acme.j{n}" for n in (3, 700, 701)]
+    assert reads < 30
 
 
 async def test_an_upgrade_takes_in_new_subjects_and_keeps_what_was_queued(nats_server: NatsServer) -> None:

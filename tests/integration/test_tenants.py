@@ -62,6 +62,17 @@ async def until_refused(url: str, key: str) -> str:
         return str(answer.json()["code"])
 
 
+async def test_a_gateway_that_others_would_reach_without_keys_ends_and_says_what_to_do() -> None:
+    own = {"VIDGEN_HTTP_HOST": "0.0.0.0", "VIDGEN_HTTP_PORT": "0", "VIDGEN_AUTH": "off", "VIDGEN_LOG_FORMAT": "json"}
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "gateway.main", env={**os.environ, **own, "PYTHONPATH": os.pathsep.join(sys.path)},
+        stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.STDOUT,
+    )  # fmt: skip
+    out, _ = await process.communicate()
+    assert process.returncode == 1
+    assert b"vidgen keys create --admin" in out
+
+
 async def test_keys_are_made_shown_once_and_ended_for_every_gateway(
     gateways: list[Service], nats_server: NatsServer, s3_store: S3Store, tmp_path: Path
 ) -> None:
