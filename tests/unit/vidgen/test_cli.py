@@ -354,11 +354,11 @@ def test_cancel_and_approve_reach_the_gateway(fake: type[FakeClient]) -> None:
 
 
 def test_list_shows_a_page_and_how_to_get_the_next(fake: type[FakeClient]) -> None:
-    result = vidgen("list", "--status", "failed", *GATEWAY)
+    result = vidgen("list", "--status", "failed", "--tenant", "acme", *GATEWAY)
     assert result.exit_code == 0
     assert "j1" in result.stdout
     assert "--cursor 17" in result.stderr
-    assert fake.sent == [{"status": "failed", "cursor": None, "limit": 20}]
+    assert fake.sent == [{"status": "failed", "cursor": None, "limit": 20, "tenant": "acme"}]
     lines = lines_of(vidgen("list", "--json", *GATEWAY))
     assert [line["type"] for line in lines] == ["job", "job", "page"]
 
