@@ -13,13 +13,14 @@ INSTALL = UV_COMPILE_BYTECODE=1 $(if $(PIP_FIND_LINKS),$(if $(wildcard $(PIP_FIN
 unexport PYTHONDONTWRITEBYTECODE
 
 .DELETE_ON_ERROR:
-.PHONY: help demo test check lint constraints clean
+.PHONY: help demo test check lint constraints audit clean
 
 help:
 	@echo "make demo         examples/portrait.jpg -> out/frame.png and out/video.mp4, on this machine"
 	@echo "make test         install everything for the tests, torch too, and run them"
 	@echo "make check        ruff, mypy and the tests: what CI runs"
 	@echo "make constraints  resolve the dependencies anew into constraints.txt"
+	@echo "make audit        compare constraints.txt with the published advisories; needs PyPI itself, not a mirror"
 	@echo "make clean        remove the environment, the caches and out/"
 
 demo: $(VENV)/.local
@@ -44,6 +45,10 @@ constraints: | $(VENV)/.uv
 		--upgrade -o $(VENV)/constraints.txt
 	sed -E -e '/^(torch|torchvision|triton)==/d' -e '/^cuda-/d' -e '/^nvidia-ml-py==/!{/^nvidia-/d;}' \
 		$(VENV)/constraints.txt > constraints.txt
+
+# Strict: what could not be looked up is a failure, or a mirror without advisories would pass for a clean bill.
+audit: | $(VENV)/.uv
+	$(BIN)/uv tool run pip-audit==2.10.1 --strict --no-deps --disable-pip -r constraints.txt
 
 clean:
 	rm -rf $(VENV) out build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

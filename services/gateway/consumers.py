@@ -26,6 +26,20 @@ OWN = (contracts.Accepted, *ENDS)  # what gateways write themselves: nothing is 
 Handler = Callable[[Delivery], Awaitable[None]]
 
 
+async def next_of(bus: Bus, consumer: topology.Consumer, stop: asyncio.Event) -> Delivery | None:
+    """The next message, or None when told to stop: a cancelled pull hands back what it was about to take."""
+    pulling = asyncio.ensure_future(bus.pull(consumer))
+    stopping = asyncio.ensure_future(stop.wait())
+    try:
+        await asyncio.wait((pulling, stopping), return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        stopping.cancel()
+        if not pulling.done():
+            pulling.cancel()
+            await asyncio.gather(pulling, return_exceptions=True)
+    return None if pulling.cancelled() else pulling.result()
+
+
 class Consumers:
     """The loops that move jobs on; `run` ends when `stop` is set and what was taken is settled."""
 
@@ -46,26 +60,13 @@ class Consumers:
     async def _consume(self, consumer: topology.Consumer, handle: Handler, stop: asyncio.Event) -> None:
         while not stop.is_set():
             try:
-                delivery = await self._pull(consumer, stop)
+                delivery = await next_of(self._bus, consumer, stop)
             except errors.BusError as exc:
                 log.warning(exc.message, _event="bus_lost", consumer=consumer.stream)
                 await asyncio.sleep(PAUSE_S)
                 continue
             if delivery is not None:
                 await self._settle(consumer, handle, delivery)
-
-    async def _pull(self, consumer: topology.Consumer, stop: asyncio.Event) -> Delivery | None:
-        """The next message, or None when told to stop: a cancelled pull hands back what it was about to take."""
-        pulling = asyncio.ensure_future(self._bus.pull(consumer))
-        stopping = asyncio.ensure_future(stop.wait())
-        try:
-            await asyncio.wait((pulling, stopping), return_when=asyncio.FIRST_COMPLETED)
-        finally:
-            stopping.cancel()
-            if not pulling.done():
-                pulling.cancel()
-                await asyncio.gather(pulling, return_exceptions=True)
-        return None if pulling.cancelled() else pulling.result()
 
     async def _settle(self, consumer: topology.Consumer, handle: Handler, delivery: Delivery) -> None:
         try:

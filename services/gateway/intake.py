@@ -22,6 +22,7 @@ import structlog
 from gateway import pipeline, plan
 from gateway.jobs import JobIdTakenError, Jobs, now
 from gateway.quotas import LimitError, Quotas
+from gateway.receivers import Allowed
 from vidgen import artifacts, contracts, dead, errors, images, topology, tracing
 from vidgen.bus import Bus, Delivery
 from vidgen.contracts import DEFAULT_TENANT, FieldError, Job, VideoRequest
@@ -116,10 +117,12 @@ class Intake:
     """Lets requests in. Several may run at once; each is idempotent by job id."""
 
     def __init__(
-        self, bus: Bus, store: artifacts.ArtifactStore, jobs: Jobs, quotas: Quotas, max_upload_bytes: int
-    ) -> None:
+        self, bus: Bus, store: artifacts.ArtifactStore, jobs: Jobs, quotas: Quotas, max_upload_bytes: int,
+        receivers: Allowed | None = None,
+    ) -> None:  # fmt: skip
+        """`receivers` are those that webhooks may go to; None: this server sends none."""
         self._bus, self._store, self._jobs, self._quotas = bus, store, jobs, quotas
-        self._max_bytes = max_upload_bytes
+        self._max_bytes, self._receivers = max_upload_bytes, receivers
 
     async def submit(self, request: VideoRequest, job_id: str, tenant: str) -> tuple[Job, bool]:
         """Let a tenant's request in by HTTP: checked first, durable once this returns; True where the job is new.
@@ -142,7 +145,7 @@ class Intake:
     async def handle(self, delivery: Delivery) -> Job:
         """Let a message on `vidgen.requests` in, or turn it away; either way it is recorded when this returns."""
         at = delivery.at.astimezone(UTC)
-        tenant = topology.tenant_of_requests(delivery.subject)
+        tenant, request = topology.tenant_of_requests(delivery.subject), None
         try:
             if not TENANT.fullmatch(tenant):
                 tenant = DEFAULT_TENANT
@@ -158,23 +161,26 @@ class Intake:
             async with self._quotas.room(tenant):
                 job, _ = await self._jobs.create(await self._prepare(request, job_id, at, tenant))
         except InvalidRequestError as exc:
-            return await self._turn_away(delivery, exc, at, tenant)
+            return await self._turn_away(delivery, request, exc, at, tenant)
         except LimitError as exc:
             # What came by HTTP was counted there, and is on its way through here a moment before its job is.
             if delivery.num_delivered < LIMIT_TRIES:
                 raise errors.RetryableError(exc.message, code=exc.code) from exc
-            return await self._turn_away(delivery, _as_invalid("tenant", exc), at, tenant)
+            return await self._turn_away(delivery, request, _as_invalid("tenant", exc), at, tenant)
         except JobIdTakenError as exc:
             # Recorded under another id: what is said under this one is said to somebody else.
-            return await self._record_rejected(delivery, _position(delivery), _as_invalid("job_id", exc), at, tenant)
+            wrong = _as_invalid("job_id", exc)
+            return await self._record_rejected(delivery, request, _position(delivery), wrong, at, tenant)
         return job
 
-    async def _turn_away(self, delivery: Delivery, exc: InvalidRequestError, at: datetime, tenant: str) -> Job:
+    async def _turn_away(
+        self, delivery: Delivery, request: VideoRequest | None, exc: InvalidRequestError, at: datetime, tenant: str
+    ) -> Job:
         job_id = _claimed_id(delivery.body) or self._identify(delivery, tenant)
         try:
-            return await self._record_rejected(delivery, job_id, exc, at, tenant)
+            return await self._record_rejected(delivery, request, job_id, exc, at, tenant)
         except JobIdTakenError:
-            return await self._record_rejected(delivery, _position(delivery), exc, at, tenant)
+            return await self._record_rejected(delivery, request, _position(delivery), exc, at, tenant)
 
     def _identify(self, delivery: Delivery, tenant: str) -> str:
         message_id = delivery.headers.get("Nats-Msg-Id")
@@ -182,10 +188,22 @@ class Intake:
 
     async def _prepare(self, request: VideoRequest, job_id: str, at: datetime, tenant: str) -> Job:
         with tracing.span("intake"):
+            self._check_receiver(request)
             usable = await self._check_all(request.references, job_id, tenant)
             first = usable[0][1]
             work = plan.plan(request.edit, request.i2v, job_id, (first.width, first.height))
             return pipeline.accept(request, job_id, [key for key, _ in usable], work, at, tenant)
+
+    def _check_receiver(self, request: VideoRequest) -> None:
+        if request.webhook_url is None:
+            return
+        if self._receivers is None:
+            message = "this server sends no webhooks: leave it out, or have VIDGEN_WEBHOOK_SECRET set there"
+            raise InvalidRequestError([FieldError(field="webhook_url", message=message)])
+        try:
+            self._receivers.check_url(request.webhook_url)
+        except errors.RejectedError as exc:
+            raise InvalidRequestError([FieldError(field="webhook_url", message=exc.message)]) from None
 
     async def _check_all(
         self, references: Sequence[str], job_id: str, tenant: str
@@ -221,11 +239,17 @@ class Intake:
                 return own, facts
 
     async def _record_rejected(
-        self, delivery: Delivery, job_id: str, exc: InvalidRequestError, at: datetime, tenant: str
-    ) -> Job:
+        self, delivery: Delivery, request: VideoRequest | None, job_id: str, exc: InvalidRequestError, at: datetime,
+        tenant: str,
+    ) -> Job:  # fmt: skip
+        if request is not None:
+            try:
+                self._check_receiver(request)
+            except InvalidRequestError:  # a receiver that may not be is not told either
+                request = request.model_copy(update={"webhook_url": None})
         tracing.about(job_id=job_id)
         tracing.failed(exc.code)
-        job, new = await self._jobs.create(pipeline.reject(None, job_id, exc.errors, at, tenant))
+        job, new = await self._jobs.create(pipeline.reject(request, job_id, exc.errors, at, tenant))
         error = contracts.JobError(code=exc.code, message=exc.message, fields=exc.errors)
         letter = dead.letter(delivery.body, delivery.subject, error, job_id=job_id, at=at)
         await dead.publish(self._bus, letter, message_id=f"request:{delivery.seq}:{job_id}")

@@ -137,7 +137,7 @@ class Jobs:
     async def _act(self, job: Job, logged: int | None) -> None:
         if job.status is JobStatus.REJECTED:
             await self._log_rejected(job)
-        await self._execute(pipeline.demands(job), logged)
+        await self._execute((*pipeline.announcements(job, now()), *pipeline.demands(job)), logged)
         await self._record_history(job)
 
     async def _record_history(self, job: Job) -> None:
@@ -286,12 +286,22 @@ class Jobs:
                     await self._withdraw_task(command)
                 case pipeline.PublishEvent(event):
                     await self._publish_event(event)
+                case pipeline.PublishWebhook(webhook):
+                    await self._publish_webhook(webhook)
 
     async def _publish_event(self, event: contracts.AnyEvent) -> int:
         return await self._bus.publish(
             topology.subject_of_events(event.job_id), event.to_bytes(),
             message_id=f"{event.job_id}:{event.run}:{event.type}",
         )  # fmt: skip
+
+    async def _publish_webhook(self, webhook: contracts.Webhook) -> None:
+        subject = topology.subject_of_webhook(webhook.data.id)
+        try:
+            await self._bus.publish(subject, webhook.to_bytes(), message_id=webhook.id)
+        except errors.QueueFullError as exc:
+            # Receivers that are away must not stop the jobs. The job's next event demands it again.
+            log.warning(exc.message, _event="webhook_not_queued", job=webhook.data.id, webhook=webhook.id)
 
     async def _withdraw_task(self, command: pipeline.WithdrawTask) -> None:
         where = command.stage, command.lane, command.job_id

@@ -24,8 +24,10 @@ from gateway.intake import Intake
 from gateway.jobs import Jobs
 from gateway.keyring import Keyring
 from gateway.quotas import Quotas
+from gateway.receivers import Allowed, Receivers
 from gateway.share import FairShare
-from vidgen import bootstrap, errors, jetstream, probes, settings, telemetry, tracing
+from gateway.webhooks import Webhooks
+from vidgen import bootstrap, errors, jetstream, probes, settings, telemetry, tracing, webhooks
 from vidgen.artifacts import S3Store
 from vidgen.jetstream import JetStreamBus
 from vidgen.metrics import GatewayMetrics
@@ -105,13 +107,15 @@ class _Gateway:
         own, metrics, tenants = self._settings, GatewayMetrics(), Tenants(connected)
         jobs = Jobs(connected, FairShare(connected, tenants, own.tenant_waiting))
         quotas = Quotas(connected, tenants, own)
-        intake = Intake(connected, store, jobs, quotas, own.max_upload_bytes)
+        hooks = self._webhooks(connected, metrics)
+        intake = Intake(connected, store, jobs, quotas, own.max_upload_bytes, hooks.allowed if hooks else None)
         fleet = Fleet(connected)
         forecast = Forecast(connected, jobs, fleet)
         keyring = Keyring(connected)
         parts = Parts(own, connected, store, jobs, intake, fleet, forecast, metrics, keyring, quotas, self._stop)
         consumers = Consumers(connected, jobs, intake, metrics, own.intake_concurrency)
-        consuming = asyncio.create_task(consumers.run(self._stop), name="consumers")
+        working = self._work(consumers, hooks) if hooks else self._work(consumers)
+        consuming = asyncio.create_task(working, name="consumers")
         stopped = asyncio.create_task(self._stop.wait(), name="stop")
         try:
             async with probes.run_app(create_app(parts), own.http_host, own.http_port, grace=HTTP_GRACE_S) as url:
@@ -128,6 +132,24 @@ class _Gateway:
             await asyncio.gather(consuming, stopped, return_exceptions=True)
         if not consuming.cancelled() and (died := consuming.exception()) is not None:
             raise errors.FatalError("the consumers died: the log says of what", code="consumers_died") from died
+
+    def _webhooks(self, bus: JetStreamBus, metrics: GatewayMetrics) -> Webhooks | None:
+        """What delivers webhooks, where there is a secret to sign them with."""
+        own = self._settings
+        given = own.webhook_secret.get_secret_value() if own.webhook_secret else ""
+        if not given:
+            return None
+        allowed = Allowed.parse(own.webhook_allow)
+        receivers = Receivers(allowed, timeout_s=own.webhook_timeout_s, ca_file=own.webhook_ca_file)
+        return Webhooks(
+            bus, receivers, webhooks.Secret.parse(given), metrics,
+            give_up_after=own.webhook_give_up_s, concurrency=own.webhook_concurrency, renew_every=own.ack_wait / 4,
+        )  # fmt: skip
+
+    async def _work(self, *parts: Consumers | Webhooks) -> None:
+        async with asyncio.TaskGroup() as group:
+            for part in parts:
+                group.create_task(part.run(self._stop))
 
     async def _persist(self, what: str, attempt: Callable[[], Awaitable[T]]) -> T:
         """Try until it works, for a while; raises FatalError, or StoppedError when told to stop meanwhile."""

@@ -12,8 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
-from vidgen import contracts
+from vidgen import contracts, topology
 from vidgen.contracts import Job, JobStatus, StageRecord, StageState
+
+ANNOUNCED_S = topology.DUPLICATE_WINDOW / 2  # how long a webhook is demanded again: the bus knows its id for longer
 
 
 @dataclass(frozen=True)
@@ -41,7 +43,14 @@ class PublishEvent:
     event: contracts.JobCompleted | contracts.JobFailed | contracts.JobCancelled
 
 
-Command = PublishTask | WithdrawTask | PublishEvent
+@dataclass(frozen=True)
+class PublishWebhook:
+    """Tell whoever the job's `webhook_url` names, under the webhook's own id."""
+
+    webhook: contracts.Webhook
+
+
+Command = PublishTask | WithdrawTask | PublishEvent | PublishWebhook
 
 
 def accept(
@@ -84,7 +93,10 @@ def decide(job: Job, event: contracts.AnyEvent) -> tuple[Job, tuple[Command, ...
     after = _settle(_fold(job, event), event.at)
     if after != job:
         after = after.model_copy(update={"updated_at": max(job.updated_at, event.at)})
-    return after, demands(after)
+    # A retry ends a state that a gateway may have died before telling of. Webhooks go first, so that what follows from
+    # a task cannot be told before what led to it.
+    ended = announcements(job, event.at) if after.run > job.run else ()
+    return after, (*ended, *announcements(after, event.at), *demands(after))
 
 
 def demands(job: Job) -> tuple[Command, ...]:
@@ -103,6 +115,29 @@ def demands(job: Job) -> tuple[Command, ...]:
             if current is not None and current.state is StageState.QUEUED and current.tries == 0:
                 return (PublishTask(task_of(job, current)),)
     return ()
+
+
+def announcements(job: Job, at: datetime) -> tuple[PublishWebhook, ...]:
+    """The webhooks that a job's state stands for, oldest first, as far as they are news at `at`.
+
+    Like `demands` they follow from the state alone and may be repeated: their ids are those of what happened.
+    """
+    if job.request is None or job.request.webhook_url is None:
+        return ()
+    news = [
+        (f"{job.id}:stage_completed:{record.stage}", "job.stage_completed", record.completed_at)
+        for record in job.stages
+        if record.state is StageState.COMPLETED
+    ]
+    if job.status.final:
+        news.append((f"{job.id}:{job.run}:{job.status}", f"job.{job.status}", job.completed_at))
+    elif job.status is JobStatus.AWAITING_REVIEW:
+        news.append((f"{job.id}:{job.run}:{job.status}", f"job.{job.status}", job.updated_at))
+    return tuple(
+        PublishWebhook(contracts.Webhook.model_validate({"id": key, "type": kind, "timestamp": since, "data": job}))
+        for key, kind, since in news
+        if since is not None and (at - since).total_seconds() < ANNOUNCED_S
+    )
 
 
 def task_of(job: Job, record: StageRecord) -> contracts.Task:

@@ -84,6 +84,7 @@ class RequestOptions(TypedDict, total=False):
     review: bool
     lane: Lane
     deadline_s: float | None
+    webhook_url: str | None
     labels: dict[str, str]
 
 

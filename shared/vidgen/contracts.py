@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from datetime import datetime
 from enum import StrEnum
 from typing import Annotated, Any, Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import (
     AfterValidator,
@@ -54,6 +56,30 @@ def _four_k_and_one(frames: int) -> int:
     return frames
 
 
+# The plain URLs alone: no user, no password, no query, no fragment, nothing that two parsers could read in two ways.
+RECEIVER = r"^https://([A-Za-z0-9][A-Za-z0-9.-]{0,252}|\[[0-9A-Fa-f:.]{2,45}\])(:[0-9]{1,5})?(/[A-Za-z0-9._~!$&'()*+,;=:@%/-]*)?$"
+
+
+def _receiver(url: str) -> str:
+    if not url.lower().startswith("https://"):
+        raise ValueError("must begin with https://: what is told of a job is not sent in the clear")
+    if "@" in url.split("/")[2]:
+        raise ValueError("leave user and password out: what is delivered is signed, verify that")
+    if "?" in url or "#" in url:
+        raise ValueError("leave out what is behind ? or #: tokens do not belong there, what is delivered is signed")
+    try:
+        good = re.fullmatch(RECEIVER, url) is not None and urlsplit(url).port != 0
+    except ValueError:  # an address in brackets that is none, a port that is too high
+        good = False
+    if not good:
+        raise ValueError("is no plain URL: write the host as a DNS name (in its xn-- form) and escape the path")
+    return url
+
+
+WebhookUrl = Annotated[
+    str, StringConstraints(max_length=1000), AfterValidator(_receiver),
+    Field(json_schema_extra={"format": "uri", "pattern": RECEIVER}),
+]  # fmt: skip
 AskedSide = Annotated[Side, AfterValidator(_in_patches), Field(json_schema_extra={"multipleOf": SIZE_MULTIPLE})]
 Frames = Annotated[int, Field(ge=5, le=257), AfterValidator(_four_k_and_one)]
 LabelKey = Annotated[str, StringConstraints(min_length=1, max_length=63)]
@@ -137,6 +163,9 @@ class VideoRequest(Message):
     review: bool = Field(False, description="Wait for approval of the edited frame before the video is made.")
     lane: Lane = "interactive"
     deadline_s: Annotated[float, Field(gt=0, le=7 * 86400, allow_inf_nan=False)] | None = None
+    webhook_url: WebhookUrl | None = Field(
+        None, description="Where changes of the job are told: an https URL without credentials and query."
+    )
     labels: Annotated[dict[LabelKey, LabelValue], Field(max_length=16)] = Field(default_factory=dict)
 
     @model_validator(mode="after")
@@ -513,6 +542,20 @@ class Job(Message):
         return next((record for record in self.stages if record.stage == stage), None)
 
 
+WebhookType = Literal[
+    "job.stage_completed", "job.awaiting_review", "job.completed", "job.failed", "job.cancelled", "job.rejected"
+]  # fmt: skip
+
+
+class Webhook(Message):
+    """What is posted to a job's `webhook_url`, byte for byte as it waits in `VIDGEN_WEBHOOKS`."""
+
+    id: str = Field(description="The same for each try to deliver it: also the header `webhook-id`.")
+    type: WebhookType
+    timestamp: datetime = Field(description="When it happened.")
+    data: Job = Field(description="The job, as `GET /v1/jobs/{job_id}` showed it then.")
+
+
 class DeadLetter(Message):
     """What was given up: why, and the original payload."""
 
@@ -606,6 +649,7 @@ def json_schemas() -> dict[str, dict[str, Any]]:
     models: dict[str, type[BaseModel]] = {
         "video-request": VideoRequest, "task": Task, "job": Job, "progress": Progress,
         "dead-letter": DeadLetter, "worker": WorkerInfo, "estimate": Estimate, "queue-place": QueuePlace,
+        "webhook": Webhook,
     }  # fmt: skip
     schemas = {name: model.model_json_schema() for name, model in models.items()}
     schemas["event"] = Event.json_schema()

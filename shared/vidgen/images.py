@@ -9,6 +9,7 @@ import contextlib
 import functools
 import io
 import math
+import re
 import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -39,11 +40,13 @@ MARK_SHARE = 0.06  # of the height, at the bottom: where `mark` writes
 
 FORMATS = "PNG, JPEG, WebP or AVIF"
 MEDIA_TYPES = ("image/png", "image/jpeg", "image/webp", "image/avif")
-# What Pillow may find in a file without it being worth a second encoding; anything else (EXIF, GPS, XMP, ICC, text) is.
-HARMLESS = frozenset({
-    "dpi", "aspect", "gamma", "srgb", "chromaticity", "interlace", "jfif", "jfif_version", "jfif_unit", "jfif_density",
-    "adobe", "adobe_transform", "progressive", "progression", "loop", "background", "timestamp", "duration",
-})  # fmt: skip
+# The parts of a file that say how its pixels look. What has others (EXIF, GPS, XMP, ICC, text, thumbnails, parts that
+# nobody knows, bytes behind the end) is encoded anew.
+PNG_CHUNKS = frozenset({b"IHDR", b"PLTE", b"IDAT", b"IEND", b"gAMA", b"cHRM", b"sRGB", b"sBIT", b"pHYs", b"bKGD"})
+WEBP_CHUNKS = frozenset({b"VP8 ", b"VP8L", b"VP8X"})
+JPEG_TABLES = frozenset({0xC4, 0xCC, 0xDB, 0xDC, 0xDD, *range(0xC0, 0xC4), *range(0xC5, 0xC8), *range(0xC9, 0xCC),
+                         *range(0xCD, 0xD0)})  # fmt: skip
+JPEG_MARKER = re.compile(rb"\xff+[^\x00\xd0-\xd7\xff]")  # in a scan: neither a stuffed byte nor a restart
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -61,8 +64,8 @@ Pixels = npt.NDArray[np.uint8]
 class ImageFacts:
     """What is known of an image file; the size is that of the upright image.
 
-    `normal`: a single frame of 8-bit RGB in PNG, JPEG or WebP, upright, small enough and with nothing else in the file:
-    it can be used as it is.
+    `normal`: a single frame of 8-bit RGB in PNG, JPEG or WebP, upright, small enough and with nothing else in the file,
+    to its last byte: it can be used as it is.
     """
 
     width: int
@@ -85,7 +88,7 @@ def inspect(path: Path) -> ImageFacts:
     `image_too_narrow` or `image_too_complex`.
     """
     with _opened(path) as image:
-        facts = _facts(image)
+        facts = _facts(image, path)
         # A JPEG can be decoded at an eighth of its size: every byte is read, a sixty-fourth of the memory is used.
         image.draft(None, (image.width // 8, image.height // 8))
         image.load()
@@ -261,7 +264,7 @@ def _check_scans(path: Path) -> None:
         )
 
 
-def _facts(image: Image.Image) -> ImageFacts:
+def _facts(image: Image.Image, path: Path) -> ImageFacts:
     kind = image.format or ""
     turned = _orientation(image.info) >= 5
     width, height = (image.height, image.width) if turned else image.size
@@ -270,10 +273,57 @@ def _facts(image: Image.Image) -> ImageFacts:
         and image.mode == "RGB"
         and not _deep(image)
         and getattr(image, "n_frames", 1) == 1
-        and set(image.info) <= HARMLESS
         and width * height <= MAX_PIXELS_KEPT
+        and _bare(path.read_bytes())
     )
     return ImageFacts(width, height, kind, normal)
+
+
+def _bare(data: bytes) -> bool:
+    """Whether a PNG, JPEG or WebP file holds pixels and nothing else, from its first byte to its last."""
+    if data.startswith(b"\x89PNG"):
+        return _bare_png(data)
+    return _bare_jpeg(data) if data.startswith(b"\xff\xd8") else _bare_webp(data)
+
+
+def _bare_png(data: bytes) -> bool:
+    place, kind = 8, b""
+    while place + 12 <= len(data) and kind != b"IEND":
+        length, kind = struct.unpack_from(">I4s", data, place)
+        if kind not in PNG_CHUNKS or (kind == b"IEND" and length):
+            return False
+        place += length + 12
+    return kind == b"IEND" and place == len(data)
+
+
+def _bare_webp(data: bytes) -> bool:
+    place = 12
+    while place + 8 <= len(data):
+        kind, length = struct.unpack_from("<4sI", data, place)
+        if kind not in WEBP_CHUNKS:
+            return False
+        place += 8 + length + length % 2
+    (told,) = struct.unpack_from("<I", data, 4)
+    return bool(place == len(data) == told + 8)
+
+
+def _bare_jpeg(data: bytes) -> bool:
+    place = 2
+    while place + 4 <= len(data) and data[place] == 0xFF:
+        marker, (length,) = data[place + 1], struct.unpack_from(">H", data, place + 2)
+        body = data[place + 4 : place + 2 + length]
+        jfif = marker == 0xE0 and length == 16 and body.startswith(b"JFIF\0")  # longer ones have a thumbnail
+        adobe = marker == 0xEE and length == 14 and body.startswith(b"Adobe")
+        if marker == 0xDA:
+            following = JPEG_MARKER.search(data, place + 2 + length)
+            if following is None:
+                return False
+            place = following.end() - 2
+        elif marker in JPEG_TABLES or jfif or adobe:
+            place += 2 + length
+        else:
+            return False
+    return data[place:] == b"\xff\xd9"
 
 
 def _deep(image: Image.Image) -> bool:

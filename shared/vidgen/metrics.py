@@ -26,6 +26,7 @@ Outcome = Literal[
 ]
 GatewayOutcome = Literal["completed", "reused", "failed", "retried", "cancelled", "released"]
 RequestOutcome = Literal["accepted", "rejected", "duplicate"]
+WebhookOutcome = Literal["delivered", "retried", "given_up"]
 Direction = Literal["get", "put"]
 CheckpointOutcome = Literal["stored", "resumed", "refused", "failed"]
 State = Literal["starting", "ready", "busy", "draining", "unhealthy"]
@@ -77,6 +78,7 @@ STATE = Label("state", STATES)
 GPU = (Label("gpu"), Label("gpu_uuid"), Label("gpu_name"))
 ON_WORKER = (STAGE, Label("worker"), *GPU)
 STAGE_OR_REQUEST = Label("stage", (*STAGES, "request"))
+STAGE_REQUEST_OR_WEBHOOK = Label("stage", (*STAGES, "request", "webhook"))
 STREAM = Label("stream")
 CONSUMER = (STREAM, Label("consumer"))
 RESULT_TYPES: Mapping[Stage, str] = {"edit": "image/png", "i2v": "video/mp4"}  # a clip's poster is none
@@ -258,8 +260,17 @@ GATEWAY = (
         (STAGE_OR_REQUEST, Label("code")),
     ),
     Metric(
-        "vidgen_dead_letters_total", "counter", "messages", "Tasks given up and requests that did not validate.",
-        (STAGE_OR_REQUEST,),
+        "vidgen_dead_letters_total", "counter", "messages",
+        "Tasks and webhooks given up, and requests that did not validate.", (STAGE_REQUEST_OR_WEBHOOK,),
+    ),
+    Metric(
+        "vidgen_webhooks_total", "counter", "tries",
+        "Tries to deliver a webhook. retried: it failed and waits for the next one; given_up: it failed for the last "
+        "time, and is a dead letter.",
+        (Label("outcome", get_args(WebhookOutcome)),),
+    ),
+    Metric(
+        "vidgen_webhook_seconds", "histogram", "seconds", "One try to deliver a webhook, answered or not.", (), MOMENTS
     ),
     Metric(
         "vidgen_redeliveries_total", "counter", "deliveries", "Starts of a task that had been delivered before.",
@@ -424,7 +435,9 @@ class _Exposed:
         (gauge.labels(**labels) if labels else gauge).set(value)
 
     def _observe(self, name: str, seconds: float, **labels: str) -> None:
-        self._histograms[name].labels(**{**self._fixed, **labels}).observe(max(0.0, seconds))
+        histogram = self._histograms[name]
+        labels = {**self._fixed, **labels}
+        (histogram.labels(**labels) if labels else histogram).observe(max(0.0, seconds))
 
     def _observe_timings(self, prefix: str, timings: Timings, **labels: str) -> None:
         phases = timings.model_dump()
@@ -588,9 +601,16 @@ class GatewayMetrics(_Exposed):
         """A request whose job is known already."""
         self._inc("vidgen_requests_total", outcome="duplicate")
 
-    def dead_lettered(self, stage: Stage | None) -> None:
+    def dead_lettered(self, stage: Stage | Literal["webhook"] | None) -> None:
         """A dead letter that no event stands for; final failures and rejections are counted by `observe`."""
         self._inc("vidgen_dead_letters_total", stage=stage or "request")
+
+    def webhook(self, outcome: WebhookOutcome) -> None:
+        """Call once per try, with how it ended."""
+        self._inc("vidgen_webhooks_total", outcome=outcome)
+
+    def webhook_tried(self, seconds: float) -> None:
+        self._observe("vidgen_webhook_seconds", seconds)
 
     def http_request(self, route: str | None, method: str, status: int, seconds: float) -> None:
         """`route` is the template (`/v1/jobs/{id}`), never the path; None where no route matched."""

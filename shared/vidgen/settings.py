@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any, Literal, TypeVar, get_args
 
-from pydantic import Field, SecretStr, ValidationError
+from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
@@ -60,6 +60,13 @@ class Settings(BaseSettings):
         description="The whole URL for spans, instead.",
     )  # fmt: skip
 
+    @field_validator("s3_endpoint", "s3_public_endpoint")
+    @classmethod
+    def _without_credentials(cls, url: str | None) -> str | None:
+        if url is not None and "@" in url:
+            raise ValueError("leave the credentials out: they have settings of their own")
+        return url
+
     @property
     def traces_url(self) -> str | None:
         """Where spans are sent; None: there are none. An empty variable is one that is not set."""
@@ -90,7 +97,7 @@ class GatewaySettings(Settings):
     tenant_rate: float = Field(
         20.0, ge=0,
         description="HTTP requests a second that a tenant may send to each gateway; 0: any number. This and the "
-        " next two are for tenants of which `vidgen tenants set` says nothing else, and not for `default`.",
+        "next two are for tenants of which `vidgen tenants set` says nothing else, and not for `default`.",
     )  # fmt: skip
     tenant_burst: int = Field(60, ge=0, description="How many of them may come at once.")
     tenant_jobs: int = Field(500, ge=0, description="Jobs of a tenant that may have a task waiting or running; 0: any.")
@@ -100,6 +107,27 @@ class GatewaySettings(Settings):
         "are held back, so that nobody waits behind all of them. 0: any number.",
     )  # fmt: skip
     presign_minutes: int = Field(15, ge=1, le=1440, description="How long a presigned URL is good for.")
+
+    webhook_secret: SecretStr | None = Field(
+        None,
+        description="`whsec_` and 24 to 64 random bytes in base64: each tenant's secret is made of it "
+        "(`vidgen webhooks secret`). Without it `webhook_url` is refused.",
+    )
+    webhook_allow: str = Field(
+        "",
+        description="Receivers of webhooks beside those on the public internet: networks (`10.0.0.0/8`) and host "
+        "names, separated by commas.",
+    )
+    webhook_ca_file: Path | None = Field(
+        None, description="The certificate authorities of receivers (PEM), in place of the public ones."
+    )
+    webhook_timeout_s: float = Field(15.0, gt=0, le=60, description="How long a receiver may take to answer.")
+    webhook_give_up_s: float = Field(
+        86400.0, gt=0, le=5 * 86400, description="The age at which a webhook that nobody takes becomes a dead letter."
+    )
+    webhook_concurrency: int = Field(
+        64, ge=1, le=512, description="Webhooks delivered at once, at most an eighth of them to one receiver."
+    )
 
     @property
     def asks_for_keys(self) -> bool:

@@ -15,6 +15,7 @@ PROGRESS = "VIDGEN_PROGRESS"
 ADVISORIES = "VIDGEN_ADVISORIES"
 DEAD = "VIDGEN_DEAD"
 HISTORY = "VIDGEN_HISTORY"
+WEBHOOKS = "VIDGEN_WEBHOOKS"
 
 JOBS_BUCKET = "vidgen_jobs"
 WORKERS_BUCKET = "vidgen_workers"
@@ -113,6 +114,10 @@ def subject_of_history(job_id: str, tenant: str = DEFAULT_TENANT) -> str:
     return f"vidgen.history.{job_id}" if tenant == DEFAULT_TENANT else f"vidgen.history.{tenant}.{job_id}"
 
 
+def subject_of_webhook(job_id: str) -> str:
+    return f"vidgen.webhooks.{job_id}"
+
+
 def consumer_of(stage: Stage, lane: Lane) -> Consumer:
     return Consumer(TASKS, f"{stage}-{lane}", f"vidgen.tasks.{stage}.{lane}.>", max_deliver=10)
 
@@ -125,6 +130,7 @@ def consumer_of_held(stage: Stage, lane: Lane) -> Consumer:
 HEADER_LOG_SEQ = "Vidgen-Log-Seq"  # of a task: where the job's log stood when it was queued
 
 SUBJECT_REQUESTS = "vidgen.requests"
+DEAD_WEBHOOKS = "vidgen.dead.webhooks"
 SUBJECT_CONTROL_ALL = "vidgen.control.*"
 
 STREAMS = (
@@ -151,6 +157,7 @@ STREAMS = (
         max_age=7 * DAY,
     ),
     Stream(DEAD, ("vidgen.dead.>",), max_age=30 * DAY),
+    Stream(WEBHOOKS, ("vidgen.webhooks.*",), "workqueue", discard="new", max_age=7 * DAY, max_bytes=256 << 20),
     # One message per job ever accepted, in order: what `GET /v1/jobs` pages through (decision 0003).
     Stream(
         HISTORY, ("vidgen.history.>",), discard="new", max_age=30 * DAY,
@@ -158,10 +165,14 @@ STREAMS = (
     ),
 )  # fmt: skip
 
+# What waits for its next try counts as unacknowledged, for a day where a receiver is away.
+GATEWAY_WEBHOOKS = Consumer(WEBHOOKS, "gateway-webhooks", max_ack_pending=100_000)
+
 CONSUMERS = (
     Consumer(REQUESTS, GATEWAY),
     Consumer(EVENTS, GATEWAY, max_ack_pending=5000),
     Consumer(ADVISORIES, GATEWAY),
+    GATEWAY_WEBHOOKS,
     *(consumer_of(stage, lane) for stage in STAGES for lane in LANES),
     *(consumer_of_held(stage, lane) for stage in STAGES for lane in LANES),
 )

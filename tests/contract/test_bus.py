@@ -682,3 +682,16 @@ async def test_a_record_ends_with_the_buckets_ttl(open_bus: OpenBus) -> None:
 
 async def test_ready_is_true_while_it_answers(bus: Bus) -> None:
     assert await bus.ready()
+
+
+async def test_the_oldest_message_on_a_subject_is_found_as_long_as_it_is_there(bus: Bus) -> None:
+    subject, other = topology.subject_of_webhook("j1"), topology.subject_of_webhook("j2")
+    assert await bus.first(topology.WEBHOOKS, subject) is None
+    for number, where in enumerate((other, subject, other, subject)):
+        await bus.publish(where, b"%d" % number, message_id=f"w{number}")
+
+    assert (await bus.first(topology.WEBHOOKS, subject)).body == b"1"
+    await (await taken(bus, topology.GATEWAY_WEBHOOKS)).ack()
+    await (await taken(bus, topology.GATEWAY_WEBHOOKS)).ack()
+    assert (await bus.first(topology.WEBHOOKS, subject)).body == b"3"
+    assert (await bus.first(topology.WEBHOOKS, other)).body == b"2"

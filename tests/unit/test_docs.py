@@ -197,7 +197,7 @@ def test_qualities_and_presets_are_listed_as_they_are() -> None:
 # ── the public subject ───────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("name", ["publish.py", "publish.mjs", "package.json"])
+@pytest.mark.parametrize("name", ["publish.py", "publish.mjs", "package.json", "receive.py", "receive.mjs"])
 def test_the_page_on_requests_shows_the_examples_as_they_are(name: str) -> None:
     source = (ROOT / "examples" / name).read_text(encoding="utf-8")
 

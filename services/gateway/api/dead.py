@@ -70,15 +70,17 @@ async def show_letter(seq: SeqHere, parts: PartsHere) -> NumberedLetter:
     "/{seq}/replay", status_code=202, response_model=Job, responses=problems.responses(404, 409, 422, 503)
 )  # fmt: skip
 async def replay(seq: SeqHere, parts: PartsHere) -> Response:
-    """Try again: a task by a retry of its job, a request as a new job. The letter is dropped where that worked."""
+    """Try again: a task by a retry of its job, a request as a new job, a webhook as it is. What worked is dropped."""
     letter = await _find(parts, seq)
     if letter.stage is not None and letter.job_id is not None:
         job = await parts.jobs.retry(letter.job_id)
     elif letter.subject.split(".")[:2] == topology.SUBJECT_REQUESTS.split("."):
         job = await _submit_again(letter, parts)
+    elif letter.job_id is not None and letter.subject == topology.subject_of_webhook(letter.job_id):
+        job = await _tell_again(letter, letter.job_id, parts)
     else:
         raise HttpError(
-            409, "not_replayable", "only what was sent as a request or a task can be replayed: look at it, then drop it"
+            409, "not_replayable", "only requests, tasks and webhooks can be replayed: look at it, then drop it"
         )
     await parts.bus.delete(topology.DEAD, seq)
     log.info("a dead letter was replayed", _event="dead_letter_replayed", seq=seq, job=job.id)
@@ -110,6 +112,13 @@ async def _submit_again(letter: NumberedLetter, parts: Parts) -> Job:
     # Made of the letter, so that a replay that is repeated half-way does not become two jobs.
     job_id = id_from_key(f"replay:{letter.seq}:{letter.at.isoformat()}", tenant)
     job, _ = await parts.intake.submit(parse(json.dumps(asked).encode(), tenant), job_id, tenant)
+    return job
+
+
+async def _tell_again(letter: NumberedLetter, job_id: str, parts: Parts) -> Job:
+    job = await parts.jobs.get(job_id)
+    message_id = f"replay:{letter.seq}:{letter.at.isoformat()}"
+    await parts.bus.publish(letter.subject, base64.b64decode(letter.payload), message_id=message_id)
     return job
 
 

@@ -12,7 +12,7 @@ from vidgen.cli.jobs import ask, say_more
 from vidgen.cli.output import Output
 
 if TYPE_CHECKING:
-    from vidgen.client import AsyncClient
+    from vidgen.client import AsyncClient, DeadEntry
 
 app = typer.Typer(no_args_is_help=True, help="The dead letters: what was given up, with its original payload.")
 
@@ -33,7 +33,7 @@ def list_letters(
         for letter in page.dead:
             out_put.emit_model("dead_letter", letter)
         rows = [
-            (str(one.seq), one.stage or "request", one.job_id or "", one.error.code, one.error.message)
+            (str(one.seq), one.stage or _kind(one), one.job_id or "", one.error.code, one.error.message)
             for one in page.dead
         ]
         if not rows:
@@ -43,6 +43,12 @@ def list_letters(
         say_more(out_put, page.next_cursor)
 
     ask(gateway, as_json, act)
+
+
+def _kind(letter: DeadEntry) -> str:
+    from vidgen import topology
+
+    return "webhook" if letter.subject == topology.subject_of_webhook(letter.job_id or "") else "request"
 
 
 @app.command("show")

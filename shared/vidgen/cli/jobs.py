@@ -63,6 +63,7 @@ def submit(
     ] = False,
     lane: Annotated[str, typer.Option(metavar="interactive|batch", help="The queue to wait in.")] = "interactive",
     deadline: Annotated[float | None, typer.Option(metavar="SECONDS", help="Give up what is not done by then.")] = None,
+    webhook: Annotated[str | None, typer.Option(metavar="URL", help="Where changes are told, over https.")] = None,
     label: Annotated[list[str] | None, typer.Option(metavar="KEY=VALUE", help="A label; may be repeated.")] = None,
     job_id: Annotated[str | None, typer.Option(metavar="ID", help="The same id twice is one job.")] = None,
     gateway: options.Gateway = None,
@@ -73,6 +74,7 @@ def submit(
         rest: dict[str, Any] = {"review": review, "lane": lane, "labels": _labels(label or [])}
         rest |= {"job_id": job_id} if job_id is not None else {}
         rest |= {"deadline_s": deadline} if deadline is not None else {}
+        rest |= {"webhook_url": webhook} if webhook is not None else {}
         request = options.request_of(
             Wish(images, edit, motion, seed, quality, size, frames, fps, style, background, viewpoint, candidates, rest)
         )

@@ -41,7 +41,7 @@ OPTION_OF = {
     "i2v.width": "--size", "i2v.height": "--size", "edit": "--size", "i2v": "--size", "i2v.num_frames": "--frames",
     "i2v.fps": "--fps", "edit.style": "--style", "edit.background": "--background", "edit.viewpoint": "--viewpoint",
     "edit.candidates": "--candidates", "job_id": "--job-id", "lane": "--lane", "deadline_s": "--deadline",
-    "labels": "--label", "request": "--edit or --motion",
+    "labels": "--label", "webhook_url": "--webhook", "request": "--edit or --motion",
 }  # fmt: skip
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from PIL import Image, ImageFilter
+from tests import photographs
 
 from edit_service.engine import looks
 from edit_service.engine.preview import PreviewEditEngine
@@ -63,6 +64,17 @@ def test_candidates_are_named_sized_and_different(tmp_path: Path) -> None:
     for item in done:
         with Image.open(item.path) as image:
             assert (image.mode, image.size) == ("RGB", (160, 96))
+
+
+@pytest.mark.parametrize("name", photographs.TELLING)
+def test_what_it_makes_of_a_photograph_says_how_it_was_made_and_nothing_else(tmp_path: Path, name: str) -> None:
+    photograph = tmp_path / "photograph"
+    photograph.write_bytes(photographs.TELLING[name]())
+
+    (made,) = run(tmp_path / "made", work(width=64, height=64, steps=2), photograph)
+
+    assert photographs.PLANTED not in made.read_bytes()
+    assert set(images.read_text(made)) == {"engine", "model", "seed", "candidate"}
 
 
 def test_the_same_seed_gives_the_same_bytes_and_another_seed_does_not(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 from PIL import Image
+from tests import photographs
 
 from edit_service.engine.preview import PreviewEditEngine
 from i2v_service.engine import camera
@@ -63,6 +64,22 @@ def test_the_video_has_exactly_what_was_asked_and_says_that_it_is_a_preview(tmp_
     assert (poster.path.name, poster.content_type, poster.width, poster.height) == ("poster.jpg", "image/jpeg", 160, 96)
     with Image.open(poster.path) as image:
         assert (image.format, image.size) == ("JPEG", (160, 96))
+
+
+@pytest.mark.parametrize("name", ["jpeg-exif", "png-text-behind-its-pixels", "webp-xmp"])
+def test_what_it_makes_of_a_photograph_says_how_it_was_made_and_nothing_else(tmp_path: Path, name: str) -> None:
+    photograph = tmp_path / "photograph"
+    photograph.write_bytes(photographs.TELLING[name]())
+    engine = PreviewI2VEngine()
+    film, poster = engine.finish(
+        engine.generate(engine.prepare(work(), [photograph]), lambda *_: None).output, tmp_path
+    )
+
+    assert not any(photographs.PLANTED in one.path.read_bytes() for one in (film, poster))
+    assert set(video.probe(film.path).metadata) <= {"engine", "model", "revision", "seed"}
+    with Image.open(poster.path) as image:
+        assert not image.getexif()
+        assert set(image.info) <= {"jfif", "jfif_version", "jfif_unit", "jfif_density", "comment"}
 
 
 def test_the_same_seed_gives_the_same_bytes_and_a_shaking_hand_follows_the_seed(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from PIL import Image
 from tests.nvml import FakeNvml
 from typer.testing import CliRunner, Result
 
-from vidgen import client, contracts, profiles, weights
+from vidgen import client, contracts, profiles, webhooks, weights
 from vidgen.cli import app
 from vidgen.cli.doctor import Check, _engines, _profile
 from vidgen.cli.progress import PlainView
@@ -320,6 +320,27 @@ def test_submit_prints_the_job_id(photo: Path, fake: type[FakeClient]) -> None:
     assert (result.exit_code, result.stdout) == (0, "j1\n")
     request, _ = fake.sent[0]
     assert (request.lane, request.labels, request.review) == ("batch", {"team": "a"}, True)
+
+
+def test_submit_names_a_receiver_and_says_what_is_wrong_with_one(photo: Path, fake: type[FakeClient]) -> None:
+    url = "https://hooks.example.com/vidgen"
+    assert vidgen("submit", photo, "--edit", "x", "--webhook", url, *GATEWAY).exit_code == 0
+    assert fake.sent[0][0].webhook_url == url
+
+    result = vidgen("submit", photo, "--edit", "x", "--webhook", "http://hooks.example.com/", *GATEWAY)
+    assert result.exit_code == 2
+    assert "--webhook (webhook_url): must begin with https://" in result.stderr
+
+
+def test_the_secret_of_a_tenant_follows_from_the_gateways(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "VIDGEN_WEBHOOK_SECRET" in vidgen("webhooks", "secret").stderr
+    monkeypatch.setenv("VIDGEN_WEBHOOK_SECRET", f"whsec_{'a' * 44}")
+    acme, again, other = (vidgen("webhooks", "secret", "--tenant", name) for name in ("acme", "acme", "other"))
+
+    assert acme.exit_code == 0
+    assert acme.stdout.strip() == webhooks.Secret.parse(f"whsec_{'a' * 44}").of_tenant("acme").reveal()
+    assert acme.stdout == again.stdout != other.stdout
+    assert vidgen("webhooks", "secret", "--tenant", "Acme!").exit_code == 2
 
 
 def test_submit_refuses_a_lane_and_a_label_that_are_none(photo: Path) -> None:

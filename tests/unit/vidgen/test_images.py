@@ -9,7 +9,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from PIL import Image, ImageCms, ImageSequence
+from tests import photographs
 
 from vidgen import errors, images
 
@@ -41,7 +44,7 @@ def normalised(path: Path) -> Image.Image:
     with Image.open(target) as image:
         image.load()
         assert (image.mode, image.size) == ("RGB", (facts.width, facts.height))
-        assert not set(image.info) - images.HARMLESS
+        assert not image.info
         return image.copy()
 
 
@@ -316,3 +319,37 @@ def test_a_mark_stays_in_its_strip(size: tuple[int, int]) -> None:
     assert len(changed) > 20
     assert changed[:, 0].min() >= size[1] * (1 - images.MARK_SHARE) - 1
     assert changed[:, 1].min() >= size[0] * 0.4
+
+
+@pytest.mark.parametrize("name", photographs.PLAIN)
+def test_a_file_of_nothing_but_pixels_is_used_as_it_is(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "picture"
+    path.write_bytes(photographs.PLAIN[name]())
+
+    assert images.inspect(path).normal
+
+
+@pytest.mark.parametrize("name", photographs.TELLING)
+def test_a_file_that_tells_more_than_its_pixels_is_encoded_anew(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "picture"
+    path.write_bytes(photographs.TELLING[name]())
+
+    assert not images.inspect(path).normal
+    normalised(path)
+    assert photographs.PLANTED not in path.with_name("normal.png").read_bytes()
+
+
+@given(st.sampled_from(sorted(photographs.PLAIN)), st.binary(min_size=1, max_size=40))
+def test_whatever_is_behind_the_end_of_a_file_does_not_stay(tmp_path_factory, name: str, more: bytes) -> None:
+    path = tmp_path_factory.mktemp("more") / "picture"
+    path.write_bytes(photographs.PLAIN[name]() + more)
+
+    assert not images.inspect(path).normal
+
+
+@pytest.mark.parametrize("kind", ["GIF", "TIFF", "BMP", "ICO", "PPM", "TGA", "JPEG2000", "PDF", "EPS"])
+def test_other_kinds_of_images_are_never_opened(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "picture"
+    stripes().save(path, format=kind)
+
+    assert code_of(path) == "not_an_image"

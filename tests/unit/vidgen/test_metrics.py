@@ -123,6 +123,8 @@ def busy_gateway(on_gateway: metrics.GatewayMetrics) -> metrics.GatewayMetrics:
     on_gateway.fleet([worker()], DEPTHS, NOW)
     on_gateway.bus({topology.CONSUMERS[0]: Depth(5, 2, 1, NOW)}, {topology.TASKS: Held(3, 300, 1000)}, 0.004)
     on_gateway.store(True, 0.02)
+    on_gateway.webhook("delivered")
+    on_gateway.webhook_tried(0.2)
     return on_gateway
 
 

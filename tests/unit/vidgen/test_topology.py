@@ -162,7 +162,7 @@ def test_the_names_of_the_design_are_all_there() -> None:
 def test_the_streams_keep_what_the_design_says() -> None:
     streams = {stream.name: stream for stream in topology.STREAMS}
     queues = {name for name, stream in streams.items() if stream.retention == "workqueue"}
-    assert queues == {topology.REQUESTS, topology.TASKS, topology.ADVISORIES}
+    assert queues == {topology.REQUESTS, topology.TASKS, topology.ADVISORIES, topology.WEBHOOKS}
     tasks, progress = streams[topology.TASKS], streams[topology.PROGRESS]
     assert (tasks.max_msgs_per_subject, tasks.discard, tasks.discard_new_per_subject) == (1, "new", True)
     assert (progress.storage, progress.max_msgs_per_subject, progress.max_age) == ("memory", 1, 3600)
@@ -173,7 +173,7 @@ def test_the_streams_keep_what_the_design_says() -> None:
 
 def test_subjects_are_named_in_one_file_only(pytestconfig: pytest.Config) -> None:
     literal = re.compile(
-        r"""["']vidgen\.(requests\b(?!\.<)|tasks|held|events|progress|dead|history|control)\b|\$JS\.EVENT"""
+        r"""["']vidgen\.(requests\b(?!\.<)|tasks|held|events|progress|dead|history|control|webhooks)\b|\$JS\.EVENT"""
     )
     home = Path("shared/vidgen/topology.py")
     for folder in ("shared/vidgen", "services"):
