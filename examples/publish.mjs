@@ -25,7 +25,12 @@ const store = new Client({
   secretKey: env.VIDGEN_S3_SECRET_KEY,
   region: "us-east-1",
 });
-const bus = await connect({ servers: env.VIDGEN_NATS_URL });
+const nats = new URL(env.VIDGEN_NATS_URL);
+const bus = await connect({
+  servers: nats.host,
+  user: decodeURIComponent(nats.username),
+  pass: decodeURIComponent(nats.password),
+});
 const stream = jetstream(bus);
 
 // 1. The reference goes into the bucket, under uploads/.

@@ -17,13 +17,15 @@ import urllib3
 from minio import Minio
 from minio.error import MinioException, S3Error
 
-from vidgen import contracts, errors
+from vidgen import contracts, errors, presign
 from vidgen.settings import Settings
 
 UPLOADS = "uploads/"
 KEY = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_./-]{0,499}")
 CHUNK = 1 << 20
+LINK_LIFE = timedelta(minutes=15)
 READY_TIMEOUT = 3.0
+NO_KEY = f"{UPLOADS}-"  # no upload is called so
 MISSING = frozenset({"NoSuchKey", "NoSuchObject", "NoSuchBucket", "NoSuchUpload"})
 
 
@@ -36,6 +38,14 @@ class Stat:
     content_type: str
     modified: datetime | None = None
     metadata: dict[str, str] | None = None
+
+
+@dataclass(frozen=True)
+class Shown:
+    """How a file is sent to a browser: the headers of the answer."""
+
+    content_type: str
+    disposition: str
 
 
 class ArtifactStore(Protocol):
@@ -53,8 +63,11 @@ class ArtifactStore(Protocol):
     def read(self, key: str, start: int = 0, length: int = 0) -> AsyncIterator[bytes]:
         """The bytes from `start` on, `length` of them (0: all), in chunks."""
 
-    async def url(self, key: str, *, method: str = "GET", expires: timedelta = timedelta(minutes=15)) -> str:
-        """A presigned URL."""
+    async def url(self, key: str, *, expires: timedelta = LINK_LIFE, shown: Shown | None = None) -> str:
+        """A presigned URL to get a file, which comes as `shown` says, whatever the object was stored as."""
+
+    async def upload_url(self, key: str, content_type: str, size: int, *, expires: timedelta = LINK_LIFE) -> str:
+        """A presigned URL to put one file of this size with `upload_headers`; nothing else can be done with it."""
 
     async def ready(self) -> bool:
         """Whether the store answers now and the bucket is there."""
@@ -88,6 +101,11 @@ def check_key(key: str, job_id: str | None, tenant: str = contracts.DEFAULT_TENA
             "(POST /v1/uploads)",
             code="key_not_allowed",
         )
+
+
+def upload_headers(content_type: str, size: int) -> dict[str, str]:
+    """The headers that an upload must come with."""
+    return {"Content-Type": content_type, "Content-Length": str(size)}
 
 
 def sha256_of(path: Path) -> str:
@@ -141,7 +159,7 @@ class S3Store:
                 secure=parts.scheme == "https", http_client=pool,
             )  # fmt: skip
 
-        self.bucket = bucket
+        self.bucket, self._keys, self._region = bucket, (access_key, secret_key), region
         self._client = client(endpoint)
         # Signatures cover the host, so links for people are signed for the name that they can reach.
         self._signer = client(public_endpoint or endpoint)
@@ -226,27 +244,44 @@ class S3Store:
             response.close()
             response.release_conn()
 
-    async def url(self, key: str, *, method: str = "GET", expires: timedelta = timedelta(minutes=15)) -> str:
+    async def url(self, key: str, *, expires: timedelta = LINK_LIFE, shown: Shown | None = None) -> str:
+        overrides: dict[str, str | list[str] | tuple[str]] = {}
+        if shown is not None:
+            overrides["response-content-type"] = shown.content_type
+            overrides["response-content-disposition"] = shown.disposition
         with _translated(key):
-            return self._signer.get_presigned_url(method, self.bucket, key, expires=expires)
+            return self._signer.get_presigned_url("GET", self.bucket, key, expires=expires, response_headers=overrides)
+
+    async def upload_url(self, key: str, content_type: str, size: int, *, expires: timedelta = LINK_LIFE) -> str:
+        with _translated(key):
+            address = self._signer.get_presigned_url("PUT", self.bucket, key, expires=expires).partition("?")[0]
+        headers = upload_headers(content_type, size)
+        return presign.url_with_headers("PUT", address, headers, self._keys, self._region, expires)
 
     async def ready(self) -> bool:
-        def call() -> bool:
-            with _translated():
-                return self._client.bucket_exists(self.bucket)
-
         try:
             async with asyncio.timeout(READY_TIMEOUT):  # a store that hangs is not ready; the thread ends by itself
-                return await asyncio.to_thread(call)
+                return await asyncio.to_thread(self._is_there)
         except (errors.VidgenError, TimeoutError):
             return False
 
+    def _is_there(self) -> bool:
+        """Whether the bucket is there: asked for a file, for which nobody needs a right to the whole bucket."""
+        with _translated():
+            try:
+                self._client.get_object(self.bucket, NO_KEY).close()
+            except S3Error as exc:
+                if exc.code not in ("NoSuchKey", "NoSuchBucket"):
+                    raise
+                return exc.code == "NoSuchKey"
+        return True
+
     async def ensure_bucket(self) -> None:
-        """Create the bucket if it is not there."""
+        """Create the bucket if it is not there; whoever may not create one waits for it."""
 
         def call() -> None:
             with _translated():
-                if not self._client.bucket_exists(self.bucket):
+                if not self._is_there():
                     try:
                         self._client.make_bucket(self.bucket)
                     except S3Error as exc:

@@ -21,7 +21,7 @@ from nats.aio.subscription import Subscription
 from nats.js import JetStreamContext, api
 from nats.js.kv import KeyValue
 
-from vidgen import errors, topology, tracing
+from vidgen import errors, permissions, topology, tracing
 from vidgen.bus import PULL_WAIT, Delivery, Depth, Feed, Held, Records, Stored
 
 log = logging.getLogger("vidgen.bus")
@@ -33,6 +33,7 @@ FIRST_CONNECT_ATTEMPTS = 2  # beyond the first one, a second apart
 FIRST_CONNECT_LIMIT = 30.0  # for all of them: a TLS handshake that fails may leave nats-py waiting for ever
 FEED_MEMORY = 60.0  # seconds that the server keeps the place of a feed nobody reads
 RECORDS_AT_ONCE = 64
+NOT_SECURE = "the bus speaks no TLS, and the settings want it"
 LAST_CALL = 0.1  # seconds that a pull which was given up still listens
 
 WRONG_LAST_SEQUENCE = frozenset({10071, 10164})  # alone · in a cluster
@@ -168,7 +169,8 @@ class FollowFeed:
             try:
                 if self._consumer is None:
                     await self.open()
-                msg = await self._bus.take(self._stream, self._consumer or "", max(0.0, until - clock()))
+                wait_left = max(0.0, until - clock())
+                msg = await self._bus.take(self._stream, self._consumer or "", wait_left, acked=False)
             except _ConsumerGoneError:  # it expired, or the server restarted
                 self._consumer = None
                 if clock() >= until:
@@ -198,34 +200,34 @@ class FollowFeed:
 class JetStreamRecords:
     def __init__(self, js: JetStreamContext, bucket: str) -> None:
         self._js, self._bucket = js, bucket
-        self._kv: KeyValue | None = None
+        # By hand: nats-py's `key_value` asks for the stream's state, and who only writes need not be let see all keys.
+        self._kv = KeyValue(bucket, f"KV_{bucket}", f"$KV.{bucket}.", js, direct=True)
 
-    async def _open(self) -> KeyValue:
-        if self._kv is None:
+    @contextlib.contextmanager
+    def _translated(self) -> Iterator[None]:
+        with translated():
             try:
-                self._kv = await self._js.key_value(self._bucket)
-            except js_errors.NotFoundError as exc:
+                yield
+            except (nats.errors.NoRespondersError, js_errors.NoStreamResponseError) as exc:
                 raise errors.BusError(
                     f"the bucket {self._bucket} is not there: start a gateway, it creates what is missing"
                 ) from exc
-        return self._kv
 
     async def get(self, key: str) -> tuple[bytes, int] | None:
-        with translated():
+        with self._translated():
             try:
-                entry = await (await self._open()).get(key)
+                entry = await self._kv.get(key)
             except js_errors.KeyNotFoundError:
                 return None
         # A key that expired with a limit marker comes back without a value.
         return None if entry.value is None else (entry.value, entry.revision or 0)
 
     async def put(self, key: str, value: bytes, revision: int | None = None) -> int:
-        with translated():
-            kv = await self._open()
+        with self._translated():
             try:
                 if revision is None:
-                    return await kv.put(key, value)
-                return await (kv.update(key, value, last=revision) if revision else kv.create(key, value))
+                    return await self._kv.put(key, value)
+                return await (self._kv.update(key, value, last=revision) if revision else self._kv.create(key, value))
             except js_errors.KeyWrongLastSequenceError as exc:
                 raise errors.ConflictError from exc
 
@@ -314,8 +316,8 @@ class JetStreamBus:
         msg = await self.take(consumer.stream, consumer.name, wait)
         return None if msg is None else JetStreamDelivery(self._client, msg)
 
-    async def take(self, stream: str, consumer: str, wait: float) -> Msg | None:
-        """One message from a pull consumer, as nats-py has it."""
+    async def take(self, stream: str, consumer: str, wait: float, *, acked: bool = True) -> Msg | None:
+        """One message from a pull consumer, as nats-py has it; `acked` is whether that consumer waits for acks."""
         ask: dict[str, Any] = {"batch": 1}
         ask |= {"expires": int(wait * 1e9)} if wait >= 0.001 else {"no_wait": True}
         arrived: asyncio.Future[Msg] = asyncio.get_running_loop().create_future()
@@ -331,10 +333,10 @@ class JetStreamBus:
             either: set[asyncio.Future[Any]] = {arrived, self._lost}
             await asyncio.wait(either, timeout=wait + REQUEST_TIMEOUT, return_when=asyncio.FIRST_COMPLETED)
         except BaseException:
-            self._on_the_side(self._hand_back(subscription, arrived))
+            self._on_the_side(self._hand_back(subscription, arrived, acked))
             raise
         if not arrived.done():
-            self._on_the_side(self._hand_back(subscription, arrived))
+            self._on_the_side(self._hand_back(subscription, arrived, acked))
             raise errors.BusError("the bus did not answer a pull")
         return self._message(arrived.result())
 
@@ -348,7 +350,7 @@ class JetStreamBus:
             raise _ConsumerGoneError("the consumer is not there: start a gateway, it creates what is missing")
         raise errors.BusError(f"the bus gave no message: {status} {text}".rstrip())
 
-    async def _hand_back(self, subscription: Subscription, arrived: asyncio.Future[Msg]) -> None:
+    async def _hand_back(self, subscription: Subscription, arrived: asyncio.Future[Msg], acked: bool) -> None:
         """Give up a pull: what is already on its way goes back into the queue now, not after `ack_wait`."""
         # A message that the server sends just as nobody listens any more waits for its lease to run out, so what was
         # there to be taken is given the time to come.
@@ -357,7 +359,7 @@ class JetStreamBus:
             await subscription.drain()  # type: ignore[no-untyped-call]
         if not arrived.done():
             arrived.cancel()
-        elif arrived.result().reply:
+        elif arrived.result().reply and acked:
             with contextlib.suppress(nats.errors.Error, TimeoutError, OSError):
                 await self._client.publish(arrived.result().reply, b"-NAK")
 
@@ -463,6 +465,11 @@ class JetStreamBus:
             await self._client.flush(timeout=int(REQUEST_TIMEOUT))
         return ListenFeed(subscription)
 
+    async def require(self, consumer: topology.Consumer) -> None:
+        """Raise BusError unless the consumer is there; asks for less than `depth`, which reads the stream."""
+        with translated():
+            await self._js.consumer_info(consumer.stream, consumer.name)
+
     async def depth(self, consumer: topology.Consumer) -> Depth:
         with translated():
             info = await self._js.consumer_info(consumer.stream, consumer.name)
@@ -518,6 +525,7 @@ async def connect(
     made: JetStreamBus | None = None
     last_error = ""
     heard: dict[str, None] = {}
+    secure = "tls" in options or url.startswith("tls://")
 
     async def failed(exc: Exception) -> None:
         nonlocal last_error
@@ -537,12 +545,14 @@ async def connect(
     async def back() -> None:
         nonlocal last_error
         last_error = ""
+        if secure and not _is_secure(client) and on_denied is not None:
+            on_denied(NOT_SECURE)
         log.info("bus: connected again")
 
     settings = {
         "name": name, "error_cb": failed, "disconnected_cb": lost, "reconnected_cb": back, "ping_interval": 10,
         "max_outstanding_pings": 2, "max_reconnect_attempts": FIRST_CONNECT_ATTEMPTS, "reconnect_time_wait": 1,
-        "connect_timeout": 5, "inbox_prefix": f"_INBOX_{name}".encode(),
+        "connect_timeout": 5, "inbox_prefix": f"{permissions.INBOX}{name}".encode(),
     }  # fmt: skip
     try:
         async with asyncio.timeout(FIRST_CONNECT_LIMIT):
@@ -552,6 +562,9 @@ async def connect(
         raise errors.BusError(
             f"no NATS server lets us in at {_without_credentials(url)}: {why}; start one, or correct VIDGEN_NATS_URL"
         ) from exc
+    if secure and not _is_secure(client):
+        await client.close()
+        raise errors.FatalError(f"{_without_credentials(url)}: {NOT_SECURE}", code="settings")
     client.options["max_reconnect_attempts"] = -1  # from here on for ever; for ever from the start would hang
     made = JetStreamBus(client)
     try:
@@ -563,6 +576,11 @@ async def connect(
         if not client.is_closed:
             with contextlib.suppress(OSError):  # with no server there, its last flush fails
                 await client.close()
+
+
+def _is_secure(client: Client) -> bool:
+    # nats-py goes on in the clear, whatever it was given, with a server that does not ask for TLS.
+    return bool(client._server_info.get("tls_required"))
 
 
 async def _leave(bus: JetStreamBus) -> None:

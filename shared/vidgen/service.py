@@ -227,7 +227,7 @@ class _Service:
         while not self._stop.is_set():
             try:
                 for stage, lane in itertools.product(self._stages, LANES):
-                    await connected.depth(topology.consumer_of(stage, lane))
+                    await connected.require(topology.consumer_of(stage, lane))
             except errors.BusError as exc:
                 if time.monotonic() > give_up:
                     stages = " and ".join(self._stages)

@@ -15,7 +15,7 @@ from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from vidgen import errors, reference
+from vidgen import credentials, errors, reference
 from vidgen.contracts import Stage
 
 QWEN_MODEL = "Qwen/Qwen-Image-Edit-2511"
@@ -34,6 +34,22 @@ class Settings(BaseSettings):
     nats_user: str | None = Field(None, description="A NATS user, where the bus wants one.")
     nats_password: SecretStr | None = Field(None, description="That user's password.")
     nats_creds: Path | None = Field(None, description="A NATS credentials file, instead of user and password.")
+    nats_nkey_seed: SecretStr | None = Field(
+        None,
+        description="The seed of this process's user of the bus (`vidgen identities` makes it), or a file that holds "
+        "it; instead of user and password.",
+    )
+    nats_inbox_prefix: str | None = Field(
+        None, pattern=r"^[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*$",
+        description="Where the bus answers this process. By default a name of its own, with a seed the one that its "
+        "user may hear.",
+    )  # fmt: skip
+    nats_tls_ca: Path | None = Field(
+        None,
+        description="The authority that signed the bus's certificate. Where it is set, a bus without TLS is refused.",
+    )
+    nats_tls_cert: Path | None = Field(None, description="This process's own certificate, where the bus wants one.")
+    nats_tls_key: Path | None = Field(None, description="That certificate's key.")
     stream_replicas: int = Field(
         1, ge=1, le=5, description="Replicas of every stream and bucket; the gateway only ever raises them."
     )
@@ -74,14 +90,22 @@ class Settings(BaseSettings):
             return self.otlp_traces_endpoint
         return f"{self.otlp_endpoint.rstrip('/')}/v1/traces" if self.otlp_endpoint else None
 
-    def nats_options(self) -> dict[str, object]:
-        """Credentials for `jetstream.connect`."""
+    def nats_options(self) -> dict[str, Any]:
+        """Credentials, inbox and TLS for `jetstream.connect`; raises FatalError `settings` where a file is no good."""
+        return credentials.inbox(self.nats_inbox_prefix) | self._nats_identity() | self._nats_tls()
+
+    def _nats_identity(self) -> dict[str, Any]:
+        if self.nats_nkey_seed is not None:
+            return credentials.nkey(self.nats_nkey_seed.get_secret_value(), self.nats_inbox_prefix)
         if self.nats_creds is not None:
             return {"user_credentials": str(self.nats_creds)}
         if self.nats_user is not None:
             password = self.nats_password.get_secret_value() if self.nats_password else ""
             return {"user": self.nats_user, "password": password}
         return {}
+
+    def _nats_tls(self) -> dict[str, Any]:
+        return credentials.tls(self.nats_tls_ca, self.nats_tls_cert, self.nats_tls_key)
 
 
 class GatewaySettings(Settings):

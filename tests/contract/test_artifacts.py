@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import secrets
 import socket
-from datetime import timedelta
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import httpx
 import pytest
 
-from vidgen import errors
-from vidgen.artifacts import CHUNK, ArtifactStore, S3Store, artifact_key, check_key, job_prefix
+from vidgen import errors, presign
+from vidgen.artifacts import CHUNK, ArtifactStore, S3Store, Shown, artifact_key, check_key, job_prefix, upload_headers
 from vidgen.local import S3Server
 from vidgen.testing import MemoryStore
 
 BOUND = 60.0
+LONG_AGO = (timedelta(minutes=15), datetime.now(UTC) - timedelta(hours=1))
 
 
 @pytest.fixture(params=["memory", "s3"])
@@ -182,18 +185,90 @@ async def test_a_presigned_get_works_over_plain_http(s3_store: S3Store, key: str
     assert unsigned.status_code == 403
 
 
-async def test_a_presigned_put_works_over_plain_http_for_its_key_only(s3_store: S3Store, key: str) -> None:
-    url = await s3_store.url(key, method="PUT")
+async def test_a_presigned_get_shows_a_file_as_the_gateway_says_and_not_as_it_was_stored(
+    s3_store: S3Store, key: str, file: Path
+) -> None:
+    await s3_store.put(key, file, "text/html")
+    url = await s3_store.url(key, shown=Shown("image/png", "attachment; filename*=UTF-8''a%20b.png"))
 
     async with httpx.AsyncClient() as client:
-        stored = await client.put(url, content=b"uploaded", headers={"Content-Type": "image/png"})
-        elsewhere = await client.put(url.replace("edit-0.png", "other.png"), content=b"uploaded")
+        signed = await client.get(url)
+        changed = await client.get(url.replace("image%2Fpng", "text%2Fhtml"))
+        as_stored = await client.get(re.sub(r"response-content-\w+=[^&]*&", "", url))
 
+    assert signed.headers["content-type"] == "image/png"
+    assert signed.headers["content-disposition"] == "attachment; filename*=UTF-8''a%20b.png"
+    assert (changed.status_code, as_stored.status_code) == (403, 403)
+
+
+async def test_a_presigned_get_is_good_for_nothing_but_to_get_that_file_for_a_while(
+    s3_store: S3Store, key: str, file: Path
+) -> None:
+    await s3_store.put(key, file, "image/png")
+    url = await s3_store.url(key)
+    expired = presign.url_with_headers("GET", url.partition("?")[0], {}, s3_store._keys, "us-east-1", *LONG_AGO)
+
+    async with httpx.AsyncClient() as client:
+        others = [await client.request(method, url, content=b"x") for method in ("PUT", "DELETE", "POST")]
+        elsewhere = await client.get(url.replace("edit-0.png?", "other.png?"))
+        too_late = await client.get(expired)
+
+    assert {answer.status_code for answer in others} <= {403, 405}
+    assert (elsewhere.status_code, too_late.status_code) == (403, 403)
+    assert await s3_store.stat(key) is not None
+
+
+async def chunked(body: bytes) -> AsyncIterator[bytes]:
+    yield body
+
+
+SIZED = b"uploaded"
+UPLOAD_REFUSED: dict[str, tuple[str, bytes | None, dict[str, str]]] = {
+    "a larger body": ("PUT", SIZED + b"!", {}),
+    "a much larger body": ("PUT", SIZED * 100_000, {}),
+    "a smaller body": ("PUT", SIZED[:-1], {}),
+    "an empty body": ("PUT", b"", {}),
+    "a body of no said length": ("PUT", None, {}),
+    "another type": ("PUT", SIZED, {"Content-Type": "text/html"}),
+    "a length beside the length": ("PUT", SIZED, {"x-amz-decoded-content-length": "99"}),
+    "metadata, such as a manifest": ("PUT", SIZED, {"x-amz-meta-manifest": "forged"}),
+    "a copy of another file": ("PUT", SIZED, {"x-amz-copy-source": "/vidgen/jobs/another/video.mp4"}),
+    "a get": ("GET", b"", {}),
+    "a delete": ("DELETE", b"", {}),
+    "a post": ("POST", SIZED, {}),
+}
+
+
+@pytest.mark.parametrize("what", UPLOAD_REFUSED)
+async def test_a_presigned_upload_is_refused_for(s3_store: S3Store, key: str, what: str) -> None:
+    method, body, headers = UPLOAD_REFUSED[what]
+    url = await s3_store.upload_url(key, "image/png", len(SIZED))
+
+    async with httpx.AsyncClient() as client:
+        content = chunked(SIZED) if body is None else body
+        answer = await client.request(method, url, content=content, headers={"Content-Type": "image/png", **headers})
+
+    assert answer.status_code in (403, 405)
+    assert await s3_store.stat(key) is None
+
+
+async def test_a_presigned_upload_is_good_for_one_key_and_a_while(s3_store: S3Store, key: str) -> None:
+    url = await s3_store.upload_url(key, "image/png", len(SIZED))
+    headers = upload_headers("image/png", len(SIZED))
+    address, keys = url.partition("?")[0], s3_store._keys
+    expired = presign.url_with_headers("PUT", address, headers, keys, "us-east-1", *LONG_AGO)
+
+    async with httpx.AsyncClient() as client:
+        elsewhere = await client.put(url.replace("edit-0.png", "other.png"), content=SIZED, headers=headers)
+        too_late = await client.put(expired, content=SIZED, headers=headers)
+        missed = await s3_store.stat(key)
+        stored = await client.put(url, content=SIZED, headers=headers)
+
+    assert (elsewhere.status_code, too_late.status_code, missed) == (403, 403, None)
     assert stored.status_code == 200
-    assert elsewhere.status_code == 403
     found = await s3_store.stat(key)
     assert found is not None
-    assert (found.size, found.content_type) == (8, "image/png")
+    assert (found.size, found.content_type) == (len(SIZED), "image/png")
 
 
 async def test_links_are_signed_for_the_public_name(s3_server: S3Server) -> None:

@@ -386,3 +386,11 @@ async def test_the_bootstrap_refuses_a_bucket_in_another_storage(nats_server: Na
 
         with pytest.raises(errors.FatalError, match="storage"):
             await bootstrap.ensure(connected, topology.Topology())
+
+
+async def test_a_bucket_that_is_not_there_is_named(nats_server: NatsServer) -> None:
+    async with jetstream.connect(nats_server.url, "test") as connected:
+        records = connected.records("elsewhere")
+        for call in (records.get("key"), records.put("key", b"value"), records.put("key", b"value", revision=0)):
+            with pytest.raises(errors.BusError, match="the bucket elsewhere is not there: start a gateway"):
+                await call

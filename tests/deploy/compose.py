@@ -73,7 +73,10 @@ def services(env: Mapping[str, str] | None = None, profile: str | None = None) -
 
 
 def environment(service: Service, env: Mapping[str, str]) -> dict[str, str]:
-    """The variables that the container gets: those without a value are handed through where they are set."""
+    """The variables that the container gets: those without a value are handed through where they are set.
+
+    Those of its `env_file` are not among them.
+    """
     given = {name: env.get(name) if value is None else value for name, value in service.get("environment", {}).items()}
     return {name: value for name, value in given.items() if value is not None}
 
@@ -117,4 +120,6 @@ def _extended(service: Service, env: Mapping[str, str]) -> Service:
     base = service.pop("extends", None)
     if base is None:
         return service
-    return {**_values(ROOT / base["file"], env)["services"][base["service"]], **service}
+    found: Service = _values(ROOT / base["file"], env)["services"][base["service"]]
+    # As compose does: what is said twice is the later one's, volumes are those of both.
+    return {**found, **service, "volumes": [*found.get("volumes", ()), *service.get("volumes", ())]}

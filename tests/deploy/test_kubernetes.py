@@ -34,9 +34,10 @@ from tests.servers import skipped_at_home
 
 import vidgen
 from gateway.api import ops
-from vidgen import bootstrap, errors, handler, jetstream, metrics, probes, settings, topology
+from vidgen import bootstrap, credentials, errors, handler, jetstream, metrics, probes, settings, topology
 from vidgen.cli import app as cli
 from vidgen.contracts import LANES, STAGES, Lane, Stage
+from vidgen.identities import Identities
 from vidgen.jetstream import JetStreamBus
 from vidgen.local import NatsServer
 
@@ -60,7 +61,7 @@ COMBINATIONS = [
 ]
 DECLARED = {"local": (), "gpu": ("keda", "monitoring")}
 # Made by whoever installs, by the command in docs/operations.md.
-SECRETS = {"vidgen", "hub"}
+SECRETS = {"identity-gateway", "identity-edit-service", "identity-i2v-service", "store", "hub"}
 CLUSTER_WIDE = {"Namespace", "PriorityClass"}
 OTHER_VARIABLES = {"MODEL", "REVISION", "HF_TOKEN", "HF_HOME", "USER", "HOME"}
 WORKERS = tuple(f"{stage}-service" for stage in STAGES)
@@ -199,6 +200,8 @@ def test_what_a_pod_names_is_there(overlay: str, components: tuple[str, ...]) ->
         for volume in volumes.values():
             if "persistentVolumeClaim" in volume:
                 wanted.append(("PersistentVolumeClaim", volume["persistentVolumeClaim"]["claimName"]))
+            if "secret" in volume:
+                wanted.append(("Secret", volume["secret"]["secretName"]))
         for container in containers(pod):
             assert {mount["name"] for mount in container["volumeMounts"]} <= set(volumes), name
             for source in container.get("envFrom", []):
@@ -241,7 +244,13 @@ def test_three_servers_are_asked_for_three_replicas() -> None:
 
 
 def test_nothing_secret_is_in_a_manifest() -> None:
-    secret = {"VIDGEN_S3_ACCESS_KEY", "VIDGEN_S3_SECRET_KEY", "VIDGEN_NATS_USER", "VIDGEN_NATS_PASSWORD", "HF_TOKEN"}
+    secret = {
+        "VIDGEN_S3_ACCESS_KEY",
+        "VIDGEN_S3_SECRET_KEY",
+        "VIDGEN_NATS_NKEY_SEED",
+        "VIDGEN_NATS_PASSWORD",
+        "HF_TOKEN",
+    }
     for overlay, components in COMBINATIONS:
         manifests = built(overlay, components)
         assert not kinds(manifests, "Secret")
@@ -632,21 +641,39 @@ def conf(value: object) -> str:
     return bare[1] if bare else json.dumps(value)
 
 
-USER, PASSWORD = "vidgen", "k0123"
+def mounted_users(folder: Path) -> dict[str, Any]:
+    """Lay the volume that values.yaml mounts beside the servers' folders; how its admin connects."""
+    identities = Identities(folder / "identities")
+    identities.complete()
+    identities.add("admin")
+    (volume,) = (one["value"] for one in VALUES["podTemplate"]["patch"] if one["path"] == "/spec/volumes/-")
+    (mount,) = (one["value"] for one in VALUES["container"]["patch"] if one["path"] == "/volumeMounts/-")
+    assert mount["name"] == volume["name"]
+    secret, config = volume["projected"]["sources"]
+    place = folder / Path(mount["mountPath"]).name
+    shutil.copytree(ROOT / "deploy" / "nats" / "roles", folder / "config", dirs_exist_ok=True)
+    (place / "roles").mkdir(parents=True)
+    assert secret["secret"]["name"] == "nats-users"
+    shutil.copy(folder / "identities" / "users.conf", place)
+    for item in config["configMap"]["items"]:
+        shutil.copy(folder / "config" / item["key"], place / item["path"])
+    return credentials.nkey(str(identities.env_file("admin")))
 
 
 class ChartServer(NatsServer):
     """One server with the settings of `k8s/nats/values.yaml` as the chart renders them; ports and folder are ours."""
 
     cluster: Manifest | None = None
+    admin: dict[str, Any]
 
     def _config(self) -> str:
         config = VALUES["config"]
         store = config["jetstream"]
-        return "\n".join(
+        include = config["merge"]["$include"]  # as the chart writes what is named so
+        return f"include {json.dumps(include)}\n" + "\n".join(
             f"{key}: {conf(value)}"
             for key, value in {
-                **config["merge"],
+                **{key: value for key, value in config["merge"].items() if key != "$include"},
                 **(self.cluster or {}),
                 "listen": "127.0.0.1:-1",
                 "http": "127.0.0.1:-1",
@@ -663,12 +690,12 @@ class ChartServer(NatsServer):
 
 
 @pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NatsServer]:
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[ChartServer]:
     """One for all tests of the queues; it need not survive a power cut."""
-    with pytest.MonkeyPatch.context() as patch, asyncio.Runner() as runner:
-        patch.setenv("VIDGEN_NATS_USER", USER)
-        patch.setenv("VIDGEN_NATS_PASSWORD", PASSWORD)
-        server = ChartServer(tmp_path_factory.mktemp("nats"), sync_always=False)
+    with asyncio.Runner() as runner:
+        folder = tmp_path_factory.mktemp("nats")
+        server = ChartServer(folder / "nats-config", sync_always=False)
+        server.admin = mounted_users(folder)
         with skipped_at_home():
             runner.run(server.start())
         try:
@@ -691,9 +718,9 @@ async def emptied(bus: JetStreamBus, wanted: topology.Topology) -> None:
 
 
 @pytest.fixture
-async def bus(server: NatsServer) -> AsyncIterator[JetStreamBus]:
+async def bus(server: ChartServer) -> AsyncIterator[JetStreamBus]:
     """A connection with nothing in any queue."""
-    async with jetstream.connect(server.url, "test", user=USER, password=PASSWORD) as connected:
+    async with jetstream.connect(server.url, "test", **server.admin) as connected:
         await emptied(connected, topology.Topology())
         yield connected
 
@@ -721,13 +748,10 @@ async def pods_while_more_come(
     return found
 
 
-async def test_the_settings_of_the_chart_are_those_that_the_topology_needs(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("VIDGEN_NATS_USER", USER)
-    monkeypatch.setenv("VIDGEN_NATS_PASSWORD", PASSWORD)
+async def test_the_settings_of_the_chart_are_those_that_the_topology_needs(tmp_path: Path) -> None:
+    mounted_users(tmp_path)
     with skipped_at_home():
-        async with ChartServer(tmp_path) as server:
+        async with ChartServer(tmp_path / "nats-config") as server:
             found = asked(server, "varz")
     config = found["jetstream"]["config"]
 
@@ -804,10 +828,9 @@ def free_ports(count: int) -> list[int]:
 
 
 async def test_three_servers_hold_three_replicas_of_everything_and_one_of_them_tells_the_queue(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, scaled: dict[str, Manifest]
+    tmp_path: Path, scaled: dict[str, Manifest]
 ) -> None:
-    monkeypatch.setenv("VIDGEN_NATS_USER", USER)
-    monkeypatch.setenv("VIDGEN_NATS_PASSWORD", PASSWORD)
+    admin = mounted_users(tmp_path)
     chart = VALUES["config"]["cluster"]
     ports = free_ports(chart["replicas"])
     servers = {f"nats-{number}": ChartServer(tmp_path / str(number), sync_always=False) for number in range(len(ports))}
@@ -828,9 +851,7 @@ async def test_three_servers_hold_three_replicas_of_everything_and_one_of_them_t
             # Before they have chosen a leader, every request to make something waits for its whole limit.
             while not all(asked(server, "jsz").get("meta_cluster", {}).get("leader") for server in servers.values()):
                 await asyncio.sleep(0.05)
-        bus = await stack.enter_async_context(
-            jetstream.connect(servers["nats-0"].url, "test", user=USER, password=PASSWORD)
-        )
+        bus = await stack.enter_async_context(jetstream.connect(servers["nats-0"].url, "test", **admin))
         await emptied(bus, topology.Topology(replicas=3))
 
         names = [stream.name for stream in topology.STREAMS]

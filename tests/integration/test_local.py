@@ -184,16 +184,20 @@ def test_the_services_get_this_stack_and_the_rest_of_the_users_settings(
     for name, value in {"NATS_URL": "nats://elsewhere", "NATS_CREDS": "/elsewhere", "ENGINE": "real"}.items():
         monkeypatch.setenv(f"VIDGEN_{name}", value)
     stack = Stack(tmp_path, env={"VIDGEN_MAX_ATTEMPTS": "1"}, workers=2)
+    stack._let_in_the_services()
     stack.s3.choose()
     services = stack._make_services()
     names = ["gateway", "edit-service", "i2v-service", "edit-service-2", "i2v-service-2"]
     assert [service.name for service in services] == names
     for service in services:
-        assert service.env["VIDGEN_NATS_URL"] == stack.nats_url
-        assert service.env["VIDGEN_S3_SECRET_KEY"] == stack.s3.secret_key
+        assert service.env["VIDGEN_NATS_URL"] == stack.nats.url
+        assert service.env["VIDGEN_S3_SECRET_KEY"] not in ("", stack.s3.secret_key)
         assert (service.env["VIDGEN_ENGINE"], service.env["VIDGEN_MAX_ATTEMPTS"]) == ("real", "1")
         assert "VIDGEN_NATS_CREDS" not in service.env
     assert len({service.env.get("VIDGEN_WORK_DIR") for service in services}) == 5
+    # One identity for each kind of service
+    assert len({service.env["VIDGEN_NATS_NKEY_SEED"] for service in services}) == 3
+    assert len({service.env["VIDGEN_S3_SECRET_KEY"] for service in services}) == 3
 
 
 ORPHANS = """

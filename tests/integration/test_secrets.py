@@ -20,7 +20,7 @@ from tests.gateways import EDIT, picture
 from tests.receivers import Post, Receiver, make_certificate, status
 from tests.servers import skipped_at_home
 
-from vidgen import jetstream, topology
+from vidgen import credentials, jetstream, topology
 from vidgen.jetstream import JetStreamBus
 from vidgen.local import NatsServer, S3Server
 from vidgen.local.stack import Service
@@ -34,6 +34,7 @@ STORE_USERINFO, COLLECTOR_USERINFO = "Pl4nted-store-userinfo", "Pl4nted-collecto
 COLLECTOR_HEADER, BEARER, COOKIE = "Pl4nted-collector-header", "Pl4nted-bearer", "Pl4nted-cookie"
 URL_PASSWORD, URL_TOKEN = "Pl4nted-url-password", "Pl4nted-url-token"
 CREDENTIALS = "Pl4nted-credentials-file"
+SEED, NO_SEED = credentials.make_seed(), "SUPl4nted-no-seed"
 
 
 class GuardedNats(NatsServer):
@@ -110,6 +111,9 @@ async def test_planted_secrets_are_nowhere(tmp_path: Path) -> None:
                  VIDGEN_NATS_URL=nats.url), "not_there_yet"),
         (service("wrong-creds", "gateway.main", VIDGEN_NATS_URL=nats.url,
                  VIDGEN_NATS_CREDS=str(tmp_path / "wrong.creds")), "not_there_yet"),
+        (service("unknown-seed", "gateway.main", VIDGEN_NATS_URL=nats.url,
+                 VIDGEN_NATS_NKEY_SEED=SEED), "not_there_yet"),
+        (service("no-seed", "gateway.main", VIDGEN_NATS_NKEY_SEED=NO_SEED), "VIDGEN_NATS_NKEY_SEED"),
         (service("store-userinfo", "gateway.main",
                  VIDGEN_S3_ENDPOINT=f"http://key:{STORE_USERINFO}@127.0.0.1:9"), "VIDGEN_S3_ENDPOINT"),
         (service("wrong-secret", "gateway.main", VIDGEN_WEBHOOK_SECRET=BAD_WEBHOOK_SECRET), "VIDGEN_WEBHOOK_SECRET"),
@@ -132,10 +136,12 @@ async def test_planted_secrets_are_nowhere(tmp_path: Path) -> None:
                     said.append(f"{answer.status_code} {answer.headers} {answer.text}")
                     return answer
 
-                slot = (await http.post("/v1/uploads", json={"content_type": "image/png"})).json()
+                image = picture()
+                asked = {"content_type": "image/png", "size": len(image)}
+                slot = (await http.post("/v1/uploads", json=asked)).json()
                 signature = parse_qs(urlsplit(slot["url"]).query)["X-Amz-Signature"][0]
                 async with httpx.AsyncClient() as store:
-                    await store.put(slot["url"], headers=slot["headers"], content=picture())
+                    await store.put(slot["url"], headers=slot["headers"], content=image)
                 good = {"references": [slot["key"]], "edit": EDIT, "webhook_url": receiver.url()}
                 wrong = {
                     "password": good | {"webhook_url": f"https://me:{URL_PASSWORD}@hooks.example.com/"},
@@ -191,7 +197,7 @@ async def test_planted_secrets_are_nowhere(tmp_path: Path) -> None:
         assert known in told
     planted = {
         BUS_PASSWORD, WRONG_PASSWORD, WEBHOOK_SECRET, BAD_WEBHOOK_SECRET, STORE_USERINFO, COLLECTOR_USERINFO,
-        COLLECTOR_HEADER, BEARER, COOKIE, URL_PASSWORD, URL_TOKEN, CREDENTIALS, s3.secret_key, signature,
+        COLLECTOR_HEADER, BEARER, COOKIE, URL_PASSWORD, URL_TOKEN, CREDENTIALS, SEED, NO_SEED, s3.secret_key, signature,
     }  # fmt: skip
     leaks = [(secret, told[max(0, at - 300) : at + 100]) for secret in planted for form in forms_of(secret)
              if (at := told.find(form)) >= 0]  # fmt: skip

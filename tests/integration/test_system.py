@@ -13,7 +13,7 @@ import httpx
 import pytest
 from tests.servers import finished, running_stack, skipped_at_home
 
-from vidgen import video
+from vidgen import jetstream, topology, video
 from vidgen.client import AsyncClient
 from vidgen.contracts import EditParams, I2VParams, Job, JobStatus, Progress, VideoRequest
 from vidgen.local import Stack
@@ -29,6 +29,8 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
     env = {"VIDGEN_ENGINE": "preview", "VIDGEN_PREVIEW_SECONDS_PER_STEP": str(PACE), "VIDGEN_GPU_USD_PER_HOUR": "3.6"}
     with running_stack(tmp_path_factory.mktemp("stack"), env) as stack:
         yield stack
+        # Each service came with an identity of its own, and none asked the bus for more than that may.
+        assert "Violation" not in stack.nats.process.log.read_text()
 
 
 def edit(steps: int = 2, **more: object) -> EditParams:
@@ -210,3 +212,26 @@ async def test_a_worker_that_is_killed_hands_its_task_to_the_next(tmp_path: Path
             assert done.stages[0].worker != holder
     finally:
         await stack.stop()
+
+
+async def test_what_cannot_be_read_is_buried_by_whoever_meets_it_and_can_be_dropped(
+    stack: Stack, client: AsyncClient
+) -> None:
+    # Given a request and a task that nobody can read
+    async with jetstream.connect(stack.nats_url, "test") as bus:
+        await bus.publish(topology.SUBJECT_REQUESTS, b"nonsense", message_id="unreadable-request")
+        subject = topology.subject_of_task("edit", "interactive", "unreadable")
+        await bus.publish(subject, b"nonsense", message_id="unreadable-task")
+
+    # When the gateway and the worker have met them
+    async with asyncio.timeout(BOUND):
+        while len(letters := (await client.dead_list()).dead) < 2:
+            await asyncio.sleep(0.05)
+
+    # Then both are kept with what they said, and go when they are dropped
+    assert {(letter.stage, letter.error.code) for letter in letters} == {
+        (None, "invalid_request"), ("edit", "unreadable_task"),
+    }  # fmt: skip
+    for letter in letters:
+        await client.dead_drop(letter.seq)
+    assert (await client.dead_list()).dead == ()

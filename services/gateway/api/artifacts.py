@@ -19,12 +19,13 @@ from gateway.api.parts import JobHere, Parts, PartsHere
 from gateway.api.problems import HttpError
 from gateway.api.references import EXTENSIONS
 from vidgen import errors
+from vidgen.artifacts import Shown, job_prefix
 from vidgen.contracts import Artifact
 
 router = APIRouter(prefix="/v1/jobs/{job_id}", tags=["artifacts"])
 
 RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")
-SHOWN_INLINE = ("image/", "video/")
+SHOWN_INLINE = {*EXTENSIONS, "video/mp4"}  # not whatever is called an image: an SVG is a program
 DESCRIPTIONS: dict[int | str, dict[str, object]] = {
     200: {"description": "The file, with `proxy=1`.", "content": {"application/octet-stream": {}}},
     206: {"description": "A part of the file, with `proxy=1` and `Range`."},
@@ -83,6 +84,8 @@ async def download(request: Request, job: JobHere, name: str, parts: PartsHere, 
     if artifact is None:
         names = ", ".join(one.name for one in job.artifacts) or "none yet"
         raise HttpError(404, "artifact_not_found", f"the job has no artifact of this name; it has: {names}")
+    if not artifact.key.startswith(job_prefix(job.id)):  # a worker said so, and it may not
+        raise HttpError(404, "artifact_not_found", "the artifact is said to be with another job's: it is not shown")
     return await _send(request, artifact, parts, wish)
 
 
@@ -110,7 +113,9 @@ async def reference(
 async def _send(request: Request, artifact: Artifact, parts: Parts, wish: Wish) -> Response:
     head = request.method == "HEAD"
     if not wish.proxy and not head:
-        url = await parts.store.url(artifact.key, expires=parts.link_life)
+        # `nosniff` cannot be had from S3: the type and what to do with it are in the signature instead.
+        shown = Shown(artifact.content_type, _disposition(artifact))
+        url = await parts.store.url(artifact.key, expires=parts.link_life, shown=shown)
         return RedirectResponse(url, 307, headers={"Cache-Control": "no-store"})
     headers = _headers(artifact)
     if _names(wish.if_none_match, headers["ETag"]):
@@ -158,14 +163,18 @@ async def _first_of(chunks: AsyncIterator[bytes], artifact: Artifact) -> bytes:
 
 
 def _headers(artifact: Artifact) -> dict[str, str]:
-    kind = "inline" if artifact.content_type.startswith(SHOWN_INLINE) else "attachment"
     return {
         "ETag": f'"{artifact.sha256}"',
         "Accept-Ranges": "bytes",
         "Cache-Control": "private, no-cache",
         "X-Content-Type-Options": "nosniff",
-        "Content-Disposition": f"{kind}; filename*=UTF-8''{quote(artifact.name, safe='')}",
+        "Content-Disposition": _disposition(artifact),
     }
+
+
+def _disposition(artifact: Artifact) -> str:
+    kind = "inline" if artifact.content_type in SHOWN_INLINE else "attachment"
+    return f"{kind}; filename*=UTF-8''{quote(artifact.name, safe='')}"
 
 
 def _names(if_none_match: str | None, etag: str) -> bool:

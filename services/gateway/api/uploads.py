@@ -7,7 +7,7 @@ from typing import Literal
 
 import uuid_utils
 from fastapi import APIRouter, Request
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 
 from gateway.api import bodies, problems
 from gateway.api.parts import CallerHere, PartsHere
@@ -23,10 +23,11 @@ class UploadRequest(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
     content_type: Literal["image/png", "image/jpeg", "image/webp", "image/avif"]
+    size: int = Field(gt=0, description="The image's bytes: the URL is good for exactly as many.")
 
 
 class Upload(BaseModel):
-    """Where to put the image; `key` is what a request then names in `references`."""
+    """Where to put the image, with which headers; `key` is what a request then names in `references`."""
 
     key: str
     url: str
@@ -40,9 +41,12 @@ class Upload(BaseModel):
     responses=problems.responses(400, 413, 415, 422, 503),
 )  # fmt: skip
 async def prepare(request: Request, parts: PartsHere, caller: CallerHere) -> Upload:
-    """Make a presigned URL for one image. It is checked when a request refers to it."""
+    """Make a presigned URL for one image of this type and size. It is checked when a request refers to it."""
     wanted = await bodies.read_model(request, UploadRequest)
+    if wanted.size > parts.settings.max_upload_bytes:
+        raise artifacts.too_large(wanted.size, parts.settings.max_upload_bytes)
     key = f"{artifacts.uploads_prefix(caller.tenant)}{uuid_utils.uuid7()}.{EXTENSIONS[wanted.content_type]}"
     expires_at = datetime.now(UTC) + parts.link_life
-    url = await parts.store.url(key, method="PUT", expires=parts.link_life)
-    return Upload(key=key, url=url, headers={"Content-Type": wanted.content_type}, expires_at=expires_at)
+    url = await parts.store.upload_url(key, wanted.content_type, wanted.size, expires=parts.link_life)
+    headers = artifacts.upload_headers(wanted.content_type, wanted.size)
+    return Upload(key=key, url=url, headers=headers, expires_at=expires_at)

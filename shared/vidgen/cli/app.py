@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from vidgen.cli import access, dead, doctor, jobs, options, plan, run, up, webhooks, weights, worker
+from vidgen.cli import access, dead, doctor, identities, jobs, options, plan, run, up, webhooks, weights, worker
 
 app = typer.Typer(
     name="vidgen",
@@ -60,6 +60,7 @@ app.add_typer(dead.app, name="dead")
 app.add_typer(access.keys_app, name="keys")
 app.add_typer(access.tenants_app, name="tenants")
 app.add_typer(weights.app, name="weights")
+app.add_typer(identities.app, name="identities")
 app.add_typer(webhooks.app, name="webhooks")
 app.command("plan")(plan.plan)
 app.command("doctor")(doctor.doctor)

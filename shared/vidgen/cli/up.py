@@ -39,13 +39,13 @@ async def _up(out_put: Output, data: Path, workers: int) -> None:
     services = "one worker for both stages" if stack.one_gpu else "edit-service and i2v-service"
     out_put.say(f"Starting nats-server, the S3 server, gateway, {services} in {data} …")
     async with stack:
-        urls = {"gateway": stack.gateway_url, "nats": stack.nats_url, "s3": stack.s3_endpoint}
+        urls = {"gateway": stack.gateway_url, "nats": stack.nats.url, "s3": stack.s3_endpoint}
         out_put.emit("up", {**urls, "data": str(stack.folder), "environment": str(stack.environment_file)})
         out_put.say(f"page     {stack.gateway_url}/   (open it in a browser)")
         for name, url in urls.items():
             out_put.say(f"{name:<8} {url}")
         out_put.say(f"logs     {stack.folder / 'services'}")
-        out_put.say(f"\nTo use it from another shell, with the S3 credentials:  set -a; . {stack.environment_file}")
+        out_put.say(f"\nTo use it from another shell, with its credentials:  set -a; . {stack.environment_file}")
         out_put.say("Ctrl-C stops everything; the data stay.")
         lost = await stack.lost()
     out_put.fail(lost.code, lost.message)

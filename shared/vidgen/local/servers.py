@@ -11,11 +11,12 @@ import secrets
 import shutil
 import socket
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 from vidgen import errors
+from vidgen.identities import write_private
 from vidgen.local.process import POLL, LocalError, Process, find_program, http_status
 
 LOOPBACK = "127.0.0.1"
@@ -69,12 +70,16 @@ class NatsServer(_Server):
     """A nats-server with JetStream on the loopback interface, its data under `folder`.
 
     `port` -1 lets the OS choose at the first start; later starts of this object keep what was chosen, so that clients
-    reconnect. `sync_always` is what a deployment uses: nothing that was acked is lost in a power cut.
+    reconnect. `sync_always` is what a deployment uses: nothing that was acked is lost in a power cut. `users` is a file
+    that says who may come; without it everybody may who is on this machine.
     """
 
-    def __init__(self, folder: Path, *, port: int = -1, monitor_port: int = -1, sync_always: bool = True) -> None:
+    def __init__(
+        self, folder: Path, *, port: int = -1, monitor_port: int = -1, sync_always: bool = True,
+        users: Path | None = None,
+    ) -> None:  # fmt: skip
         super().__init__("nats-server", folder)
-        self.port, self.monitor_port, self.sync_always = port, monitor_port, sync_always
+        self.port, self.monitor_port, self.sync_always, self.users = port, monitor_port, sync_always, users
 
     @property
     def url(self) -> str:
@@ -129,7 +134,11 @@ class NatsServer(_Server):
             'write_deadline: "10s"\n'
             # With it on, ordered consumers break nats-py's read loop (FACTS §4).
             "feature_flags { js_ack_fc_v2: false }\n"
-        )
+        ) + self._include()
+
+    def _include(self) -> str:
+        # The server takes the path of an include as one from its configuration's folder, whatever it begins with.
+        return f"include {json.dumps(os.path.relpath(self.users, self.folder))}\n" if self.users else ""
 
     def _read_ports(self) -> bool:
         try:
@@ -153,11 +162,12 @@ class S3Server(_Server):
 
     Credentials are made at random once and kept in `s3.json`, readable by the owner alone. A second start uses the same
     data and, where they are still free, the same ports; a restart of one object keeps its S3 port in any case.
+    `others` are more identities that it lets in, as `s3.json` has them.
     """
 
-    def __init__(self, folder: Path, *, bucket: str = "vidgen") -> None:
+    def __init__(self, folder: Path, *, bucket: str = "vidgen", others: Sequence[dict[str, Any]] = ()) -> None:
         super().__init__("the S3 server", folder)
-        self.bucket = bucket
+        self.bucket, self.others = bucket, tuple(others)
         self.access_key = self.secret_key = ""
         self._ports: dict[str, int] = {}
         self._served_port: int | None = None  # that clients know: a restart must come back on it
@@ -251,16 +261,16 @@ class S3Server(_Server):
 
     def _credentials(self) -> None:
         path = self.folder / "s3.json"
-        if not path.exists():
-            keys = {"accessKey": secrets.token_hex(10), "secretKey": secrets.token_urlsafe(30)}
-            actions = ["Admin", "Read", "Write", "List", "Tagging"]
-            identity: dict[str, Any] = {"name": "vidgen", "credentials": [keys], "actions": actions}
-            write_private(path, json.dumps({"identities": [identity]}))
+        keys = {"accessKey": secrets.token_hex(10), "secretKey": secrets.token_urlsafe(30)}
         try:
-            keys = json.loads(path.read_text())["identities"][0]["credentials"][0]
+            if path.exists():
+                keys = json.loads(path.read_text())["identities"][0]["credentials"][0]
             self.access_key, self.secret_key = keys["accessKey"], keys["secretKey"]
         except (ValueError, LookupError) as exc:
             raise LocalError(f"{path} holds no credentials: delete it, new ones are made") from exc
+        actions = ["Admin", "Read", "Write", "List", "Tagging"]
+        own = {"name": "vidgen", "credentials": [keys], "actions": actions}
+        write_private(path, json.dumps({"identities": [own, *self.others]}))
 
     def _kept_ports(self) -> dict[str, int]:
         with contextlib.suppress(OSError, ValueError):
@@ -323,12 +333,3 @@ def _is_free(port: int) -> bool:
 
 def _lost_a_port(log: str) -> bool:
     return "is not available" in log or "address already in use" in log
-
-
-def write_private(path: Path, text: str) -> None:
-    """Write a file that only its owner can read, whole or not at all."""
-    fresh = path.with_name(f"{path.name}.new")
-    fresh.unlink(missing_ok=True)
-    with os.fdopen(os.open(fresh, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:
-        file.write(text)
-    fresh.replace(path)

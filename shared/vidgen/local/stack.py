@@ -7,6 +7,7 @@ import contextlib
 import fcntl
 import functools
 import os
+import secrets
 import shlex
 import signal
 import sys
@@ -14,9 +15,11 @@ from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, TextIO
 
+from vidgen import permissions
 from vidgen.contracts import STAGES, Stage
+from vidgen.identities import OWNER, Identities, local_users_conf, store_identities, write_private
 from vidgen.local.process import POLL, LocalError, Process, http_status
-from vidgen.local.servers import LOOPBACK, NatsServer, S3Server, write_private
+from vidgen.local.servers import LOOPBACK, NatsServer, S3Server
 
 START_LIMIT = 120.0  # seconds, for a service that loads no model
 LOAD_LIMIT = 1800.0  # for one that may: it listens when its engine is set up
@@ -27,8 +30,9 @@ LEAVE_S = 3.0  # what a second SIGTERM gives a worker to hand its task back
 _OWN = frozenset(
     f"VIDGEN_{name}"
     for name in (
-        "NATS_URL", "NATS_USER", "NATS_PASSWORD", "NATS_CREDS", "S3_ENDPOINT", "S3_PUBLIC_ENDPOINT", "S3_ACCESS_KEY",
-        "S3_SECRET_KEY", "S3_BUCKET", "S3_REGION", "HTTP_HOST", "HTTP_PORT", "METRICS_HOST", "METRICS_PORT",
+        "NATS_URL", "NATS_USER", "NATS_PASSWORD", "NATS_CREDS", "NATS_NKEY_SEED", "NATS_INBOX_PREFIX", "NATS_TLS_CA",
+        "NATS_TLS_CERT", "NATS_TLS_KEY", "S3_ENDPOINT", "S3_PUBLIC_ENDPOINT", "S3_ACCESS_KEY", "S3_SECRET_KEY",
+        "S3_BUCKET", "S3_REGION", "HTTP_HOST", "HTTP_PORT", "METRICS_HOST", "METRICS_PORT",
         "READY_FILE", "WORKER_ID", "WORK_DIR", "STREAM_REPLICAS", "GATEWAY_URL",
     )
 )  # fmt: skip
@@ -126,7 +130,11 @@ class Stack:
         self.folder = folder.absolute()
         self._env, self._workers, self._stages = dict(env or {}), workers, tuple(stages)
         self._ephemeral, self._drain_s = ephemeral, drain_s
-        self.nats = NatsServer(self.folder / "nats", sync_always=not ephemeral)
+        self._identities = Identities(self.folder / "identities")
+        self._password = secrets.token_urlsafe(24)
+        self.nats = NatsServer(
+            self.folder / "nats", sync_always=not ephemeral, users=self.folder / "nats" / "users.conf"
+        )
         self.s3 = S3Server(self.folder / "s3")
         self.services: list[Service] = []
         self._lock: TextIO | None = None
@@ -143,7 +151,8 @@ class Stack:
 
     @property
     def nats_url(self) -> str:
-        return self.nats.url
+        """The bus, with the password of its owner."""
+        return self.nats.url.replace("://", f"://{OWNER}:{self._password}@")
 
     @property
     def s3_endpoint(self) -> str:
@@ -155,9 +164,9 @@ class Stack:
         return self.folder / "environment"
 
     def environment(self) -> dict[str, str]:
-        """The variables with which anybody connects to this stack; the S3 credentials are among them."""
+        """The variables with which its owner connects to this stack; the credentials are among them."""
         found = {
-            "VIDGEN_NATS_URL": self.nats.url,
+            "VIDGEN_NATS_URL": self.nats_url,
             "VIDGEN_S3_ENDPOINT": self.s3.endpoint,
             "VIDGEN_S3_ACCESS_KEY": self.s3.access_key,
             "VIDGEN_S3_SECRET_KEY": self.s3.secret_key,
@@ -183,6 +192,7 @@ class Stack:
         self._take_lock()
         self.environment_file.unlink(missing_ok=True)
         try:
+            self._let_in_the_services()
             self.s3.choose()
             promised = self.s3.endpoint
             # The services take as long to start as the S3 server: they do it side by side, and wait for it.
@@ -201,6 +211,21 @@ class Stack:
             await self.stop()
             raise
 
+    def _let_in_the_services(self) -> None:
+        """Give each service an identity with the rights that it needs, as in a deployment."""
+        self._identities.complete()
+        known = tuple(self._identities)
+        self.s3.others = tuple(store_identities(known, self.s3.bucket))
+        for name, text in permissions.nats_files().items():
+            path = self.nats.folder / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+        write_private(self.nats.folder / "users.conf", local_users_conf(known, self._password))
+
+    def _identity(self, role: str) -> dict[str, str]:
+        """What a service shows bus and store."""
+        return {"VIDGEN_NATS_URL": self.nats.url, **self._identities.environment(role)}
+
     async def _launch_services(self) -> None:
         if not self.nats.process.running:
             await self.nats.start()
@@ -216,15 +241,17 @@ class Stack:
         env |= {"VIDGEN_LOG_FORMAT": "json", "VIDGEN_GRACE_S": str(self._drain_s), **self._env, **self.environment()}
         env |= {"VIDGEN_HTTP_HOST": LOOPBACK, "VIDGEN_HTTP_PORT": "0"}
         env |= {"VIDGEN_METRICS_HOST": LOOPBACK, "VIDGEN_METRICS_PORT": "0"}
-        return [Service("gateway", "gateway.main", logs, env), *self._make_workers(logs, env)]
+        gateway = Service("gateway", "gateway.main", logs, env | self._identity("gateway"))
+        return [gateway, *self._make_workers(logs, env)]
 
     def _make_workers(self, logs: Path, env: dict[str, str]) -> Iterator[Service]:
         for number in range(1, self._workers + 1):
-            for name, module, arguments in self._kinds():
-                name = name if number == 1 else f"{name}-{number}"
+            for kind, module, arguments in self._kinds():
+                name = kind if number == 1 else f"{kind}-{number}"
                 work = self.folder / "work" / name
                 work.mkdir(parents=True, exist_ok=True)
-                yield Service(name, module, logs, {**env, "VIDGEN_WORK_DIR": str(work)}, arguments)
+                own = {**env, **self._identity(kind), "VIDGEN_WORK_DIR": str(work)}
+                yield Service(name, module, logs, own, arguments)
 
     def _kinds(self) -> Iterator[tuple[str, str, Sequence[str]]]:
         """The workers that there is one of, or several: name, module and arguments."""

@@ -8,7 +8,7 @@ from datetime import timedelta
 from pathlib import Path
 
 from vidgen import errors
-from vidgen.artifacts import CHUNK, Stat, local_file, missing, too_large
+from vidgen.artifacts import CHUNK, LINK_LIFE, Shown, Stat, local_file, missing, too_large
 from vidgen.testing.clock import Clock, RealClock
 from vidgen.testing.faults import Faults
 
@@ -62,8 +62,12 @@ class MemoryStore(Faults):
                 raise self._outage()
             yield data[at : at + CHUNK]
 
-    async def url(self, key: str, *, method: str = "GET", expires: timedelta = timedelta(minutes=15)) -> str:
-        return f"memory://{self.bucket}/{key}?method={method}&expires={expires.total_seconds():.0f}"
+    async def url(self, key: str, *, expires: timedelta = LINK_LIFE, shown: Shown | None = None) -> str:
+        as_what = f"&shown={shown.content_type}&disposition={shown.disposition}" if shown else ""
+        return f"memory://{self.bucket}/{key}?method=GET&expires={expires.total_seconds():.0f}{as_what}"
+
+    async def upload_url(self, key: str, content_type: str, size: int, *, expires: timedelta = LINK_LIFE) -> str:
+        return f"memory://{self.bucket}/{key}?method=PUT&expires={expires.total_seconds():.0f}&size={size}"
 
     async def ready(self) -> bool:
         return not self.down

@@ -44,7 +44,7 @@ ROWS = {
     f"POST {J}/approve": Row(409, 404, 409, {"candidate": 0}),
     f"GET {J}/artifacts/{{name}}": Row(307, 404, 307),
     f"GET {J}/references/{{index}}": Row(307, 404, 307),
-    "POST /v1/uploads": Row(201, 201, 201, {"content_type": "image/png"}),
+    "POST /v1/uploads": Row(201, 201, 201, {"content_type": "image/png", "size": 100}),
     "POST /v1/estimate": Row(200, 200, 200, {"edit": EDIT}),
     "GET /v1/options": Row(200, 200, 200),
     "GET /v1/workers": Row(200, 200, 200),
@@ -233,7 +233,7 @@ async def test_the_same_idempotency_key_of_two_tenants_is_two_jobs() -> None:
 async def test_uploads_and_forms_lie_under_the_tenants_own_prefix() -> None:
     gateway = await with_keys()
     headers = bearer(await key_for(gateway.parts.bus, "umbrella"))
-    slot = await gateway.client.post("/v1/uploads", json={"content_type": "image/png"}, headers=headers)
+    slot = await gateway.client.post("/v1/uploads", json={"content_type": "image/png", "size": 100}, headers=headers)
     form = await gateway.post_form([picture()], {"edit": EDIT}, **headers)
     assert slot.json()["key"].startswith("uploads/umbrella/")
     assert form.json()["tenant"] == "umbrella"

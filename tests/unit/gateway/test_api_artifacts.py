@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import AsyncIterator
+from urllib.parse import unquote
 
 import pytest
 from tests.gateways import KEY, Gateway, completed, picture, put
@@ -41,6 +42,29 @@ async def test_an_artifact_is_found_by_a_presigned_url(gateway: Gateway, job: Jo
     assert answer.status_code == 307
     assert f"jobs/{job.id}/edit-0.png" in answer.headers["location"]
     assert answer.headers["cache-control"] == "no-store"
+    assert "&shown=image/png&disposition=inline; filename*=UTF-8''edit-0.png" in unquote(answer.headers["location"])
+
+
+async def test_an_artifact_that_is_said_to_be_another_jobs_is_not_shown(gateway: Gateway, job: Job) -> None:
+    other = await gateway.submit()
+    event = completed(other)
+    stolen = event.artifacts[0].model_copy(update={"key": f"jobs/{job.id}/edit-0.png"})
+    await gateway.tell(event.model_copy(update={"artifacts": (stolen,)}))
+    for query in ({}, {"proxy": 1}):
+        answer = await gateway.client.get(path(other), params=query)
+        assert (answer.status_code, answer.json()["code"]) == (404, "artifact_not_found")
+
+
+@pytest.mark.parametrize("kind", ["text/html", "image/svg+xml", "application/octet-stream"])
+async def test_what_is_no_image_or_film_of_ours_is_for_saving_only(gateway: Gateway, kind: str) -> None:
+    job = await gateway.submit()
+    event = completed(job, body=BODY, content_type=kind)
+    await put(gateway.parts.store, event.artifacts[0].key, BODY)
+    await gateway.tell(event)
+    answer = await gateway.client.get(path(job), params={"proxy": 1})
+    assert answer.headers["content-disposition"].startswith("attachment; ")
+    assert answer.headers["x-content-type-options"] == "nosniff"
+    assert "disposition=attachment" in (await gateway.client.get(path(job))).headers["location"]
 
 
 async def test_an_artifact_comes_through_the_gateway_whole(gateway: Gateway, job: Job) -> None:
@@ -124,28 +148,41 @@ async def test_an_artifact_that_is_gone_from_the_store_is_not_found(gateway: Gat
 async def test_an_upload_of_any_image_that_is_read_gets_a_key_and_a_url_to_put_it_to(
     gateway: Gateway, kind: str
 ) -> None:
-    answer = await gateway.client.post("/v1/uploads", json={"content_type": kind})
+    answer = await gateway.client.post("/v1/uploads", json={"content_type": kind, "size": SIZE})
     end = {"image/jpeg": "jpg"}.get(kind, kind.removeprefix("image/"))
     slot = answer.json()
     assert answer.status_code == 201
     assert re.fullmatch(rf"uploads/default/[0-9a-f-]{{36}}\.{end}", slot["key"])
     assert slot["key"] in slot["url"]
-    assert (slot["method"], slot["headers"]) == ("PUT", {"Content-Type": kind})
+    assert slot["url"].endswith(f"&size={SIZE}")
+    assert slot["method"] == "PUT"
+    assert slot["headers"] == {"Content-Type": kind, "Content-Length": str(SIZE)}
     assert slot["expires_at"]
 
 
 @pytest.mark.parametrize(
     ("body", "field"),
     [
-        ({"content_type": "text/html"}, "content_type"),
-        ({}, "content_type"),
-        ({"content_type": "image/png", "x": 1}, "x"),
+        ({"content_type": "text/html", "size": 1}, "content_type"),
+        ({"content_type": "image/svg+xml", "size": 1}, "content_type"),
+        ({"size": 1}, "content_type"),
+        ({"content_type": "image/png"}, "size"),
+        ({"content_type": "image/png", "size": 0}, "size"),
+        ({"content_type": "image/png", "size": 1, "x": 1}, "x"),
     ],
 )
 async def test_an_upload_of_something_else_is_refused(gateway: Gateway, body: dict[str, object], field: str) -> None:
     answer = await gateway.client.post("/v1/uploads", json=body)
     assert answer.status_code == 422
     assert answer.json()["errors"][0]["field"] == field
+
+
+async def test_an_upload_larger_than_an_image_may_be_is_refused_before_it_comes(gateway: Gateway) -> None:
+    limit = gateway.parts.settings.max_upload_bytes
+    answer = await gateway.client.post("/v1/uploads", json={"content_type": "image/png", "size": limit + 1})
+    assert (answer.status_code, answer.json()["code"]) == (413, "too_large")
+    allowed = await gateway.client.post("/v1/uploads", json={"content_type": "image/png", "size": limit})
+    assert allowed.status_code == 201
 
 
 # ── references ───────────────────────────────────────────────────────────────────────────────────────────────────

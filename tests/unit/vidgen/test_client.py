@@ -335,7 +335,7 @@ async def test_an_upload_puts_the_image_where_the_gateway_says_under_what_its_by
         if request.url.host == "store":
             assert (request.method, request.content, request.headers["content-type"]) == ("PUT", image, kind)
             return httpx.Response(200)
-        assert json.loads(request.content) == {"content_type": kind}
+        assert json.loads(request.content) == {"content_type": kind, "size": len(image)}
         slot = {"key": "uploads/k", "url": "http://store/put", "method": "PUT"}
         return httpx.Response(201, json=slot | {"headers": {"Content-Type": kind}, "expires_at": AT.isoformat()})
 

@@ -234,7 +234,9 @@ async def test_the_store_shows_what_it_holds_and_takes_what_is_given(tmp_path: P
     assert (tmp_path / "a.png").read_bytes() == store.objects["uploads/a.png"] == b"png"
     assert found is not None
     assert found.metadata == {"engine": "preview"}
-    assert await store.url("uploads/a.png", method="PUT") == "memory://vidgen/uploads/a.png?method=PUT&expires=900"
+    assert await store.url("uploads/a.png") == "memory://vidgen/uploads/a.png?method=GET&expires=900"
+    url = await store.upload_url("uploads/a.png", "image/png", 7)
+    assert url == "memory://vidgen/uploads/a.png?method=PUT&expires=900&size=7"
 
 
 async def test_the_store_fails_on_command(tmp_path: Path) -> None:

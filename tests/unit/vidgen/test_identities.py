@@ -1,0 +1,166 @@
+"""Identities in a folder, what a process of one shows the bus, and what is said of names and files that are no good."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from vidgen import credentials, errors, permissions, topology
+from vidgen.cli import app
+from vidgen.contracts import LANES, STAGES
+from vidgen.identities import Identities
+from vidgen.settings import Settings, WorkerSettings
+
+
+def run(*arguments: str) -> list[dict[str, object]]:
+    """What `vidgen identities` says, as values."""
+    done = CliRunner().invoke(app, ["identities", *arguments, "--json"])
+    assert done.exit_code == 0, done.output
+    return [json.loads(line) for line in done.output.splitlines()]
+
+
+# ── the folder ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_each_role_gets_an_identity_once_and_keeps_its_keys(tmp_path: Path) -> None:
+    first = run("init", str(tmp_path / "safe"), "--tenant", "acme")
+    assert [line["name"] for line in first] == [*permissions.ROLES, "publisher.acme"]
+    files = {path.name: path.read_bytes() for path in (tmp_path / "safe").iterdir()}
+
+    assert run("init", str(tmp_path / "safe"), "--tenant", "acme") == []
+    assert {path.name: path.read_bytes() for path in (tmp_path / "safe").iterdir()} == files
+    assert (tmp_path / "safe").stat().st_mode & 0o777 == 0o700
+
+
+def test_an_upgrade_writes_what_servers_read_anew(tmp_path: Path) -> None:
+    identities = Identities(tmp_path)
+    identities.complete()
+    written = (tmp_path / "users.conf").read_text()
+    (tmp_path / "users.conf").write_text("of another version")
+
+    Identities(tmp_path).complete()
+
+    assert (tmp_path / "users.conf").read_text() == written
+
+
+@pytest.mark.parametrize(
+    "name", ["worker.acme", "edit-service.spot-1", "publisher.acme", "publisher.default", "admin", "operator.night"]
+)
+def test_one_more_is_added_with_the_rights_of_its_kind(tmp_path: Path, name: str) -> None:
+    run("init", str(tmp_path))
+    run("add", str(tmp_path), name)
+    found = {str(line["name"]): line for line in run("list", str(tmp_path))}
+    assert found[name]["nkeys"] != found["worker"]["nkeys"]
+    assert bool(found[name]["access_keys"]) == name.startswith(("worker", "edit", "admin"))
+    assert (tmp_path / f"{name}.env").stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["", "root", "publisher", "publisher.", "publisher.Acme", "worker/../x", "worker.a b", "gateway.", "admin.x\n"],
+)
+def test_a_name_that_is_none_is_refused(tmp_path: Path, name: str) -> None:
+    identities = Identities(tmp_path)
+    with pytest.raises(errors.RejectedError) as caught:
+        identities.add(name)
+    assert caught.value.code == "bad_name"
+    assert list(identities) == []
+
+
+def test_what_is_there_is_not_made_again_and_what_is_not_there_is_not_changed(tmp_path: Path) -> None:
+    identities = Identities(tmp_path)
+    identities.complete()
+    with pytest.raises(errors.ConflictError):
+        identities.add("worker")
+    for change in (identities.rotate, identities.retire, identities.remove):
+        with pytest.raises(errors.NotFoundError):
+            change("worker.acme")
+
+
+def test_new_keys_stand_beside_the_old_ones_until_those_are_retired(tmp_path: Path) -> None:
+    run("init", str(tmp_path))
+    old = (tmp_path / "worker.env").read_text()
+
+    run("rotate", str(tmp_path), "worker")
+    (both,) = (one for one in Identities(tmp_path) if one.name == "worker")
+    text, store = (tmp_path / "users.conf").read_text(), json.loads((tmp_path / "s3.json").read_text())
+    assert (len(both.nkeys), len(both.store_keys)) == (2, 2)
+    assert all(key in text for key in both.nkeys)
+    assert [len(one["credentials"]) for one in store["identities"] if one["name"] == "worker"] == [2]
+    assert (tmp_path / "worker.env").read_text() != old
+
+    run("retire", str(tmp_path), "worker")
+    (one,) = (one for one in Identities(tmp_path) if one.name == "worker")
+    assert one.nkeys == both.nkeys[:1]
+    assert both.nkeys[1] not in (tmp_path / "users.conf").read_text()
+    assert credentials.nkey(str(tmp_path / "worker.env"))["nkeys_seed_str"] in (tmp_path / "worker.env").read_text()
+
+    run("remove", str(tmp_path), "worker")
+    assert both.nkeys[0] not in (tmp_path / "users.conf").read_text()
+    assert not (tmp_path / "worker.env").exists()
+
+
+# ── what a process shows ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_seed_is_given_as_it_is_or_as_a_file(tmp_path: Path) -> None:
+    seed = credentials.make_seed()
+    (tmp_path / "seed").write_text(f"{seed}\n")
+    (tmp_path / "worker.env").write_text(f"# worker\nVIDGEN_NATS_NKEY_SEED={seed}\nVIDGEN_S3_ACCESS_KEY=a\n")
+    inbox = f"_INBOX_{credentials.public_key(seed)}".encode()
+    for told in (seed, f" {seed}\n", str(tmp_path / "seed"), str(tmp_path / "worker.env")):
+        own = WorkerSettings.model_validate({"nats_nkey_seed": told, "nats_user": "ignored"})
+        assert own.nats_options() == {"nkeys_seed_str": seed, "inbox_prefix": inbox}
+        assert seed not in repr(own)
+
+
+def test_an_inbox_can_be_named_for_users_of_another_kind() -> None:
+    own = Settings.model_validate({"nats_user": "me", "nats_inbox_prefix": "_INBOX_me"})
+    assert own.nats_options() == {"user": "me", "password": "", "inbox_prefix": b"_INBOX_me"}
+    seed = credentials.make_seed()
+    named = Settings.model_validate({"nats_nkey_seed": seed, "nats_inbox_prefix": "mine"})
+    assert named.nats_options()["inbox_prefix"] == b"mine"
+    with pytest.raises(ValueError, match="nats_inbox_prefix"):
+        Settings.model_validate({"nats_inbox_prefix": "_INBOX.>"})
+
+
+@pytest.mark.parametrize("text", [None, "", "no seed", "SUAAAA", "VIDGEN_NATS_NKEY_SEED=\n", "UAAAA"])
+def test_a_file_without_a_seed_is_said_to_be_none(tmp_path: Path, text: str | None) -> None:
+    path = tmp_path / "seed"
+    if text is not None:
+        path.write_text(text)
+    with pytest.raises(errors.FatalError, match="VIDGEN_NATS_NKEY_SEED") as caught:
+        Settings.model_validate({"nats_nkey_seed": str(path)}).nats_options()
+    assert caught.value.code == "settings"
+
+
+# ── the rights follow from the topology ──────────────────────────────────────────────────────────────────────────
+
+
+def test_a_stream_or_consumer_that_is_new_is_the_gateways_and_nobody_elses(monkeypatch: pytest.MonkeyPatch) -> None:
+    parcels = topology.Stream("VIDGEN_PARCELS", ("vidgen.parcels.*",), "workqueue")
+    monkeypatch.setattr(topology, "STREAMS", (*topology.STREAMS, parcels))
+    monkeypatch.setattr(topology, "CONSUMERS", (*topology.CONSUMERS, topology.Consumer("VIDGEN_PARCELS", "gateway")))
+    monkeypatch.setattr(topology, "BUCKETS", (*topology.BUCKETS, topology.Bucket("vidgen_keys", ttl=0)))
+    may = {role: set(permissions.rights_of(role).publish) for role in permissions.ROLES}
+
+    assert {
+        "vidgen.parcels.*", "$JS.API.STREAM.CREATE.VIDGEN_PARCELS", "$JS.ACK.VIDGEN_PARCELS.gateway.>",
+        "$JS.API.CONSUMER.MSG.NEXT.VIDGEN_PARCELS.gateway", "$KV.vidgen_keys.>",
+    } <= may["gateway"]  # fmt: skip
+    assert "$KV.vidgen_keys.>" in may["operator"]
+    for role in set(permissions.ROLES) - {"gateway", "operator"}:
+        assert not [subject for subject in may[role] if "PARCELS" in subject.upper() or "vidgen_keys" in subject]
+
+
+@pytest.mark.parametrize(
+    ("role", "stages"), [("edit-service", {"edit"}), ("i2v-service", {"i2v"}), ("worker", {"edit", "i2v"})]
+)
+def test_a_worker_takes_the_tasks_of_its_stages_alone(role: permissions.Role, stages: set[str]) -> None:
+    may = permissions.rights_of(role).publish
+    for stage in STAGES:
+        pulls = [f"$JS.API.CONSUMER.MSG.NEXT.{topology.TASKS}.{stage}-{lane}" in may for lane in LANES]
+        assert pulls == [stage in stages] * len(LANES)
