@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pydantic
 
-from vidgen import credentials, errors, permissions
+from vidgen import credentials, errors, permissions, topology
 from vidgen.permissions import Role
 
 PUBLISHER, ADMIN = "publisher", "admin"
