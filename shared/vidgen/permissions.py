@@ -60,7 +60,7 @@ def _gateway() -> Rights:
     # What `Bus.follow` reads a job's log through has a name that the server chose; of the durable ones, nothing.
     durable = [c.name for c in topology.CONSUMERS if c.stream == topology.EVENTS]
     never = tuple(f"{API}.CONSUMER.DELETE.{topology.EVENTS}.{name}" for name in durable)
-    return Rights(tuple(_gateways_subjects()), hear=("vidgen.progress.*",), never=never)
+    return Rights(tuple(_gateways_subjects()), hear=(topology.subject_of_progress("*"),), never=never)
 
 
 def _gateways_subjects() -> Iterator[str]:
@@ -116,11 +116,11 @@ def _worker(stages: Sequence[Stage]) -> Iterator[str]:
             consumer = topology.consumer_of(stage, lane)
             yield f"{API}.CONSUMER.INFO.{consumer.stream}.{consumer.name}"
             yield from _taken(consumer)
-        yield f"vidgen.dead.{stage}.>"
+        yield topology.subject_of_dead(stage, ">")
         yield f"$KV.{topology.WORKERS_BUCKET}.{stage}.*"
     yield f"{API}.STREAM.MSG.GET.{topology.EVENTS}"
-    yield "vidgen.events.*"
-    yield "vidgen.progress.*"
+    yield topology.subject_of_events("*")
+    yield topology.subject_of_progress("*")
 
 
 def _operator() -> Iterator[str]:
