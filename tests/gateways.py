@@ -22,11 +22,15 @@ from gateway.fleet import Fleet
 from gateway.forecast import Forecast
 from gateway.intake import Intake
 from gateway.jobs import Jobs
+from gateway.keyring import Keyring
+from gateway.quotas import Quotas
+from gateway.share import FairShare
 from vidgen import contracts, topology
 from vidgen.artifacts import ArtifactStore, artifact_key
 from vidgen.contracts import Job
 from vidgen.metrics import GatewayMetrics
 from vidgen.settings import GatewaySettings
+from vidgen.tenants import Tenants
 from vidgen.testing import MemoryBus, MemoryStore
 
 BOUND = 60.0  # how long to wait for what must come
@@ -69,10 +73,13 @@ class Gateway:
             store = MemoryStore()
             await put(store, KEY, picture())
         own = GatewaySettings(**settings)
-        jobs = Jobs(bus)
-        intake = Intake(bus, store, jobs, own.max_upload_bytes)
+        tenants = Tenants(bus)
+        jobs = Jobs(bus, FairShare(bus, tenants, own.tenant_waiting))
+        quotas = Quotas(bus, tenants, own)
+        intake = Intake(bus, store, jobs, quotas, own.max_upload_bytes)
         fleet = Fleet(bus)
-        parts = Parts(own, bus, store, jobs, intake, fleet, Forecast(bus, jobs, fleet), GatewayMetrics())
+        forecast = Forecast(bus, jobs, fleet)
+        parts = Parts(own, bus, store, jobs, intake, fleet, forecast, GatewayMetrics(), Keyring(bus), quotas)
         app = create_app(parts)
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
         return cls(parts, app, httpx.AsyncClient(transport=transport, base_url="http://gateway"))

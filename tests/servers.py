@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import sys
 from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
 
@@ -14,7 +15,8 @@ from vidgen import bootstrap, jetstream, topology
 from vidgen.client import AsyncClient
 from vidgen.contracts import STAGES, Job, Stage
 from vidgen.jetstream import JetStreamBus
-from vidgen.local import LocalError, NatsServer, Stack
+from vidgen.local import LocalError, NatsServer, S3Server, Stack
+from vidgen.local.stack import Service
 
 
 @contextlib.contextmanager
@@ -47,6 +49,25 @@ async def connected_bus(
     async with jetstream.connect(server.url, name, reconnect_time_wait=0.05) as connected:
         await bootstrap.ensure(connected, wanted or topology.Topology())
         yield connected
+
+
+@contextlib.asynccontextmanager
+async def running_gateways(
+    count: int, nats: NatsServer, s3: S3Server, folder: Path, **settings: str
+) -> AsyncIterator[list[Service]]:
+    """Replicas of the gateway, as processes."""
+    env = {name: value for name, value in os.environ.items() if not name.startswith("VIDGEN_")} | {
+        "PYTHONPATH": os.pathsep.join(sys.path), "VIDGEN_NATS_URL": nats.url, "VIDGEN_S3_ENDPOINT": s3.endpoint,
+        "VIDGEN_S3_ACCESS_KEY": s3.access_key, "VIDGEN_S3_SECRET_KEY": s3.secret_key, "VIDGEN_S3_BUCKET": s3.bucket,
+        "VIDGEN_HTTP_PORT": "0", "VIDGEN_LOG_FORMAT": "json", **settings,
+    }  # fmt: skip
+    replicas = [Service(f"gateway-{n}", "gateway.main", folder, env) for n in range(count)]
+    try:
+        await asyncio.gather(*(replica.start() for replica in replicas))
+        yield replicas
+    finally:
+        for replica in replicas:
+            replica.kill()
 
 
 @contextlib.contextmanager

@@ -55,6 +55,7 @@ class Consumers:
                 group.create_task(self._consume(by_stream[topology.REQUESTS], self._on_request, stop))
                 group.create_task(self._consume(by_stream[topology.EVENTS], self._on_event, stop))
             group.create_task(self._consume(by_stream[topology.ADVISORIES], self._on_advisory, stop))
+            group.create_task(self._jobs.share.run(stop))
 
     async def _consume(self, consumer: topology.Consumer, handle: Handler, stop: asyncio.Event) -> None:
         while not stop.is_set():
@@ -111,7 +112,10 @@ class Consumers:
             applied = await self._jobs.apply(event, delivery.seq)
         if applied is None:
             log.warning("an event of an unknown job is passed over", _event="event_orphaned", job=event.job_id)
-        elif applied.changed or isinstance(event, contracts.StageStarted):
+            return
+        if isinstance(event, contracts.StageStarted):
+            self._jobs.started(event, applied.job)
+        if applied.changed or isinstance(event, contracts.StageStarted):
             self._metrics.observe(event, applied.job)
 
     async def _count(self, event: contracts.AnyEvent) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from datetime import UTC, datetime
 
 import structlog
@@ -14,12 +15,15 @@ from vidgen import errors, topology
 from vidgen.bus import Bus, Depth, Held
 from vidgen.contracts import LANES, STAGES, Lane, Stage, WorkerInfo
 from vidgen.metrics import GatewayMetrics
+from vidgen.topology import consumer_of, consumer_of_held
 
 log = structlog.get_logger(__name__)
 
 KEEP = 1.0
 TIME_LIMIT = 2.0
 ALL_STREAMS = (*(stream.name for stream in topology.STREAMS), *(f"KV_{bucket.name}" for bucket in topology.BUCKETS))
+
+QUEUES = tuple(of(stage, lane) for stage in STAGES for lane in LANES for of in (consumer_of, consumer_of_held))
 
 
 class Fleet:
@@ -41,15 +45,11 @@ class Fleet:
         return sorted(found, key=lambda worker: (STAGES.index(worker.stage), worker.id))
 
     async def depths(self) -> dict[tuple[Stage, Lane], Depth]:
-        """How full each lane of each stage is. Raises BusError."""
-        lanes = [(stage, lane) for stage in STAGES for lane in LANES]
-        depths = await asyncio.gather(*(self._bus.depth(topology.consumer_of(*lane)) for lane in lanes))
-        return dict(zip(lanes, depths, strict=True))
+        """How full each lane of each stage is, what is held back for it included. Raises BusError."""
+        return _by_lane(await self._waiting(QUEUES))
 
-    async def behind(self) -> dict[topology.Consumer, Depth]:
-        """What waits for the gateways themselves, by consumer. Raises BusError."""
-        own = [consumer for consumer in topology.CONSUMERS if consumer.stream != topology.TASKS]
-        return dict(zip(own, await asyncio.gather(*map(self._bus.depth, own)), strict=True))
+    async def _waiting(self, consumers: Sequence[topology.Consumer]) -> dict[topology.Consumer, Depth]:
+        return dict(zip(consumers, await asyncio.gather(*map(self._bus.depth, consumers)), strict=True))
 
     async def streams(self) -> dict[str, Held]:
         """What every stream, and every bucket's, holds. Raises BusError."""
@@ -64,11 +64,10 @@ class Fleet:
             begun = self._clock()
             try:
                 async with asyncio.timeout(self._time_limit), asyncio.TaskGroup() as group:
-                    workers, depths = group.create_task(self.workers()), group.create_task(self.depths())
-                    behind, streams = group.create_task(self.behind()), group.create_task(self.streams())
-                lanes = {topology.consumer_of(*lane): depth for lane, depth in depths.result().items()}
-                metrics.fleet(workers.result(), depths.result(), datetime.now(UTC))
-                metrics.bus(lanes | behind.result(), streams.result(), self._clock() - begun)
+                    workers, streams = group.create_task(self.workers()), group.create_task(self.streams())
+                    waiting = group.create_task(self._waiting(topology.CONSUMERS))
+                metrics.fleet(workers.result(), _by_lane(waiting.result()), datetime.now(UTC))
+                metrics.bus(waiting.result(), streams.result(), self._clock() - begun)
             except* (errors.VidgenError, TimeoutError) as failed:
                 metrics.bus_down()
                 log.warning(
@@ -77,6 +76,23 @@ class Fleet:
                     errors=[repr(e) for e in failed.exceptions],
                 )
             self._read_at = self._clock()
+
+
+def _by_lane(waiting: Mapping[topology.Consumer, Depth]) -> dict[tuple[Stage, Lane], Depth]:
+    return {
+        (stage, lane): _with_held(waiting[consumer_of(stage, lane)], waiting[consumer_of_held(stage, lane)])
+        for stage in STAGES for lane in LANES
+    }  # fmt: skip
+
+
+def _with_held(queued: Depth, held: Depth) -> Depth:
+    """What waits in a lane, in its queue and behind it."""
+    oldest = [at for at in (queued.oldest_pending_at, held.oldest_pending_at) if at is not None]
+    waits = [at for at in (queued.oldest_at, held.oldest_at) if at is not None]
+    return replace(
+        queued, pending=queued.pending + held.pending, oldest_at=min(waits, default=None),
+        oldest_pending_at=min(oldest, default=None),
+    )  # fmt: skip
 
 
 def _readable(key: str, value: bytes) -> WorkerInfo | None:

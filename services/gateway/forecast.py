@@ -157,13 +157,17 @@ class Forecast:
             return None
         stage: Stage = record.stage
         lane: Lane = job.request.lane if job.request else "interactive"
-        task = await self._bus.last(topology.TASKS, topology.subject_of_task(stage, lane, job.id))
+        where = stage, lane, job.id, job.tenant
+        held = await self._bus.last(topology.HELD, topology.subject_of_held(*where))
+        task = held or await self._bus.last(topology.TASKS, topology.subject_of_task(*where))
         if task is None:
             return None
         known = await self._known()
         depth = known.depths[stage, lane]
-        # Of what lies between the two places some belongs to other lanes: hence at most that many.
-        ahead = max(0, min(depth.pending, task.seq - depth.delivered) - 1)
+        # Of what lies between the two places some belongs to other lanes, and what is held may pass others that are:
+        # hence at most that many.
+        ahead = depth.pending if held else min(depth.pending, task.seq - depth.delivered)
+        ahead = max(0, ahead - 1)
         if lane == "batch":
             ahead += known.depths[stage, "interactive"].pending
         return QueuePlace(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import re
 import tempfile
 import uuid
 from collections import OrderedDict
@@ -21,17 +22,21 @@ import pydantic_core
 import structlog
 
 from gateway import pipeline, plan
-from gateway.jobs import Jobs, now
+from gateway.jobs import JobIdTakenError, Jobs, now
+from gateway.quotas import LimitError, Quotas
 from gateway.receivers import Allowed
 from vidgen import artifacts, contracts, dead, errors, images, topology, tracing
 from vidgen.bus import Bus, Delivery
-from vidgen.contracts import FieldError, Job, VideoRequest
+from vidgen.contracts import DEFAULT_TENANT, FieldError, Job, VideoRequest
 
 log = structlog.get_logger(__name__)
 
 MAX_REQUEST_BYTES = 128 << 10
 MAX_NAMED, MAX_FIELD_NAME = 50, 200
 REMEMBERED = 1000  # requests let in by HTTP whose message another replica may have taken
+LIMIT_TRIES = 4  # deliveries, seconds apart, before a request is turned away because its tenant has too many jobs
+TENANT = re.compile(r"^[a-z0-9][a-z0-9-]{0,31}$")
+NO_TENANT = "vidgen.requests.<tenant> wants a tenant's id: lower case letters, digits and -, at most 32"
 JOB_NAMESPACE = uuid.UUID("5f0c7f2e-64b5-5f0e-9a55-6b1f1f0a7c11")
 
 
@@ -49,8 +54,8 @@ class InvalidRequestError(errors.RejectedError):
         self.errors = tuple(named)
 
 
-def parse(body: bytes) -> VideoRequest:
-    """A request from its JSON bytes; raises InvalidRequestError naming every wrong field."""
+def parse(body: bytes, tenant: str = DEFAULT_TENANT) -> VideoRequest:
+    """A tenant's request from its JSON bytes; raises InvalidRequestError naming every wrong field."""
     if len(body) > MAX_REQUEST_BYTES:
         raise InvalidRequestError([FieldError(field="request", message=f"larger than {MAX_REQUEST_BYTES:,} bytes")])
     try:
@@ -67,10 +72,11 @@ def parse(body: bytes) -> VideoRequest:
                 [FieldError(field="request", message="not JSON: send one JSON object, see docs/schemas")]
             ) from None
         found = contracts.field_errors(exc)
-        raise InvalidRequestError([*found, *_misplaced_keys(text, {error.field for error in found})]) from None
+        misplaced = _misplaced_keys(text, {error.field for error in found}, tenant)
+        raise InvalidRequestError([*found, *misplaced]) from None
 
 
-def _misplaced_keys(text: str, named: set[str]) -> list[FieldError]:
+def _misplaced_keys(text: str, named: set[str], tenant: str) -> list[FieldError]:
     """The keys outside the places they may be in, of a request that is wrong anyway: one answer names all of it."""
     try:
         asked: Any = pydantic_core.from_json(text)
@@ -83,15 +89,22 @@ def _misplaced_keys(text: str, named: set[str]) -> list[FieldError]:
         field = f"references.{index}"
         if isinstance(key, str) and field not in named:
             try:
-                artifacts.check_key(key, job_id if isinstance(job_id, str) else None)
+                check_reference(key, job_id if isinstance(job_id, str) else None, tenant)
             except errors.RejectedError as exc:
                 wrong.append(FieldError(field=field, message=exc.message))
     return wrong
 
 
-def id_from_key(key: str) -> str:
-    """The job id that an idempotency key, or a `Nats-Msg-Id`, stands for."""
-    return str(uuid.uuid5(JOB_NAMESPACE, key))
+def check_reference(key: str, job_id: str | None, tenant: str) -> None:
+    """RejectedError unless the request of a tenant may start from this object."""
+    # A job's prefix outlives its record, and its id may be another's next: to start from there is the operator's alone.
+    artifacts.check_key(key, job_id if tenant == DEFAULT_TENANT else None, tenant)
+
+
+def id_from_key(key: str, tenant: str = DEFAULT_TENANT) -> str:
+    """The job id that an idempotency key, or a `Nats-Msg-Id`, of a tenant stands for."""
+    own = JOB_NAMESPACE if tenant == DEFAULT_TENANT else uuid.uuid5(JOB_NAMESPACE, f"tenant {tenant}")
+    return str(uuid.uuid5(own, key))
 
 
 def id_from_position(at: datetime, stream: str, seq: int) -> str:
@@ -107,43 +120,46 @@ class Intake:
     """Lets requests in. Several may run at once; each is idempotent by job id."""
 
     def __init__(
-        self, bus: Bus, store: artifacts.ArtifactStore, jobs: Jobs, max_upload_bytes: int,
+        self, bus: Bus, store: artifacts.ArtifactStore, jobs: Jobs, quotas: Quotas, max_upload_bytes: int,
         receivers: Allowed | None = None,
     ) -> None:  # fmt: skip
         """`receivers` are those that webhooks may go to; None: this server sends none."""
-        self._bus, self._store, self._jobs = bus, store, jobs
+        self._bus, self._store, self._jobs, self._quotas = bus, store, jobs, quotas
         self._max_bytes, self._receivers = max_upload_bytes, receivers
         # What this replica lets in by HTTP comes back to it from the bus: then there is nothing left to do.
-        self._submitted: OrderedDict[str, asyncio.Future[Job | None]] = OrderedDict()
+        self._submitted: OrderedDict[tuple[str, str], asyncio.Future[Job | None]] = OrderedDict()
 
-    async def submit(self, request: VideoRequest, job_id: str) -> tuple[Job, bool]:
-        """Let a request in by HTTP: checked first, durable once this returns; True where the job is new.
+    async def submit(self, request: VideoRequest, job_id: str, tenant: str) -> tuple[Job, bool]:
+        """Let a tenant's request in by HTTP: checked first, durable once this returns; True where the job is new.
 
-        Raises InvalidRequestError, and BusError or StoreError with nothing half accepted.
+        Raises InvalidRequestError, JobIdTakenError, LimitError, and BusError or StoreError with nothing half accepted.
         """
         tracing.about(job_id=job_id)
         existing = await self._jobs.find(job_id)
         if existing is not None:
-            await self._jobs.enter(existing)
+            await self._jobs.enter(existing, tenant)
             return existing, False
         request = request.model_copy(update={"job_id": job_id})
-        job = await self._prepare(request, job_id, now())
-        with self._submitting(job_id) as submitted:
-            await self._bus.publish(topology.SUBJECT_REQUESTS, request.to_bytes(), message_id=job_id)
-            try:
-                job, new = await self._jobs.create(job)
-            except errors.BusError as exc:
-                # It is let in: whoever takes the message will enter it. Told otherwise, the client would ask again, and
-                # without an id of its own that would be a second job.
-                log.warning(exc.message, _event="entered_later", job=job_id)
-                return job, True
-            submitted.set_result(job)
-        return job, new
+        async with self._quotas.room(tenant):
+            job = await self._prepare(request, job_id, now(), tenant)
+            # The stream compares ids whatever the subject: those of two tenants must not be the same.
+            message_id = job_id if tenant == DEFAULT_TENANT else f"{tenant}:{job_id}"
+            with self._submitting(tenant, job_id) as submitted:
+                await self._bus.publish(topology.subject_of_requests(tenant), request.to_bytes(), message_id=message_id)
+                try:
+                    job, new = await self._jobs.create(job)
+                except errors.BusError as exc:
+                    # It is let in: whoever takes the message will enter it. Told otherwise, the client would ask again,
+                    # and without an id of its own that would be a second job.
+                    log.warning(exc.message, _event="entered_later", job=job_id)
+                    return job, True
+                submitted.set_result(job)
+            return job, new
 
     @contextlib.contextmanager
-    def _submitting(self, job_id: str) -> Iterator[asyncio.Future[Job | None]]:
+    def _submitting(self, tenant: str, job_id: str) -> Iterator[asyncio.Future[Job | None]]:
         """What `handle` waits for, should it see the request before it is let in; None where it was not."""
-        submitted = self._submitted[job_id] = asyncio.get_running_loop().create_future()
+        submitted = self._submitted[tenant, job_id] = asyncio.get_running_loop().create_future()
         if len(self._submitted) > REMEMBERED:
             self._submitted.popitem(last=False)
         try:
@@ -155,37 +171,57 @@ class Intake:
     async def handle(self, delivery: Delivery) -> Job:
         """Let a message on `vidgen.requests` in, or turn it away; either way it is recorded when this returns."""
         at = delivery.at.astimezone(UTC)
-        job_id, request = self._identify(delivery), None
+        tenant, request = topology.tenant_of_requests(delivery.subject), None
         try:
-            request = parse(delivery.body)
-            job_id = request.job_id or job_id
+            if not TENANT.fullmatch(tenant):
+                tenant = DEFAULT_TENANT
+                raise InvalidRequestError([FieldError(field="subject", message=NO_TENANT)])
+            request = parse(delivery.body, tenant)
+            job_id = request.job_id or self._identify(delivery, tenant)
             tracing.about(job_id=job_id)
-            submitted = self._submitted.pop(job_id, None)
+            submitted = self._submitted.pop((tenant, job_id), None)
             if submitted is not None and (let_in := await submitted) is not None:
                 return let_in
             # Before its references are looked at: a normalised one is stored under the job's own key.
             existing = await self._jobs.find(job_id)
             if existing is not None:
-                await self._jobs.enter(existing)
+                await self._jobs.enter(existing, tenant)
                 return existing
-            job, _ = await self._jobs.create(await self._prepare(request, job_id, at))
+            async with self._quotas.room(tenant):
+                job, _ = await self._jobs.create(await self._prepare(request, job_id, at, tenant))
         except InvalidRequestError as exc:
-            return await self._turn_away(delivery, request, job_id, exc, at)
+            return await self._turn_away(delivery, request, exc, at, tenant)
+        except LimitError as exc:
+            # What came by HTTP was counted there, and is on its way through here a moment before its job is.
+            if delivery.num_delivered < LIMIT_TRIES:
+                raise errors.RetryableError(exc.message, code=exc.code) from exc
+            return await self._turn_away(delivery, request, _as_invalid("tenant", exc), at, tenant)
+        except JobIdTakenError as exc:
+            # Recorded under another id: what is said under this one is said to somebody else.
+            wrong = _as_invalid("job_id", exc)
+            return await self._record_rejected(delivery, request, _position(delivery), wrong, at, tenant)
         return job
 
-    def _identify(self, delivery: Delivery) -> str:
-        message_id = delivery.headers.get("Nats-Msg-Id")
-        if message_id:
-            return id_from_key(message_id)
-        return id_from_position(delivery.at, topology.REQUESTS, delivery.seq)
+    async def _turn_away(
+        self, delivery: Delivery, request: VideoRequest | None, exc: InvalidRequestError, at: datetime, tenant: str
+    ) -> Job:
+        job_id = _claimed_id(delivery.body) or self._identify(delivery, tenant)
+        try:
+            return await self._record_rejected(delivery, request, job_id, exc, at, tenant)
+        except JobIdTakenError:
+            return await self._record_rejected(delivery, request, _position(delivery), exc, at, tenant)
 
-    async def _prepare(self, request: VideoRequest, job_id: str, at: datetime) -> Job:
+    def _identify(self, delivery: Delivery, tenant: str) -> str:
+        message_id = delivery.headers.get("Nats-Msg-Id")
+        return id_from_key(message_id, tenant) if message_id else _position(delivery)
+
+    async def _prepare(self, request: VideoRequest, job_id: str, at: datetime, tenant: str) -> Job:
         with tracing.span("intake"):
             self._check_receiver(request)
-            usable = await self._check_all(request.references, job_id)
+            usable = await self._check_all(request.references, job_id, tenant)
             first = usable[0][1]
             work = plan.plan(request.edit, request.i2v, job_id, (first.width, first.height))
-            return pipeline.accept(request, job_id, [key for key, _ in usable], work, at)
+            return pipeline.accept(request, job_id, [key for key, _ in usable], work, at, tenant)
 
     def _check_receiver(self, request: VideoRequest) -> None:
         if request.webhook_url is None:
@@ -198,9 +234,11 @@ class Intake:
         except errors.RejectedError as exc:
             raise InvalidRequestError([FieldError(field="webhook_url", message=exc.message)]) from None
 
-    async def _check_all(self, references: Sequence[str], job_id: str) -> list[tuple[str, images.ImageFacts]]:
+    async def _check_all(
+        self, references: Sequence[str], job_id: str, tenant: str
+    ) -> list[tuple[str, images.ImageFacts]]:
         checked = await asyncio.gather(
-            *(self._check(key, index, job_id) for index, key in enumerate(references)), return_exceptions=True
+            *(self._check(key, index, job_id, tenant) for index, key in enumerate(references)), return_exceptions=True
         )
         wrong: list[FieldError] = []
         usable: list[tuple[str, images.ImageFacts]] = []
@@ -215,9 +253,9 @@ class Intake:
             raise InvalidRequestError(wrong)
         return usable
 
-    async def _check(self, key: str, index: int, job_id: str) -> tuple[str, images.ImageFacts]:
+    async def _check(self, key: str, index: int, job_id: str, tenant: str) -> tuple[str, images.ImageFacts]:
         """A reference that every engine can read: itself where it is plain, else a normalised copy of the job's own."""
-        artifacts.check_key(key, job_id)
+        check_reference(key, job_id, tenant)
         async with _scratch() as source:
             await self._store.fetch(key, source, limit=self._max_bytes)
             facts = await asyncio.to_thread(images.inspect, source)
@@ -229,17 +267,18 @@ class Intake:
                 await self._store.put(own, target, "image/png")
                 return own, facts
 
-    async def _turn_away(
-        self, delivery: Delivery, request: VideoRequest | None, job_id: str, exc: InvalidRequestError, at: datetime
-    ) -> Job:
-        claimed = _claimed_id(delivery.body)
-        if claimed is not None:
-            job_id = claimed
-        if request is not None and any(error.field == "webhook_url" for error in exc.errors):
-            request = request.model_copy(update={"webhook_url": None})  # a receiver that may not be is not told either
+    async def _record_rejected(
+        self, delivery: Delivery, request: VideoRequest | None, job_id: str, exc: InvalidRequestError, at: datetime,
+        tenant: str,
+    ) -> Job:  # fmt: skip
+        if request is not None:
+            try:
+                self._check_receiver(request)
+            except InvalidRequestError:  # a receiver that may not be is not told either
+                request = request.model_copy(update={"webhook_url": None})
         tracing.about(job_id=job_id)
         tracing.failed(exc.code)
-        job, new = await self._jobs.create(pipeline.reject(request, job_id, exc.errors, at))
+        job, new = await self._jobs.create(pipeline.reject(request, job_id, exc.errors, at, tenant))
         error = contracts.JobError(code=exc.code, message=exc.message, fields=exc.errors)
         letter = dead.letter(delivery.body, delivery.subject, error, job_id=job_id, at=at)
         await dead.publish(self._bus, letter, message_id=f"request:{delivery.seq}:{job_id}")
@@ -255,6 +294,14 @@ async def _scratch(suffix: str = "") -> AsyncIterator[Path]:
         yield Path(file.name)
     finally:  # shielded: a cancel that comes before the thread has begun must not leave the file behind
         await asyncio.shield(asyncio.get_running_loop().run_in_executor(None, file.close))
+
+
+def _position(delivery: Delivery) -> str:
+    return id_from_position(delivery.at, topology.REQUESTS, delivery.seq)
+
+
+def _as_invalid(field: str, exc: errors.VidgenError) -> InvalidRequestError:
+    return InvalidRequestError([FieldError(field=field, message=exc.message)])
 
 
 def _claimed_id(body: bytes) -> str | None:

@@ -13,9 +13,11 @@ from datetime import UTC, datetime
 import structlog
 
 from gateway import pipeline
+from gateway.share import FairShare
 from vidgen import contracts, errors, topology, tracing
 from vidgen.bus import Bus
 from vidgen.contracts import Event, Job, JobStatus
+from vidgen.tenants import Tenants
 
 log = structlog.get_logger(__name__)
 
@@ -28,6 +30,20 @@ class JobNotFoundError(errors.NotFoundError):
     """There is no such job."""
 
     code = "job_not_found"
+
+
+def no_such_job(job_id: str) -> JobNotFoundError:
+    """The same words for a job that is not there and for one that is another tenant's."""
+    return JobNotFoundError(f"there is no job {job_id}: it never was, or its record has expired")
+
+
+class JobIdTakenError(errors.ConflictError):
+    """The id is that of another tenant's job."""
+
+    code = "job_id_taken"
+
+    def __init__(self, job_id: str) -> None:
+        super().__init__(f"the id {job_id} is taken: choose another one, or send none")
 
 
 class NotPossibleError(errors.ConflictError):
@@ -59,8 +75,9 @@ def now() -> datetime:
 class Jobs:
     """The records of all jobs, on the bus; any number of gateways may share them."""
 
-    def __init__(self, bus: Bus) -> None:
+    def __init__(self, bus: Bus, share: FairShare | None = None) -> None:
         self._bus = bus
+        self.share = share or FairShare(bus, Tenants(bus), waiting=0)
         self._records = bus.records(topology.JOBS_BUCKET)
         # What this replica wrote last, and at which revision. Another may have written since: only a write that
         # succeeds proves that it was the newest.
@@ -75,7 +92,7 @@ class Jobs:
         """The record with its newest progress; raises JobNotFoundError."""
         job = await self.find(job_id)
         if job is None:
-            raise JobNotFoundError(f"there is no job {job_id}: it never was, or its record has expired")
+            raise no_such_job(job_id)
         if job.status is not JobStatus.IN_PROGRESS:
             return job
         newest = await self._bus.last(topology.PROGRESS, topology.subject_of_progress(job_id))
@@ -91,7 +108,10 @@ class Jobs:
         return written[0] if written is not None and written[0].status.final else await self.find(job_id)
 
     async def create(self, job: Job) -> tuple[Job, bool]:
-        """Write a new record, put it into the history and act on it; False where the job was there already."""
+        """Write a new record, put it into the history and act on it; False where the job was there already.
+
+        Raises JobIdTakenError where it is another tenant's.
+        """
         # Both at once: until the record is there nobody acts on the log, and a request that comes again finds it begun.
         created, logged = await asyncio.gather(
             self._write(job, revision=0), self._log_accepted(job), return_exceptions=True
@@ -100,7 +120,7 @@ class Jobs:
             existing = await self.find(job.id)
             if existing is None:
                 raise created
-            await self.enter(existing)
+            await self.enter(existing, job.tenant)
             return existing, False
         if isinstance(created, BaseException):
             raise created
@@ -109,8 +129,13 @@ class Jobs:
         await self._act(job, logged)
         return job, True
 
-    async def enter(self, job: Job) -> None:
-        """What the bus must hold of a job that was let in; harmless to repeat, so a crash half-way is made good."""
+    async def enter(self, job: Job, tenant: str) -> None:
+        """What the bus must hold of a job that was let in; harmless to repeat, so a crash half-way is made good.
+
+        Raises JobIdTakenError where it is not this tenant's.
+        """
+        if job.tenant != tenant:
+            raise JobIdTakenError(job.id)
         # The log begins before anybody can be told to work on the job.
         await self._act(job, await self._log_accepted(job))
 
@@ -122,7 +147,7 @@ class Jobs:
 
     async def _record_history(self, job: Job) -> None:
         with contextlib.suppress(errors.ConflictError):  # it is in the history: one message per subject, for ever
-            await self._bus.publish(topology.subject_of_history(job.id), b"", message_id=job.id)
+            await self._bus.publish(topology.subject_of_history(job.id, job.tenant), b"", message_id=job.id)
 
     async def _log_accepted(self, job: Job) -> int | None:
         """Begin the log of a job, unless it has begun; where it begins now."""
@@ -174,6 +199,10 @@ class Jobs:
             await self._execute(commands, seq if opens else None)
             return Applied(after, changed)
         raise errors.BusError(f"job {event.job_id} is being written by too many at once")
+
+    def started(self, event: contracts.StageStarted, job: Job) -> None:
+        """A worker has taken a task of this job: the next of its tenant's may move up."""
+        self.share.freed(event.stage, pipeline.lane_of(job), job.tenant)
 
     async def _read(self, job_id: str) -> tuple[Job, int] | None:
         found = await self._records.get(job_id)
@@ -227,13 +256,16 @@ class Jobs:
             raise errors.RejectedError(f"choose a candidate from 0 to {count - 1}", field="candidate")
         return await self.request(contracts.Approved(job_id=job_id, run=job.run, at=now(), candidate=candidate))
 
-    async def list(self, status: JobStatus | None, cursor: str | None, limit: int) -> JobPage:
-        """A page of jobs, newest first; costs memory for the page alone, however long the history is."""
+    async def list(
+        self, status: JobStatus | None, cursor: str | None, limit: int, tenant: str | None = None
+    ) -> JobPage:
+        """A page of a tenant's jobs, or of all (None), newest first; what it costs does not grow with the history."""
         before = _parse_cursor(cursor)
+        subject = None if tenant is None else topology.subject_of_history("*", tenant)
         found: list[Job] = []
         scanned = 0
         while True:
-            batch = await self._bus.tail(topology.HISTORY, before, limit + 1)
+            batch = await self._bus.tail(topology.HISTORY, before, limit + 1, subject)
             for position, entry in enumerate(batch):
                 job = await self.find(entry.subject.rsplit(".", 1)[-1])
                 if job is not None and (status is None or job.status is status):
@@ -277,20 +309,25 @@ class Jobs:
             log.warning(exc.message, _event="webhook_not_queued", job=webhook.data.id, webhook=webhook.id)
 
     async def _withdraw_task(self, command: pipeline.WithdrawTask) -> None:
+        where = command.stage, command.lane, command.job_id
+        # What is held first: it is in the queue before it is no longer held.
+        await self._withdraw(topology.HELD, topology.subject_of_held(*where, command.tenant), command.run)
+        await self._withdraw(topology.TASKS, topology.subject_of_task(*where, command.tenant), command.run)
+        if command.tenant == contracts.DEFAULT_TENANT:
+            await self._withdraw(topology.TASKS, topology.subject_of_older_task(*where), command.run)
+        self.share.freed(command.stage, command.lane, command.tenant)
+
+    async def _withdraw(self, stream: str, subject: str, run: int) -> None:
         # By its sequence: a purge of the subject could take the task of a retry that another replica just published.
-        subject = topology.subject_of_task(command.stage, command.lane, command.job_id)
-        stored = await self._bus.last(topology.TASKS, subject)
-        if stored is not None and contracts.Task.model_validate_json(stored.body).run <= command.run:
-            await self._bus.delete(topology.TASKS, stored.seq)
+        stored = await self._bus.last(stream, subject)
+        if stored is not None and contracts.Task.model_validate_json(stored.body).run <= run:
+            await self._bus.delete(stream, stored.seq)
 
     async def _publish_task(self, task: contracts.Task, seq: int | None) -> None:
         # Saves the worker a look at the log: if nothing came after this, nobody has begun the task.
         headers = {topology.HEADER_LOG_SEQ: str(seq)} if seq else None
         try:
-            await self._bus.publish(
-                topology.subject_of_task(task.stage, task.lane, task.job_id), task.to_bytes(),
-                message_id=f"{task.job_id}:{task.stage}:{task.run}", headers=headers,
-            )  # fmt: skip
+            await self.share.queue(task, f"{task.job_id}:{task.stage}:{task.run}", headers)
         except errors.ConflictError as exc:
             if exc.code != "already_queued":
                 raise

@@ -22,15 +22,19 @@ from gateway.fleet import Fleet
 from gateway.forecast import Forecast
 from gateway.intake import Intake
 from gateway.jobs import Jobs
+from gateway.keyring import Keyring
 from gateway.orphans import Orphans
+from gateway.quotas import Quotas
 from gateway.receivers import Allowed, Receivers
 from gateway.retention import Keep, Sweeper
+from gateway.share import FairShare
 from gateway.webhooks import Webhooks
 from vidgen import bootstrap, errors, jetstream, probes, settings, telemetry, tracing, webhooks
 from vidgen.artifacts import S3Store
 from vidgen.jetstream import JetStreamBus
 from vidgen.metrics import GatewayMetrics
 from vidgen.settings import GatewaySettings
+from vidgen.tenants import Tenants
 from vidgen.topology import DAY, Topology
 
 log = structlog.get_logger(__name__)
@@ -56,6 +60,8 @@ def main() -> None:
         raise SystemExit(1) from exc
     telemetry.configure(own, "gateway")
     try:
+        if not own.asks_for_keys:
+            log.info("callers need no key: only this machine can reach this gateway", _event="no_keys")
         with tracing.running(own.traces_url, "gateway"):
             uvloop.run(_Gateway(own).run())
     except errors.VidgenError as exc:
@@ -102,12 +108,15 @@ class _Gateway:
         return connected
 
     async def _serve(self, connected: JetStreamBus, store: S3Store) -> None:
-        own, metrics, jobs = self._settings, GatewayMetrics(), Jobs(connected)
+        own, metrics, tenants = self._settings, GatewayMetrics(), Tenants(connected)
+        jobs = Jobs(connected, FairShare(connected, tenants, own.tenant_waiting))
+        quotas = Quotas(connected, tenants, own)
         hooks = self._webhooks(connected, metrics)
-        intake = Intake(connected, store, jobs, own.max_upload_bytes, hooks.allowed if hooks else None)
+        intake = Intake(connected, store, jobs, quotas, own.max_upload_bytes, hooks.allowed if hooks else None)
         fleet = Fleet(connected)
         forecast = Forecast(connected, jobs, fleet)
-        parts = Parts(own, connected, store, jobs, intake, fleet, forecast, metrics, self._stop)
+        keyring = Keyring(connected)
+        parts = Parts(own, connected, store, jobs, intake, fleet, forecast, metrics, keyring, quotas, self._stop)
         consumers = Consumers(connected, jobs, intake, metrics, own.intake_concurrency)
         sweeper = Sweeper(connected, store, jobs, Keep.from_settings(own), metrics)
         orphans = Orphans(connected, fleet, metrics, own.worker_silence_s)

@@ -31,6 +31,7 @@ class WithdrawTask:
 
     stage: contracts.Stage
     lane: contracts.Lane
+    tenant: str
     job_id: str
     run: int
 
@@ -58,10 +59,12 @@ def accept(
     inputs: Sequence[str],
     work: Sequence[contracts.Work],
     at: datetime,
+    tenant: str = contracts.DEFAULT_TENANT,
 ) -> Job:
     """A new job with its first stage queued."""
     job = Job(
         id=job_id,
+        tenant=tenant,
         request=request.model_copy(update={"job_id": job_id}),
         inputs=tuple(inputs),
         stages=tuple(StageRecord(stage=part.kind, work=part) for part in work),
@@ -73,13 +76,14 @@ def accept(
 
 
 def reject(
-    request: contracts.VideoRequest | None, job_id: str, errors: Sequence[contracts.FieldError], at: datetime
-) -> Job:
+    request: contracts.VideoRequest | None, job_id: str, errors: Sequence[contracts.FieldError], at: datetime,
+    tenant: str = contracts.DEFAULT_TENANT,
+) -> Job:  # fmt: skip
     """The record of a request that was turned away."""
     summary = "; ".join(f"{error.field}: {error.message}" for error in errors)
     error = contracts.JobError(code="rejected", message=summary, fields=tuple(errors))
     return Job(
-        id=job_id, status=JobStatus.REJECTED, request=request, error=error,
+        id=job_id, tenant=tenant, status=JobStatus.REJECTED, request=request, error=error,
         created_at=at, updated_at=at, completed_at=at,
     )  # fmt: skip
 
@@ -145,8 +149,9 @@ def task_of(job: Job, record: StageRecord) -> contracts.Task:
         inputs = (frames[min(job.approved or 0, len(frames) - 1)],)
     return contracts.Task(
         job_id=job.id,
+        tenant=job.tenant,
         stage=record.stage,
-        lane=_lane(job),
+        lane=lane_of(job),
         run=job.run,
         inputs=inputs,
         work=record.work,
@@ -161,10 +166,11 @@ def may_retry(job: Job) -> bool:
 
 
 def _withdrawal(job: Job, stage: contracts.Stage) -> tuple[WithdrawTask, ...]:
-    return (WithdrawTask(stage, _lane(job), job.id, job.run),)
+    return (WithdrawTask(stage, lane_of(job), job.tenant, job.id, job.run),)
 
 
-def _lane(job: Job) -> contracts.Lane:
+def lane_of(job: Job) -> contracts.Lane:
+    """The lane that a job's tasks wait in."""
     return job.request.lane if job.request is not None else "interactive"
 
 

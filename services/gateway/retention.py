@@ -28,7 +28,7 @@ log = structlog.get_logger(__name__)
 
 SWEEP_EVERY_S = 6 * 3600.0
 PAGE = 1000
-WAITING = (topology.REQUESTS, topology.TASKS)  # streams whose messages name, by key, what they wait for
+WAITING = (topology.REQUESTS, topology.HELD, topology.TASKS)  # streams whose messages name, by key, what they wait for
 FIELDS = ("references", "inputs")  # where they name it
 
 

@@ -19,7 +19,7 @@ from minio import Minio
 from minio.deleteobjects import DeleteObject
 from minio.error import MinioException, S3Error
 
-from vidgen import errors, presign
+from vidgen import contracts, errors, presign
 from vidgen.settings import Settings
 
 UPLOADS, JOBS, CHECKPOINTS = "uploads/", "jobs/", "checkpoints/"
@@ -90,13 +90,23 @@ def artifact_key(job_id: str, name: str) -> str:
     return f"{job_prefix(job_id)}{name}"
 
 
-def check_key(key: str, job_id: str | None) -> None:
-    """RejectedError unless `key` is under `uploads/` or the job's own prefix, with no way out of it."""
-    allowed = (UPLOADS,) if job_id is None else (UPLOADS, job_prefix(job_id))
+def uploads_prefix(tenant: str) -> str:
+    """Where a tenant's references lie."""
+    return f"{UPLOADS}{tenant}/"
+
+
+def check_key(key: str, job_id: str | None, tenant: str = contracts.DEFAULT_TENANT) -> None:
+    """RejectedError unless `key` is under the tenant's uploads or the job's own prefix, with no way out of it.
+
+    All of `uploads/` is the operator's own.
+    """
+    uploads = UPLOADS if tenant == contracts.DEFAULT_TENANT else uploads_prefix(tenant)
+    allowed = (uploads,) if job_id is None else (uploads, job_prefix(job_id))
     # Some servers keep keys as paths: no part may be empty or point elsewhere.
     if not key.startswith(allowed) or not KEY.fullmatch(key) or {"", ".", ".."} & set(key.split("/")):
         raise errors.RejectedError(
-            "only keys under uploads/ and the job's own prefix may be used: upload the image first (POST /v1/uploads)",
+            f"only keys under {uploads} and the job's own prefix may be used: upload the image first "
+            "(POST /v1/uploads)",
             code="key_not_allowed",
         )
 

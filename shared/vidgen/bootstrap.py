@@ -47,7 +47,8 @@ async def _ensure_stream(js: JetStreamContext, what: str, wanted: api.StreamConf
             await js.add_stream(wanted)
             return
     differ = [name for name in FIXED if (getattr(found, name) or None) != (getattr(wanted, name) or None)]
-    if sorted(found.subjects or []) != sorted(wanted.subjects or []):
+    had, takes = sorted(found.subjects or []), sorted(wanted.subjects or [])
+    if not all(any(covers(wider, subject) for wider in takes) for subject in had):
         differ.append("subjects")
     if differ:
         raise errors.FatalError(
@@ -58,12 +59,25 @@ async def _ensure_stream(js: JetStreamContext, what: str, wanted: api.StreamConf
         name: getattr(wanted, name) for name in TUNABLE
         if getattr(wanted, name) is not None and getattr(found, name) != getattr(wanted, name)
     }  # fmt: skip
+    if had != takes:  # of the version before: what it holds stays, and more is taken
+        repair["subjects"] = takes
     if (wanted.num_replicas or 1) > (found.num_replicas or 1):
         repair["num_replicas"] = wanted.num_replicas
     if repair:
         log.info("bus: %s: setting %s", what, ", ".join(sorted(repair)))
         with translated():
             await js.update_stream(found.evolve(**repair))
+
+
+def covers(wider: str, subject: str) -> bool:
+    """Whether every subject that falls under the pattern `subject` falls under `wider`, too."""
+    parts, given = wider.split("."), subject.split(".")
+    for place, part in enumerate(parts):
+        if part == ">":
+            return len(given) > place
+        if place >= len(given) or given[place] == ">" or part not in ("*", given[place]):
+            return False
+    return len(parts) == len(given)
 
 
 async def _ensure_consumer(js: JetStreamContext, consumer: topology.Consumer, ack_wait: float) -> None:

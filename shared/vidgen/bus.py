@@ -133,11 +133,17 @@ class Bus(Protocol):
     async def last(self, stream: str, subject: str) -> Stored | None:
         """The newest message on `subject`, read from the stream's leader."""
 
-    async def first(self, stream: str, subject: str) -> Stored | None:
-        """The oldest message on `subject` that the stream still holds."""
+    async def first(self, stream: str, subject: str, after: int = 0) -> Stored | None:
+        """The oldest message past sequence `after` on a subject or a pattern."""
 
-    async def tail(self, stream: str, before: int | None, limit: int) -> list[Stored]:
-        """Up to `limit` messages, newest first, with sequences under `before` (None: from the end)."""
+    async def count(self, stream: str, subject: str, after: int = 0) -> int:
+        """How many messages past sequence `after` are on a subject or a pattern; one question, however many."""
+
+    async def tail(self, stream: str, before: int | None, limit: int, subject: str | None = None) -> list[Stored]:
+        """Up to `limit` messages, newest first, with sequences under `before` (None: from the end).
+
+        With `subject`, a subject or a pattern, those on it alone, at a cost that hardly grows with what lies between.
+        """
 
     async def get(self, stream: str, seq: int) -> Stored | None: ...
 

@@ -26,9 +26,12 @@ MAX_SEED = 2**32 - 1
 SIZE_MULTIPLE = 16  # both pipelines work in patches of 16 pixels
 MIN_SIDE, MAX_SIDE = 64, 2048
 MAX_FIELD_ERRORS, MAX_FIELD_NAME = 50, 120
+DEFAULT_TENANT = "default"  # the operator's own: what no key and no subject names
 
 JobId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
 TenantId = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]{0,31}$")]
+# Left out where it is the operator's own, so that processes of the version before read those messages, too.
+TenantOfRecord = Annotated[TenantId, Field(exclude_if=lambda tenant: tenant == DEFAULT_TENANT)]
 ObjectKey = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9_./-]{0,499}$")]
 Prompt = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=4000)]
 OptionalPrompt = Annotated[str, StringConstraints(max_length=4000)]
@@ -271,6 +274,7 @@ class Task(Message):
 
     schema_version: Literal[1] = 1
     job_id: JobId
+    tenant: TenantOfRecord = DEFAULT_TENANT
     stage: Stage
     lane: Lane
     run: int = Field(1, ge=1, description="Grows by one with each retry of the job.")
@@ -516,7 +520,7 @@ class Job(Message):
 
     schema_version: Literal[1] = 1
     id: JobId
-    tenant: TenantId = "default"
+    tenant: TenantOfRecord = DEFAULT_TENANT
     status: JobStatus = JobStatus.QUEUED
     stage: Stage | None = None
     run: int = 1

@@ -362,7 +362,7 @@ class Handler:
     async def _fetch(self, task: Task, folder: Path) -> list[Path]:
         paths = [folder / f"input-{index}" for index in range(len(task.inputs))]
         for key in task.inputs:
-            check_key(key, task.job_id)
+            check_key(key, task.job_id, task.tenant)
         begun = time.monotonic()
         await _all_of(
             *(self._store.fetch(key, path, MAX_INPUT_BYTES) for key, path in zip(task.inputs, paths, strict=True))

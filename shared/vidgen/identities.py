@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pydantic
 
-from vidgen import credentials, errors, permissions
+from vidgen import credentials, errors, permissions, topology
 from vidgen.permissions import Role
 
 PUBLISHER, ADMIN = "publisher", "admin"
@@ -185,7 +185,7 @@ def users_conf(identities: Sequence[Identity]) -> str:
     lines += [f"  {ACCOUNT}: {{", "    jetstream: enabled", "    users: ["]
     lines += [f"      {_user(one, key)}" for one in inside for key in one.nkeys] + ["    ]", "    exports: ["]
     for one in publishers:
-        subject = permissions.subject_of_requests(one.tenant)
+        subject = topology.subject_of_requests(one.tenant)
         lines.append(f'      {{ service: "{subject}", accounts: ["{_account(one)}"] }}')
     lines += ["    ]", "  }"]
     for one in publishers:
@@ -205,7 +205,7 @@ def _account(publisher: Identity) -> str:
 
 
 def _tenants_account(publisher: Identity) -> list[str]:
-    subject = permissions.subject_of_requests(publisher.tenant)
+    subject = topology.subject_of_requests(publisher.tenant)
     may = f'publish: ["{subject}"]'
     users = [f'      {{ nkey: "{key}", permissions: {{ {may}, {_hears(key)} }} }}' for key in publisher.nkeys]
     return [

@@ -392,9 +392,6 @@ class JetStreamBus:
     async def last(self, stream: str, subject: str) -> Stored | None:
         return await self._get(stream, subject=subject)
 
-    async def first(self, stream: str, subject: str) -> Stored | None:
-        return await self._get(stream, seq=1, subject=subject, next=True)
-
     async def get(self, stream: str, seq: int) -> Stored | None:
         return await self._get(stream, seq=seq)
 
@@ -409,17 +406,51 @@ class JetStreamBus:
         at = raw.time if isinstance(raw.time, datetime) else datetime.now(UTC)
         return Stored(raw.subject or "", raw.data or b"", raw.seq or 0, at, _headers(raw.headers))
 
-    async def tail(self, stream: str, before: int | None, limit: int) -> list[Stored]:
+    async def first(self, stream: str, subject: str, after: int = 0) -> Stored | None:
+        return await self._get(stream, seq=after + 1, subject=subject, next=True)
+
+    async def count(self, stream: str, subject: str, after: int = 0) -> int:
+        # A batch of one comes with the number of those behind it; what else is sent for it is let go.
+        ask = json.dumps({"seq": after + 1, "batch": 1, "next_by_subj": subject}).encode()
+        with translated():
+            answer = await self._client.request(f"$JS.API.DIRECT.GET.{stream}", ask, timeout=REQUEST_TIMEOUT)
+        told = answer.headers or {}
+        if told.get("Status") == "404":
+            return 0
+        if "Nats-Num-Pending" not in told:
+            raise errors.BusError(f"the bus did not count: {told.get('Status', '')} {told.get('Description', '')}")
+        return 1 + int(told["Nats-Num-Pending"])
+
+    async def tail(self, stream: str, before: int | None, limit: int, subject: str | None = None) -> list[Stored]:
         with translated():
             state = (await self._js.stream_info(stream)).state
         at = min(state.last_seq, before - 1 if before is not None else state.last_seq)
         found: list[Stored] = []
+        width = limit
         while at >= max(1, state.first_seq) and len(found) < limit:
-            low = max(state.first_seq, at - limit + 1, 1)
-            read = await asyncio.gather(*(self.get(stream, seq) for seq in range(at, low - 1, -1)))
-            found += [message for message in read if message is not None]
+            low = max(state.first_seq, at - width + 1, 1)
+            if subject is None:
+                read = await asyncio.gather(*(self.get(stream, seq) for seq in range(low, at + 1)))
+                some = [message for message in read if message is not None]
+            else:
+                some = await self._between(stream, subject, low, at, limit)
+                # Long stretches without any are crossed in ever longer strides; in a dense one they are short again.
+                if len(some) > limit:
+                    width = max(limit, width // 4)
+                    continue
+                width *= 2
+            found += reversed(some)
             at = low - 1
         return found[:limit]
+
+    async def _between(self, stream: str, subject: str, low: int, high: int, limit: int) -> list[Stored]:
+        """The messages on a subject with sequences from `low` to `high`, oldest first, until one more than `limit`."""
+        found: list[Stored] = []
+        message = await self.first(stream, subject, low - 1)
+        while message is not None and message.seq <= high and len(found) <= limit:
+            found.append(message)
+            message = await self.first(stream, subject, message.seq)
+        return found
 
     async def delete(self, stream: str, seq: int) -> bool:
         with translated():

@@ -21,9 +21,10 @@ STAGES_OF: dict[Role, tuple[Stage, ...]] = {
     "edit-service": ("edit",), "i2v-service": ("i2v",), "worker": STAGES,
 }  # fmt: skip
 INBOX = "_INBOX_"
-OPERATORS_BUCKETS = frozenset({"vidgen_keys", "vidgen_tenants"})
+OPERATORS_BUCKETS = frozenset({topology.KEYS_BUCKET, topology.TENANTS_BUCKET})
 WRITTEN_BY_WORKERS = frozenset({topology.PROGRESS})
-DELETED_FROM = frozenset({topology.TASKS, "VIDGEN_HELD", topology.DEAD})  # a message at a time; elsewhere it acks
+COUNTED = frozenset({topology.TASKS, topology.HELD})  # by tenant
+DELETED_FROM = frozenset({topology.TASKS, topology.HELD, topology.DEAD})  # a message at a time; elsewhere it acks
 API = "$JS.API"
 
 
@@ -49,11 +50,6 @@ def rights_of(role: Role) -> Rights:
             return Rights(tuple(_worker(stages)), hear=(topology.SUBJECT_CONTROL_ALL, *own))
 
 
-def subject_of_requests(tenant: str) -> str:
-    """Where a tenant publishes its requests: all that it may say on the bus."""
-    return topology.SUBJECT_REQUESTS if tenant == "default" else f"{topology.SUBJECT_REQUESTS}.{tenant}"
-
-
 def inbox_of(public_key: str) -> str:
     """The prefix of a user's inboxes: nobody else may hear there."""
     return f"{INBOX}{public_key}"
@@ -66,7 +62,7 @@ def _gateway() -> Rights:
     # What `Bus.follow` reads a job's log through has a name that the server chose; of the durable ones, nothing.
     durable = [c.name for c in topology.CONSUMERS if c.stream == topology.EVENTS]
     never = tuple(f"{API}.CONSUMER.DELETE.{topology.EVENTS}.{name}" for name in durable)
-    return Rights(tuple(_gateways_subjects()), hear=("vidgen.progress.*",), never=never)
+    return Rights(tuple(_gateways_subjects()), hear=(topology.subject_of_progress("*"),), never=never)
 
 
 def _gateways_subjects() -> Iterator[str]:
@@ -76,6 +72,8 @@ def _gateways_subjects() -> Iterator[str]:
             yield from (subject for subject in stream.subjects if not subject.startswith("$"))
         if stream.name in DELETED_FROM:
             yield f"{API}.STREAM.MSG.DELETE.{stream.name}"
+        if stream.name in COUNTED:
+            yield f"{API}.DIRECT.GET.{stream.name}"
     for bucket in topology.BUCKETS:
         yield from _made(f"KV_{bucket.name}")
         yield f"{API}.DIRECT.GET.KV_{bucket.name}.>"
@@ -123,11 +121,11 @@ def _worker(stages: Sequence[Stage]) -> Iterator[str]:
             consumer = topology.consumer_of(stage, lane)
             yield f"{API}.CONSUMER.INFO.{consumer.stream}.{consumer.name}"
             yield from _taken(consumer)
-        yield f"vidgen.dead.{stage}.>"
+        yield topology.subject_of_dead(stage, ">")
         yield f"$KV.{topology.WORKERS_BUCKET}.{stage}.*"
     yield f"{API}.STREAM.MSG.GET.{topology.EVENTS}"
-    yield "vidgen.events.*"
-    yield "vidgen.progress.*"
+    yield topology.subject_of_events("*")
+    yield topology.subject_of_progress("*")
 
 
 def _operator() -> Iterator[str]:

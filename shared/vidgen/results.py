@@ -37,7 +37,10 @@ class Result(Message):
 
 def fingerprint(task: Task) -> str:
     """Names what a task asks for: only a result of the same may be used for it."""
-    wanted = task.model_dump_json(include={"job_id", "stage", "inputs", "work"})
+    asked = {"job_id", "stage", "inputs", "work"}
+    if task.tenant != contracts.DEFAULT_TENANT:  # what another tenant's job of this id left is none of its business
+        asked.add("tenant")
+    wanted = task.model_dump_json(include=asked)
     return hashlib.sha256(wanted.encode()).hexdigest()[:32]
 
 

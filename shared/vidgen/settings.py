@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 import os
 import secrets
 import socket
@@ -123,6 +124,21 @@ class GatewaySettings(Settings):
         description="A worker that is silent for so many seconds, and not connected to the bus, is dead: its tasks are "
         "handed out again.",
     )  # fmt: skip
+    auth: Literal["auto", "on", "off"] = Field(
+        "auto", description="Whether callers need an API key; auto: unless it listens on a loopback address only."
+    )
+    tenant_rate: float = Field(
+        20.0, ge=0,
+        description="HTTP requests a second that a tenant may send to each gateway; 0: any number. This and the "
+        "next two are for tenants of which `vidgen tenants set` says nothing else, and not for `default`.",
+    )  # fmt: skip
+    tenant_burst: int = Field(60, ge=0, description="How many of them may come at once.")
+    tenant_jobs: int = Field(500, ge=0, description="Jobs of a tenant that may have a task waiting or running; 0: any.")
+    tenant_waiting: int = Field(
+        8, ge=0, le=1000,
+        description="Tasks of a tenant that may wait in one lane's queue, where there are several tenants; the others "
+        "are held back, so that nobody waits behind all of them. 0: any number.",
+    )  # fmt: skip
     presign_minutes: int = Field(15, ge=1, le=1440, description="How long a presigned URL is good for.")
     keep_events: Days = Field(7.0, description="Days for which the logs of jobs are kept.")
     keep_jobs: Days = Field(30.0, description="Days for which a job's record is kept, from its last change on.")
@@ -159,6 +175,26 @@ class GatewaySettings(Settings):
     webhook_concurrency: int = Field(
         64, ge=1, le=512, description="Webhooks delivered at once, at most an eighth of them to one receiver."
     )
+
+    @property
+    def asks_for_keys(self) -> bool:
+        """Whether callers need an API key; raises FatalError where that is off and others can reach the address."""
+        alone = is_loopback(self.http_host)
+        if self.auth == "off" and not alone:
+            raise errors.FatalError(
+                f"VIDGEN_AUTH=off lets anybody in who reaches {self.http_host}: leave it out and make a key with "
+                "`vidgen keys create --admin`, or set VIDGEN_HTTP_HOST=127.0.0.1",
+                code="settings",
+            )
+        return self.auth == "on" or (self.auth == "auto" and not alone)
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches an address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _worker_id() -> str:

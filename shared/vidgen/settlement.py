@@ -25,7 +25,7 @@ log = structlog.get_logger(__name__)
 Outcome = Literal[
     "completed", "reused", "rejected", "retried", "cancelled", "released", "fenced", "dead", "dropped", "lost"
 ]
-SUBJECT = re.compile(r"vidgen\.tasks\.\w+\.(?P<lane>interactive|batch)\.(?P<job>.+)")
+SUBJECT = re.compile(r"vidgen\.tasks\.\w+\.(?P<lane>interactive|batch)\.(?:[a-z0-9-]+\.)?(?P<job>[^.]+)")
 JOB_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 

@@ -5,10 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
-from vidgen.contracts import LANES, STAGES, Lane, Stage
+from vidgen.contracts import DEFAULT_TENANT, LANES, STAGES, Lane, Stage
 
 REQUESTS = "VIDGEN_REQUESTS"
 TASKS = "VIDGEN_TASKS"
+HELD = "VIDGEN_HELD"
 EVENTS = "VIDGEN_EVENTS"
 PROGRESS = "VIDGEN_PROGRESS"
 ADVISORIES = "VIDGEN_ADVISORIES"
@@ -18,6 +19,8 @@ WEBHOOKS = "VIDGEN_WEBHOOKS"
 
 JOBS_BUCKET = "vidgen_jobs"
 WORKERS_BUCKET = "vidgen_workers"
+KEYS_BUCKET = "vidgen_keys"
+TENANTS_BUCKET = "vidgen_tenants"
 
 GATEWAY = "gateway"
 DAY = 86400.0
@@ -56,15 +59,33 @@ class Consumer:
 
 @dataclass(frozen=True)
 class Bucket:
-    """A KV bucket; `ttl` in seconds counts from the last write."""
+    """A KV bucket; `ttl` in seconds counts from the last write, 0: for ever."""
 
     name: str
     ttl: float
     storage: Literal["file", "memory"] = "file"
 
 
-def subject_of_task(stage: Stage, lane: Lane, job_id: str) -> str:
+def subject_of_requests(tenant: str) -> str:
+    return SUBJECT_REQUESTS if tenant == DEFAULT_TENANT else f"{SUBJECT_REQUESTS}.{tenant}"
+
+
+def tenant_of_requests(subject: str) -> str:
+    """Whose request came on a subject: what its publisher may publish on says so, not what it wrote."""
+    return subject.removeprefix(SUBJECT_REQUESTS).removeprefix(".") or DEFAULT_TENANT
+
+
+def subject_of_task(stage: Stage, lane: Lane, job_id: str, tenant: str = DEFAULT_TENANT) -> str:
+    return f"vidgen.tasks.{stage}.{lane}.{tenant}.{job_id}"
+
+
+def subject_of_older_task(stage: Stage, lane: Lane, job_id: str) -> str:
+    """Where gateways queued a task before there were tenants: one may wait there still, and consumers take it."""
     return f"vidgen.tasks.{stage}.{lane}.{job_id}"
+
+
+def subject_of_held(stage: Stage, lane: Lane, job_id: str, tenant: str = DEFAULT_TENANT) -> str:
+    return f"vidgen.held.{stage}.{lane}.{tenant}.{job_id}"
 
 
 def subject_of_events(job_id: str) -> str:
@@ -88,8 +109,14 @@ def subject_of_dead(stage: Stage | None, job_id: str | None) -> str:
     return "vidgen.dead.requests" if stage is None else f"vidgen.dead.{stage}.{job_id or 'unknown'}"
 
 
-def subject_of_history(job_id: str) -> str:
-    return f"vidgen.history.{job_id}"
+def tasks_of(tenant: str) -> tuple[tuple[str, str], ...]:
+    """Where the tasks of a tenant are until they are done, as stream and pattern."""
+    return (TASKS, f"vidgen.tasks.*.*.{tenant}.*"), (HELD, f"vidgen.held.*.*.{tenant}.*")
+
+
+def subject_of_history(job_id: str, tenant: str = DEFAULT_TENANT) -> str:
+    """The operator's own jobs have no tenant in it, as before there were tenants."""
+    return f"vidgen.history.{job_id}" if tenant == DEFAULT_TENANT else f"vidgen.history.{tenant}.{job_id}"
 
 
 def subject_of_webhook(job_id: str) -> str:
@@ -98,6 +125,11 @@ def subject_of_webhook(job_id: str) -> str:
 
 def consumer_of(stage: Stage, lane: Lane) -> Consumer:
     return Consumer(TASKS, f"{stage}-{lane}", f"vidgen.tasks.{stage}.{lane}.>", max_deliver=10)
+
+
+def consumer_of_held(stage: Stage, lane: Lane) -> Consumer:
+    """Nobody pulls from it: it lets the autoscaler, and the metrics, count what a lane holds back."""
+    return Consumer(HELD, f"{stage}-{lane}", f"vidgen.held.{stage}.{lane}.>")
 
 
 HEADER_LOG_SEQ = "Vidgen-Log-Seq"  # of a task: where the job's log stood when it was queued
@@ -109,7 +141,13 @@ SUBJECT_CONTROL_ALL = "vidgen.control.*"
 STREAMS = (
     Stream(REQUESTS, ("vidgen.requests", "vidgen.requests.*"), "workqueue", discard="new", max_bytes=1 << 30),
     Stream(
-        TASKS, ("vidgen.tasks.*.*.*",), "workqueue", discard="new", max_bytes=1 << 30,
+        # `.>` takes what was queued before there were tenants, too.
+        TASKS, ("vidgen.tasks.*.*.>",), "workqueue", discard="new", max_bytes=1 << 30,
+        max_msgs_per_subject=1, discard_new_per_subject=True,
+    ),
+    # What waits behind a tenant's share of a lane's queue (decision 0012).
+    Stream(
+        HELD, ("vidgen.held.*.*.*.*",), discard="new", max_bytes=1 << 30,
         max_msgs_per_subject=1, discard_new_per_subject=True,
     ),
     Stream(EVENTS, ("vidgen.events.*",), max_age=7 * DAY),
@@ -127,7 +165,7 @@ STREAMS = (
     Stream(WEBHOOKS, ("vidgen.webhooks.*",), "workqueue", discard="new", max_age=7 * DAY, max_bytes=256 << 20),
     # One message per job ever accepted, in order: what `GET /v1/jobs` pages through (decision 0003).
     Stream(
-        HISTORY, ("vidgen.history.*",), discard="new", max_age=30 * DAY,
+        HISTORY, ("vidgen.history.>",), discard="new", max_age=30 * DAY,
         max_msgs_per_subject=1, discard_new_per_subject=True,
     ),
 )  # fmt: skip
@@ -141,11 +179,14 @@ CONSUMERS = (
     Consumer(ADVISORIES, GATEWAY),
     GATEWAY_WEBHOOKS,
     *(consumer_of(stage, lane) for stage in STAGES for lane in LANES),
+    *(consumer_of_held(stage, lane) for stage in STAGES for lane in LANES),
 )
 
 BUCKETS = (
     Bucket(JOBS_BUCKET, ttl=30 * DAY),
     Bucket(WORKERS_BUCKET, ttl=WORKER_TTL, storage="memory"),
+    Bucket(KEYS_BUCKET, ttl=0),
+    Bucket(TENANTS_BUCKET, ttl=0),
 )
 
 

@@ -445,6 +445,48 @@ async def test_last_is_the_newest_of_the_subject(bus: Bus) -> None:
     assert found.at.tzinfo is not None
 
 
+async def test_the_first_and_the_number_of_messages_on_a_pattern(bus: Bus) -> None:
+    for number in range(6):
+        tenant = ("acme", "umbrella")[number % 2]
+        subject = topology.subject_of_task("edit", "interactive", f"j{number}", tenant)
+        assert await bus.publish(subject, b"%d" % number, message_id=f"m{number}") == number + 1
+    acme = topology.subject_of_task("edit", "interactive", "*", "acme")
+
+    first = await bus.first(topology.TASKS, acme)
+    second = await bus.first(topology.TASKS, acme, 1)
+    exact = await bus.first(topology.TASKS, topology.subject_of_task("edit", "interactive", "j5", "umbrella"), 2)
+
+    assert [one.body if one else None for one in (first, second, exact)] == [b"0", b"2", b"5"]
+    assert await bus.first(topology.TASKS, acme, 5) is None
+    assert await bus.first(topology.HELD, "vidgen.held.>") is None
+    assert [await bus.count(*place) for place in topology.tasks_of("acme")] == [3, 0]
+    assert [await bus.count(topology.TASKS, acme, after) for after in (1, 2, 4, 5, 99)] == [2, 2, 1, 0, 0]
+    assert await bus.count(topology.TASKS, topology.subject_of_task("edit", "interactive", "j0", "acme")) == 1
+    delivery = await taken(bus)
+    await delivery.ack()
+    assert await bus.count(topology.TASKS, acme) == 2
+    assert (await bus.depth(QUEUE)).delivered == 1
+
+
+async def test_tail_of_a_pattern_pages_backwards_however_much_of_others_lies_between(bus: Bus) -> None:
+    own = {1, 40, 41, 42, 43, 44, 150}
+    for number in range(1, 161):
+        subject = topology.subject_of_history(f"j{number}", "acme" if number in own else "umbrella")
+        assert await bus.publish(subject, b"", message_id=f"m{number}") == number
+    await bus.delete(topology.HISTORY, 42)
+    pattern = topology.subject_of_history("*", "acme")
+
+    async def page(before: int | None, limit: int) -> list[int]:
+        return [message.seq for message in await bus.tail(topology.HISTORY, before, limit, pattern)]
+
+    assert await page(None, 2) == [150, 44]
+    assert await page(44, 2) == [43, 41]
+    assert await page(41, 9) == [40, 1]
+    assert await page(1, 2) == []
+    assert await page(None, 100) == sorted(own - {42}, reverse=True)
+    assert await bus.tail(topology.HISTORY, None, 3, topology.subject_of_history("*")) == []
+
+
 async def test_tail_pages_backwards_over_what_was_deleted(bus: Bus) -> None:
     seqs = await told(bus, "j1", 9)
     for seq in seqs[2:7]:
@@ -484,7 +526,8 @@ async def test_a_purged_message_is_not_delivered_again(hasty_bus: Bus) -> None:
 
 
 async def test_a_stream_that_is_not_there_is_an_error(bus: Bus) -> None:
-    for call in (bus.last("NONE", "a"), bus.get("NONE", 1), bus.purge("NONE", "a"), bus.tail("NONE", None, 1)):
+    for call in (bus.last("NONE", "a"), bus.get("NONE", 1), bus.purge("NONE", "a"), bus.tail("NONE", None, 1),
+                 bus.first("NONE", "a"), bus.count("NONE", "a")):  # fmt: skip
         with pytest.raises(errors.BusError):
             await call
 

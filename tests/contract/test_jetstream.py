@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import socket
 from pathlib import Path
+from typing import Any
 
 import pytest
 from nats.js import api
@@ -287,6 +288,71 @@ async def test_the_bootstrap_repairs_limits_and_keeps_what_is_stored(nats_server
         for bucket in wanted.buckets:
             assert (await connected.jetstream.stream_info(f"KV_{bucket.name}")).config.max_age == 500.0
         assert (await pulled(connected)).body == b"kept"
+
+
+async def test_the_list_of_one_tenant_costs_no_more_where_others_have_many_jobs(
+    nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reads = 0
+    get = jetstream.JetStreamBus._get
+
+    async def counted(self: jetstream.JetStreamBus, stream: str, **query: Any) -> bus.Stored | None:
+        nonlocal reads
+        reads += 1
+        return await get(self, stream, **query)
+
+    monkeypatch.setattr(jetstream.JetStreamBus, "_get", counted)
+    async with connected_bus(nats_server) as connected:
+        for start in range(0, 2000, 200):
+            names = [("acme" if n in (3, 700, 701) else "umbrella", n) for n in range(start, start + 200)]
+            await asyncio.gather(
+                *(connected.publish(topology.subject_of_history(f"j{n}", t), b"", message_id=f"{n}") for t, n in names)
+            )
+
+        found = await connected.tail(topology.HISTORY, None, 21, topology.subject_of_history("*", "acme"))
+
+    assert sorted(message.subject for message in found) == [f"vidgen.history.acme.j{n}" for n in (3, 700, 701)]
+    assert reads < 30
+
+
+async def test_an_upgrade_takes_in_new_subjects_and_keeps_what_was_queued(nats_server: NatsServer) -> None:
+    before = {topology.TASKS: ("vidgen.tasks.*.*.*",), topology.HISTORY: ("vidgen.history.*",)}
+    streams = tuple(
+        dataclasses.replace(stream, subjects=before.get(stream.name, stream.subjects))
+        for stream in topology.STREAMS if stream.name != topology.HELD
+    )  # fmt: skip
+    consumers = tuple(consumer for consumer in topology.CONSUMERS if consumer.stream != topology.HELD)
+    async with jetstream.connect(nats_server.url, "test") as connected:
+        # Given a bus of the version before, with a task and a job in the list
+        await bootstrap.ensure(connected, topology.Topology(streams=streams, consumers=consumers, buckets=()))
+        older = topology.subject_of_older_task("edit", "interactive", "j1")
+        await connected.publish(older, b"older", message_id="j1:edit:1")
+        await connected.publish(topology.subject_of_history("j1"), b"", message_id="j1")
+
+        # When a gateway of this version comes
+        await bootstrap.ensure(connected, topology.Topology())
+        await connected.publish(SUBJECT, b"newer", message_id="j2:edit:1")
+
+        # Then both tasks are given to the same workers, in their order, and the job is in its list
+        assert [(await pulled(connected)).body for _ in range(2)] == [b"older", b"newer"]
+        own = await connected.tail(topology.HISTORY, None, 9, topology.subject_of_history("*"))
+        assert [message.subject for message in own] == ["vidgen.history.j1"]
+
+        # And one of the version before does not take away what it does not know
+        with pytest.raises(errors.FatalError, match="subjects"):
+            await bootstrap.ensure(connected, topology.Topology(streams=streams, consumers=consumers, buckets=()))
+
+
+@pytest.mark.parametrize(
+    ("wider", "subject", "expected"),
+    [
+        ("a.*.>", "a.*.*", True), ("a.>", "a.b", True), ("a.>", "a.>", True), ("*.b", "a.b", True),
+        ("a.*", "a.>", False), ("a.b", "a.*", False), ("a.>", "a", False), ("a.*.*", "a.*.>", False),
+        ("a.*", "a.*.*", False),
+    ],
+)  # fmt: skip
+def test_only_what_takes_all_that_was_taken_is_an_upgrade(wider: str, subject: str, expected: bool) -> None:
+    assert bootstrap.covers(wider, subject) is expected
 
 
 async def test_the_bootstrap_refuses_a_stream_that_is_another(nats_server: NatsServer) -> None:

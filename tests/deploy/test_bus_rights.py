@@ -39,6 +39,8 @@ PUBLISHED: dict[str, set[str]] = {
     "vidgen.requests.another": GATEWAY,
     "vidgen.tasks.edit.interactive.a-job": GATEWAY,
     "vidgen.tasks.i2v.batch.a-job": GATEWAY,
+    "vidgen.tasks.i2v.batch.acme.a-job": GATEWAY,
+    "vidgen.held.i2v.batch.acme.a-job": GATEWAY,
     "vidgen.events.a-job": GATEWAY | WORKERS,
     "vidgen.progress.a-job": WORKERS,
     "vidgen.control.a-job": GATEWAY,
@@ -52,6 +54,10 @@ PUBLISHED: dict[str, set[str]] = {
     "vidgen.dead.i2v.a-job": GATEWAY | I2V,
     # records
     "$KV.vidgen_jobs.a-job": GATEWAY,
+    "$KV.vidgen_keys.0123456789ab": GATEWAY | OPERATOR,
+    "$KV.vidgen_tenants.acme": GATEWAY | OPERATOR,
+    f"{JS}.DIRECT.GET.KV_vidgen_keys.$KV.vidgen_keys.0123456789ab": GATEWAY | OPERATOR,
+    f"{JS}.DIRECT.GET.KV_vidgen_tenants.$KV.vidgen_tenants.acme": GATEWAY | OPERATOR,
     "$KV.vidgen_workers.edit.w1": EDIT,
     "$KV.vidgen_workers.i2v.w1": I2V,
     f"{JS}.DIRECT.GET.KV_vidgen_jobs.$KV.vidgen_jobs.a-job": GATEWAY,
@@ -95,8 +101,13 @@ PUBLISHED: dict[str, set[str]] = {
     f"{JS}.STREAM.MSG.GET.VIDGEN_DEAD": GATEWAY | OPERATOR,
     f"{JS}.STREAM.MSG.DELETE.VIDGEN_DEAD": GATEWAY | OPERATOR,
     f"{JS}.STREAM.MSG.DELETE.VIDGEN_TASKS": GATEWAY,
+    # what a tenant has waiting is counted, held and moved up by gateways
+    f"{JS}.DIRECT.GET.VIDGEN_TASKS": GATEWAY,
+    f"{JS}.DIRECT.GET.VIDGEN_HELD": GATEWAY,
+    f"{JS}.STREAM.MSG.GET.VIDGEN_HELD": GATEWAY,
+    f"{JS}.STREAM.MSG.DELETE.VIDGEN_HELD": GATEWAY,
+    f"{JS}.CONSUMER.MSG.NEXT.VIDGEN_HELD.edit-batch": NOBODY,
     # nobody's business
-    f"{JS}.DIRECT.GET.VIDGEN_TASKS": NOBODY,
     f"{JS}.DIRECT.GET.VIDGEN_REQUESTS": NOBODY,
     f"{JS}.STREAM.MSG.DELETE.VIDGEN_EVENTS": NOBODY,
     f"{JS}.STREAM.MSG.DELETE.VIDGEN_REQUESTS": NOBODY,
@@ -272,10 +283,10 @@ async def test_a_tenant_cannot_have_the_answer_to_a_request_published_for_it(
         async with installed.connected(server.url, identities, f"publisher.{tenant}") as publisher:
             for number, reply in enumerate(SMUGGLED):
                 body = json.dumps({"n": number}).encode()
-                await publisher.client.publish(permissions.subject_of_requests(tenant), body, reply=reply)
+                await publisher.client.publish(topology.subject_of_requests(tenant), body, reply=reply)
             # The last one is answered to itself: what was sent before it has been dealt with by then.
-            seq = await publisher.publish(permissions.subject_of_requests(tenant), b"{}", message_id=f"own {tenant}")
-            again = await publisher.publish(permissions.subject_of_requests(tenant), b"{}", message_id=f"own {tenant}")
+            seq = await publisher.publish(topology.subject_of_requests(tenant), b"{}", message_id=f"own {tenant}")
+            again = await publisher.publish(topology.subject_of_requests(tenant), b"{}", message_id=f"own {tenant}")
         assert seq == again
         after = await _held(gateway)
     assert after.pop(topology.REQUESTS) == before.pop(topology.REQUESTS) + len(SMUGGLED) + 1

@@ -22,7 +22,7 @@ from tests.servers import finished, skipped_at_home
 
 import vidgen
 from vidgen import errors, jetstream, permissions, settings
-from vidgen.client import AsyncClient
+from vidgen.client import AsyncClient, GatewayError
 from vidgen.contracts import STAGES, EditParams, I2VParams, JobStatus, VideoRequest
 from vidgen.identities import Identities
 from vidgen.local import NatsServer, S3Server, servers
@@ -411,6 +411,16 @@ class Graph:
                 self.processes[name].check()
                 await asyncio.sleep(POLL)
 
+    async def run_in(self, name: str, program: str, *arguments: str) -> str:
+        """What a command prints that is run where a service is, as `docker compose exec` does."""
+        env = {"PATH": os.environ["PATH"], **self.environment(name)}
+        process = await asyncio.create_subprocess_exec(
+            servers.program(program), *arguments, env=env, stdout=asyncio.subprocess.PIPE
+        )
+        out, _ = await process.communicate()
+        assert process.returncode == 0
+        return out.decode().strip()
+
     async def stop(self, name: str) -> int | None:
         """SIGTERM, and the exit code; None for one that did not end within the time that the file gives it."""
         process = self.processes[name]
@@ -461,14 +471,19 @@ async def test_the_same_processes_with_the_same_files_make_a_video_and_stop_when
             i2v=I2VParams(prompt="slow zoom in", num_frames=9, fps=8, **small),
         )
 
-        # When a job is sent
-        async with AsyncClient(graph.url("gateway", 8080)) as client:
+        # When the first key is made as the file says, and a job is sent with it
+        key = await graph.run_in("gateway", "vidgen", "keys", "create", "--admin")
+        with pytest.raises(GatewayError, match="send an API key"):
+            async with AsyncClient(graph.url("gateway", 8080)) as client:
+                await client.list()
+        async with AsyncClient(graph.url("gateway", 8080), api_key=key) as client:
             job = await finished(client, await client.submit(wanted, images=[PHOTO]), BOUND)
 
         # Then it is done, and its link leads past the gateway to the store, as a browser outside reaches it
         assert job.status is JobStatus.COMPLETED
         async with httpx.AsyncClient() as http:
-            answer = await http.get(f"{graph.url('gateway', 8080)}/v1/jobs/{job.id}/artifacts/video.mp4")
+            address = f"{graph.url('gateway', 8080)}/v1/jobs/{job.id}/artifacts/video.mp4"
+            answer = await http.get(address, headers={"Authorization": f"Bearer {key}"})
             link = answer.headers["location"]
             assert link.startswith(f"{graph.url('s3', 8333)}/vidgen/jobs/{job.id}/video.mp4?")
             assert (await http.get(link)).content[4:8] == b"ftyp"

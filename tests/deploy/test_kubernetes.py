@@ -569,17 +569,22 @@ def test_scaling_down_takes_nothing_from_a_stage_that_just_started(name: str, co
 
 def test_the_triggers_name_every_queue_of_their_stage_and_i2v_those_of_edit_too() -> None:
     manifests = built("gpu", ("keda",))
-    consumers = {consumer.name: consumer for consumer in topology.CONSUMERS}
     for stage in STAGES:
         spec = kinds(manifests, "ScaledObject")[f"{stage}-service"]["spec"]
         looked_at: tuple[Stage, ...] = ("i2v", "edit") if stage == "i2v" else (stage,)
-        wanted = {topology.consumer_of(one, lane).name for one in looked_at for lane in LANES}
-        names = {trigger["metadata"]["consumer"]: trigger["name"] for trigger in spec["triggers"]}
+        wanted = {
+            (consumer.stream, consumer.name): consumer.name.replace("-", "_") + end
+            for one in looked_at for lane in LANES
+            for of, end in ((topology.consumer_of, ""), (topology.consumer_of_held, "_held"))
+            for consumer in (of(one, lane),)
+        }  # fmt: skip
+        names = {
+            (trigger["metadata"]["stream"], trigger["metadata"]["consumer"]): trigger["name"]
+            for trigger in spec["triggers"]
+        }
 
-        assert set(names) == wanted
-        assert all(name == consumer.replace("-", "_") for consumer, name in names.items())
+        assert names == wanted
         for trigger in spec["triggers"]:
-            assert trigger["metadata"]["stream"] == consumers[trigger["metadata"]["consumer"]].stream
             host, _, port = trigger["metadata"]["natsServerMonitoringEndpoint"].partition(":")
             assert host == "nats-headless.vidgen.svc.cluster.local"
             assert int(port) == VALUES["config"]["monitor"]["port"]
@@ -797,6 +802,19 @@ async def test_the_look_ahead_adds_nothing_where_videos_wait_already(
 
     assert replicas(server, scaled["i2v-service"]) == 2
     assert replicas(server, scaled["edit-service"]) == 2
+
+
+async def test_what_is_held_behind_a_tenants_share_starts_gpus_too(
+    server: NatsServer, bus: JetStreamBus, scaled: dict[str, Manifest]
+) -> None:
+    for number in range(30):
+        subject = topology.subject_of_held("edit", "interactive", f"job-{number}", "acme")
+        await bus.publish(subject, b"{}", message_id=secrets.token_hex(8))
+
+    assert replicas(server, scaled["edit-service"]) == 2
+    assert replicas(server, scaled["i2v-service"]) == 1
+    await bus.purge(topology.HELD, "vidgen.held.>")
+    assert replicas(server, scaled["edit-service"]) == 0
 
 
 async def test_a_task_that_a_worker_holds_keeps_its_stage_up(

@@ -31,11 +31,14 @@ from tests.gateways import KEY, picture
 from gateway.consumers import Consumers
 from gateway.intake import Intake, parse
 from gateway.jobs import Jobs, NotPossibleError
+from gateway.quotas import Quotas
 from vidgen import contracts, errors, gpu, topology
 from vidgen.artifacts import artifact_key
 from vidgen.contracts import Event, Job, JobStatus
 from vidgen.metrics import GatewayMetrics, WorkerMetrics
+from vidgen.settings import GatewaySettings
 from vidgen.settlement import Policy
+from vidgen.tenants import Tenants
 from vidgen.testing import FakeClock, MemoryBus, MemoryStore
 from vidgen.worker import Registration, Worker
 
@@ -60,7 +63,8 @@ class Floor:
     def jobs(self) -> Jobs:
         if self.gateway is None:
             jobs = Jobs(self.bus)
-            intake = Intake(self.bus, self.store, jobs, 1 << 20)
+            quotas = Quotas(self.bus, Tenants(self.bus), GatewaySettings())
+            intake = Intake(self.bus, self.store, jobs, quotas, 1 << 20)
             consumers = Consumers(self.bus, jobs, intake, GatewayMetrics(), concurrency=1)
             self.gateway = jobs, asyncio.ensure_future(consumers.run(asyncio.Event()))
         return self.gateway[0]

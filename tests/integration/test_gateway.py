@@ -6,9 +6,7 @@ import asyncio
 import contextlib
 import io
 import json
-import os
 import signal
-import sys
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -16,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 from PIL import Image
-from tests.servers import connected_bus
+from tests.servers import connected_bus, running_gateways
 
 from gateway import main
 from vidgen import contracts, errors, topology
@@ -32,32 +30,16 @@ BOUND_S = 180.0
 ACK_WAIT_S = 2.0  # what a killed gateway held comes back soon
 
 
-@contextlib.asynccontextmanager
-async def running(count: int, nats: NatsServer, s3: S3Server, folder: Path) -> AsyncIterator[list[Service]]:
-    env = {name: value for name, value in os.environ.items() if not name.startswith("VIDGEN_")} | {
-        "PYTHONPATH": os.pathsep.join(sys.path), "VIDGEN_NATS_URL": nats.url, "VIDGEN_S3_ENDPOINT": s3.endpoint,
-        "VIDGEN_S3_ACCESS_KEY": s3.access_key, "VIDGEN_S3_SECRET_KEY": s3.secret_key, "VIDGEN_S3_BUCKET": s3.bucket,
-        "VIDGEN_HTTP_PORT": "0", "VIDGEN_ACK_WAIT": str(ACK_WAIT_S), "VIDGEN_LOG_FORMAT": "json",
-    }  # fmt: skip
-    replicas = [Service(f"gateway-{n}", "gateway.main", folder, env) for n in range(count)]
-    try:
-        await asyncio.gather(*(replica.start() for replica in replicas))
-        yield replicas
-    finally:
-        for replica in replicas:
-            replica.kill()
-
-
 @pytest.fixture
 async def gateway(nats_server: NatsServer, s3_server: S3Server, tmp_path: Path) -> AsyncIterator[Service]:
-    async with running(1, nats_server, s3_server, tmp_path) as [only]:
+    async with running_gateways(1, nats_server, s3_server, tmp_path, VIDGEN_ACK_WAIT=str(ACK_WAIT_S)) as [only]:
         yield only
 
 
 @pytest.fixture
 async def gateways(nats_server: NatsServer, s3_server: S3Server, tmp_path: Path) -> AsyncIterator[list[Service]]:
     """Two replicas on one bus."""
-    async with running(2, nats_server, s3_server, tmp_path) as replicas:
+    async with running_gateways(2, nats_server, s3_server, tmp_path, VIDGEN_ACK_WAIT=str(ACK_WAIT_S)) as replicas:
         yield replicas
 
 

@@ -8,8 +8,10 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -460,3 +462,47 @@ def test_screenshots(browser: Browser, stack: Stack) -> None:
         expect(page.locator(".screen img.frame")).to_be_visible()
         expect(page.locator(".stages li").nth(1).locator(".where")).to_contain_text("step 2")
         shoot(page, "job")
+
+
+def test_a_page_of_a_gateway_that_asks_for_keys_signs_in_and_out(
+    browser: Browser, stack: Stack, tmp_path: Path
+) -> None:
+    # Given a second gateway on the same system, which asks for keys, and one key
+    environment = {name: value for name, value in stack.environment().items() if name != "VIDGEN_GATEWAY_URL"}
+    own = {"VIDGEN_AUTH": "on", "VIDGEN_HTTP_PORT": "0", "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    env = {**os.environ, **environment, **own}
+    gateway = Service("gateway-with-keys", "gateway.main", tmp_path, env)
+    made = subprocess.run(
+        [sys.executable, "-m", "vidgen.cli", "keys", "create", "--admin"],
+        env=env,
+        capture_output=True,
+        text=True,
+        check=True,
+    ).stdout.strip()
+    gateway.launch()
+    try:
+        with ThreadPoolExecutor() as elsewhere:  # Playwright holds this thread's event loop
+            elsewhere.submit(lambda: asyncio.run(gateway.until_ready())).result()
+        with opened(browser, gateway.url) as window:
+            page = window.page
+            page.goto(f"{gateway.url}/#/jobs")
+            # When a wrong key is given, and then the right one
+            page.get_by_label("API key").fill("vg_wrong")
+            page.get_by_role("button", name="Sign in").click()
+            expect(page.get_by_role("alert")).to_contain_text("not known")
+            page.get_by_label("API key").fill(made)
+            page.get_by_role("button", name="Sign in").click()
+            # Then the jobs are there, with their pictures, and no script sees the key
+            expect(page.locator(".card")).not_to_have_count(0)
+            expect(page.get_by_text("Operator")).to_be_visible()
+            picture = page.locator(".card img").first
+            expect(picture).to_have_js_property("complete", True)
+            assert picture.evaluate("(image) => image.naturalWidth") > 0
+            assert page.evaluate("() => document.cookie + JSON.stringify(localStorage)") == "{}"
+            # And after signing out nothing is
+            page.get_by_role("button", name="Sign out").click()
+            expect(page.get_by_label("API key")).to_be_visible()
+            expect(page.locator(".card")).to_have_count(0)
+            window.complaints.clear()  # the browser names each 401
+    finally:
+        gateway.kill()

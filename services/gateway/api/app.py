@@ -7,7 +7,20 @@ from typing import Any
 from fastapi import FastAPI
 
 import vidgen
-from gateway.api import artifacts, dead, estimate, events, jobs, ops, page, problems, uploads, workers
+from gateway.api import (
+    artifacts,
+    dead,
+    estimate,
+    events,
+    jobs,
+    ops,
+    page,
+    problems,
+    session,
+    uploads,
+    workers,
+)
+from gateway.api.door import SCHEMES, Door, is_open
 from gateway.api.edge import Edge
 from gateway.api.limits import BodyLimit
 from gateway.api.parts import Parts
@@ -15,7 +28,7 @@ from gateway.api.references import References
 
 ROUTERS = (
     jobs.router, events.router, artifacts.router, uploads.router, estimate.router, workers.router, dead.router,
-    ops.router, page.router,
+    session.router, ops.router, page.router,
 )  # fmt: skip
 DESCRIPTION = "Reference image + prompt to edited frame to video. Errors are RFC 9457 problem documents."
 
@@ -28,6 +41,7 @@ class _App(FastAPI):
             return self.openapi_schema
         schema = super().openapi()
         _drop_default_errors(schema)
+        _tell_who_may(schema)
         problem = problems.Problem.model_json_schema(ref_template="#/components/schemas/{model}")
         problem.pop("$defs", None)  # FieldError: the job record brings it along
         schema["components"]["schemas"].setdefault("Problem", problem)
@@ -44,6 +58,16 @@ def _drop_default_errors(schema: dict[str, Any]) -> None:
         schema["components"]["schemas"].pop(name, None)
 
 
+def _tell_who_may(schema: dict[str, Any]) -> None:
+    """What the door does, on each route that is behind it."""
+    schema["components"]["securitySchemes"] = SCHEMES
+    for path, operations in schema["paths"].items():
+        for operation in () if is_open(path) else operations.values():
+            operation["security"] = [{name: []} for name in SCHEMES]
+            told = {str(status): said for status, said in problems.responses(401, 403, 429, 503).items()}
+            operation["responses"] = told | operation["responses"]
+
+
 def create_app(parts: Parts) -> FastAPI:
     """The gateway's HTTP app on the given parts; it owns none of them."""
     app = _App(title="vidgen gateway", version=vidgen.__version__, description=DESCRIPTION, redirect_slashes=False)
@@ -52,6 +76,7 @@ def create_app(parts: Parts) -> FastAPI:
     problems.install(app)
     for router in ROUTERS:
         app.include_router(router)
+    app.add_middleware(Door, keyring=parts.keyring, quotas=parts.quotas, wanted=parts.settings.asks_for_keys)
     app.add_middleware(BodyLimit, max_image_bytes=parts.settings.max_upload_bytes)
     app.add_middleware(Edge, metrics=parts.metrics)
     return app

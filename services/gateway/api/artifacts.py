@@ -15,7 +15,7 @@ from starlette.responses import RedirectResponse, Response, StreamingResponse
 from starlette.types import Send
 
 from gateway.api import problems
-from gateway.api.parts import JobIdHere, Parts, PartsHere
+from gateway.api.parts import JobHere, Parts, PartsHere
 from gateway.api.problems import HttpError
 from gateway.api.references import EXTENSIONS
 from vidgen import errors
@@ -78,9 +78,8 @@ GET_FILE: dict[str, Any] = {
 
 @router.head("/artifacts/{name}", include_in_schema=False)
 @router.get("/artifacts/{name}", **GET_FILE)
-async def download(request: Request, job_id: JobIdHere, name: str, parts: PartsHere, wish: WishHere) -> Response:
+async def download(request: Request, job: JobHere, name: str, parts: PartsHere, wish: WishHere) -> Response:
     """Get a file that a job made. HEAD tells size, type and checksum."""
-    job = await parts.jobs.get(job_id)
     artifact = next((one for one in job.artifacts if one.name == name), None)
     if artifact is None:
         names = ", ".join(one.name for one in job.artifacts) or "none yet"
@@ -93,10 +92,9 @@ async def download(request: Request, job_id: JobIdHere, name: str, parts: PartsH
 @router.head("/references/{index}", include_in_schema=False)
 @router.get("/references/{index}", **GET_FILE)
 async def reference(
-    request: Request, job_id: JobIdHere, index: Annotated[int, Path(ge=0)], parts: PartsHere, wish: WishHere
+    request: Request, job: JobHere, index: Annotated[int, Path(ge=0)], parts: PartsHere, wish: WishHere
 ) -> Response:
     """Get a reference image of a job, counted from 0, as its engines read it."""
-    job = await parts.jobs.get(job_id)
     if index >= len(job.inputs):
         raise HttpError(404, "artifact_not_found", f"the job has {len(job.inputs)} references, counted from 0")
     key = job.inputs[index]

@@ -9,22 +9,28 @@ from typing import Annotated
 
 import pydantic
 import structlog
-from fastapi import APIRouter, Path, Query
+from fastapi import APIRouter, Depends, Path, Query
 from pydantic import BaseModel, Field
 from starlette.responses import Response
 
 from gateway.api import problems
 from gateway.api.jobs import answer
-from gateway.api.parts import Parts, PartsHere
+from gateway.api.parts import CallerHere, Parts, PartsHere
 from gateway.api.problems import HttpError
-from gateway.intake import InvalidRequestError, id_from_key, parse
+from gateway.intake import NO_TENANT, TENANT, InvalidRequestError, id_from_key, parse
 from vidgen import topology
 from vidgen.bus import Stored
 from vidgen.contracts import DeadLetter, FieldError, Job, JobError
 
 log = structlog.get_logger(__name__)
 
-router = APIRouter(prefix="/v1/dead", tags=["dead letters"])
+
+def _operator(caller: CallerHere) -> None:
+    if not caller.admin:
+        raise HttpError(403, "not_the_operator", "only an operator's key opens the dead letters")
+
+
+router = APIRouter(prefix="/v1/dead", tags=["dead letters"], dependencies=[Depends(_operator)])
 
 SeqHere = Annotated[int, Path(ge=1, lt=2**63)]
 
@@ -100,9 +106,12 @@ async def _submit_again(letter: NumberedLetter, parts: Parts) -> Job:
             [FieldError(field="request", message="the payload is not a JSON object: drop the letter, send it anew")]
         )
     asked.pop("job_id", None)
+    tenant = topology.tenant_of_requests(letter.subject)
+    if not TENANT.fullmatch(tenant):
+        raise InvalidRequestError([FieldError(field="subject", message=f"{NO_TENANT}: drop the letter")])
     # Made of the letter, so that a replay that is repeated half-way does not become two jobs.
-    job_id = id_from_key(f"replay:{letter.seq}:{letter.at.isoformat()}")
-    job, _ = await parts.intake.submit(parse(json.dumps(asked).encode()), job_id)
+    job_id = id_from_key(f"replay:{letter.seq}:{letter.at.isoformat()}", tenant)
+    job, _ = await parts.intake.submit(parse(json.dumps(asked).encode(), tenant), job_id, tenant)
     return job
 
 

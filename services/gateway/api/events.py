@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Annotated
+from collections.abc import Coroutine
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Query
 from starlette.responses import Response
@@ -11,7 +12,7 @@ from starlette.types import Receive, Scope, Send
 
 from gateway.api import problems
 from gateway.api.feed import JobFeed
-from gateway.api.parts import JobIdHere, PartsHere
+from gateway.api.parts import CallerHere, JobHere, PartsHere
 
 router = APIRouter(prefix="/v1/jobs/{job_id}/events", tags=["events"])
 
@@ -26,25 +27,26 @@ EVENTS_DOC: dict[int | str, dict[str, object]] = {
 
 
 class EventStream(Response):
-    """Sends a feed until it ends, the client leaves, or the process is about to; then the feed is closed."""
+    """Sends a feed until it ends, the client leaves, `over` is, or the process is about to; then the feed is closed."""
 
     media_type = MEDIA_TYPE
 
-    def __init__(self, feed: JobFeed) -> None:
+    def __init__(self, feed: JobFeed, over: Coroutine[Any, Any, None]) -> None:
         super().__init__(headers={"Cache-Control": "no-store", "X-Accel-Buffering": "no"})
         del self.headers["content-length"]
-        self._feed = feed
+        self._feed, self._over = feed, over
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         sending = asyncio.create_task(self._send(send))
-        leaving = asyncio.create_task(_gone(receive))
+        ending = (asyncio.create_task(_gone(receive)), asyncio.create_task(self._over))
         try:
-            await asyncio.wait((sending, leaving), return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait((sending, *ending), return_when=asyncio.FIRST_COMPLETED)
         finally:
-            leaving.cancel()
+            for task in ending:
+                task.cancel()
             if not sending.done():
                 sending.cancel()
-            await asyncio.gather(sending, leaving, return_exceptions=True)
+            await asyncio.gather(sending, *ending, return_exceptions=True)
             await self._feed.close()
         if not sending.cancelled():
             sending.result()
@@ -58,15 +60,17 @@ class EventStream(Response):
 
 @router.get("", response_class=Response, responses=EVENTS_DOC | problems.responses(404, 422, 503))
 async def events(
-    job_id: JobIdHere,
+    job: JobHere,
     parts: PartsHere,
+    caller: CallerHere,
     place: Annotated[bool, Query(description="While the job waits, tell its place in the queue, as `queue`.")] = False,
     last_event_id: Annotated[str, Header(description="The id of the last event that was seen.")] = "",
 ) -> Response:
     """Everything that happened to a job, and what happens, as server-sent events."""
     after = int(last_event_id) if last_event_id.isdecimal() and len(last_event_id) <= 18 else 0
     forecast = parts.forecast if place else None
-    return EventStream(await JobFeed.open(parts.bus, parts.jobs, job_id, after, parts.stopping, forecast))
+    feed = await JobFeed.open(parts.bus, parts.jobs, job.id, after, parts.stopping, forecast)
+    return EventStream(feed, parts.keyring.ended(caller))
 
 
 async def _gone(receive: Receive) -> None:

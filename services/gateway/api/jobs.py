@@ -14,10 +14,11 @@ from starlette.responses import Response
 
 from gateway.api import bodies, problems
 from gateway.api.forms import REQUEST_FIELD, read_form
-from gateway.api.parts import JobIdHere, Parts, PartsHere
+from gateway.api.parts import CallerHere, JobHere, Parts, PartsHere
 from gateway.api.references import References
-from gateway.intake import InvalidRequestError, id_from_key, parse
+from gateway.intake import TENANT, InvalidRequestError, id_from_key, parse
 from vidgen import contracts, errors
+from vidgen.artifacts import uploads_prefix
 from vidgen.contracts import FieldError, Job, JobStatus, VideoRequest
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
@@ -67,11 +68,12 @@ def answer(job: Job, status: int = 200) -> Response:
 
 @router.post(
     "", status_code=202, response_model=Job, openapi_extra=SUBMIT_BODY,
-    responses=KNOWN | problems.responses(400, 413, 415, 422, 503),
+    responses=KNOWN | problems.responses(400, 409, 413, 415, 422, 503),
 )  # fmt: skip
 async def submit(
     request: Request,
     parts: PartsHere,
+    caller: CallerHere,
     idempotency_key: Annotated[
         str | None,
         Header(
@@ -81,9 +83,9 @@ async def submit(
 ) -> Response:
     """Submit a request: JSON with object keys, or a form with the images. The same id or key twice is one job."""
     try:
-        wanted = await _read_request(request, parts)
-        fallback = id_from_key(idempotency_key) if idempotency_key else str(uuid_utils.uuid7())
-        job, new = await parts.intake.submit(wanted, wanted.job_id or fallback)
+        wanted = await _read_request(request, parts, caller.tenant)
+        fallback = id_from_key(idempotency_key, caller.tenant) if idempotency_key else str(uuid_utils.uuid7())
+        job, new = await parts.intake.submit(wanted, wanted.job_id or fallback, caller.tenant)
     except (errors.RejectedError, problems.HttpError):
         parts.metrics.request_rejected()
         raise
@@ -95,48 +97,56 @@ async def submit(
 @router.get("", response_model=JobList, responses=problems.responses(422, 503))
 async def list_jobs(
     parts: PartsHere,
+    caller: CallerHere,
     status: JobStatus | None = None,
     cursor: Annotated[str | None, Query(description="`next_cursor` of the page before.")] = None,
     limit: Annotated[int, Query(ge=1, le=100)] = 20,
+    tenant: Annotated[
+        str | None, Query(pattern=TENANT.pattern, description="The operator sees all tenants' without.")
+    ] = None,
 ) -> Response:
-    """Jobs, newest first; pages stay the same while new jobs come."""
-    page = await parts.jobs.list(status, cursor, limit)
+    """The caller's jobs, newest first; pages stay the same while new jobs come."""
+    whose = tenant if caller.admin else caller.tenant
+    if tenant is not None and not caller.sees(tenant):
+        raise problems.HttpError(403, "not_the_operator", "only an operator's key shows the jobs of other tenants")
+    page = await parts.jobs.list(status, cursor, limit, whose)
     jobs = b",".join(job.to_bytes() for job in page.jobs)
     following = pydantic_core.to_json(page.next_cursor)
     return Response(b'{"jobs":[%b],"next_cursor":%b}' % (jobs, following), media_type=bodies.JSON)
 
 
 @router.get("/{job_id}", response_model=Job, responses=problems.responses(404, 503))
-async def show(job_id: JobIdHere, parts: PartsHere) -> Response:
+async def show(job: JobHere) -> Response:
     """A job, with the newest progress of what runs."""
-    return answer(await parts.jobs.get(job_id))
+    return answer(job)
 
 
 @router.post("/{job_id}/cancel", response_model=Job, responses=problems.responses(404, 503))
-async def cancel(job_id: JobIdHere, parts: PartsHere) -> Response:
+async def cancel(job: JobHere, parts: PartsHere) -> Response:
     """Stop a job, queued or running; one that has ended stays as it is."""
-    return answer(await parts.jobs.cancel(job_id))
+    return answer(await parts.jobs.cancel(job.id))
 
 
 @router.post("/{job_id}/retry", response_model=Job, responses=problems.responses(404, 409, 503))
-async def retry(job_id: JobIdHere, parts: PartsHere) -> Response:
+async def retry(job: JobHere, parts: PartsHere) -> Response:
     """Run a failed or cancelled job again from the stage where it stopped; what succeeded is not done again."""
-    return answer(await parts.jobs.retry(job_id))
+    async with parts.quotas.room(job.tenant):
+        return answer(await parts.jobs.retry(job.id))
 
 
 @router.post(
     "/{job_id}/approve", response_model=Job, openapi_extra=bodies.documented(Approval),
     responses=problems.responses(400, 404, 409, 413, 415, 422, 503),
 )  # fmt: skip
-async def approve(job_id: JobIdHere, request: Request, parts: PartsHere) -> Response:
+async def approve(job: JobHere, request: Request, parts: PartsHere) -> Response:
     """Let a job that waits for a review go on with one of its candidates."""
     wanted = await bodies.read_model(request, Approval)
-    return answer(await parts.jobs.approve(job_id, wanted.candidate))
+    return answer(await parts.jobs.approve(job.id, wanted.candidate))
 
 
-async def _read_request(request: Request, parts: Parts) -> VideoRequest:
+async def _read_request(request: Request, parts: Parts, tenant: str) -> VideoRequest:
     if bodies.media_type(request, bodies.JSON, bodies.FORM) == bodies.JSON:
-        return parse(await bodies.read_json(request))
+        return parse(await bodies.read_json(request), tenant)
     references: References = request.app.state.references
     limit = parts.settings.max_upload_bytes
     with tempfile.TemporaryDirectory(prefix="vidgen-form-") as folder:
@@ -145,16 +155,16 @@ async def _read_request(request: Request, parts: Parts) -> VideoRequest:
         usable, wrong = await references.check(form.images)
         try:
             # Keys that stand for the images, so that everything else that is wrong is named in the same answer.
-            _parse_with(asked, [f"uploads/{index}" for index in range(len(form.images))])
+            _parse_with(asked, [f"{uploads_prefix(tenant)}{index}" for index in range(len(form.images))], tenant)
         except InvalidRequestError as exc:
             wrong += exc.errors
         if wrong:
             raise InvalidRequestError(wrong)
-        return _parse_with(asked, await references.store(usable))
+        return _parse_with(asked, await references.store(usable, tenant), tenant)
 
 
-def _parse_with(asked: dict[str, Any], references: list[str]) -> VideoRequest:
-    return parse(pydantic_core.to_json(asked | {"references": references}))
+def _parse_with(asked: dict[str, Any], references: list[str], tenant: str) -> VideoRequest:
+    return parse(pydantic_core.to_json(asked | {"references": references}), tenant)
 
 
 def _without_references(asked: Any) -> dict[str, Any]:

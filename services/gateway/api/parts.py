@@ -13,9 +13,12 @@ from fastapi import Depends, Request
 from gateway.fleet import Fleet
 from gateway.forecast import Forecast
 from gateway.intake import Intake
-from gateway.jobs import JobNotFoundError, Jobs
+from gateway.jobs import JobNotFoundError, Jobs, no_such_job
+from gateway.keyring import Caller, Keyring
+from gateway.quotas import Quotas
 from vidgen.artifacts import ArtifactStore
 from vidgen.bus import Bus
+from vidgen.contracts import Job
 from vidgen.metrics import GatewayMetrics
 from vidgen.settings import GatewaySettings
 
@@ -34,6 +37,8 @@ class Parts:
     fleet: Fleet
     forecast: Forecast
     metrics: GatewayMetrics
+    keyring: Keyring
+    quotas: Quotas
     stopping: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
@@ -47,12 +52,23 @@ def _parts(request: Request) -> Parts:
     return parts
 
 
-def _job_id(job_id: str) -> str:
-    # Nothing else may become part of a subject or a key; such a job cannot be, so 404 tells the truth.
-    if not JOB_ID.fullmatch(job_id):
-        raise JobNotFoundError("there is no such job: an id has letters, digits, - and _ only, at most 64")
-    return job_id
+def _caller(request: Request) -> Caller:
+    caller: Caller = request.state.caller  # the door put it there; who has not come through it has none
+    return caller
 
 
 PartsHere = Annotated[Parts, Depends(_parts)]
-JobIdHere = Annotated[str, Depends(_job_id)]
+CallerHere = Annotated[Caller, Depends(_caller)]
+
+
+async def _job(job_id: str, parts: PartsHere, caller: CallerHere) -> Job:
+    # Nothing else may become part of a subject or a key; such a job cannot be, so 404 tells the truth.
+    if not JOB_ID.fullmatch(job_id):
+        raise JobNotFoundError("there is no such job: an id has letters, digits, - and _ only, at most 64")
+    job = await parts.jobs.get(job_id)
+    if not caller.sees(job.tenant):
+        raise no_such_job(job_id)
+    return job
+
+
+JobHere = Annotated[Job, Depends(_job)]

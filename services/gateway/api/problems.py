@@ -15,6 +15,8 @@ from starlette.responses import Response
 
 from gateway.intake import InvalidRequestError
 from gateway.jobs import JobNotFoundError
+from gateway.keyring import UnknownKeyError
+from gateway.quotas import LimitError
 from vidgen import errors
 from vidgen.contracts import FieldError
 
@@ -26,6 +28,8 @@ RETRY_AFTER_LOST_S = 2
 
 MEANINGS: dict[int, str] = {
     400: "The body cannot be read: not JSON, not UTF-8, or not a form.",
+    401: "No key, or one that opens nothing; see `WWW-Authenticate`.",
+    403: "The key is not the operator's, or a page elsewhere sent the request.",
     404: "There is no such thing.",
     405: "This address does not know that method.",
     409: "The state of the job does not allow that.",
@@ -33,6 +37,7 @@ MEANINGS: dict[int, str] = {
     415: "The body has a content type that is not taken here.",
     416: "The range lies outside the file.",
     422: "The request does not validate; `errors` names every wrong field.",
+    429: "More than the tenant may ask for; try again after `Retry-After`.",
     500: "Something went wrong inside the gateway.",
     503: "The bus or the object store is full or out of reach; try again after `Retry-After`.",
 }
@@ -78,6 +83,10 @@ def of(exc: errors.VidgenError) -> Response:
             return document(exc.status, exc.code, exc.message, exc.fields, exc.headers)
         case InvalidRequestError():
             return document(422, exc.code, exc.message, exc.errors)
+        case UnknownKeyError():
+            return document(401, exc.code, exc.message, headers={"WWW-Authenticate": 'Bearer realm="vidgen"'})
+        case LimitError():
+            return document(429, exc.code, exc.message, headers={"Retry-After": str(exc.retry_after_s)})
         case JobNotFoundError():
             return document(404, exc.code, exc.message)
         case errors.RejectedError():

@@ -25,10 +25,9 @@ class Reference:
     content_type: str
     sha256: str
 
-    @property
-    def key(self) -> str:
-        """The same upload twice is one object."""
-        return f"{artifacts.UPLOADS}{self.sha256}.{EXTENSIONS[self.content_type]}"
+    def key(self, tenant: str) -> str:
+        """The same upload of a tenant twice is one object."""
+        return f"{artifacts.uploads_prefix(tenant)}{self.sha256}.{EXTENSIONS[self.content_type]}"
 
 
 class References:
@@ -52,20 +51,20 @@ class References:
                 found.append(result)
         return found, wrong
 
-    async def store(self, references: list[Reference]) -> list[str]:
-        """Put them into the store; their keys, in order."""
-        await asyncio.gather(*map(self._store_one, references))
-        return [reference.key for reference in references]
+    async def store(self, references: list[Reference], tenant: str) -> list[str]:
+        """Put them into the store for a tenant; their keys, in order."""
+        await asyncio.gather(*(self._store_one(reference, reference.key(tenant)) for reference in references))
+        return [reference.key(tenant) for reference in references]
 
     async def _check(self, path: Path) -> Reference:
         async with self._decoders:
             return await asyncio.to_thread(_examine, path)
 
-    async def _store_one(self, reference: Reference) -> None:
-        found = await self._store.stat(reference.key)
+    async def _store_one(self, reference: Reference, key: str) -> None:
+        found = await self._store.stat(key)
         # One that was there long ago may be about to go: what is put anew is kept anew.
         if found is None or found.modified is None or found.modified < datetime.now(UTC) - FRESH:
-            await self._store.put(reference.key, reference.path, reference.content_type)
+            await self._store.put(key, reference.path, reference.content_type)
 
 
 def _examine(path: Path) -> Reference:

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field
 
 from gateway.api import bodies, problems
-from gateway.api.parts import PartsHere
+from gateway.api.parts import CallerHere, PartsHere
 from gateway.api.references import EXTENSIONS
 from vidgen import artifacts
 
@@ -40,12 +40,12 @@ class Upload(BaseModel):
     "", status_code=201, response_model=Upload, openapi_extra=bodies.documented(UploadRequest),
     responses=problems.responses(400, 413, 415, 422, 503),
 )  # fmt: skip
-async def prepare(request: Request, parts: PartsHere) -> Upload:
+async def prepare(request: Request, parts: PartsHere, caller: CallerHere) -> Upload:
     """Make a presigned URL for one image of this type and size. It is checked when a request refers to it."""
     wanted = await bodies.read_model(request, UploadRequest)
     if wanted.size > parts.settings.max_upload_bytes:
         raise artifacts.too_large(wanted.size, parts.settings.max_upload_bytes)
-    key = f"{artifacts.UPLOADS}{uuid_utils.uuid7()}.{EXTENSIONS[wanted.content_type]}"
+    key = f"{artifacts.uploads_prefix(caller.tenant)}{uuid_utils.uuid7()}.{EXTENSIONS[wanted.content_type]}"
     expires_at = datetime.now(UTC) + parts.link_life
     url = await parts.store.upload_url(key, wanted.content_type, wanted.size, expires=parts.link_life)
     headers = artifacts.upload_headers(wanted.content_type, wanted.size)

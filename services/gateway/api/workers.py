@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import asyncio
+
 from fastapi import APIRouter
 from pydantic import BaseModel
 
 from gateway.api import problems
-from gateway.api.parts import PartsHere
+from gateway.api.parts import CallerHere, PartsHere
 from vidgen.contracts import WorkerInfo
 
 router = APIRouter(prefix="/v1/workers", tags=["workers"])
@@ -19,6 +21,16 @@ class WorkerList(BaseModel):
 
 
 @router.get("", response_model_exclude_none=True, responses=problems.responses(503))
-async def list_workers(parts: PartsHere) -> WorkerList:
-    """The workers alive: stage, engine, model, device figures, and what runs."""
-    return WorkerList(workers=tuple(await parts.fleet.workers()))
+async def list_workers(parts: PartsHere, caller: CallerHere) -> WorkerList:
+    """The workers alive: stage, engine, model, device figures, and what runs of the caller's jobs."""
+    found = await parts.fleet.workers()
+    if caller.admin:
+        return WorkerList(workers=tuple(found))
+    running = sorted({job_id for worker in found for job_id in worker.running})
+    jobs = await asyncio.gather(*map(parts.jobs.find, running))
+    own = {job.id for job in jobs if job is not None and caller.sees(job.tenant)}
+    shown = [
+        worker.model_copy(update={"running": tuple(job_id for job_id in worker.running if job_id in own)})
+        for worker in found
+    ]
+    return WorkerList(workers=tuple(shown))

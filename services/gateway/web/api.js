@@ -18,6 +18,7 @@ export async function call(path, options = {}) {
     throw new Problem(0, { detail: "The gateway does not answer. Is the network there?", code: "gateway_unreachable" });
   }
   const body = await answer.json().catch(() => ({}));
+  if (answer.status === 401) dispatchEvent(new Event("signed-out"));
   if (!answer.ok) throw new Problem(answer.status, body);
   return body;
 }

@@ -3,14 +3,17 @@
 import { createPage } from "./create.js";
 import { jobPage } from "./job.js";
 import { jobsPage } from "./jobs.js";
+import { showSession, signInPage } from "./session.js";
 import { workersPage } from "./workers.js";
 
 const main = document.getElementById("main");
 let leave = () => {};
 let first = true;
+let signedOut = false;
 
 function route() {
   const [path, query] = location.hash.slice(1).split("?", 2);
+  if (signedOut) return ["", () => signInPage(signedIn)];
   const parts = path.split("/").filter(Boolean).map(decodeURIComponent);
   const given = new URLSearchParams(query || "");
   if (parts[0] === "jobs" && parts[1]) return ["jobs", () => jobPage(parts[1])];
@@ -38,6 +41,17 @@ function render() {
   first = false;
 }
 
+function signedIn() {
+  signedOut = false;
+  render();
+  showSession();
+}
+
+addEventListener("signed-out", () => {
+  if (signedOut) return;
+  signedOut = true;
+  render();
+});
 document.getElementById("skip").addEventListener("click", () => main.focus());
 // A photo that is dropped beside its place must not take the place of the page.
 for (const kind of ["dragover", "drop"]) {
@@ -45,3 +59,4 @@ for (const kind of ["dragover", "drop"]) {
 }
 addEventListener("hashchange", render);
 render();
+showSession();

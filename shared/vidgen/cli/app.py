@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from vidgen.cli import dead, doctor, identities, jobs, plan, run, up, webhooks, weights, worker
+from vidgen.cli import access, dead, doctor, identities, jobs, options, plan, run, up, webhooks, weights, worker
 
 app = typer.Typer(
     name="vidgen",
@@ -32,8 +32,17 @@ def _root(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and leave.")
     ] = False,
+    api_key: Annotated[
+        str | None,
+        typer.Option(
+            envvar="VIDGEN_API_KEY",
+            metavar="KEY",
+            help="For a gateway that asks for one. Others on this machine see a command line: better in the variable.",
+        ),
+    ] = None,
 ) -> None:
     """Reference image and prompt to edited frame to video."""
+    options.API_KEY.set(api_key)
 
 
 app.command("run")(run.run)
@@ -48,6 +57,8 @@ app.command("approve")(jobs.approve)
 app.command("list")(jobs.list_jobs)
 app.command("workers")(jobs.workers)
 app.add_typer(dead.app, name="dead")
+app.add_typer(access.keys_app, name="keys")
+app.add_typer(access.tenants_app, name="tenants")
 app.add_typer(weights.app, name="weights")
 app.add_typer(identities.app, name="identities")
 app.add_typer(webhooks.app, name="webhooks")

@@ -30,7 +30,7 @@ async def client_of(gateway: str | None) -> AsyncIterator[AsyncClient]:
             "none is configured: give --gateway URL or set VIDGEN_GATEWAY_URL (`vidgen up` starts one and prints it)"
         )
         raise WrongUsageError([wrong("--gateway", remedy)])
-    async with AsyncClient(gateway) as client:
+    async with AsyncClient(gateway, api_key=options.API_KEY.get()) as client:
         yield client
 
 
@@ -166,6 +166,7 @@ def list_jobs(
     status: Annotated[str | None, typer.Option(metavar="STATUS", help="Only jobs of this status.")] = None,
     cursor: Annotated[str | None, typer.Option(help="Where the page before ended.")] = None,
     limit: Annotated[int, typer.Option(min=1, max=100, help="Jobs on the page.")] = 20,
+    tenant: Annotated[str | None, typer.Option(help="Only jobs of this tenant; an operator's key sees all.")] = None,
     gateway: options.Gateway = None,
     as_json: options.Json = False,
 ) -> None:
@@ -176,7 +177,7 @@ def list_jobs(
 
         if status is not None and status not in list(JobStatus):
             raise WrongUsageError([wrong("--status", f"{status!r} is none: use {', '.join(JobStatus)}")])
-        page = await client.list(status=status, cursor=cursor, limit=limit)
+        page = await client.list(status=status, cursor=cursor, limit=limit, tenant=tenant)
         for job in page.jobs:
             out_put.emit_model("job", job)
         rows = [(job.id, str(job.status), job.stage or "", _age(job.created_at), _what(job)) for job in page.jobs]

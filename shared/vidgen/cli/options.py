@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -30,6 +31,8 @@ Gateway = Annotated[
     str | None, typer.Option(envvar="VIDGEN_GATEWAY_URL", metavar="URL", help="The gateway to talk to.")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object per line.")]
+
+API_KEY: ContextVar[str | None] = ContextVar("api_key", default=None)  # given before the command, for all of them
 
 OPTION_OF = {
     "references": "IMAGE", "edit.prompt": "--edit", "i2v.prompt": "--motion",

@@ -97,7 +97,10 @@ async def _run(
     from vidgen.client import AsyncClient
 
     with view_for(out_put) as view:
-        async with _gateway(gateway, view, stages_of(request)) as (url, stack), AsyncClient(url) as client:
+        async with (
+            _gateway(gateway, view, stages_of(request)) as (url, stack),
+            AsyncClient(url, api_key=options.API_KEY.get()) as client,
+        ):
             job = await client.submit(request, images=images)
             view.begin(stages_of(request))
             job = await _unless_lost(stack, _followed(client, job.id, view))

@@ -20,9 +20,9 @@ class MemoryBus(Faults):
     """
 
     METHODS = frozenset({
-        "publish", "pull", "last", "first", "tail", "get", "delete", "purge", "follow", "signal", "listen", "depth",
-        "listened", "held", "ack", "nak", "unsettled", "hand_back", "in_progress", "next", "records.get", "records.put",
-        "records.all",
+        "publish", "pull", "last", "first", "count", "tail", "get", "delete", "purge", "follow", "signal", "listen",
+        "depth", "listened", "held", "ack", "nak", "unsettled", "hand_back", "in_progress", "next", "records.get",
+        "records.put", "records.all",
     })  # fmt: skip
     OUTAGE = errors.BusError
 
@@ -104,13 +104,17 @@ class MemoryBus(Faults):
         async with self.call("last"):
             return next(reversed(list(self._stream(stream).on(subject))), None)
 
-    async def first(self, stream: str, subject: str) -> Stored | None:
+    async def first(self, stream: str, subject: str, after: int = 0) -> Stored | None:
         async with self.call("first"):
-            return next(self._stream(stream).on(subject), None)
+            return self._stream(stream).after(after, subject)
 
-    async def tail(self, stream: str, before: int | None, limit: int) -> list[Stored]:
+    async def count(self, stream: str, subject: str, after: int = 0) -> int:
+        async with self.call("count"):
+            return sum(message.seq > after for message in self._stream(stream).on(subject))
+
+    async def tail(self, stream: str, before: int | None, limit: int, subject: str | None = None) -> list[Stored]:
         async with self.call("tail"):
-            held = [m for m in self._stream(stream).messages.values() if before is None or m.seq < before]
+            held = [m for m in self._stream(stream).on(subject or ">") if before is None or m.seq < before]
             return held[::-1][:limit]
 
     async def get(self, stream: str, seq: int) -> Stored | None:

@@ -152,7 +152,7 @@ async def test_an_upload_of_any_image_that_is_read_gets_a_key_and_a_url_to_put_i
     end = {"image/jpeg": "jpg"}.get(kind, kind.removeprefix("image/"))
     slot = answer.json()
     assert answer.status_code == 201
-    assert re.fullmatch(rf"uploads/[0-9a-f-]{{36}}\.{end}", slot["key"])
+    assert re.fullmatch(rf"uploads/default/[0-9a-f-]{{36}}\.{end}", slot["key"])
     assert slot["key"] in slot["url"]
     assert slot["url"].endswith(f"&size={SIZE}")
     assert slot["method"] == "PUT"

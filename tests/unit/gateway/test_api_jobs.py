@@ -46,9 +46,9 @@ async def test_a_request_becomes_a_queued_job_and_a_message_on_the_public_subjec
     assert message.subject == topology.SUBJECT_REQUESTS
     assert job.request is not None
     assert message.body == job.request.to_bytes()
-    assert (await gateway.parts.bus.tail(topology.TASKS, None, 10))[
-        0
-    ].subject == f"vidgen.tasks.edit.interactive.{job.id}"
+    assert (await gateway.parts.bus.tail(topology.TASKS, None, 10))[0].subject == topology.subject_of_task(
+        "edit", "interactive", job.id
+    )
 
 
 async def test_the_same_idempotency_key_twice_is_one_job(gateway: Gateway) -> None:

@@ -10,11 +10,14 @@ from typing import Any
 import pytest
 from tests.gateways import EDIT, KEY, picture, put
 
-from gateway.intake import Intake, InvalidRequestError, id_from_key, parse
+from gateway.intake import LIMIT_TRIES, Intake, InvalidRequestError, id_from_key, parse
 from gateway.jobs import Jobs, parse_event
+from gateway.quotas import Quotas
 from vidgen import contracts, errors, topology
 from vidgen.bus import Delivery
 from vidgen.contracts import DeadLetter, Job, JobStatus, VideoRequest
+from vidgen.settings import GatewaySettings
+from vidgen.tenants import Tenants
 from vidgen.testing import MemoryBus, MemoryStore
 
 GATEWAY = topology.Consumer(topology.REQUESTS, topology.GATEWAY)
@@ -24,16 +27,19 @@ GOOD: dict[str, Any] = {"references": [KEY], "edit": EDIT}
 class Door:
     """The intake on doubles."""
 
-    def __init__(self, store: MemoryStore | None = None) -> None:
+    def __init__(self, store: MemoryStore | None = None, **settings: Any) -> None:
         self.bus, self.store = MemoryBus(topology.Topology(ack_wait=0.05)), store or MemoryStore()
         self.jobs = Jobs(self.bus)
-        self.intake = Intake(self.bus, self.store, self.jobs, max_upload_bytes=1 << 20)
+        quotas = Quotas(self.bus, Tenants(self.bus), GatewaySettings(**settings))
+        self.intake = Intake(self.bus, self.store, self.jobs, quotas, max_upload_bytes=1 << 20)
         self._count = 0
 
-    async def publish(self, body: object, message_id: str | None = None) -> None:
+    async def publish(
+        self, body: object, message_id: str | None = None, subject: str = topology.SUBJECT_REQUESTS
+    ) -> None:
         raw = body if isinstance(body, bytes) else json.dumps(body).encode()
         self._count += 1
-        await self.bus.publish(topology.SUBJECT_REQUESTS, raw, message_id=message_id or f"m{self._count}")
+        await self.bus.publish(subject, raw, message_id=message_id or f"m{self._count}")
 
     async def take(self) -> Delivery:
         delivery = await self.bus.pull(GATEWAY, 10)
@@ -219,7 +225,7 @@ async def test_a_second_request_with_a_known_id_leaves_the_references_of_the_fir
 
 
 async def test_what_a_replica_let_in_by_http_is_not_done_again_when_it_comes_from_the_bus(door: Door) -> None:
-    submitted, new = await door.intake.submit(VideoRequest.model_validate(GOOD), "web")
+    submitted, new = await door.intake.submit(VideoRequest.model_validate(GOOD), "web", "default")
     before = dict(door.bus.calls)
 
     job = await door.handle_one()
@@ -237,7 +243,7 @@ async def test_a_request_that_comes_from_the_bus_while_it_is_being_let_in_waits_
         return await create(job)
 
     door.jobs.create = slowly  # type: ignore[method-assign]
-    submitting = asyncio.create_task(door.intake.submit(VideoRequest.model_validate(GOOD), "web"))
+    submitting = asyncio.create_task(door.intake.submit(VideoRequest.model_validate(GOOD), "web", "default"))
     handling = asyncio.create_task(door.handle_one())
     while not await door.bus.tail(topology.REQUESTS, None, 1):
         await asyncio.sleep(0)
@@ -247,9 +253,19 @@ async def test_a_request_that_comes_from_the_bus_while_it_is_being_let_in_waits_
     assert len(await door.events("web")) == 1
 
 
+async def test_what_was_let_in_for_one_tenant_is_no_answer_to_another_with_the_same_id() -> None:
+    door = await tenants_door()
+    await door.intake.submit(VideoRequest.model_validate(OWN), "web", "acme")
+    await (await door.take()).ack()
+    body = {"references": ["uploads/umbrella/photo.png"], "edit": EDIT, "job_id": "web"}
+    await door.publish(body, subject="vidgen.requests.umbrella")
+    job = await door.handle_one()
+    assert (job.tenant, job.status, job.id == "web") == ("umbrella", JobStatus.REJECTED, False)
+
+
 async def test_a_request_that_was_published_and_not_let_in_is_let_in_from_the_bus(door: Door) -> None:
     door.bus.fail_next("records.put")  # the record, behind the request
-    told, new = await door.intake.submit(VideoRequest.model_validate(GOOD), "web")
+    told, new = await door.intake.submit(VideoRequest.model_validate(GOOD), "web", "default")
     assert (told.id, new) == ("web", True)  # a refusal would have the client ask for a second job
 
     job = await door.handle_one()
@@ -257,3 +273,129 @@ async def test_a_request_that_was_published_and_not_let_in_is_let_in_from_the_bu
     assert job.id == "web"
     assert [event.type for event in await door.events("web")] == ["accepted"]
     assert await door.bus.tail(topology.TASKS, None, 2) != []
+
+
+# ── tenants ──────────────────────────────────────────────────────────────────────────────────────────────────────
+
+OWN: dict[str, Any] = {"references": ["uploads/acme/photo.png"], "edit": EDIT}
+
+
+async def tenants_door(**settings: Any) -> Door:
+    door = Door(**settings)
+    for key in (KEY, "uploads/acme/photo.png", "uploads/umbrella/photo.png"):
+        await put(door.store, key, picture())
+    return door
+
+
+async def test_a_request_belongs_to_the_tenant_on_whose_subject_it_came() -> None:
+    door = await tenants_door()
+    await door.publish(OWN, subject="vidgen.requests.acme")
+    job = await door.handle_one()
+    assert (job.tenant, job.status) == ("acme", JobStatus.QUEUED)
+    [task] = await door.bus.tail(topology.TASKS, None, 10)
+    assert task.subject == topology.subject_of_task("edit", "interactive", job.id, "acme")
+    assert contracts.Task.model_validate_json(task.body).tenant == "acme"
+    assert [one.id for one in (await door.jobs.list(None, None, 10, "acme")).jobs] == [job.id]
+    assert (await door.jobs.list(None, None, 10, "umbrella")).jobs == ()
+    assert "acme" in await Tenants(door.bus).all()
+
+
+@pytest.mark.parametrize("reference", [KEY, "uploads/umbrella/photo.png", "jobs/j1/edit-0.png"])
+async def test_a_tenants_request_starts_from_its_own_uploads_alone(reference: str) -> None:
+    door = await tenants_door()
+    await door.publish({**OWN, "references": [reference], "job_id": "j1"}, subject="vidgen.requests.acme")
+    job = await door.handle_one()
+    assert job.status is JobStatus.REJECTED
+    assert job.error is not None
+    assert [error.field for error in job.error.fields] == ["references.0"]
+
+
+async def test_the_operators_requests_may_start_from_all_uploads() -> None:
+    door = await tenants_door()
+    await door.publish({**OWN, "references": ["uploads/umbrella/photo.png"]})
+    assert (await door.handle_one()).status is JobStatus.QUEUED
+
+
+async def test_the_id_of_another_tenants_job_is_turned_away_under_an_id_of_its_own() -> None:
+    door = await tenants_door()
+    await door.publish({**OWN, "job_id": "j1"}, subject="vidgen.requests.acme")
+    first = await door.handle_one()
+    body = {"references": ["uploads/umbrella/photo.png"], "edit": EDIT, "job_id": "j1"}
+    await door.publish(body, subject="vidgen.requests.umbrella")
+
+    job = await door.handle_one()
+
+    assert (job.tenant, job.status) == ("umbrella", JobStatus.REJECTED)
+    assert job.id != "j1"
+    assert job.error is not None
+    assert [(error.field, "j1 is taken" in error.message) for error in job.error.fields] == [("job_id", True)]
+    assert [event.type for event in await door.events(job.id)] == ["rejected"]
+    assert [event.type for event in await door.events("j1")] == ["accepted"]
+    assert await door.jobs.find("j1") == first
+    [letter] = await door.letters()
+    assert (letter.job_id, letter.subject) == (job.id, "vidgen.requests.umbrella")
+
+
+async def test_what_does_not_validate_says_nothing_in_the_log_of_another_tenants_job() -> None:
+    door = await tenants_door()
+    await door.publish({**OWN, "job_id": "j1"}, subject="vidgen.requests.acme")
+    await door.handle_one()
+    await door.publish({"job_id": "j1"}, subject="vidgen.requests.umbrella")
+    job = await door.handle_one()
+    assert (job.tenant, job.status, job.id == "j1") == ("umbrella", JobStatus.REJECTED, False)
+    assert [event.type for event in await door.events("j1")] == ["accepted"]
+
+
+async def test_the_same_message_id_of_two_tenants_stands_for_two_jobs() -> None:
+    assert id_from_key("order-1", "acme") != id_from_key("order-1", "umbrella") != id_from_key("order-1")
+
+
+async def test_a_subject_that_names_no_tenant_is_turned_away() -> None:
+    door = await tenants_door()
+    await door.publish(OWN, subject="vidgen.requests.ACME")
+    job = await door.handle_one()
+    assert (job.tenant, job.status) == ("default", JobStatus.REJECTED)
+    assert job.error is not None
+    assert job.error.fields[0].field == "subject"
+
+
+async def test_more_jobs_than_a_tenant_may_have_wait_a_moment_and_are_then_turned_away() -> None:
+    door = await tenants_door(tenant_jobs=1)
+    for job_id in ("j1", "j2"):
+        await door.publish({**OWN, "job_id": job_id}, subject="vidgen.requests.acme")
+    assert (await door.handle_one()).status is JobStatus.QUEUED
+    for _ in range(LIMIT_TRIES - 1):
+        delivery = await door.take()
+        with pytest.raises(errors.RetryableError, match="1 jobs are not done"):
+            await door.intake.handle(delivery)
+        await delivery.nak()
+
+    job = await door.handle_one()
+
+    assert (job.id, job.status) == ("j2", JobStatus.REJECTED)
+    assert [event.type for event in await door.events("j2")] == ["rejected"]
+    assert job.error is not None
+    assert job.error.fields[0].field == "tenant"
+
+
+async def test_a_request_that_waited_for_room_is_let_in_once_there_is_some() -> None:
+    door = await tenants_door(tenant_jobs=1)
+    for job_id in ("j1", "j2"):
+        await door.publish({**OWN, "job_id": job_id}, subject="vidgen.requests.acme")
+    await door.handle_one()
+    delivery = await door.take()
+    with pytest.raises(errors.RetryableError):
+        await door.intake.handle(delivery)
+    await delivery.nak()
+    await door.jobs.cancel("j1")
+    assert (await door.handle_one()).status is JobStatus.QUEUED
+
+
+async def test_records_and_tasks_of_the_version_before_belong_to_the_operator_and_new_ones_look_the_same() -> None:
+    door = await tenants_door()
+    await door.publish({**GOOD, "job_id": "j1"})
+    job = await door.handle_one()
+    [task] = await door.bus.tail(topology.TASKS, None, 10)
+    assert b"tenant" not in job.to_bytes()
+    assert b"tenant" not in task.body
+    assert Job.model_validate_json(job.to_bytes()).tenant == "default"

@@ -76,7 +76,7 @@ async def test_a_rejection_is_logged_though_a_good_request_with_its_id_began_the
     await bus.records(topology.JOBS_BUCKET).put("j1", bad.to_bytes(), revision=0)
     job, new = await jobs.create(a_job("j1"))  # both came at once: this one lost the record
     assert (job.status, new) == (JobStatus.REJECTED, False)
-    await jobs.enter(job)
+    await jobs.enter(job, job.tenant)
     assert log_of(bus, "j1") == ["accepted", "rejected"]
     assert tasks(bus) == []
 

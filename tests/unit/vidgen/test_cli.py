@@ -79,8 +79,11 @@ class FakeClient:
     updates: ClassVar[Sequence[Update]]
     answer: ClassVar[Job | Exception]
 
-    def __init__(self, base_url: str) -> None:
+    api_keys: ClassVar[list[str | None]]
+
+    def __init__(self, base_url: str, *, api_key: str | None = None) -> None:
         assert base_url == "http://gateway"
+        self.api_keys.append(api_key)
 
     async def __aenter__(self) -> FakeClient:
         return self
@@ -151,6 +154,8 @@ def dead_letter() -> DeadEntry:
 def fake(monkeypatch: pytest.MonkeyPatch) -> type[FakeClient]:
     monkeypatch.delenv("VIDGEN_GATEWAY_URL", raising=False)
     monkeypatch.setattr(client, "AsyncClient", FakeClient)
+    monkeypatch.delenv("VIDGEN_API_KEY", raising=False)
+    FakeClient.api_keys = []
     FakeClient.sent, FakeClient.answer = [], made_job(JobStatus.QUEUED)
     FakeClient.updates = (STARTED, step(1), step(4), ENDED, made_job())
     return FakeClient
@@ -370,11 +375,11 @@ def test_cancel_and_approve_reach_the_gateway(fake: type[FakeClient]) -> None:
 
 
 def test_list_shows_a_page_and_how_to_get_the_next(fake: type[FakeClient]) -> None:
-    result = vidgen("list", "--status", "failed", *GATEWAY)
+    result = vidgen("list", "--status", "failed", "--tenant", "acme", *GATEWAY)
     assert result.exit_code == 0
     assert "j1" in result.stdout
     assert "--cursor 17" in result.stderr
-    assert fake.sent == [{"status": "failed", "cursor": None, "limit": 20}]
+    assert fake.sent == [{"status": "failed", "cursor": None, "limit": 20, "tenant": "acme"}]
     lines = lines_of(vidgen("list", "--json", *GATEWAY))
     assert [line["type"] for line in lines] == ["job", "job", "page"]
 
@@ -605,3 +610,14 @@ def test_worker_refuses_what_is_no_list_of_stages(stages: str) -> None:
     assert refused.exit_code == 2
     assert "--stages: " in refused.stderr
     assert "name edit, i2v, each once" in refused.stderr
+
+
+def test_the_key_is_taken_from_the_variable_or_before_the_command(
+    fake: type[FakeClient], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert vidgen("status", "j1", *GATEWAY).exit_code == 0
+    assert vidgen("--api-key", "vg_1_x", "status", "j1", *GATEWAY).exit_code == 0
+    monkeypatch.setenv("VIDGEN_API_KEY", "vg_2_y")
+    assert vidgen("status", "j1", *GATEWAY).exit_code == 0
+    assert fake.api_keys == [None, "vg_1_x", "vg_2_y"]
+    assert "vg_2_y" not in vidgen("--help").output

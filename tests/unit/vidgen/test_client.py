@@ -382,3 +382,30 @@ async def test_dead_letters_are_listed_shown_replayed_and_dropped() -> None:
         assert (await found.dead_replay(3)).id == "j1"
         await found.dead_drop(3)
     assert asked == ["GET /v1/dead", "GET /v1/dead/3", "POST /v1/dead/3/replay", "DELETE /v1/dead/3"]
+
+
+async def test_the_key_goes_to_the_gateway_and_to_no_other_host(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sent: list[tuple[str, str | None]] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        sent.append((f"{request.method} {request.url.host}", request.headers.get("Authorization")))
+        if request.url.host == "store":
+            return httpx.Response(200, content=b"bytes")
+        if request.method == "POST":
+            slot = {"key": "uploads/acme/1.png", "method": "PUT", "url": "http://store/1.png?signed", "headers": {}}
+            return httpx.Response(201, json=slot)
+        return httpx.Response(307, headers={"Location": "http://store/video.mp4?signed"})
+
+    async with AsyncClient("http://gateway", api_key="vg_1_x", transport=httpx.MockTransport(answer)) as client:
+        await client.upload(b"\x89PNG")
+        await client.download("j1", "video.mp4", tmp_path / "video.mp4")
+    monkeypatch.setenv("VIDGEN_API_KEY", "vg_2_y")
+    async with AsyncClient("http://gateway", transport=httpx.MockTransport(answer)) as client:
+        await client.upload(b"\x89PNG")
+
+    assert sent == [
+        ("POST gateway", "Bearer vg_1_x"), ("PUT store", None), ("GET gateway", "Bearer vg_1_x"), ("GET store", None),
+        ("POST gateway", "Bearer vg_2_y"), ("PUT store", None),
+    ]  # fmt: skip

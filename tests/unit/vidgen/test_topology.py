@@ -17,7 +17,8 @@ from vidgen.testing.streams import matches
 # What DESIGN §3 names, so that neither side changes alone.
 DESIGN = {
     "VIDGEN_REQUESTS": ("vidgen.requests", "vidgen.requests.*"),
-    "VIDGEN_TASKS": ("vidgen.tasks.*.*.*",),
+    "VIDGEN_TASKS": ("vidgen.tasks.*.*.>",),
+    "VIDGEN_HELD": ("vidgen.held.*.*.*.*",),
     "VIDGEN_EVENTS": ("vidgen.events.*",),
     "VIDGEN_PROGRESS": ("vidgen.progress.*",),
     "VIDGEN_ADVISORIES": (
@@ -103,15 +104,25 @@ def test_every_consumer_reads_its_own_stream_and_no_work_queue_is_read_twice() -
 
 
 def _open(stream: topology.Stream) -> list[str]:
-    # A filter that ends in `>` lies in a stream that ends in `*` where both have as many parts.
-    return [*stream.subjects, *(subject.removesuffix("*") + ">" for subject in stream.subjects if subject[-1] == "*")]
+    # A filter that ends in `>` lies in a stream that ends in `*` or `*.*` where all else is the same.
+    return [*stream.subjects, *(re.sub(r"\*(\.\*)?$", ">", subject) for subject in stream.subjects)]
 
 
 def test_every_task_has_a_consumer() -> None:
     for stage, lane in itertools.product(STAGES, LANES):
-        subject = topology.subject_of_task(stage, lane, "j1")
-        readers = [c for c in topology.CONSUMERS if c.filter_subject and matches(c.filter_subject, subject)]
-        assert [reader.name for reader in readers] == [f"{stage}-{lane}"]
+        older = topology.subject_of_older_task(stage, lane, "j1")
+        for subject in (topology.subject_of_task(stage, lane, "j1", "acme"), older):
+            readers = [c for c in topology.CONSUMERS if c.filter_subject and matches(c.filter_subject, subject)]
+            assert readers == [topology.consumer_of(stage, lane)]
+        assert matches(
+            topology.consumer_of_held(stage, lane).filter_subject or "", topology.subject_of_held(stage, lane, "j")
+        )
+
+
+def test_a_tenant_is_what_its_subject_says() -> None:
+    for tenant in ("default", "acme", "a-1"):
+        assert topology.tenant_of_requests(topology.subject_of_requests(tenant)) == tenant
+    assert topology.subject_of_requests("default") == topology.SUBJECT_REQUESTS
 
 
 @pytest.mark.parametrize(
@@ -120,6 +131,9 @@ def test_every_task_has_a_consumer() -> None:
         (topology.SUBJECT_REQUESTS, topology.REQUESTS),
         ("vidgen.requests.tenant", topology.REQUESTS),
         (topology.subject_of_task("edit", "batch", "j-1_A"), topology.TASKS),
+        (topology.subject_of_older_task("edit", "batch", "j1"), topology.TASKS),
+        (topology.subject_of_held("i2v", "batch", "j1", "acme"), topology.HELD),
+        (topology.subject_of_history("j1", "acme"), topology.HISTORY),
         (topology.subject_of_events("j1"), topology.EVENTS),
         (topology.subject_of_progress("j1"), topology.PROGRESS),
         (topology.subject_of_dead("i2v", "j1"), topology.DEAD),
@@ -138,7 +152,9 @@ def test_the_names_of_the_design_are_all_there() -> None:
     found = {stream.name: stream.subjects for stream in topology.STREAMS}
 
     assert found.items() >= DESIGN.items()
-    assert {bucket.name for bucket in topology.BUCKETS} == {"vidgen_jobs", "vidgen_workers"}
+    assert {bucket.name for bucket in topology.BUCKETS} == {
+        "vidgen_jobs", "vidgen_workers", "vidgen_keys", "vidgen_tenants"
+    }  # fmt: skip
     names = {consumer.name for consumer in topology.CONSUMERS if consumer.stream == topology.TASKS}
     assert names == {"edit-interactive", "edit-batch", "i2v-interactive", "i2v-batch"}
 
@@ -157,7 +173,7 @@ def test_the_streams_keep_what_the_design_says() -> None:
 
 def test_subjects_are_named_in_one_file_only(pytestconfig: pytest.Config) -> None:
     literal = re.compile(
-        r"""["']vidgen\.(requests|tasks|events|progress|dead|history|control|webhooks)\b|\$JS\.EVENT"""
+        r"""["']vidgen\.(requests\b(?!\.<)|tasks|held|events|progress|dead|history|control|webhooks)\b|\$JS\.EVENT"""
     )
     home = Path("shared/vidgen/topology.py")
     for folder in ("shared/vidgen", "services"):

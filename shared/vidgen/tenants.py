@@ -1,0 +1,89 @@
+"""Whose jobs there are, and what limits were set for each; what was not set follows from the settings."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from vidgen import errors, topology
+from vidgen.bus import Bus, Records
+from vidgen.contracts import DEFAULT_TENANT, Message, TenantId
+
+KEEP_S = 3.0  # that long a change may take to be heard of
+
+Rate = Annotated[float, Field(ge=0, le=1e6, allow_inf_nan=False)]
+Count = Annotated[int, Field(ge=0, le=1_000_000)]
+
+
+class Tenant(Message):
+    """One tenant, with what was set for it alone; None: as the settings say, 0: no limit."""
+
+    schema_version: Literal[1] = 1
+    id: TenantId
+    rate: Rate | None = Field(None, description="HTTP requests a second, at each gateway.")
+    burst: Count | None = Field(None, description="HTTP requests at once.")
+    jobs: Count | None = Field(None, description="Jobs with a task that waits or runs.")
+    share: Annotated[int, Field(ge=1, le=1000)] | None = Field(
+        None, description="Tasks that may wait in one lane's queue; the others are held back."
+    )
+
+
+async def change(records: Records, tenant: str, limits: dict[str, Any]) -> Tenant:
+    """Set limits of a tenant, known or new; those that are not named stay. Raises BusError."""
+    while True:
+        found = await records.get(tenant)
+        before = Tenant.model_validate_json(found[0]) if found else Tenant(id=tenant)
+        after = Tenant.model_validate(before.model_dump() | limits)
+        if found is not None and after == before:
+            return before
+        try:
+            await records.put(tenant, after.to_bytes(), revision=found[1] if found else 0)
+        except errors.ConflictError:
+            continue
+        return after
+
+
+class Tenants:
+    """All tenants, as one process knows them: read anew every few seconds."""
+
+    def __init__(self, bus: Bus, *, clock: Callable[[], float] = time.monotonic) -> None:
+        self._records = bus.records(topology.TENANTS_BUCKET)
+        self._clock = clock
+        self._lock = asyncio.Lock()
+        self._known: dict[str, Tenant] | None = None
+        self._until = float("-inf")
+
+    async def all(self) -> dict[str, Tenant]:
+        """The tenants by id, as they were last heard of; raises BusError where they never were."""
+        if self._clock() >= self._until:
+            async with self._lock:
+                if self._clock() >= self._until:
+                    await self._read()
+        return self._known or {}
+
+    async def _read(self) -> None:
+        try:
+            entries = await self._records.all()
+        except errors.BusError:
+            if self._known is None:
+                raise
+        else:
+            self._known = {name: Tenant.model_validate_json(value) for name, value in entries.items()}
+        self._until = self._clock() + KEEP_S  # while the bus is away one asks, and not each caller in turn
+
+    async def get(self, tenant: str) -> Tenant:
+        """What was set for a tenant; raises BusError."""
+        return (await self.all()).get(tenant) or Tenant(id=tenant)
+
+    async def meet(self, tenant: str) -> None:
+        """Know of a tenant from now on; raises BusError."""
+        if tenant != DEFAULT_TENANT and tenant not in (known := await self.all()):
+            self._known = known | {tenant: await change(self._records, tenant, {})}
+
+    async def several(self) -> bool:
+        """Whether there is anybody beside the operator; raises BusError."""
+        return any(tenant != DEFAULT_TENANT for tenant in await self.all())

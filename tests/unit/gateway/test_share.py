@@ -1,0 +1,296 @@
+"""A fair share: nobody waits behind all of another tenant's tasks, and nothing is lost, doubled or left behind."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import Counter
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tests.gateways import BOUND, EDIT, KEY, Gateway, completed, now, picture, put, started
+
+from gateway.share import FairShare, Place
+from vidgen import contracts, errors, tenants, topology
+from vidgen.bus import Delivery
+from vidgen.contracts import EditWork, Task
+from vidgen.tenants import Tenants
+from vidgen.testing import MemoryBus, MemoryStore
+
+WORK = EditWork(
+    prompt="x", user_prompt="x", negative_prompt=" ", steps=4, true_cfg_scale=1, guidance_scale=1, seed=5, width=64,
+    height=64, candidates=1,
+)  # fmt: skip
+QUEUE = topology.consumer_of("edit", "interactive")
+
+
+def task(job_id: str, tenant: str = "default", run: int = 1) -> Task:
+    return Task(
+        job_id=job_id, tenant=tenant, stage="edit", lane="interactive", run=run, inputs=(KEY,), work=WORK,
+        queued_at=now(),
+    )  # fmt: skip
+
+
+class Lane:
+    """One lane, the gateways that fill it, and a worker that takes one task after the other."""
+
+    def __init__(self, waiting: int = 3, gateways: int = 1) -> None:
+        self.bus = MemoryBus()
+        self.shares = [FairShare(self.bus, Tenants(self.bus), waiting) for _ in range(gateways)]
+
+    async def know(self, *names: str, **limits: Any) -> None:
+        for name in names:
+            await tenants.change(self.bus.records(topology.TENANTS_BUCKET), name, limits)
+
+    async def queue(self, job_id: str, tenant: str, by: int = 0) -> None:
+        await self.shares[by].queue(task(job_id, tenant), f"{job_id}:edit:1", {topology.HEADER_LOG_SEQ: "7"})
+        await self.fill(tenant, by)
+
+    async def fill(self, tenant: str, by: int = 0) -> None:
+        await self.shares[by].fill(Place("edit", "interactive", tenant))
+
+    async def take(self, by: int = 0) -> Delivery | None:
+        """What a worker takes next; the gateway hears that it started."""
+        delivery = await self.bus.pull(QUEUE, 0)
+        if delivery is not None:
+            await self.fill(Task.model_validate_json(delivery.body).tenant, by)
+        return delivery
+
+    async def drain(self) -> list[Task]:
+        """Every task, in the order in which they are taken."""
+        order = []
+        while (delivery := await self.take()) is not None:
+            order.append(Task.model_validate_json(delivery.body))
+            await delivery.ack()
+        return order
+
+    def count(self, stream: str) -> int:
+        return len(self.bus.messages(stream))
+
+    def by_tenant(self, stream: str) -> Counter[str]:
+        return Counter(message.subject.split(".")[4] for message in self.bus.messages(stream))
+
+
+async def test_one_job_beside_a_thousand_of_another_tenant_waits_for_a_few_of_them() -> None:
+    lane = Lane(waiting=8)
+    await lane.know("acme", "umbrella")
+    for number in range(1000):
+        await lane.queue(f"a{number}", "acme")
+    for _ in range(5):
+        taken = await lane.take()
+        assert taken is not None
+        await taken.ack()
+    await lane.queue("b0", "umbrella")
+
+    order = [one.job_id for one in await lane.drain()]
+
+    assert order.index("b0") <= 8
+    assert [job for job in order if job != "b0"] == [f"a{number}" for number in range(5, 1000)]
+
+
+jobs_of = st.lists(st.sampled_from(["default", "acme", "umbrella", "initech"]), min_size=1, max_size=60)
+
+
+@settings(max_examples=60)
+@given(jobs_of, st.integers(1, 5), st.integers(1, 3), st.randoms(use_true_random=False))
+def test_every_task_is_taken_once_in_its_tenants_order_and_soon(
+    arrivals: list[str], waiting: int, gateways: int, chance: Any
+) -> None:
+    async def run() -> None:
+        lane = Lane(waiting, gateways)
+        await lane.know("acme", "umbrella", "initech")
+        taken: list[Task] = []
+        for number, tenant in enumerate(arrivals):
+            await lane.queue(f"j{number}", tenant, by=chance.randrange(gateways))
+            queued, held = lane.by_tenant(topology.TASKS), lane.by_tenant(topology.HELD)
+            # So whoever comes new stands behind no more than that of each other one; and nobody is held without need.
+            assert max(queued.values()) <= waiting
+            assert all(queued[one] == waiting for one in held)
+            if chance.random() < 0.3 and (delivery := await lane.take(chance.randrange(gateways))) is not None:
+                taken.append(Task.model_validate_json(delivery.body))
+                await delivery.ack()
+        taken += await lane.drain()
+
+        assert sorted(one.job_id for one in taken) == sorted(f"j{number}" for number in range(len(arrivals)))
+        for tenant in set(arrivals):
+            own = [int(one.job_id[1:]) for one in taken if one.tenant == tenant]
+            assert own == sorted(own)
+        assert (lane.count(topology.TASKS), lane.count(topology.HELD)) == (0, 0)
+
+    asyncio.run(run())
+
+
+async def test_alone_the_operators_tasks_are_queued_at_once_and_nothing_is_held() -> None:
+    lane = Lane(waiting=2)
+    for number in range(20):
+        await lane.shares[0].queue(task(f"j{number}"), f"j{number}:edit:1", None)
+    assert (lane.count(topology.TASKS), lane.count(topology.HELD)) == (20, 0)
+    assert lane.bus.calls["first"] == lane.bus.calls["count"] == 0
+
+
+async def test_tasks_that_run_do_not_take_the_place_of_those_that_wait() -> None:
+    lane = Lane(waiting=2)
+    await lane.know("acme")
+    for number in range(10):
+        await lane.queue(f"j{number}", "acme")
+    running = [await lane.take() for _ in range(6)]
+    assert all(running)
+    assert lane.count(topology.TASKS) == 6 + 2
+
+
+async def test_a_larger_share_lets_more_wait() -> None:
+    lane = Lane(waiting=2)
+    await lane.know("acme", share=6)
+    for number in range(10):
+        await lane.queue(f"j{number}", "acme")
+    assert lane.count(topology.TASKS) == 6
+
+
+async def test_a_task_that_moves_up_is_the_same_message() -> None:
+    lane = Lane(waiting=1)
+    await lane.know("acme")
+    await lane.queue("j1", "acme")
+    [message] = lane.bus.messages(topology.TASKS)
+    assert message.subject == topology.subject_of_task("edit", "interactive", "j1", "acme")
+    assert (message.headers["Nats-Msg-Id"], message.headers[topology.HEADER_LOG_SEQ]) == ("j1:edit:1", "7")
+    assert Task.model_validate_json(message.body).job_id == "j1"
+
+
+async def test_a_gateway_that_died_between_queueing_and_forgetting_leaves_one_task() -> None:
+    lane = Lane(waiting=5)
+    await lane.know("acme")
+    lane.bus.fail_next("delete")
+    with pytest.raises(errors.BusError):
+        await lane.queue("j1", "acme")
+    assert (lane.count(topology.TASKS), lane.count(topology.HELD)) == (1, 1)
+
+    await lane.fill("acme")  # another gateway's sweep
+
+    assert (lane.count(topology.TASKS), lane.count(topology.HELD)) == (1, 0)
+
+
+async def test_a_task_that_is_queued_already_is_not_held_for_ever() -> None:
+    lane = Lane(waiting=5)
+    await lane.know("acme")
+    await lane.queue("j1", "acme")
+    lane.bus.forget_ids(topology.TASKS)
+    lane.bus.forget_ids(topology.HELD)
+    await lane.queue("j1", "acme")
+    assert (lane.count(topology.TASKS), lane.count(topology.HELD)) == (1, 0)
+
+
+async def test_what_was_held_moves_up_where_shares_were_switched_off() -> None:
+    lane = Lane(waiting=1)
+    await lane.know("acme")
+    for number in range(5):
+        await lane.queue(f"j{number}", "acme")
+    await FairShare(lane.bus, Tenants(lane.bus), waiting=0).fill(Place("edit", "interactive", "acme"))
+    assert (lane.count(topology.TASKS), lane.count(topology.HELD)) == (5, 0)
+
+
+async def test_a_sweep_finds_what_nobody_told_of() -> None:
+    lane = Lane(waiting=4)
+    await lane.know("acme")
+    await lane.shares[0].queue(task("j1", "acme"), "j1:edit:1", None)  # and that gateway died
+    other, stop = FairShare(lane.bus, Tenants(lane.bus), 4, sweep_s=0.01), asyncio.Event()
+    running = asyncio.create_task(other.run(stop))
+    async with asyncio.timeout(BOUND):
+        delivery = await lane.bus.pull(QUEUE, BOUND)
+    stop.set()
+    await running
+    assert delivery is not None
+
+
+async def test_an_outage_only_delays_what_is_held() -> None:
+    lane = Lane(waiting=4)
+    await lane.know("acme")
+    share, stop = FairShare(lane.bus, Tenants(lane.bus), 4, sweep_s=0.01), asyncio.Event()
+    lane.bus.fail_next("first", times=3)
+    running = asyncio.create_task(share.run(stop))
+    await share.queue(task("j1", "acme"), "j1:edit:1", None)
+    async with asyncio.timeout(BOUND):
+        delivery = await lane.bus.pull(QUEUE, BOUND)
+    stop.set()
+    await running
+    assert delivery is not None
+
+
+# ── with the jobs ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def shared(waiting: int = 1) -> Gateway:
+    store = MemoryStore()
+    for prefix in ("", "acme/"):
+        await put(store, f"uploads/{prefix}photo.png", picture())
+    bus = MemoryBus()
+    await tenants.change(bus.records(topology.TENANTS_BUCKET), "acme", {})
+    return await Gateway.open(bus, store, tenant_waiting=waiting)
+
+
+async def submitted(gateway: Gateway, job_id: str) -> contracts.Job:
+    request = contracts.VideoRequest.model_validate({"references": ["uploads/acme/photo.png"], "edit": EDIT})
+    job, _ = await gateway.parts.intake.submit(request, job_id, "acme")
+    await gateway.parts.jobs.share.fill(Place("edit", "interactive", "acme"))
+    return job
+
+
+async def test_a_held_job_that_is_cancelled_is_held_no_longer() -> None:
+    gateway = await shared()
+    await submitted(gateway, "j1")
+    await submitted(gateway, "j2")
+    assert await gateway.count(topology.HELD) == 1
+
+    job = await gateway.parts.jobs.cancel("j2")
+
+    assert job.status == "cancelled"
+    assert (await gateway.count(topology.HELD), await gateway.count(topology.TASKS)) == (0, 1)
+
+
+async def test_a_job_that_is_cancelled_makes_room_for_the_next() -> None:
+    gateway = await shared()
+    for job_id in ("j1", "j2"):
+        await submitted(gateway, job_id)
+    stop = asyncio.Event()
+    running = asyncio.create_task(gateway.parts.jobs.share.run(stop))
+    await gateway.parts.jobs.cancel("j1")
+    async with asyncio.timeout(BOUND):
+        delivery = await gateway.parts.bus.pull(QUEUE, BOUND)
+    stop.set()
+    await running
+    assert delivery is not None
+    assert delivery.subject.endswith(".j2")
+
+
+async def test_a_task_that_starts_lets_the_next_move_up() -> None:
+    gateway = await shared()
+    jobs = [await submitted(gateway, job_id) for job_id in ("j1", "j2")]
+    stop = asyncio.Event()
+    running = asyncio.create_task(gateway.parts.jobs.share.run(stop))
+    taken = await gateway.parts.bus.pull(QUEUE, 0)
+    gateway.parts.jobs.started(started(jobs[0]), jobs[0])
+    async with asyncio.timeout(BOUND):
+        following = await gateway.parts.bus.pull(QUEUE, BOUND)
+    stop.set()
+    await running
+    assert taken is not None
+    assert following is not None
+    assert following.subject.endswith(".j2")
+
+
+async def test_a_waiting_jobs_place_counts_what_is_held() -> None:
+    gateway = await shared()
+    jobs = [await submitted(gateway, job_id) for job_id in ("j1", "j2", "j3")]
+    places = [await gateway.parts.forecast.place(job) for job in jobs]
+    assert [place.ahead if place else None for place in places] == [0, 2, 2]
+
+
+async def test_a_video_of_a_tenant_is_held_too_and_its_frame_is_its_own() -> None:
+    gateway = await shared()
+    request = contracts.VideoRequest.model_validate(
+        {"references": ["uploads/acme/photo.png"], "edit": EDIT, "i2v": {"prompt": "zoom"}}
+    )
+    job, _ = await gateway.parts.intake.submit(request, "j1", "acme")
+    await gateway.tell(completed(job))
+    subjects = {message.subject for message in await gateway.parts.bus.tail(topology.HELD, None, 10)}
+    assert topology.subject_of_held("i2v", "interactive", "j1", "acme") in subjects
