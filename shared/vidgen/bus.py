@@ -63,6 +63,7 @@ class Delivery(Protocol):
     at: datetime
     num_delivered: int
     headers: dict[str, str]
+    settled: bool  # or about to be: what comes from here on is another delivery
 
     async def ack(self) -> None:
         """Settle, and know that the server heard it; raises BusError."""

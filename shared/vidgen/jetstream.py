@@ -106,11 +106,14 @@ class JetStreamDelivery:
         self.seq, self.num_delivered = meta.sequence.stream, meta.num_delivered
         self.at = meta.timestamp
         self.headers = _headers(msg.headers)
+        self.settled = False
 
     async def ack(self) -> None:
+        self.settled = True
         await self._settle(b"+ACK")
 
     async def nak(self, delay: float = 0.0) -> None:
+        self.settled = True
         await self._settle(b"-NAK" + (json.dumps({"delay": int(delay * 1e9)}).encode() if delay else b""))
 
     async def in_progress(self) -> None:

@@ -93,9 +93,13 @@ class _JustInTimeTurn(Turn):
     told: Callable[[_JustInTimeTurn], None] = lambda turn: None
     lose: Callable[[], None] = lambda: None
     changed: Callable[[], None] = lambda: None
-    seq: int = 0  # of the task in its queue
+    delivery: Delivery | None = None
     _timer: asyncio.TimerHandle | None = None
     _opened: bool = False
+
+    def holds(self, seq: int) -> bool:
+        """Whether this is the turn of the task with that sequence, and has neither settled it nor handed it back."""
+        return self.delivery is not None and self.delivery.seq == seq and not self.delivery.settled
 
     def enters(self, phase: Phase) -> None:
         super().enters(phase)
@@ -249,7 +253,7 @@ class Worker:
         delivery = pulled.delivery
         turn = _JustInTimeTurn(
             self._device, job_id=delivery.subject.rsplit(".", 1)[-1], gives_way=pulled.gives_way, open_next=open_next,
-            told=self._leave_if_long, lose=self.drain, changed=self._changed.set, seq=delivery.seq,
+            told=self._leave_if_long, lose=self.drain, changed=self._changed.set, delivery=delivery,
         )  # fmt: skip
         self._turns.add(turn)
         self._changed.set()
@@ -305,7 +309,7 @@ class Worker:
             log.warning(exc.message, _event="bus_lost")
             await asyncio.sleep(BUS_PAUSE_S)
             return None
-        if pulled is not None and any(turn.seq == pulled.delivery.seq for turn in self._turns):
+        if pulled is not None and any(turn.holds(pulled.delivery.seq) for turn in self._turns):
             # A bus that was killed may forget that it gave it to us. It goes by the message, not by the delivery: what
             # runs here renews its lease and settles it, and a second attempt would only overtake the first.
             log.warning("a task that runs here came again", _event="held_already", seq=pulled.delivery.seq)

@@ -219,13 +219,16 @@ class MemoryDelivery:
         self._bus, self._consumer = bus, consumer
         self.subject, self.body, self.seq, self.at = stored.subject, stored.body, stored.seq, stored.at
         self.headers, self.num_delivered = dict(stored.headers), num_delivered
+        self.settled = False
 
     async def ack(self) -> None:
+        self.settled = True
         async with self._bus.call("ack"):
             self._consumer.ack(self.seq)
             self._bus.changed()
 
     async def nak(self, delay: float = 0.0) -> None:
+        self.settled = True
         async with self._bus.call("nak"):
             self._consumer.nak(self.seq, delay)
             self._bus.changed()

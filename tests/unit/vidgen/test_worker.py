@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import tempfile
+import threading
 from collections.abc import AsyncIterator, Iterator
 from itertools import pairwise
 from types import SimpleNamespace
@@ -811,6 +813,35 @@ async def test_a_task_that_comes_again_while_it_runs_here_is_not_begun_a_second_
         assert shop.bench.bus.calls["pull"] > pulls
         assert shop.engine.generated == [1]
         assert shop.bench.types("j1").count("stage_started") == 1
+
+
+async def test_a_task_that_was_handed_back_is_taken_again_though_its_folder_is_not_gone_yet(
+    steady: Steady, loop_clock: LoopClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was taken for one that still ran, and nobody began it until its lease ran out."""
+    removed = tempfile.TemporaryDirectory.cleanup
+    held, asked = threading.Event(), []
+
+    def cleanup(folder: tempfile.TemporaryDirectory[str]) -> None:
+        asked.append(folder)
+        if len(asked) == 1:
+            assert held.wait(BOUND)
+        removed(folder)
+
+    async with open_shop(engines.Resumes()) as shop:
+        gate = await a_long_batch_task(shop, steady)
+        monkeypatch.setattr(tempfile.TemporaryDirectory, "cleanup", cleanup)
+        await shop.queue(2)
+        await looked(shop, loop_clock)
+        gate.open()
+
+        await shop.until("stage_completed", 2)
+
+        assert not held.is_set()
+        assert [event.type for event in shop.bench.events("j1")][-3:] == [
+            "stage_released", "stage_started", "stage_completed"
+        ]  # fmt: skip
+        held.set()
 
 
 async def test_a_worker_can_be_asked_for_and_tells_at_once_what_it_holds_and_what_is_on_the_device() -> None:
