@@ -40,6 +40,7 @@ CANCEL_WAIT_S = 5.0
 IDLE_WAIT_S = 0.5
 BUS_PAUSE_S = 0.5
 BATCH_SHARE = 10  # at least one task in ten is a batch task while any waits
+SOON_S = 0.25  # what is not urgent is told in the registry with what comes within that, in one
 LOOK_S = 1.0  # how often a worker with a long batch task looks for an interactive one
 MAX_PREEMPTIONS = 3  # of one task: then it runs to its end
 
@@ -92,7 +93,7 @@ class _JustInTimeTurn(Turn):
     open_next: Callable[[], None] = lambda: None
     told: Callable[[_JustInTimeTurn], None] = lambda turn: None
     lose: Callable[[], None] = lambda: None
-    changed: Callable[[], None] = lambda: None
+    changed: Callable[[Phase], None] = lambda phase: None
     delivery: Delivery | None = None
     _timer: asyncio.TimerHandle | None = None
     _opened: bool = False
@@ -103,7 +104,7 @@ class _JustInTimeTurn(Turn):
 
     def enters(self, phase: Phase) -> None:
         super().enters(phase)
-        self.changed()
+        self.changed(phase)
 
     def frees_in(self, seconds: float) -> None:
         super().frees_in(seconds)
@@ -174,7 +175,8 @@ class Worker:
         self._next = asyncio.Semaphore(1)
         self._turns: set[_JustInTimeTurn] = set()
         self._draining = asyncio.Event()
-        self._changed = asyncio.Event()  # what it holds: the registry should know before anything can happen to it
+        self._changed = asyncio.Event()  # the registry should know now
+        self._soon: asyncio.TimerHandle | None = None  # or with what comes next
         self._fatal: errors.FatalError | None = None
         self._started_at = datetime.now(UTC)
         self._done = 0
@@ -253,11 +255,28 @@ class Worker:
         delivery = pulled.delivery
         turn = _JustInTimeTurn(
             self._device, job_id=delivery.subject.rsplit(".", 1)[-1], gives_way=pulled.gives_way, open_next=open_next,
-            told=self._leave_if_long, lose=self.drain, changed=self._changed.set, delivery=delivery,
+            told=self._leave_if_long, lose=self.drain, changed=self._phase_changed, delivery=delivery,
         )  # fmt: skip
         self._turns.add(turn)
-        self._changed.set()
+        self._change_soon()
         tasks.create_task(self._see_through(delivery, turn), name=f"task-{delivery.seq}")
+
+    def _phase_changed(self, phase: Phase) -> None:
+        # What is on the device may kill this process: the registry should know before, for whoever looks after others.
+        if phase == "generating":
+            self._changed.set()
+        else:
+            self._change_soon()
+
+    def _change_soon(self) -> None:
+        """Each entry is a synced write: a task that takes no time costs one, not one for each of its phases."""
+        if self._soon is None:
+            self._soon = asyncio.get_running_loop().call_later(SOON_S, self._changed.set)
+
+    def _forget_soon(self) -> None:
+        if self._soon is not None:
+            self._soon.cancel()
+            self._soon = None
 
     async def _make_way(self, tasks: asyncio.TaskGroup) -> None:
         """While a batch task with much left to do runs: an interactive task that no other worker takes goes first.
@@ -379,12 +398,18 @@ class Worker:
     async def _register(self, ending: asyncio.Event) -> None:
         records = self._bus.records(topology.WORKERS_BUCKET)
         key = f"{self._policy.stage}.{self._policy.worker_id}"
+        clock = asyncio.get_running_loop().time
+        figures: tuple[GpuFigures, ...] = ()
+        read_at = float("-inf")
         while True:
             last = ending.is_set()
             self._changed.clear()
-            info = self._describe(await asyncio.to_thread(self._monitor.read))
+            self._forget_soon()
+            if clock() - read_at >= self._registration.heartbeat_s:  # a driver may take its time, and a change has none
+                figures, read_at = await asyncio.to_thread(self._monitor.read), clock()
+                self._metrics.gpu_figures(figures)
+            info = self._describe(figures)
             self._metrics.state(info.state)
-            self._metrics.gpu_figures(info.gpus)
             try:
                 await records.put(key, info.to_bytes())
             except errors.BusError as exc:

@@ -26,13 +26,15 @@ from vidgen.worker import LanePuller, Registration, Worker
 class Shop:
     """A worker over a bench; `start` runs it."""
 
-    def __init__(self, engine: engines.Gated, *, grace_s: float = 600.0, clock: FakeClock | None = None) -> None:
+    def __init__(
+        self, engine: engines.Gated, *, grace_s: float = 600.0, heartbeat_s: float = 3.0, clock: FakeClock | None = None
+    ) -> None:
         self.engine = engine
         self.bench = Bench(engine, clock=clock)
         bench = self.bench
         self.worker = Worker(
             bench.bus, bench.store, engine, bench.device_thread, bench.monitor, bench.metrics, bench.policy,
-            Registration(heartbeat_s=3.0, grace_s=grace_s, load_seconds=1.5),
+            Registration(heartbeat_s=heartbeat_s, grace_s=grace_s, load_seconds=1.5),
         )  # fmt: skip
         self.running: asyncio.Task[None] | None = None
 
@@ -815,6 +817,31 @@ async def test_a_task_that_comes_again_while_it_runs_here_is_not_begun_a_second_
         assert shop.bench.types("j1").count("stage_started") == 1
 
 
+async def test_what_follows_each_other_quickly_is_one_entry_but_what_is_on_the_device_is_told_at_once(
+    loop_clock: LoopClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vidgen.worker.SOON_S", 300.0)
+    async with open_shop(heartbeat_s=600.0) as shop:
+        gate = shop.engine.hold("generate", 1, 2)
+        shop.start()
+        await shop.until("records.put")
+        await shop.queue(1)
+        await reached(gate)
+        await shop.until("records.put", 2)
+        assert (await shop.registered()).generating == "j1"
+
+        gate.open()
+        async with asyncio.timeout(BOUND):
+            while shop.worker.state != "ready":
+                await asyncio.sleep(0)
+        assert shop.bench.journal.entries.count("records.put") == 2
+
+        loop_clock.advance(301)
+        await shop.until("records.put", 3)
+        told = await shop.registered()
+        assert (told.generating, told.running, told.tasks_done) == (None, (), 1)
+
+
 async def test_a_task_that_was_handed_back_is_taken_again_though_its_folder_is_not_gone_yet(
     steady: Steady, loop_clock: LoopClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -844,7 +871,7 @@ async def test_a_task_that_was_handed_back_is_taken_again_though_its_folder_is_n
         held.set()
 
 
-async def test_a_worker_can_be_asked_for_and_tells_at_once_what_it_holds_and_what_is_on_the_device() -> None:
+async def test_a_worker_can_be_asked_for_and_tells_soon_what_it_holds_and_at_once_what_is_on_the_device() -> None:
     async with open_shop() as shop:
         first, second = shop.engine.hold("generate", 1, 2), shop.engine.hold("prepare", 2)
         await shop.queue(1)
