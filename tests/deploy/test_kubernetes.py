@@ -63,7 +63,7 @@ COMBINATIONS = [
 ]
 DECLARED = {"local": (), "gpu": ("keda", "monitoring")}
 # Made by whoever installs, by the command in docs/operations.md.
-SECRETS = {"identity-gateway", "identity-edit-service", "identity-i2v-service", "store", "hub"}
+SECRETS = {"identity-gateway", "identity-edit-service", "identity-i2v-service", "store", "hub", "webhooks"}
 CLUSTER_WIDE = {"Namespace", "PriorityClass"}
 TRACES = "OTEL_EXPORTER_OTLP_ENDPOINT"
 OTHER_VARIABLES = {"MODEL", "REVISION", "HF_TOKEN", "HF_HOME", "USER", "HOME"}
@@ -255,6 +255,7 @@ def test_nothing_secret_is_in_a_manifest() -> None:
         "VIDGEN_S3_SECRET_KEY",
         "VIDGEN_NATS_NKEY_SEED",
         "VIDGEN_NATS_PASSWORD",
+        "VIDGEN_WEBHOOK_SECRET",
         "HF_TOKEN",
     }
     for overlay, components in COMBINATIONS:
