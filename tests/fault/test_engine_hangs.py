@@ -14,7 +14,7 @@ async def campaign(lab: Lab, *, hangs: int, jobs: int) -> str:
     async with lab.system(workers=1, env=QUICK) as system:
         stuck = system.start("worker", FAULT_HANGS="1")
         await stuck.until_ready()
-        # It comes back sound: whose fault a hang was nobody can tell, so three of them are the end of a sound task, too.
+        # It comes back sound: nobody can tell whose fault a hang was, so three of them end a sound task, too.
         system.own_env[stuck.name].pop("FAULT_HANGS")
         poison = await system.submit(hangs, stages=["edit"], told="hang")
         await system.submit(jobs)
