@@ -5,41 +5,21 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import os
-import shutil
 import ssl
-import subprocess
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pytest
+from tests.certificates import Certificate, signed_by_itself
 
 NAME = "hooks.example.test"
 BOUND_S = 60.0
 
 
-@dataclass(frozen=True)
-class Certificate:
-    """A certificate that is its own authority, for `NAME` and for loopback."""
-
-    file: Path
-    key: Path
-
-
-def make_certificate(folder: Path, names: str = f"DNS:{NAME},DNS:localhost,IP:127.0.0.1") -> Certificate:
-    openssl = shutil.which("openssl")
-    if openssl is None:
-        assert "CI" not in os.environ, "openssl is missing: apt-get install openssl"
-        pytest.skip("openssl, which makes the certificate, is missing here")
-    made = Certificate(folder / "receiver.pem", folder / "receiver.key")
-    command = [
-        openssl, "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2",
-        "-subj", "/CN=receiver", "-addext", f"subjectAltName={names}", "-out", str(made.file), "-keyout", str(made.key),
-    ]  # fmt: skip
-    subprocess.run(command, check=True, capture_output=True)
-    return made
+def make_certificate(folder: Path) -> Certificate:
+    """A certificate for `NAME` and for loopback."""
+    return signed_by_itself(folder, f"DNS:{NAME},DNS:localhost,IP:127.0.0.1")
 
 
 @dataclass(frozen=True)

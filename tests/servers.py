@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import socket
 import sys
 from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
@@ -27,6 +28,13 @@ def skipped_at_home() -> Iterator[None]:
         if exc.code != "not_installed" or os.environ.get("CI"):
             raise
         pytest.skip(exc.message)
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports of the loopback interface that nobody has, for servers which must know one another's beforehand."""
+    with contextlib.ExitStack() as held:
+        sockets = [held.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
+        return [one.getsockname()[1] for one in sockets]
 
 
 @contextlib.asynccontextmanager

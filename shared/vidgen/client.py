@@ -8,7 +8,7 @@ import mimetypes
 import os
 import random
 import secrets
-from collections.abc import AsyncGenerator, AsyncIterator, Generator, Iterable, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, TypedDict, TypeVar, Unpack
 from urllib.parse import quote
@@ -441,11 +441,3 @@ def _update_of(kind: str, data: str) -> Update | None:
             detail = "the gateway's final job cannot be read: it is of another version than this client"
             raise GatewayError(Problem(status=200, detail=detail, code="not_a_gateway")) from None
         return None
-
-
-def problem_lines(exc: GatewayError) -> Iterable[str]:
-    """The error as lines for people: the detail, then every wrong field that it does not name."""
-    yield exc.message
-    for wrong in exc.errors:
-        if wrong.message not in exc.message:
-            yield f"{wrong.field}: {wrong.message}"

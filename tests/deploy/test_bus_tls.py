@@ -6,25 +6,17 @@ import asyncio
 import contextlib
 import os
 import shutil
-import subprocess
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 from tests import identities as installed
+from tests.certificates import NEW_KEY, openssl
 from tests.identities import DeployedNats
 
 from vidgen import errors, jetstream
 from vidgen.identities import Identities
 from vidgen.settings import Settings
-
-
-def openssl(folder: Path, *arguments: str) -> None:
-    program = shutil.which("openssl")
-    if program is None:
-        assert "CI" not in os.environ, "openssl is missing: apt-get install openssl"
-        pytest.skip("openssl, which makes the certificates, is missing here")
-    subprocess.run([program, *arguments], cwd=folder, check=True, capture_output=True)
 
 
 def authority(folder: Path, name: str) -> None:
@@ -33,9 +25,6 @@ def authority(folder: Path, name: str) -> None:
         folder, "req", "-x509", *NEW_KEY, "-days", "2", "-subj", f"/CN={name}", "-out", f"{name}.pem",
         "-keyout", f"{name}-key.pem", "-addext", "keyUsage=critical,keyCertSign",
     )  # fmt: skip
-
-
-NEW_KEY = ("-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes")
 
 
 def certificate(folder: Path, name: str, signer: str) -> None:

@@ -504,10 +504,11 @@ async def test_the_same_processes_with_the_same_files_make_a_video_and_stop_when
         }  # fmt: skip
         assert None not in codes.values()
 
-        # And what is in the volumes is all there is to know: started anew, the job and its video are there
+        # And what is in the volumes is all there is to know: started anew, the key, the job and its video are there
         for name in ("nats", "s3", "gateway"):
             await graph.start(name)
-        async with httpx.AsyncClient(base_url=graph.url("gateway", 8080)) as http:
+        signed_in = {"Authorization": f"Bearer {key}"}
+        async with httpx.AsyncClient(base_url=graph.url("gateway", 8080), headers=signed_in) as http:
             assert (await http.get(f"/v1/jobs/{job.id}")).json()["status"] == "completed"
             video = await http.get(f"/v1/jobs/{job.id}/artifacts/video.mp4", params={"proxy": "1"})
             assert video.content[4:8] == b"ftyp"

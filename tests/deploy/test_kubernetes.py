@@ -15,7 +15,6 @@ import os
 import re
 import secrets
 import shutil
-import socket
 import subprocess
 import tempfile
 import urllib.request
@@ -30,7 +29,7 @@ import kubernetes_validate
 import pytest
 import typer.main
 import yaml
-from tests.servers import skipped_at_home
+from tests.servers import free_ports, skipped_at_home
 
 import vidgen
 from gateway.api import ops
@@ -63,7 +62,7 @@ COMBINATIONS = [
 ]
 DECLARED = {"local": (), "gpu": ("keda", "monitoring")}
 # Made by whoever installs, by the command in docs/operations.md.
-SECRETS = {"identity-gateway", "identity-edit-service", "identity-i2v-service", "store", "hub"}
+SECRETS = {"identity-gateway", "identity-edit-service", "identity-i2v-service", "store", "hub", "webhooks"}
 CLUSTER_WIDE = {"Namespace", "PriorityClass"}
 TRACES = "OTEL_EXPORTER_OTLP_ENDPOINT"
 OTHER_VARIABLES = {"MODEL", "REVISION", "HF_TOKEN", "HF_HOME", "USER", "HOME"}
@@ -255,6 +254,7 @@ def test_nothing_secret_is_in_a_manifest() -> None:
         "VIDGEN_S3_SECRET_KEY",
         "VIDGEN_NATS_NKEY_SEED",
         "VIDGEN_NATS_PASSWORD",
+        "VIDGEN_WEBHOOK_SECRET",
         "HF_TOKEN",
     }
     for overlay, components in COMBINATIONS:
@@ -834,12 +834,6 @@ async def test_a_warm_floor_stays_with_nothing_to_do(server: NatsServer, bus: Je
     warm = kinds(built("gpu", ("keda", "warm-floor")), "ScaledObject")
 
     assert {replicas(server, one) for one in warm.values()} == {1}
-
-
-def free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as held:
-        sockets = [held.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
-        return [one.getsockname()[1] for one in sockets]
 
 
 async def test_three_servers_hold_three_replicas_of_everything_and_one_of_them_tells_the_queue(

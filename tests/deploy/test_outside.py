@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import shutil
-import subprocess
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
+from tests.certificates import signed_by_itself
 from tests.servers import skipped_at_home
 
 from vidgen import errors, jetstream
@@ -28,17 +26,7 @@ authorization { user: vidgen, password: "only-for-workers", timeout: 60 }
 @pytest.fixture
 def certificate(tmp_path: Path) -> Path:
     """A certificate for the loopback interface, signed by itself: an authority that no system knows."""
-    openssl = shutil.which("openssl")
-    if openssl is None:
-        assert "CI" not in os.environ, "openssl is missing: apt-get install openssl"
-        pytest.skip("openssl, which makes the certificate, is missing here")
-    command = [
-        openssl, "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2",
-        "-subj", "/CN=vidgen-test", "-addext", "subjectAltName=IP:127.0.0.1", "-out", "certificate.pem",
-        "-keyout", "key.pem",
-    ]  # fmt: skip
-    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
-    return tmp_path / "certificate.pem"
+    return signed_by_itself(tmp_path).file
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.fault.nursery import BOUND_S, Child, Nursery
+from tests.servers import running_nats
 from tests.workbench import photograph
 
 from vidgen import contracts, errors, jetstream, topology
@@ -235,13 +236,8 @@ class Lab:
 
     @contextlib.asynccontextmanager
     async def nats(self) -> AsyncIterator[NatsServer]:
-        # What is acknowledged here was never in doubt for want of power: the processes are killed, the machine is not.
-        server = NatsServer(self.folder / "nats", sync_always=False)
-        await server.start()
-        try:
+        async with running_nats(self.folder / "nats") as server:
             yield server
-        finally:
-            await server.kill()
 
     @contextlib.asynccontextmanager
     async def system(

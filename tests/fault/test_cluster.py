@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-import socket
 from collections.abc import AsyncIterator
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import nats.errors
 from tests.fault.ledger import Ledger
 from tests.fault.nursery import BOUND_S
 from tests.fault.system import Lab
+from tests.servers import free_ports
 
 from vidgen import topology
 from vidgen.local import NatsServer
@@ -44,14 +44,6 @@ class Node(NatsServer):
             while not self._read_ports():
                 self.process.check()
                 await asyncio.sleep(POLL)
-
-
-def free_ports(count: int) -> list[int]:
-    with contextlib.ExitStack() as held:
-        sockets = [held.enter_context(socket.socket()) for _ in range(count)]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        return [one.getsockname()[1] for one in sockets]
 
 
 @contextlib.asynccontextmanager

@@ -14,12 +14,12 @@ async def campaign(lab: Lab, *, hangs: int, jobs: int) -> str:
     async with lab.system(workers=1, env=QUICK) as system:
         stuck = system.start("worker", FAULT_HANGS="1")
         await stuck.until_ready()
+        # It comes back sound: nobody can tell whose fault a hang was, so three of them end a sound task, too.
+        system.own_env[stuck.name].pop("FAULT_HANGS")
         poison = await system.submit(hangs, stages=["edit"], told="hang")
         await system.submit(jobs)
         await system.until_ended(poison)
         await system.until(lambda: stuck.ended is not None)
-        for child in system.of("worker"):  # one that hangs came back as one that hangs
-            system.own_env[child.name].pop("FAULT_HANGS", None)
         ends = await Ledger(system).audit()
         assert ends == {"completed": jobs, "failed": hangs}
         codes = {event.error.code for event in system.events if isinstance(event, contracts.StageFailed)}

@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from PIL import Image
+from tests.photographs import chunk
 
 from vidgen import errors, images
 
@@ -30,10 +31,6 @@ def small(kind: str, side: int = 24, **options: object) -> bytes:
     out = io.BytesIO()
     Image.effect_noise((side, side), 80).convert("RGB").save(out, kind, **(KINDS.get(kind, {}) | options))
     return out.getvalue()
-
-
-def chunk(name: bytes, body: bytes) -> bytes:
-    return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
 
 
 def png(width: int, height: int, *chunks: bytes, data: bytes | None = None) -> bytes:
