@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from edit_service.engine.preview import PreviewEditEngine
-from vidgen import choice, service
+from vidgen import choice, profiles, service, weights
 from vidgen.engine import Engine
 from vidgen.settings import WorkerSettings
 
@@ -14,10 +14,23 @@ def make_engine(settings: WorkerSettings, chosen: choice.Choice) -> Engine:
     """The engine that was chosen, not set up yet."""
     if chosen.kind == "preview":
         return PreviewEditEngine(seconds_per_step=settings.preview_seconds_per_step)
+    from vidgen.accel import ahead
+
+    reading = (
+        ahead.begin_for(
+            settings.edit_model,
+            settings.edit_revision,
+            settings.layout(),
+            weights.EDIT_PIPELINES,
+            profiles.WORK["edit"],
+        )
+        if chosen.alone
+        else None
+    )
     from edit_service.engine.qwen import QwenEditEngine
     from vidgen.accel.engine import Layout
 
-    return QwenEditEngine(
+    engine = QwenEditEngine(
         model=settings.edit_model,
         revision=settings.edit_revision,
         lora=settings.edit_lora,
@@ -25,6 +38,8 @@ def make_engine(settings: WorkerSettings, chosen: choice.Choice) -> Engine:
         condition_area=settings.edit_condition_area,
         layout=Layout(**settings.layout()),
     )
+    engine.go_on_with(reading)
+    return engine
 
 
 def main() -> None:

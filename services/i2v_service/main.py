@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 
 from i2v_service.engine.preview import PreviewI2VEngine
-from vidgen import choice, service
+from vidgen import choice, profiles, service, weights
 from vidgen.engine import Engine
 from vidgen.settings import WorkerSettings
 
@@ -14,10 +14,19 @@ def make_engine(settings: WorkerSettings, chosen: choice.Choice) -> Engine:
     """The engine that was chosen, not set up yet."""
     if chosen.kind == "preview":
         return PreviewI2VEngine(seconds_per_step=settings.preview_seconds_per_step)
+    from vidgen.accel import ahead
+
+    reading = (
+        ahead.begin_for(
+            settings.i2v_model, settings.i2v_revision, settings.layout(), weights.I2V_PIPELINES, profiles.WORK["i2v"]
+        )
+        if chosen.alone
+        else None
+    )
     from i2v_service.engine.wan import WanI2VEngine
     from vidgen.accel.engine import Layout
 
-    return WanI2VEngine(
+    engine = WanI2VEngine(
         model=settings.i2v_model,
         revision=settings.i2v_revision,
         lora=settings.i2v_lora,
@@ -25,6 +34,8 @@ def make_engine(settings: WorkerSettings, chosen: choice.Choice) -> Engine:
         guidance_device=settings.i2v_guidance_device,
         layout=Layout(**settings.layout()),
     )
+    engine.go_on_with(reading)
+    return engine
 
 
 def main() -> None:

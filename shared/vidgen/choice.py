@@ -12,10 +12,14 @@ from vidgen.settings import WorkerSettings
 
 @dataclass(frozen=True)
 class Choice:
-    """The engine to run, with the reason as a sentence for the log, the registry and `vidgen doctor`."""
+    """The engine to run, with the reason as a sentence for the log, the registry and `vidgen doctor`.
+
+    `alone`: no other engine of this process shares its device, so that how it is laid out is its own to decide.
+    """
 
     kind: Literal["real", "preview"]
     reason: str
+    alone: bool = True
 
 
 def choose(stage: Stage, settings: WorkerSettings, *, gpus: Sequence[GpuFigures], reason: str | None) -> Choice:

@@ -15,7 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 import structlog
@@ -60,6 +60,9 @@ def run_stages(makers: Mapping[Stage, MakeEngine], service: str) -> int:
         sys.stderr.write(f"{exc.message}\n")
         return 1
     telemetry.configure(settings, service)
+    # What is made until the tasks come stays: with torch a million objects, which the collector would look through
+    # again and again. It took a quarter of the imports' time.
+    gc.disable()
     try:
         with tracing.running(settings.traces_url, service, settings.worker_id):
             uvloop.run(_Service(makers, settings).run())
@@ -135,12 +138,14 @@ class _Service:
         gpus = gpu.visible()
         reason = await asyncio.to_thread(weights.why_not, model, revision, gpu=bool(gpus))
         chosen = choice.choose(stage, self._settings, gpus=gpus, reason=reason)
+        chosen = replace(chosen, alone=len(self._stages) == 1)
         log.info(chosen.reason, _event="engine_chosen", stage=stage, kind=chosen.kind)
         if chosen.kind == "real" and self._settings.verify_weights == "full":
             await asyncio.to_thread(weights.require, model, revision, check="full")
             log.info("the weights are those of their manifest", _event="weights_verified")
         importing = time.monotonic()
-        engine = self._makers[stage](self._settings, chosen)
+        # In a thread: the packages of a real engine take seconds, and the probes are to answer meanwhile.
+        engine = await asyncio.to_thread(self._makers[stage], self._settings, chosen)
         return _Loaded(engine, time.monotonic() - begun, {"imports": time.monotonic() - importing})
 
     async def _set_up(self, stage: Stage, made: _Loaded, device_thread: ThreadPoolExecutor) -> _Loaded:
@@ -188,6 +193,7 @@ class _Service:
             if self._stop.is_set():
                 return
             gc.freeze()  # what is loaded stays: with torch, the collector takes 0.1 s each time it looks at all of it
+            gc.enable()
             probes.write_ready_file(settings.ready_file, url)
             log.info("ready for tasks", _event="ready", url=url)
             serving = self._serving = asyncio.create_task(_run_all(self._workers), name="workers")

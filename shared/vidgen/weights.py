@@ -29,6 +29,8 @@ LIBRARIES = frozenset({"diffusers", "transformers"})
 PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "safetensors")
 # Formats that run code when they are read.
 PICKLED = frozenset({".bin", ".ckpt", ".joblib", ".pickle", ".pkl", ".pt", ".pth"})
+# How diffusers and transformers name the files of a model.
+STEMS = ("diffusion_pytorch_model", "model")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 # So many faults are named in a sentence; `vidgen weights verify` names them all.
 NAMED = 3
@@ -322,6 +324,28 @@ def _downloaded_commit(folder: Path) -> str | None:
 def component_sizes(folder: Path) -> dict[str, int]:
     """The bytes of weights in each component's folder of a model."""
     return {part.name: size for part in sorted(folder.iterdir()) if part.is_dir() and (size := _size(part))}
+
+
+def tensor_files(component: Path) -> list[Path]:
+    """The files that hold a component's weights: the shards of its index, or the one that there is; raises FatalError.
+
+    A scheduler or tokenizer, which has no config.json, has none.
+    """
+    if not (component / "config.json").is_file():
+        return []
+    for stem in STEMS:
+        index, single = (component / f"{stem}.safetensors{more}" for more in (".index.json", ""))
+        if index.is_file():
+            return [component / shard for shard in sorted(set(_read(index).get("weight_map", {}).values()))]
+        if single.is_file():
+            return [single]
+    raise FatalError(f"{component} has no weights: download the model again", code="weights_missing")
+
+
+def in_reading_order(folder: Path) -> list[Path]:
+    """All files with weights of a verified model, transformers' models first: those take their time to be filled."""
+    parts = sorted(components(folder), key=lambda part: part[1] == "diffusers")
+    return [file for name, *_ in parts for file in tensor_files(folder / name)]
 
 
 def _size(folder: Path) -> int:

@@ -204,10 +204,7 @@ class QwenEditEngine(DiffusersEngine):
 
     def _warm_up(self) -> None:
         grey = Image.new("RGB", (WARM_UP.width, WARM_UP.height), (128, 128, 128))
-        # Two lengths of text: at the second, compilation learns that lengths vary, and no prompt compiles any more.
-        for prompt in ("warm up", "warm up with a longer text"):
-            work = WARM_UP.model_copy(update={"prompt": prompt})
-            self.generate(self._laid_out(work, (grey,)), lambda step, steps: None)
+        self.generate(self._laid_out(WARM_UP, (grey,)), lambda step, steps: None)
 
     def _refuse_control_tokens(self, work: EditWork) -> None:
         # The text encoder would read these as images or as another speaker's turn.

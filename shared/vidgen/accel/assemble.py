@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import contextlib
 import importlib
-import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,6 +23,7 @@ from transformers.utils import logging as transformers_logging
 
 from vidgen import diffusion, weights
 from vidgen.accel import fp8, kernels, loader
+from vidgen.accel.ahead import begin
 from vidgen.errors import FatalError
 
 P = TypeVar("P")
@@ -32,7 +31,6 @@ Tensors = dict[str, Tensor]
 OnPhase = Callable[[str, float], None]
 
 SCALE = ".weight_scale"
-STEMS = ("diffusion_pytorch_model", "model")
 
 
 @dataclass(frozen=True)
@@ -58,49 +56,48 @@ def assemble(
     dtypes: Mapping[str, torch.dtype],
     *,
     arithmetic: bool,
+    reading: loader.Reading | None = None,
     on_phase: OnPhase = lambda phase, seconds: None,
 ) -> P:
     """Build the pipeline of a verified folder on the device: what `from_pretrained` builds, in less time.
 
     `dtypes` are the precisions of the components, with a `default`. What an FP8 snapshot holds in FP8 becomes
-    `Fp8Linear`, with that `arithmetic`. `on_phase` is told the seconds of `read`, and of `build` as far as it was not
-    done meanwhile. Raises FatalError.
+    `Fp8Linear`, with that `arithmetic`. A `reading` of the folder's weights that was begun before is gone on with.
+    `on_phase` is told the seconds of `read` from its beginning to its end, and of `build` without what was waited for.
+    Raises FatalError.
     """
     # A worker's log is read by machines: loading bars have no place in it.
     diffusers_logging.disable_progress_bar()
     transformers_logging.disable_progress_bar()
     begun = time.perf_counter()
     with diffusion.loading(f"the weights in {found.folder}", "download the model again"):
-        parts = parts_of(found.folder)
-        # transformers takes its time to fill a model: that is to happen while the next one is read.
-        models = sorted((part for part in parts if is_model(part)), key=lambda part: part.library == "diffusers")
-        wanted = {part.name: dtypes.get(part.name, dtypes["default"]) for part in models}
-        with ThreadPoolExecutor(1, "reader") as reader:
-            reading = {part.name: reader.submit(_read, part, device, wanted[part.name]) for part in models}
-            try:
-                made = {part.name: part.kind.from_pretrained(part.folder, local_files_only=True)
-                        for part in parts if part not in models}  # fmt: skip
-                empty = {part.name: skeleton(part, wanted[part.name]) for part in models if part.library == "diffusers"}
-                waited = busy = 0.0
-                for part in models:
-                    asked = time.perf_counter()
-                    tensors, seconds = reading.pop(part.name).result()
-                    waited, busy = waited + time.perf_counter() - asked, busy + seconds
-                    if part.name in empty:
-                        made[part.name] = _filled(empty.pop(part.name), tensors, part, arithmetic=arithmetic)
-                    else:
-                        made[part.name] = _by_transformers(part, tensors, device, wanted[part.name])
-                    del tensors
-            except BaseException:
-                reader.shutdown(wait=False, cancel_futures=True)
-                raise
+        reading = reading or begin(found, device, dtypes)
+        try:
+            parts = parts_of(found.folder)
+            models = sorted((part for part in parts if is_model(part)), key=lambda part: part.library == "diffusers")
+            wanted = {part.name: dtypes.get(part.name, dtypes["default"]) for part in models}
+            made = {part.name: part.kind.from_pretrained(part.folder, local_files_only=True)
+                    for part in parts if part not in models}  # fmt: skip
+            empty = {part.name: skeleton(part, wanted[part.name]) for part in models if part.library == "diffusers"}
+            waited = 0.0
+            for part in models:
+                asked = time.perf_counter()
+                tensors = _taken(part, reading, wanted[part.name])
+                waited += time.perf_counter() - asked
+                if part.name in empty:
+                    made[part.name] = _filled(empty.pop(part.name), tensors, part, arithmetic=arithmetic)
+                else:
+                    made[part.name] = _by_transformers(part, tensors, device, wanted[part.name])
+                del tensors
+        finally:
+            reading.close()
         pipe: Any = pipeline.from_pretrained(  # type: ignore[attr-defined]
             found.folder, local_files_only=True, trust_remote_code=False, **made
         )
         pipe.set_progress_bar_config(disable=True)
         loaded: P = pipe.to(device)
     loader.give_back(device)
-    on_phase("read", busy)
+    on_phase("read", reading.seconds)
     on_phase("build", time.perf_counter() - begun - waited)
     return loaded
 
@@ -118,17 +115,6 @@ def is_model(part: Part) -> bool:
     return (part.folder / "config.json").is_file()
 
 
-def tensor_files(part: Part) -> list[Path]:
-    """The files that hold a component's weights: the shards of its index, or the one that there is."""
-    for stem in STEMS:
-        index, single = (part.folder / f"{stem}.safetensors{more}" for more in (".index.json", ""))
-        if index.is_file():
-            return [part.folder / shard for shard in sorted(set(json.loads(index.read_bytes())["weight_map"].values()))]
-        if single.is_file():
-            return [single]
-    raise FatalError(f"{part.folder} has no weights: download the model again", code="weights_missing")
-
-
 def skeleton(part: Part, dtype: torch.dtype) -> nn.Module:
     """A model of diffusers whose parameters are on the meta device.
 
@@ -141,28 +127,25 @@ def skeleton(part: Part, dtype: torch.dtype) -> nn.Module:
     return model.eval()
 
 
-def _read(part: Part, device: torch.device, dtype: torch.dtype) -> tuple[Tensors, float]:
-    """A component's tensors in the wanted precision, and the seconds that took.
-
-    File by file: of a model that is stored in float32 there is never all of it twice.
-    """
-    begun = time.perf_counter()
-    files = tensor_files(part)
+def _taken(part: Part, reading: loader.Reading, dtype: torch.dtype) -> Tensors:
+    """A component's tensors in the wanted precision, cast file by file."""
+    taken: Tensors = {}
+    files = weights.tensor_files(part.folder)
     scaled = {entry.name.removesuffix(SCALE) for file in files for entry in loader.header(file)
               if entry.name.endswith(SCALE)}  # fmt: skip
     stay = {f"{name}{end}" for name in scaled for end in (".weight", SCALE)}
-    tensors: Tensors = {}
     for file in files:
-        for name, tensor in loader.read([file], device).items():
+        tensors = reading.take(file)
+        for name in list(tensors):
+            tensor = tensors.pop(name)
             if name in stay or not tensor.is_floating_point():
-                tensors[name] = tensor
+                taken[name] = tensor
             elif part.in_float32.isdisjoint(name.split(".")):
-                tensors[name] = tensor.to(dtype)
+                taken[name] = tensor.to(dtype)
             else:
                 # transformers decides by itself which of them it casts after all.
-                tensors[name] = tensor.float() if part.library == "diffusers" else tensor
-    diffusion.synchronize(device)
-    return tensors, time.perf_counter() - begun
+                taken[name] = tensor.float() if part.library == "diffusers" else tensor
+    return taken
 
 
 def _filled(model: nn.Module, tensors: Tensors, part: Part, *, arithmetic: bool) -> nn.Module:

@@ -14,7 +14,7 @@ import structlog
 import torch
 
 from vidgen import diffusion, profiles, weights
-from vidgen.accel import blocks, fp8, ladder, residency, speed, stepcache
+from vidgen.accel import ahead, blocks, fp8, ladder, loader, residency, speed, stepcache
 from vidgen.engine import EngineInfo, Generated, Rung
 from vidgen.errors import FatalError
 
@@ -65,8 +65,13 @@ class DiffusersEngine(abc.ABC):
         self.load_seconds: dict[str, float] = {}
         self._loras = {component: path for component, path in loras.items() if path is not None}
         self._pipe: Any
+        self._begun: loader.Reading | None = None
         self._residency: residency.Residency | None = None
         self._rungs: tuple[Rung, ...] = ()  # none before the end of the warm-up: what has no room for that has none
+
+    def go_on_with(self, reading: loader.Reading | None) -> None:
+        """Take the weights in `setup` from a reading that was begun before this class could be imported."""
+        self._begun = reading
 
     def setup(self) -> Mapping[str, float]:
         """Load the weights, fuse the LoRAs and, on a GPU, run once; raises FatalError with the remedy."""
@@ -145,9 +150,7 @@ class DiffusersEngine(abc.ABC):
         return device
 
     def _load(self, found: weights.Weights, place: torch.device, dtypes: Mapping[str, torch.dtype]) -> Any:
-        if found.profile != "fp8":
-            return diffusion.load(self.PIPELINE, found, place, dtypes)
-        if self._loras:
+        if found.profile == "fp8" and self._loras:
             raise FatalError(
                 f"{found.folder} is an FP8 snapshot, into which no LoRA can be fused any more: "
                 "fuse it when quantising (vidgen weights quantize --lora) and leave the setting out",
@@ -155,8 +158,14 @@ class DiffusersEngine(abc.ABC):
             )
         from vidgen.accel.assemble import assemble
 
+        reading, self._begun = self._begun, None
+        if reading is not None and reading.device != place:
+            reading.close()  # the device is shared, and this engine's part of it is another
+            reading = None
         arithmetic = fp8.has_arithmetic(self._device)
-        return assemble(self.PIPELINE, found, place, dtypes, arithmetic=arithmetic, on_phase=self._add)
+        return assemble(
+            self.PIPELINE, found, place, dtypes, arithmetic=arithmetic, reading=reading, on_phase=self._add
+        )  # fmt: skip
 
     def _dtypes(self, found: weights.Weights, dtype: torch.dtype) -> dict[str, torch.dtype]:
         """The precision of each component, with a `default`."""
@@ -186,8 +195,7 @@ class DiffusersEngine(abc.ABC):
         """The bytes of GPU memory that this process may use, None on the CPU."""
         if self._device.type != "cuda":
             return None
-        share = torch.cuda.get_per_process_memory_fraction(self._device)
-        return int(torch.cuda.get_device_properties(self._device).total_memory * share)
+        return ahead.memory(self._device)
 
     def _free_memory(self) -> int | None:
         """The bytes of it that a task would find, None on the CPU."""

@@ -6,13 +6,15 @@ the next chunk is read. Tensors are stored apart, so that each can be replaced o
 
 from __future__ import annotations
 
-import itertools
+import contextlib
 import json
 import math
 import os
+import sys
 import threading
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +29,8 @@ THREADS = 8
 CHUNK = 32 << 20
 # Each thread has two pinned buffers, one being read into while the other is copied: half a gigabyte at the most.
 BUFFERS = 2
+AHEAD = 2
+SHORT_TURN_S = 0.0005
 LARGEST_HEADER = 100 << 20
 DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32,
@@ -58,10 +62,121 @@ class _Piece:
 class _Chunk:
     """A range of a file that is read at once, and the pieces that it is made of, in their order and without gaps."""
 
-    file: int
     begin: int
     end: int
     pieces: tuple[_Piece, ...]
+
+
+class Reading:
+    """Some safetensors files on their way to a device, in the precision in which they are stored.
+
+    It begins at once, in threads of its own, and goes through the files in their order; any thread may `take` them.
+    Of files for which `waits` says so there are never more than two on the device that nobody has taken.
+    """
+
+    def __init__(
+        self,
+        files: Sequence[Path],
+        device: torch.device,
+        waits: Callable[[Sequence[Entry]], bool] = lambda entries: False,
+    ) -> None:
+        self.files, self.device = tuple(files), device
+        self.seconds = 0.0  # from the beginning to the last file's end
+        self._waits, self._waiting = waits, set[Path]()
+        self._room = threading.Semaphore(AHEAD)
+        self._landed: dict[Path, Future[dict[str, Tensor]]] = {file: Future() for file in files}
+        self._left = threading.Event()
+        self._threads = threading.local()
+        self._coordinator = threading.Thread(target=self._run, name="reader", daemon=True)
+        self._coordinator.start()
+
+    def take(self, file: Path) -> dict[str, Tensor]:
+        """The tensors of one of the files, once; waits for them.
+
+        Raises FatalError where the file is cut short, or is not what its header says.
+        """
+        tensors = self._landed.pop(file).result()
+        if file in self._waiting:
+            self._room.release()
+        return tensors
+
+    def close(self) -> None:
+        """Leave what is not read yet, and wait until no thread writes to the device any more."""
+        self._left.set()
+        self._room.release()
+        self._coordinator.join()
+
+    def _run(self) -> None:
+        begun = time.perf_counter()
+        landed = dict(self._landed)  # `take` takes out of the other one
+        try:
+            with (
+                _in_short_turns(),
+                ExitStack() as handles,
+                ThreadPoolExecutor(THREADS, "weights", self._settle_in) as pool,
+            ):
+                try:
+                    # Each file is waited for when the next one is being read already.
+                    begun_file = None
+                    for file in self.files:
+                        next_file = file, *self._begin(file, pool, handles)
+                        self._complete(landed, begun_file)
+                        begun_file = next_file
+                    self._complete(landed, begun_file)
+                except BaseException:
+                    self._left.set()
+                    raise
+            self.seconds = time.perf_counter() - begun
+        except BaseException as exc:
+            for future in landed.values():
+                if not future.done():
+                    future.set_exception(exc)
+
+    def _begin(
+        self, file: Path, pool: ThreadPoolExecutor, handles: ExitStack
+    ) -> tuple[dict[str, Tensor], list[Future[torch.cuda.Event | None]]]:
+        """Have a file read; its tensors, and what is done when they are there."""
+        entries = header(file)
+        if self._waits(entries):
+            self._room.acquire()
+            self._waiting.add(file)
+        if self._left.is_set():
+            raise CancelledError
+        try:
+            handle = handles.enter_context(file.open("rb", buffering=0)).fileno()
+        except OSError as exc:
+            raise _broken(file, f"it cannot be read: {exc.strerror}") from exc
+        tensors = _made(entries, self.device)
+        ready = torch.cuda.current_stream(self.device).record_event() if self.device.type == "cuda" else None
+        chunks = list(_chunks((entry, tensors[entry.name]) for entry in entries))
+
+        def land(number: int) -> torch.cuda.Event | None:
+            if self._left.is_set():
+                raise CancelledError
+            _announce(handle, chunks[number + THREADS : number + THREADS + 1])
+            try:
+                event: torch.cuda.Event | None = self._threads.lands.take(handle, chunks[number], ready)
+            except (OSError, EOFError) as exc:
+                raise _broken(file, f"reading it failed: {exc}") from exc
+            return event
+
+        return tensors, [pool.submit(land, number) for number in range(len(chunks))]
+
+    def _settle_in(self) -> None:
+        self._threads.lands = _Straight() if self.device.type == "cpu" else _Staged(self.device)
+
+    def _complete(
+        self,
+        landed: Mapping[Path, Future[dict[str, Tensor]]],
+        begun: tuple[Path, dict[str, Tensor], list[Future[torch.cuda.Event | None]]] | None,
+    ) -> None:
+        if begun is None:
+            return
+        file, tensors, chunks = begun
+        for chunk in chunks:
+            if (copied := chunk.result()) is not None:
+                copied.synchronize()
+        landed[file].set_result(tensors)
 
 
 def read(files: Sequence[Path], device: torch.device) -> dict[str, Tensor]:
@@ -69,16 +184,11 @@ def read(files: Sequence[Path], device: torch.device) -> dict[str, Tensor]:
 
     Raises FatalError where a file is cut short, or is not what its header says. Any thread may call it.
     """
-    entries = [(number, entry) for number, file in enumerate(files) for entry in header(file)]
-    if device.type == "cuda":
-        # The allocator then splits one block, instead of asking the driver a thousand times.
-        torch.empty(sum(_rounded(entry.end - entry.begin) for _, entry in entries), dtype=torch.uint8, device=device)
-    tensors = {entry.name: torch.empty(entry.shape, dtype=entry.dtype, device=device) for _, entry in entries}
-    chunks = list(_chunks((number, entry, tensors[entry.name]) for number, entry in entries))
-    with ExitStack() as stack:
-        handles = [stack.enter_context(file.open("rb", buffering=0)) for file in files]
-        _read_all(files, [handle.fileno() for handle in handles], chunks, device)
-    return tensors
+    reading = Reading(files, device)
+    try:
+        return {name: tensor for file in files for name, tensor in reading.take(file).items()}
+    finally:
+        reading.close()
 
 
 def give_back(device: torch.device) -> None:
@@ -125,100 +235,88 @@ def _entry(name: str, told: dict[str, Any], base: int) -> Entry:
     return Entry(name, DTYPES[told["dtype"]], shape, base + begin, base + end)
 
 
-def _chunks(entries: Iterator[tuple[int, Entry, Tensor]]) -> Iterator[_Chunk]:
-    """Cut the tensors of each file, in their order, into chunks of at most CHUNK bytes."""
-    for file, group in itertools.groupby(entries, key=lambda one: one[0]):
-        pieces: list[_Piece] = []
-        begin = end = 0
-        for _, entry, tensor in group:
-            flat, done, count = tensor.reshape(-1).view(torch.uint8), 0, entry.end - entry.begin
-            while done < count:
-                if not pieces:
-                    begin = end = entry.begin + done
-                take = min(count - done, begin + CHUNK - end)
-                pieces.append(_Piece(end, flat[done : done + take]))
-                done, end = done + take, end + take
-                if end - begin == CHUNK:
-                    yield _Chunk(file, begin, end, tuple(pieces))
-                    pieces = []
-        if pieces:
-            yield _Chunk(file, begin, end, tuple(pieces))
+def _made(entries: Sequence[Entry], device: torch.device) -> dict[str, Tensor]:
+    """Tensors for a file's entries, with nothing in them yet."""
+    if device.type == "cuda":
+        # The allocator then splits one block, instead of asking the driver a thousand times.
+        torch.empty(sum(_rounded(entry.end - entry.begin) for entry in entries), dtype=torch.uint8, device=device)
+    return {entry.name: torch.empty(entry.shape, dtype=entry.dtype, device=device) for entry in entries}
 
 
-def _read_all(files: Sequence[Path], handles: Sequence[int], chunks: Sequence[_Chunk], device: torch.device) -> None:
-    numbers = itertools.count()
-    failed = threading.Event()
-    after = torch.cuda.current_stream(device) if device.type == "cuda" else None
-
-    def work() -> None:
-        lands = _Straight() if after is None else _Staged(device, after)
-        try:
-            # `next` of a count is one step of the interpreter: no two threads get the same number.
-            while (number := next(numbers)) < len(chunks) and not failed.is_set():
-                chunk = chunks[number]
-                _announce(handles, chunks[number + THREADS : number + THREADS + 1])
-                try:
-                    lands.take(handles[chunk.file], chunk)
-                except (OSError, EOFError) as exc:
-                    raise _broken(files[chunk.file], f"reading it failed: {exc}") from exc
-        except BaseException:
-            failed.set()
-            raise
-        finally:
-            lands.settle()
-
-    with ThreadPoolExecutor(THREADS, "weights") as pool:
-        for done in [pool.submit(work) for _ in range(min(THREADS, len(chunks)))]:
-            done.result()
+def _chunks(entries: Iterable[tuple[Entry, Tensor]]) -> Iterator[_Chunk]:
+    """Cut the tensors of a file, in their order, into chunks of at most CHUNK bytes."""
+    pieces: list[_Piece] = []
+    begin = end = 0
+    for entry, tensor in entries:
+        flat, done, count = tensor.reshape(-1).view(torch.uint8), 0, entry.end - entry.begin
+        while done < count:
+            if not pieces:
+                begin = end = entry.begin + done
+            take = min(count - done, begin + CHUNK - end)
+            pieces.append(_Piece(end, flat[done : done + take]))
+            done, end = done + take, end + take
+            if end - begin == CHUNK:
+                yield _Chunk(begin, end, tuple(pieces))
+                pieces = []
+    if pieces:
+        yield _Chunk(begin, end, tuple(pieces))
 
 
-def _announce(handles: Sequence[int], chunks: Sequence[_Chunk]) -> None:
+def _announce(handle: int, chunks: Sequence[_Chunk]) -> None:
     """Have the kernel fetch what will be read soon: its own readahead is too short for a fast disk."""
     for chunk in chunks:
-        os.posix_fadvise(handles[chunk.file], chunk.begin, chunk.end - chunk.begin, os.POSIX_FADV_WILLNEED)
+        os.posix_fadvise(handle, chunk.begin, chunk.end - chunk.begin, os.POSIX_FADV_WILLNEED)
+
+
+@contextlib.contextmanager
+def _in_short_turns() -> Iterator[None]:
+    """Have the interpreter pass on in half a millisecond: the threads need it for a moment for each chunk.
+
+    Meanwhile another thread imports and builds, and would keep it for five each time.
+    """
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(SHORT_TURN_S)
+    try:
+        yield
+    finally:
+        sys.setswitchinterval(before)
 
 
 class _Straight:
     """On the CPU: each piece is read to where it stays."""
 
-    def take(self, handle: int, chunk: _Chunk) -> None:
+    def take(self, handle: int, chunk: _Chunk, ready: torch.cuda.Event | None) -> None:
         for piece in chunk.pieces:
             _fill(handle, memoryview(piece.target.numpy()), piece.begin)
-
-    def settle(self) -> None:
-        return None
 
 
 class _Staged:
     """On a GPU: a chunk is read into one of two pinned buffers, and copied from there while the other is filled."""
 
-    def __init__(self, device: torch.device, after: torch.cuda.Stream | None) -> None:
+    def __init__(self, device: torch.device) -> None:
         pinned = device.type == "cuda"
         self._buffers = [torch.empty(CHUNK, dtype=torch.uint8, pin_memory=pinned) for _ in range(BUFFERS)]
         self._copied: list[torch.cuda.Event | None] = [None] * BUFFERS
         self._stream = torch.cuda.Stream(device) if pinned else None
         self._turn = 0
-        if self._stream is not None:
-            # What the memory was used for before is queued on the stream that the caller is on.
-            self._stream.wait_stream(after)
 
-    def take(self, handle: int, chunk: _Chunk) -> None:
+    def take(self, handle: int, chunk: _Chunk, ready: torch.cuda.Event | None) -> torch.cuda.Event | None:
+        """Read a chunk, and copy it when the device is `ready` for it; when that is done the event is."""
         copied, buffer = self._copied[self._turn], self._buffers[self._turn]
         if copied is not None:
             copied.synchronize()
         _fill(handle, memoryview(buffer.numpy())[: chunk.end - chunk.begin], chunk.begin)
         with torch.cuda.stream(self._stream) if self._stream is not None else nullcontext():
+            if self._stream is not None and ready is not None:
+                # What the memory was used for before is queued on another stream.
+                self._stream.wait_event(ready)
             for piece in chunk.pieces:
                 start = piece.begin - chunk.begin
                 piece.target.copy_(buffer[start : start + piece.target.numel()], non_blocking=True)
             if self._stream is not None:
                 self._copied[self._turn] = self._stream.record_event()
-        self._turn = (self._turn + 1) % BUFFERS
-
-    def settle(self) -> None:
-        """Wait for the copies: until then the buffers must stay, and the tensors are not there."""
-        if self._stream is not None:
-            self._stream.synchronize()
+        copied, self._turn = self._copied[self._turn], (self._turn + 1) % BUFFERS
+        return copied
 
 
 def _fill(handle: int, target: memoryview, begin: int) -> None:

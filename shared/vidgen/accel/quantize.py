@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from vidgen import __version__, diffusion, manifest, weights
 from vidgen.accel import fp8, kernels, loader
-from vidgen.accel.assemble import SCALE, Part, is_model, parts_of, skeleton, tensor_files
+from vidgen.accel.assemble import SCALE, Part, is_model, parts_of, skeleton
 from vidgen.errors import FatalError
 
 COMPONENTS = ("transformer", "transformer_2")
@@ -139,7 +139,7 @@ class _Component:
 
     def __init__(self, part: Part, lora: str | None, least: int) -> None:
         self._part = part
-        found = [(entry, file) for file in tensor_files(part) for entry in loader.header(file)]
+        found = [(entry, file) for file in weights.tensor_files(part.folder) for entry in loader.header(file)]
         self._files = {entry.name: file for entry, file in found}
         self._stored: dict[str, Any] = {}
         model = skeleton(part, torch.bfloat16)
@@ -228,18 +228,11 @@ def _shards(entries: Sequence[Stored], quantised: Set[str]) -> list[list[Stored]
 
 def _write_file(path: Path, shard: Sequence[Stored], tensors: Iterator[Tensor]) -> Iterator[tuple[str | None, int]]:
     """Write a safetensors file tensor by tensor; after each its bytes, with the last the file's SHA-256."""
-    begin, listed = 0, {}
-    for stored in shard:
-        offsets = [begin, begin + stored.bytes]
-        listed[stored.name] = {"dtype": NAMES[stored.dtype], "shape": list(stored.shape), "data_offsets": offsets}
-        begin += stored.bytes
-    header = json.dumps({"__metadata__": {"format": "pt"}, **listed}, separators=(",", ":")).encode()
-    header += b" " * (-len(header) % 8)
+    head = _head(shard)
     sha256 = hashlib.sha256()
     with path.open("xb") as file:
-        for data in (len(header).to_bytes(8, "little"), header):
-            file.write(data)
-            sha256.update(data)
+        file.write(head)
+        sha256.update(head)
         for number, (stored, tensor) in enumerate(zip(shard, tensors, strict=True), 1):
             if (tensor.dtype, tuple(tensor.shape)) != (stored.dtype, stored.shape):
                 raise ValueError(f"{stored.name} came out as {tensor.dtype} {tuple(tensor.shape)}")
@@ -250,6 +243,18 @@ def _write_file(path: Path, shard: Sequence[Stored], tensors: Iterator[Tensor]) 
                 file.flush()
                 os.fsync(file.fileno())
             yield (sha256.hexdigest() if number == len(shard) else None), stored.bytes
+
+
+def _head(shard: Sequence[Stored]) -> bytes:
+    """What a safetensors file begins with that holds these tensors in this order."""
+    begin, listed = 0, {}
+    for stored in shard:
+        offsets = [begin, begin + stored.bytes]
+        listed[stored.name] = {"dtype": NAMES[stored.dtype], "shape": list(stored.shape), "data_offsets": offsets}
+        begin += stored.bytes
+    header = json.dumps({"__metadata__": {"format": "pt"}, **listed}, separators=(",", ":")).encode()
+    header += b" " * (-len(header) % 8)
+    return len(header).to_bytes(8, "little") + header
 
 
 def _with_lora(part: Part, model: nn.Module, path: str) -> dict[str, Any]:

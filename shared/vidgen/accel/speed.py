@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import inspect
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,10 @@ PACKAGES = {"flash3": "flash_attn_interface", "flash3-fp8": "flash_attn_interfac
 HOPPER = (9, 0)
 # Each size of image or video that differs in kind recompiles once; by default dynamo gives up at eight.
 RECOMPILATIONS = 64
+# What the blocks of a transformer hand on from one to the next.
+ROUND = {
+    "QwenImageTransformerBlock": ("hidden_states", "encoder_hidden_states"), "WanTransformerBlock": ("hidden_states",),
+}  # fmt: skip
 
 
 def choose_attention(transformers: Sequence[nn.Module], wanted: str, device: torch.device) -> str:
@@ -69,10 +74,36 @@ def keep_compiled(folder: Path) -> None:
 
 
 def compile_blocks(transformers: Sequence[nn.Module]) -> None:
-    """Compile the blocks that a transformer repeats, once for all of them; the first call at a new size compiles."""
+    """Compile the blocks that a transformer repeats, once for all of them and for all sizes and lengths of text.
+
+    The first call compiles, or finds what an earlier process compiled.
+    """
     _allow_recompilation()
+    _trace_once()
     for model in transformers:
-        model.compile_repeated_blocks(fullgraph=True)
+        model.compile_repeated_blocks(fullgraph=True, dynamic=True)
+        first = next((block for block in model.modules() if type(block).__name__ in ROUND), None)
+        if first is not None:
+            first._compiled_call_impl = _owning(first, ROUND[type(first).__name__])
+
+
+def _owning(block: nn.Module, names: Sequence[str]) -> Callable[..., Any]:
+    """A compiled block's call, with tensors of their own for these arguments.
+
+    What comes to the first block is a view, and what one block hands to the next is not: for dynamo these are two
+    cases, and it would compile both.
+    """
+    call = block._compiled_call_impl
+    signature = inspect.signature(block.forward)
+
+    def owning(*args: Any, **kwargs: Any) -> Any:
+        given = signature.bind(*args, **kwargs).arguments
+        for name in names:
+            if given[name]._is_view():
+                given[name] = given[name].clone()
+        return call(**given)
+
+    return owning
 
 
 def compile_vae(vae: Any) -> None:
@@ -129,6 +160,14 @@ def _left_out(part: str) -> bool:
         return False
     flags = importlib.import_module("flash_attn_config").CONFIG["build_flags"]
     return bool(flags.get(f"FLASHATTENTION_DISABLE_{part}", False))
+
+
+def _trace_once() -> None:
+    """Spare dynamo what costs seconds of a start and changes nothing."""
+    # With all sizes open it takes an epsilon for a number that varies, finds that it does not, and begins again.
+    torch._dynamo.config.specialize_float = True
+    # It collects garbage behind each compilation: at a start among a million objects that all stay.
+    torch._dynamo.config.run_gc_after_compile = False
 
 
 def _allow_recompilation() -> None:

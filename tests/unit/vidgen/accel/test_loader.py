@@ -42,7 +42,7 @@ def same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> boo
 @pytest.fixture
 def staged(monkeypatch: pytest.MonkeyPatch) -> None:
     """The way of a GPU, through buffers, with buffers and copies of the CPU."""
-    monkeypatch.setattr(loader, "_Straight", lambda: loader._Staged(CPU, None))
+    monkeypatch.setattr(loader, "_Straight", lambda: loader._Staged(CPU))
 
 
 @pytest.fixture(params=["straight", "staged"])
