@@ -17,7 +17,6 @@ import json
 import logging
 import os
 import platform
-import shutil
 import subprocess
 import sys
 import tempfile
@@ -39,6 +38,7 @@ if "--tiny" in sys.argv:
 
 import models
 import numpy as np
+import snapshots
 import structlog
 import torch
 import turns
@@ -65,8 +65,7 @@ from bench import (
     through,
 )
 
-from vidgen import manifest
-from vidgen.accel import fp8, loader, quantize, stepcache
+from vidgen.accel import fp8, loader, stepcache
 from vidgen.accel.engine import Layout
 from vidgen.accel.guidance import Partner
 from vidgen.contracts import EditWork, I2VWork
@@ -446,25 +445,13 @@ def start(bench: Bench, folder: Path, *, in_fp8: bool = False) -> None:
     is that of reading the same files into memory, just before and in the same state.
     """
     section = "start-fp8" if in_fp8 else "start"
-    subject = Edit(bench, folder)
     model = folder / "model"
-    if in_fp8:  # on the device, and never in bf16 on the disk: 35 GiB instead of 54
-        fp8.quantise(subject.pipe.transformer, arithmetic=False, least=16 if bench.tiny else fp8.LEAST_FEATURES)
-    parts = [part for part in subject.pipe.components.values() if isinstance(part, torch.nn.Module)]
-    size = sum(tensor.nbytes for part in parts for tensor in part.state_dict().values())
-    if size + GIB > (free := shutil.disk_usage(folder).free):
-        raise RuntimeError(f"{folder} has {free / GIB:.0f} GiB free, and the model takes {size / GIB:.0f}")
+    shape = models.qwen(torch.device("meta"), torch.bfloat16, tiny=bench.tiny)
     begun = time.perf_counter()
-    subject.pipe.save_pretrained(model)
-    if in_fp8:
-        as_snapshot(model)
-    size = sum(file.stat().st_size for file in model.rglob("*") if file.is_file())
+    size = snapshots.write(shape, model, in_fp8=in_fp8, least=16 if bench.tiny else fp8.LEAST_FEATURES)
     bench.row(section, "written", seconds=time.perf_counter() - begun, gib=size / GIB)
-    del subject, parts
-    gc.collect()
-    if bench.device.type == "cuda":
-        torch.cuda.empty_cache()
-    for name in ("first start, page cache", "second start, page cache", "third start, cold disk"):
+    begun = time.perf_counter()
+    for name in ("first start, page cache", "second start, page cache", "third start, page cache", "cold disk"):
         cold = "cold" in name
         if cold:
             drop(model)
@@ -472,24 +459,24 @@ def start(bench: Bench, folder: Path, *, in_fp8: bool = False) -> None:
         if cold:
             drop(model)
         begun = time.perf_counter()
-        done = subprocess.run(
-            [sys.executable, str(STARTED), str(model), *(["--tiny"] if bench.tiny else [])],
-            capture_output=True, text=True, check=False,
-        )  # fmt: skip
-        taken = time.perf_counter() - begun
-        if done.returncode:
-            raise RuntimeError(done.stderr[-2000:])
-        phases = json.loads(done.stdout.splitlines()[-1])
-        rates = {f"{phase}_gib_per_s": size / GIB / phases[phase] for phase in ("weights", "read") if phase in phases}
+        with subprocess.Popen(
+            [sys.executable, str(STARTED), str(model), "--leave", *(["--tiny"] if bench.tiny else [])],
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        ) as process:  # fmt: skip
+            assert process.stdout is not None
+            assert process.stderr is not None
+            lines = []
+            for line in process.stdout:
+                lines.append(line)
+                if line.startswith('{"core"'):
+                    break
+            taken = time.perf_counter() - begun
+            said = process.stderr.read()
+        if process.returncode:
+            raise RuntimeError("".join([*lines, said])[-2000:])
+        phases = json.loads(lines[-1])
+        rates = {"read_gib_per_s": size / GIB / phases["read"]}
         bench.row(section, name, process_s=taken, **rates, raw_gib_per_s=raw, phases=rounded(phases))
-
-
-def as_snapshot(model: Path) -> None:
-    """Make a saved pipeline whose transformer is in FP8 what `vidgen weights quantize` writes."""
-    config = model / "transformer" / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_bytes()) | {"quantization_config": quantize.MARK}))
-    files = tuple(manifest.describe(model))
-    manifest.write(model, manifest.Manifest(model="random", created_by="a benchmark", profile="fp8", files=files))
 
 
 def raw_rate(model: Path) -> float:
