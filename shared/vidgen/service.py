@@ -16,12 +16,26 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TypeVar
 
 import structlog
 import uvloop
 
-from vidgen import choice, device, errors, gpu, jetstream, metrics, probes, telemetry, topology, tracing, weights
+from vidgen import (
+    choice,
+    device,
+    errors,
+    gpu,
+    jetstream,
+    metrics,
+    pagecache,
+    probes,
+    telemetry,
+    topology,
+    tracing,
+    weights,
+)
 from vidgen.artifacts import S3Store
 from vidgen.contracts import LANES, Stage
 from vidgen.engine import Engine, Sleeper
@@ -145,8 +159,14 @@ class _Service:
             log.info("the weights are those of their manifest", _event="weights_verified")
         importing = time.monotonic()
         # In a thread: the packages of a real engine take seconds, and the probes are to answer meanwhile.
-        engine = await asyncio.to_thread(self._makers[stage], self._settings, chosen)
+        with pagecache.filling(self._files(stage) if chosen.kind == "real" and reason is None else []):
+            engine = await asyncio.to_thread(self._makers[stage], self._settings, chosen)
         return _Loaded(engine, time.monotonic() - begun, {"imports": time.monotonic() - importing})
+
+    def _files(self, stage: Stage) -> Sequence[Path]:
+        """The weights of a model that is there, as its loader will read them."""
+        found = weights.locate(*self._settings.model_of(stage))
+        return [] if found is None else weights.in_reading_order(found.folder)
 
     async def _set_up(self, stage: Stage, made: _Loaded, device_thread: ThreadPoolExecutor) -> _Loaded:
         begun = time.monotonic()
