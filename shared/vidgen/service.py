@@ -85,6 +85,8 @@ def run_stages(makers: Mapping[Stage, MakeEngine], service: str) -> int:
         if isinstance(exc, errors.HungError):
             os._exit(1)  # an interpreter that ends waits for its threads, and one of them never will
         return 1
+    finally:
+        gc.enable()
     return 0
 
 

@@ -22,8 +22,9 @@ from vidgen.contracts import I2VWork, Work
 from vidgen.engine import Finished, Generated, OnStep
 from vidgen.errors import RejectedError
 
+# Not square: dynamo would take it that width and height are always the same, and compile again for the first task.
 WARM_UP = I2VWork(
-    prompt="warm up", negative_prompt="", steps=2, guidance_scale=1.0, seed=0, num_frames=5, fps=16, width=256,
+    prompt="warm up", negative_prompt="", steps=2, guidance_scale=1.0, seed=0, num_frames=5, fps=16, width=320,
     height=256,
 )  # fmt: skip
 

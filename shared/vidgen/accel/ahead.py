@@ -1,10 +1,13 @@
-"""The weights' way to the device, begun while the packages that will want them are still being imported.
+"""What of a start needs torch alone, begun while the packages of the models are still being imported.
 
-Reading needs torch alone. Importing the rest takes one processor for seconds, and leaves the others and the bus idle.
+Importing takes one processor for seconds, and leaves the others, the disk and the device idle.
 """
 
 from __future__ import annotations
 
+import contextlib
+import importlib
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -31,6 +34,7 @@ def begin_for(
         return None
     found = weights.require(model, revision, pipelines=pipelines)
     torch.zeros(1, device=target)  # the context
+    threading.Thread(target=settle, args=(target,), name="settle", daemon=True).start()
     sizes = weights.component_sizes(found.folder)
     chosen = profiles.choose(layout["profile"], memory(target), sizes, work, stored_fp8=found.profile == "fp8")
     if not chosen.startswith("resident") or (chosen.endswith("fp8") and found.profile != "fp8"):
@@ -47,6 +51,44 @@ def begin(found: weights.Weights, device: torch.device, dtypes: Mapping[str, tor
         return sum(entry.end - entry.begin for entry in entries if entry.dtype.itemsize > widest) > LITTLE
 
     return loader.Reading(weights.in_reading_order(found.folder), device, waits)
+
+
+def settle(device: torch.device) -> None:
+    """Have the libraries set themselves up that would else do so one by one in the warm-up; nothing depends on it."""
+    with contextlib.suppress(ImportError, AttributeError):
+        # It hashes all of Triton, half a second; each kernel's key has it in it, and it is computed once.
+        importlib.import_module("triton.runtime.cache").triton_key()
+    with contextlib.suppress(RuntimeError), torch.no_grad():  # out of memory, above all: then the models will say so
+        _multiply(device)
+        _attend(device)
+        _convolve(device)
+        diffusion.synchronize(device)
+
+
+def _multiply(device: torch.device) -> None:
+    """cuBLAS, in the ways in which the models' layers call it."""
+    x = torch.zeros(256, 256, dtype=torch.bfloat16, device=device)
+    torch.nn.functional.linear(x, x)
+    torch.nn.functional.linear(x, x, x[0])
+    torch.bmm(x.float()[None], x.float()[None])
+
+
+def _attend(device: torch.device) -> None:
+    """torch's attention, with the heads of the encoders."""
+    for heads, dimension in ((16, 80), (28, 128)):
+        x = torch.zeros(1, heads, 64, dimension, dtype=torch.bfloat16, device=device)
+        mask = torch.ones(64, 64, dtype=torch.bool, device=device)
+        for more in ({}, {"attn_mask": mask}, {"is_causal": True}):
+            torch.nn.functional.scaled_dot_product_attention(x, x, x, **more)
+
+
+def _convolve(device: torch.device) -> None:
+    """cuDNN."""
+    x = torch.zeros(1, 16, 4, 16, 16, dtype=torch.bfloat16, device=device)
+    kernel = torch.zeros(16, 16, 3, 3, 3, dtype=torch.bfloat16, device=device)
+    torch.nn.functional.conv2d(x[:, :, 0], kernel[:, :, 0])
+    last = torch.channels_last_3d
+    torch.nn.functional.conv3d(x.contiguous(memory_format=last), kernel.contiguous(memory_format=last))
 
 
 def memory(device: torch.device) -> int:

@@ -18,13 +18,15 @@ TAPS = 3  # of a kernel, in each direction
 SMALLEST = 1e-12  # as torch's `normalize`
 PIXELS = 16  # that a program of the first kernel has
 STAGES = 4  # of tiles on their way to the matrix units
+# Triton would compile anew for each mixture of sizes that sixteen divides and others: seconds, in the middle of a task.
+SIZES = ("pixels", "height", "width")
 
 if HAS_TRITON:
     import triton
     import triton.language as tl
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    @triton.jit
+    @triton.jit(do_not_specialize=SIZES)
     def _activate_kernel(  # type: ignore[no-untyped-def]
         x_ptr, gamma_ptr, to_ptr, pixels, height, width, root, channels: tl.constexpr, block: tl.constexpr,
         count: tl.constexpr, smallest: tl.constexpr,
@@ -49,7 +51,7 @@ if HAS_TRITON:
         target = row[:, None] * channels + channel[None, :]
         tl.store(to_ptr + target, value.to(x.dtype), mask=(row < pixels)[:, None] & there)
 
-    @triton.jit
+    @triton.jit(do_not_specialize=SIZES)
     def _convolve_kernel(  # type: ignore[no-untyped-def]
         x_desc, weight_desc, bias_ptr, added_ptr, to_ptr, height, width, filters, adds: tl.constexpr,
         taps: tl.constexpr, first: tl.constexpr, channels: tl.constexpr, rows: tl.constexpr, columns: tl.constexpr,

@@ -7,6 +7,7 @@ the next chunk is read. Tensors are stored apart, so that each can be replaced o
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import math
 import os
@@ -150,17 +151,23 @@ class Reading:
         ready = torch.cuda.current_stream(self.device).record_event() if self.device.type == "cuda" else None
         chunks = list(_chunks((entry, tensors[entry.name]) for entry in entries))
 
-        def land(number: int) -> torch.cuda.Event | None:
-            if self._left.is_set():
-                raise CancelledError
-            _announce(handle, chunks[number + THREADS : number + THREADS + 1])
-            try:
-                event: torch.cuda.Event | None = self._threads.lands.take(handle, chunks[number], ready)
-            except (OSError, EOFError) as exc:
-                raise _broken(file, f"reading it failed: {exc}") from exc
+        numbers = itertools.count()
+
+        def land() -> torch.cuda.Event | None:
+            """Read chunks until none is left."""
+            event: torch.cuda.Event | None = None
+            # `next` of a count is one step of the interpreter: no two threads get the same number.
+            while (number := next(numbers)) < len(chunks):
+                if self._left.is_set():
+                    raise CancelledError
+                _announce(handle, chunks[number + THREADS : number + THREADS + 1])
+                try:
+                    event = self._threads.lands.take(handle, chunks[number], ready)
+                except (OSError, EOFError) as exc:
+                    raise _broken(file, f"reading it failed: {exc}") from exc
             return event
 
-        return tensors, [pool.submit(land, number) for number in range(len(chunks))]
+        return tensors, [pool.submit(land) for _ in range(min(THREADS, len(chunks)))]
 
     def _settle_in(self) -> None:
         self._threads.lands = _Straight() if self.device.type == "cpu" else _Staged(self.device)

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import shutil
+import threading
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Literal
 
 import pytest
 from tests import engines
@@ -121,3 +126,59 @@ async def test_a_gpu_too_small_for_any_profile_is_told_what_each_needs_and_no_ta
     with pytest.raises(FatalError, match=needs) as caught:
         await service._Service({"edit": make_engine}, settings).run()
     assert caught.value.code == "gpu_too_small"
+
+
+@pytest.mark.parametrize("stages", [("edit",), ("edit", "i2v")])
+async def test_an_engine_is_told_whether_it_is_alone_and_is_made_where_nothing_waits_for_it(
+    stages: tuple[Stage, ...],
+) -> None:
+    told: list[bool] = []
+
+    def make(settings: WorkerSettings, chosen: choice.Choice) -> Engine:
+        told.append(chosen.alone)
+        assert threading.current_thread() is not threading.main_thread()
+        return engines.Instant()
+
+    made = service._Service(dict.fromkeys(stages, make), WorkerSettings(engine="preview", device="cpu"))
+    with ThreadPoolExecutor(1) as device_thread:
+        await made._load(device_thread)
+    assert told == [len(stages) == 1] * len(stages)
+
+
+@pytest.mark.parametrize("engine", ["real", "preview"])
+async def test_the_disk_reads_a_real_model_while_its_engine_is_made(
+    engine: Literal["real", "preview"], tiny_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    filled: list[list[Path]] = []
+
+    @contextlib.contextmanager
+    def filling(files: list[Path]) -> Iterator[None]:
+        filled.append(files)
+        yield
+
+    monkeypatch.setattr(service.pagecache, "filling", filling)
+    model = tiny_models["wan2.2-a14b-i2v"]
+    settings = WorkerSettings(engine=engine, device="cpu", i2v_model=str(model))
+    made = service._Service({"i2v": lambda settings, chosen: engines.Instant()}, settings)
+    with ThreadPoolExecutor(1) as device_thread:
+        await made._load(device_thread)
+    assert [{file.parent.name for file in files} for files in filled] == [
+        {"text_encoder", "transformer", "transformer_2", "vae"} if engine == "real" else set()
+    ]
+
+
+def test_garbage_is_not_collected_while_a_model_is_loaded_and_is_again_afterwards(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    seen: list[bool] = []
+
+    def make(settings: WorkerSettings, chosen: choice.Choice) -> Engine:
+        seen.append(gc.isenabled())
+        raise FatalError("it cannot be made", code="setup_failed")
+
+    monkeypatch.setenv("VIDGEN_ENGINE", "preview")
+    monkeypatch.setenv("VIDGEN_METRICS_PORT", "0")
+    monkeypatch.setattr(service.telemetry, "configure", lambda *given: None)
+    assert service.run("edit", make) == 1
+    assert seen == [False]
+    assert gc.isenabled()

@@ -101,3 +101,81 @@ def test_without_a_gpu_nothing_is_said_of_fp8(make: Callable[..., Any], snapshot
         engine = make(snapshot)
     assert engine.info.profile == "float32"
     assert not [entry for entry in logs if entry.get("_event") == "fp8_storage_only"]
+
+
+def test_weights_whose_reading_was_begun_before_are_taken_from_it(
+    tiny_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import torch
+
+    from edit_service.engine.qwen import QwenEditEngine
+    from vidgen import weights
+    from vidgen.accel import ahead, assemble
+
+    found = weights.require(str(tiny_models["qwen-edit"]))
+    reading = ahead.begin(found, torch.device("cpu"), {"default": torch.float32})
+    monkeypatch.setattr(assemble, "begin", lambda *given: pytest.fail("they would be read twice"))
+    engine = QwenEditEngine(str(found.folder), **AREAS)
+    engine.go_on_with(reading)
+    phases = engine.setup()
+    assert phases["read"] == reading.seconds > 0
+
+
+def test_a_reading_to_another_place_is_left_and_the_weights_are_read_to_where_they_belong(
+    tiny_models: dict[str, Path],
+) -> None:
+    import torch
+
+    from edit_service.engine.qwen import QwenEditEngine
+
+    class Elsewhere:
+        device = torch.device("meta")
+        closed = False
+
+        def close(self) -> None:
+            self.closed = True
+
+    reading: Any = Elsewhere()
+    engine = QwenEditEngine(str(tiny_models["qwen-edit"]), **AREAS)
+    engine.go_on_with(reading)
+    engine.setup()
+    assert reading.closed
+    assert engine._pipe.transformer.device.type == "cpu"
+
+
+@pytest.mark.parametrize("name", ["qwen-edit", "wan2.2-a14b-i2v"])
+def test_one_graph_serves_all_blocks_and_all_sizes_and_lengths(tiny_models: dict[str, Path], name: str) -> None:
+    """Once the first block was compiled apart, and the first task of another size compiled in its middle."""
+    import torch
+    from diffusers import ModelMixin
+    from torch._dynamo.utils import counters
+
+    from edit_service.engine.qwen import QwenEditEngine
+    from i2v_service.engine import wan
+    from vidgen.accel import blocks, speed
+
+    edits = name == "qwen-edit"
+    engine: Any = QwenEditEngine(str(tiny_models[name]), **AREAS) if edits else wan.WanI2VEngine(str(tiny_models[name]))
+    engine.setup()
+    torch._dynamo.reset()
+    stock = ModelMixin.compile_repeated_blocks
+    with pytest.MonkeyPatch.context() as patch:
+        # As it is traced: what inductor would make of it takes the suite too long.
+        patch.setattr(ModelMixin, "compile_repeated_blocks", lambda *a, **k: stock(*a, **k, backend="eager"))
+        for model in engine.transformers():
+            blocks.fuse_projections(model)
+        speed.compile_blocks(engine.transformers())
+    counters.clear()
+    engine._warm_up()
+    assert counters["stats"]["unique_graphs"] == 1
+    grey = Image.new("RGB", (64, 64), (128, 128, 128))
+    for prompt, width, height, frames in (("a", 64, 64, 5), ("a longer one", 96, 64, 9), ("another", 64, 80, 9)):
+        if edits:
+            work = work_of("edit", prompt=prompt, width=width, height=height)
+            inputs = engine._laid_out(work, (grey.resize((width, height)),))
+        else:
+            work = work_of("i2v", prompt=prompt, width=width, height=height, num_frames=frames)
+            inputs = wan.Inputs(work, engine._laid_out(grey.resize((width, height))))
+        engine.generate(inputs, lambda step, of: None)
+        assert counters["stats"]["unique_graphs"] == 1
+    torch._dynamo.reset()

@@ -2,7 +2,10 @@ from __future__ import annotations
 
 import json
 import os
+import sys
+import threading
 from collections.abc import Callable
+from concurrent.futures import CancelledError
 from pathlib import Path
 from typing import Any
 
@@ -153,3 +156,82 @@ def test_a_file_that_breaks_while_it_is_read_is_named(
     )
     with pytest.raises(FatalError, match=r"x\.safetensors is damaged \(reading it failed"):
         loader.read([tmp_path / "x.safetensors"], CPU)
+
+
+# ── several files on their way ───────────────────────────────────────────────────────────────────────────────────────
+
+
+def some_files(folder: Path, count: int) -> list[Path]:
+    files = [folder / f"{number}.safetensors" for number in range(count)]
+    for number, file in enumerate(files):
+        save_file({f"t{number}": torch.full((100,), float(number))}, file)
+    return files
+
+
+@pytest.mark.usefixtures("way")
+def test_files_that_are_read_ahead_are_taken_in_any_order(tmp_path: Path) -> None:
+    files = some_files(tmp_path, 5)
+    reading = loader.Reading(files, CPU)
+    for number in (3, 0, 4, 1, 2):
+        assert same(reading.take(files[number]), {f"t{number}": torch.full((100,), float(number))})
+    reading.close()
+    assert reading.seconds > 0
+
+
+def test_of_files_that_are_to_be_cast_there_are_never_more_than_two_ahead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files, begun, more = some_files(tmp_path, 6), list[str](), threading.Condition()
+    header = loader.header
+
+    def seen(file: Path) -> list[loader.Entry]:
+        entries = header(file)
+        with more:
+            begun.append(file.name)
+            more.notify_all()
+        return entries
+
+    monkeypatch.setattr(loader, "header", seen)
+    # The header of the next one is looked at, for that is what tells.
+    reading = loader.Reading(files, CPU, lambda entries: entries[0].name != "t0")
+    with more:
+        assert more.wait_for(lambda: len(begun) == 4, 10)
+        assert not more.wait_for(lambda: len(begun) > 4, 0.2)
+    for file in files:
+        reading.take(file)
+    reading.close()
+    assert len(begun) == 6
+
+
+def test_a_reading_that_is_closed_stops_and_leaves_no_thread(tmp_path: Path) -> None:
+    files = some_files(tmp_path, 6)
+    reading = loader.Reading(files, CPU, lambda entries: True)
+    reading.take(files[0])
+    reading.close()
+    names = {thread.name for thread in threading.enumerate()}
+    assert not [name for name in names if name == "reader" or name.startswith("weights")]
+    with pytest.raises(CancelledError):
+        reading.take(files[5])
+
+
+def test_a_fault_is_told_to_whoever_takes_that_file_or_one_behind_it(tmp_path: Path) -> None:
+    files = some_files(tmp_path, 4)
+    files[2].write_bytes(files[2].read_bytes()[:-1])
+    reading = loader.Reading(files, CPU)
+    assert reading.take(files[0])
+    for file in files[2:]:
+        with pytest.raises(FatalError, match=r"2\.safetensors is damaged"):
+            reading.take(file)
+    reading.close()
+
+
+def test_the_interpreter_passes_on_sooner_while_files_are_read_and_as_before_afterwards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    during: list[float] = []
+    header = loader.header
+    monkeypatch.setattr(loader, "header", lambda file: (during.append(sys.getswitchinterval()), header(file))[1])
+    before = sys.getswitchinterval()
+    loader.read(some_files(tmp_path, 1), CPU)
+    assert during == [pytest.approx(loader.SHORT_TURN_S)]
+    assert sys.getswitchinterval() == pytest.approx(before)

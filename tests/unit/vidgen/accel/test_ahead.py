@@ -1,0 +1,98 @@
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from vidgen import profiles, weights
+from vidgen.accel import ahead, loader
+from vidgen.accel.loader import Entry
+from vidgen.errors import FatalError
+from vidgen.settings import WorkerSettings
+
+CPU = torch.device("cpu")
+GIB = 1 << 30
+
+
+class BegunError(Exception):
+    """Stands for the threads that would read to a GPU."""
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU of 80 GiB, to which nothing can be read."""
+
+    def begin(found: weights.Weights, device: torch.device, dtypes: Any) -> loader.Reading:
+        raise BegunError(f"{found.folder.name} to {device} in {dtypes['default']}")
+
+    monkeypatch.setattr(ahead.diffusion, "device_of", lambda wanted: torch.device("cuda", 0))
+    monkeypatch.setattr(torch, "zeros", lambda *size, device=None, **more: torch.empty(0))
+    monkeypatch.setattr(ahead, "settle", lambda device: None)
+    monkeypatch.setattr(ahead, "memory", lambda device: 80 * GIB)
+    monkeypatch.setattr(ahead, "begin", begin)
+
+
+def begin_for(model: Path, **settings: Any) -> loader.Reading | None:
+    layout = WorkerSettings(**settings).layout()
+    return ahead.begin_for(str(model), None, layout, weights.I2V_PIPELINES, profiles.WORK["i2v"])
+
+
+def test_on_the_cpu_nothing_is_begun(tiny_models: dict[str, Path]) -> None:
+    assert begin_for(tiny_models["wan2.2-a14b-i2v"], device="cpu") is None
+
+
+@pytest.mark.usefixtures("gpu")
+def test_a_model_that_will_be_on_the_gpu_as_it_is_stored_is_begun(tiny_models: dict[str, Path]) -> None:
+    for profile in ("auto", "resident-bf16"):
+        with pytest.raises(BegunError, match=r"wan2\.2-a14b-i2v to cuda:0 in torch\.bfloat16"):
+            begin_for(tiny_models["wan2.2-a14b-i2v"], profile=profile)
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize("profile", ["resident-fp8", "offload-fp8"])
+def test_one_that_is_quantised_or_streams_is_not(tiny_models: dict[str, Path], profile: str) -> None:
+    assert begin_for(tiny_models["wan2.2-a14b-i2v"], profile=profile) is None
+
+
+@pytest.mark.usefixtures("gpu")
+def test_a_gpu_that_is_too_small_is_told_of_before_anything_is_read(
+    tiny_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ahead, "memory", lambda device: 4 * GIB)
+    with pytest.raises(FatalError, match="this GPU has 4 GiB"):
+        begin_for(tiny_models["wan2.2-a14b-i2v"])
+
+
+def test_all_weights_come_and_the_text_encoders_first(tiny_models: dict[str, Path]) -> None:
+    found = weights.require(str(tiny_models["wan2.2-a14b-i2v"]))
+    reading = ahead.begin(found, CPU, {"default": torch.float32})
+    assert reading.files[0].parent.name == "text_encoder"
+    assert {file.parent.name for file in reading.files} == {"text_encoder", "transformer", "transformer_2", "vae"}
+    for file in reading.files:
+        assert reading.take(file).keys() == load_file(file).keys()
+    reading.close()
+
+
+@pytest.mark.parametrize(
+    ("stored", "wanted", "waits"),
+    [
+        (torch.float32, torch.bfloat16, True), (torch.bfloat16, torch.bfloat16, False),
+        (torch.float32, torch.float32, False), (torch.float8_e4m3fn, torch.bfloat16, False),
+    ],
+)  # fmt: skip
+def test_a_file_waits_where_much_of_it_will_be_cast(
+    monkeypatch: pytest.MonkeyPatch, tiny_models: dict[str, Path], stored: torch.dtype, wanted: torch.dtype, waits: bool
+) -> None:
+    given: list[Any] = []
+    monkeypatch.setattr(loader, "Reading", lambda files, device, waits: given.append(waits))
+    ahead.begin(weights.require(str(tiny_models["wan2.2-a14b-i2v"])), CPU, {"default": wanted})
+    much = [Entry("a", stored, (1 << 30,), 8, 8 + (1 << 30) * stored.itemsize)]
+    assert given[0](much) is waits
+    assert not given[0]([Entry("a", stored, (4,), 8, 8 + 4 * stored.itemsize)])
+
+
+def test_settling_in_does_no_harm_where_there_is_nothing_to_settle() -> None:
+    ahead.settle(CPU)
