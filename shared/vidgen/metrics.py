@@ -127,7 +127,8 @@ WORKER = (
         "vidgen_worker_gpu_temperature_celsius", "gauge", "celsius", "Temperature.", (STAGE, *GPU), snapshot=True
     ),
     Metric(
-        "vidgen_worker_model_load_seconds", "gauge", "seconds", "The last model load, by phase; `total` is all of it.",
+        "vidgen_worker_model_load_seconds", "gauge", "seconds",
+        "The last model load, by phase; `total` is all of it. `read` overlaps others, `build` is part of `weights`.",
         (STAGE, Label("phase")),
     ),
     Metric(

@@ -81,6 +81,8 @@ class DiffusersEngine(abc.ABC):
         profile = self._profile(self._sizes(found), stored_fp8=found.profile == "fp8")
         resident = profile is None or profile.startswith("resident")
         quantises = profile is not None and profile.endswith("fp8") and found.profile != "fp8"
+        if resident and profile is not None and self.layout.compile != "off":
+            self._timed("compiler", speed.import_compiler)
         # What is quantised or offloaded must never be on the device as a whole.
         place = self._device if resident and not quantises else torch.device("cpu")
         self._pipe = self._timed("weights", lambda: self._load(found, place, self._dtypes(found, dtype)))

@@ -73,6 +73,12 @@ def keep_compiled(folder: Path) -> None:
     os.environ.setdefault("TRITON_CACHE_DIR", str(folder / "triton"))
 
 
+def import_compiler() -> None:
+    """Import what the first compilation would: a second that goes by while weights are still on their way."""
+    for name in ("torch._dynamo.repro.after_dynamo", "torch._inductor.compile_fx"):
+        importlib.import_module(name)
+
+
 def compile_blocks(transformers: Sequence[nn.Module]) -> None:
     """Compile the blocks that a transformer repeats, once for all of them and for all sizes and lengths of text.
 
