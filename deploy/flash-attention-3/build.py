@@ -23,11 +23,11 @@ VERSION = "3.0.0"
 SOURCES = ("flash_api_stable.cpp", "instantiations/flash_fwd_hdim128_bf16_sm90.cu",
            "instantiations/flash_fwd_hdim128_e4m3_sm90.cu", "flash_prepare_scheduler.cu")  # fmt: skip
 DISABLED = (
-    "BACKWARD", "PAGEDKV", "SPLIT", "APPENDKV", "LOCAL", "SOFTCAP", "PACKGQA", "FP16", "VARLEN", "HDIM64",
-    "HDIM96", "HDIM192", "HDIM256", "SM8x",
+    "BACKWARD", "PAGEDKV", "SPLIT", "APPENDKV", "LOCAL", "SOFTCAP", "PACKGQA", "FP16", "HDIM64", "HDIM96", "HDIM192",
+    "HDIM256", "SM8x",
 )  # fmt: skip
 DIFFERING = ("HDIMDIFF64", "HDIMDIFF192")
-ENABLED = ("CLUSTER", "HDIM128", "FP8")
+ENABLED = ("CLUSTER", "HDIM128", "FP8", "VARLEN")
 
 
 def main(flash: Path, cutlass: Path, target: Path) -> None:

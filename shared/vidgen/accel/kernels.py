@@ -44,8 +44,9 @@ if HAS_TRITON:
 
     @triton.jit
     def _joint_kernel(  # type: ignore[no-untyped-def]
-        from_ptr, to_ptr, weight_ptr, freqs_ptr, tokens, before, total, heads, eps, which: tl.constexpr,
-        pairs: tl.constexpr, head_block: tl.constexpr, narrow: tl.constexpr, largest: tl.constexpr,
+        from_ptr, to_ptr, weight_ptr, freqs_ptr, lengths_ptr, tokens, before, total, heads, eps, which: tl.constexpr,
+        pairs: tl.constexpr, head_block: tl.constexpr, bounded: tl.constexpr, narrow: tl.constexpr,
+        largest: tl.constexpr,
     ):  # fmt: skip
         token = tl.program_id(0)
         batch = tl.program_id(1).to(tl.int64)
@@ -72,7 +73,9 @@ if HAS_TRITON:
                 turned = tl.minimum(tl.maximum(turned, -largest), largest)
             tl.store(target, turned.to(to_ptr.dtype.element_ty), mask=here)
         else:
-            tl.store(target, x, mask=here)
+            if bounded:
+                x = tl.where(before + token < tl.load(lengths_ptr + batch), x, 0.0)
+            tl.store(target, x.to(to_ptr.dtype.element_ty), mask=here)
 
     @triton.jit
     def _turned_kernel(  # type: ignore[no-untyped-def]
@@ -224,39 +227,42 @@ def _modulated(
 @torch.library.triton_op("vidgen::joint_qkv", mutates_args=())
 def joint_qkv(
     image: Tensor, text: Tensor, norm_q: Tensor, norm_k: Tensor, norm_added_q: Tensor, norm_added_k: Tensor,
-    image_freqs: Tensor, text_freqs: Tensor, eps: float, narrow: bool,
+    image_freqs: Tensor, text_freqs: Tensor, eps: float, narrow: bool, lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Query, key and value of text and image together, each (batch, text + image tokens, heads, head dimension).
 
     `image` and `text` are (batch, tokens, 3 · heads · dimension), query, key and value side by side; the queries and
     keys are RMS-normalised over a head's dimension by the weights, turned by the (tokens, dimension / 2, 2) cosines
     and sines, and `narrow` rounded to e4m3: what is normalised needs no scale.
+
+    The text comes first. With `lengths`, (batch,) int32, it comes last, and behind so many tokens the values are 0.
     """
     norms, added = (norm_q, norm_k), (norm_added_q, norm_added_k)
     if not _fused(image):
-        return plain_joint_qkv(image, text, norms, added, image_freqs, text_freqs, eps, narrow=narrow)
+        return plain_joint_qkv(image, text, norms, added, image_freqs, text_freqs, eps, lengths, narrow=narrow)
     dimension = norm_q.shape[0]
     heads = image.shape[-1] // 3 // dimension
     total = text.shape[1] + image.shape[1]
     kinds = (E4M3, E4M3, image.dtype) if narrow else (image.dtype,) * 3
     made = tuple(image.new_empty((image.shape[0], total, heads, dimension), dtype=kind) for kind in kinds)
+    text_at, image_at = (0, text.shape[1]) if lengths is None else (image.shape[1], 0)
     streams = (
-        (text.contiguous(), (*added, norm_added_k), text_freqs.contiguous(), 0),
-        (image.contiguous(), (*norms, norm_k), image_freqs.contiguous(), text.shape[1]),
+        (text.contiguous(), (*added, norm_added_k), text_freqs.contiguous(), text_at),
+        (image.contiguous(), (*norms, norm_k), image_freqs.contiguous(), image_at),
     )
     for stream, weights, freqs, before in streams:
         for which, (target, weight) in enumerate(zip(made, weights, strict=True)):
             wrap_triton(_joint_kernel)[(stream.shape[1], stream.shape[0])](
-                stream, target, weight, freqs, stream.shape[1], before, total, heads, eps, which=which,
-                pairs=dimension // 2, head_block=triton.next_power_of_2(heads), narrow=narrow, largest=E4M3_MAX,
-                num_warps=4,
+                stream, target, weight, freqs, freqs if lengths is None else lengths, stream.shape[1], before, total,
+                heads, eps, which=which, pairs=dimension // 2, head_block=triton.next_power_of_2(heads),
+                bounded=lengths is not None, narrow=narrow, largest=E4M3_MAX, num_warps=4,
             )  # fmt: skip
     return made[0], made[1], made[2]
 
 
 def plain_joint_qkv(
     image: Tensor, text: Tensor, norms: tuple[Tensor, Tensor], added: tuple[Tensor, Tensor], image_freqs: Tensor,
-    text_freqs: Tensor, eps: float, *, narrow: bool = False,
+    text_freqs: Tensor, eps: float, lengths: Tensor | None = None, *, narrow: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """`joint_qkv` in plain torch; `norms` and `added` are the weights of query and key of image and of text."""
     streams = []
@@ -268,8 +274,15 @@ def plain_joint_qkv(
             x = x.to(stream.dtype) * weight.to(stream.dtype)
             parts[index] = _turned(x, freqs[:, None, :, 0], freqs[:, None, :, 1], narrow=narrow)
         streams.append(parts)
-    query, key, value = (_joined(pair) for pair in zip(*streams, strict=True))
+    query, key, value = (_joined(pair) for pair in zip(*(streams if lengths is None else streams[::-1]), strict=True))
+    if lengths is not None:
+        value = value.masked_fill(~within(lengths, value.shape[1])[:, :, None, None], 0)
     return query, key, value
+
+
+def within(lengths: Tensor, tokens: int) -> Tensor:
+    """(batch, tokens) booleans: which of so many tokens are among the first `lengths`."""
+    return torch.arange(tokens, device=lengths.device) < lengths[:, None]
 
 
 @torch.library.triton_op("vidgen::turned_qk", mutates_args=())
@@ -321,21 +334,56 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
 
 
 @torch.library.custom_op("vidgen::attended_e4m3", mutates_args=())
-def attended_e4m3(query: Tensor, key: Tensor, value: Tensor, value_scale: Tensor, dtype: torch.dtype) -> Tensor:
+def attended_e4m3(
+    query: Tensor, key: Tensor, value: Tensor, value_scale: Tensor, dtype: torch.dtype, lengths: Tensor | None = None
+) -> Tensor:
     """Attention in FP8 by FlashAttention 3: e4m3 (batch, tokens, heads, dimension) each, `dtype` comes out.
 
     `value_scale` is (batch, heads); queries and keys have none. Products and softmax are summed up in float32.
+    With `lengths` only so many keys are seen, as in `attended_within`.
     """
     if not query.is_cuda:
-        given = [part.to(dtype).transpose(1, 2) for part in (query, key, value)]
-        given[2] = given[2] * value_scale[:, :, None, None].to(dtype)
-        return torch.nn.functional.scaled_dot_product_attention(*given).transpose(1, 2).contiguous()
-    from flash_attn_interface import flash_attn_func
-
-    made: Tensor = flash_attn_func(query, key, value, v_descale=value_scale)
-    return made.to(dtype)
+        wide = [part.to(dtype) for part in (query, key, value)]
+        wide[2] = wide[2] * value_scale[:, None, :, None].to(dtype)
+        return _plain_attended(*wide, lengths)
+    return _flash3(query, key, value, lengths, value_scale).to(dtype)
 
 
 @attended_e4m3.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, value_scale: Tensor, dtype: torch.dtype) -> Tensor:
+def _(
+    query: Tensor, key: Tensor, value: Tensor, value_scale: Tensor, dtype: torch.dtype, lengths: Tensor | None = None
+) -> Tensor:
     return query.new_empty(query.shape, dtype=dtype)
+
+
+@torch.library.custom_op("vidgen::attended_within", mutates_args=())
+def attended_within(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor) -> Tensor:
+    """Attention to the first `lengths` keys alone, by FlashAttention 3: (batch, tokens, heads, dimension) each.
+
+    `lengths` is (batch,) int32 and read on the device, by each replay of a graph anew.
+    """
+    if not query.is_cuda:
+        return _plain_attended(query, key, value, lengths)
+    return _flash3(query, key, value, lengths)
+
+
+@attended_within.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor) -> Tensor:
+    return torch.empty_like(query)
+
+
+def _flash3(
+    query: Tensor, key: Tensor, value: Tensor, lengths: Tensor | None, value_scale: Tensor | None = None
+) -> Tensor:
+    from flash_attn_interface import flash_attn_with_kvcache
+
+    made: Tensor = flash_attn_with_kvcache(
+        query, key, value, cache_seqlens=lengths, v_descale=value_scale, num_splits=1
+    )
+    return made
+
+
+def _plain_attended(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor | None) -> Tensor:
+    mask = None if lengths is None else within(lengths, key.shape[1])[:, None, None]
+    given = (part.transpose(1, 2) for part in (query, key, value))
+    return torch.nn.functional.scaled_dot_product_attention(*given, attn_mask=mask).transpose(1, 2).contiguous()

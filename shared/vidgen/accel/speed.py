@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from vidgen import profiles
-from vidgen.accel import autoencoder, blocks, kernels
+from vidgen.accel import autoencoder, blocks, graphs, kernels
 from vidgen.errors import FatalError
 
 # diffusers' names of the attention kernels, by ours.
@@ -60,6 +60,22 @@ def set_attention(model: Any, backend: str) -> None:
     # diffusers makes them the default of every model in the process too: this puts back what was.
     with attention_backend():
         model.set_attention_backend(backend)
+
+
+def graph_forwards(transformers: Sequence[nn.Module], wanted: str, attention: str) -> graphs.Graphs | None:
+    """Answer the forwards of a transformer by CUDA graphs where that is wanted and possible; None where it is not.
+
+    `attention` is what `choose_attention` said.
+    """
+    for model in transformers:
+        graphs.detach(model)
+    # The other kernels of attention have to be told on the host how many tokens there are.
+    told = PACKAGES.get(attention) == PACKAGES["flash3"] and not _left_out("VARLEN")
+    if wanted == "off" or not told or len(transformers) != 1 or not graphs.suits(transformers[0]):
+        return None
+    found = graphs.Graphs(transformers[0])
+    found.attach()
+    return found
 
 
 def keep_compiled(folder: Path) -> None:
