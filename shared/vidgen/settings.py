@@ -264,8 +264,8 @@ class WorkerSettings(Settings):
     )
     cuda_graphs: Literal["auto", "off"] = Field(
         "auto",
-        description="auto: an edit's forwards are recorded and launched as one, where the GPU holds the weights and "
-        "FlashAttention 3 is installed; off: kernel by kernel.",
+        description="auto: the kernels of an edit's text encoder, and with FlashAttention 3 of its transformer, are "
+        "recorded and launched as one where the GPU holds the weights; off: one by one.",
     )
     vae: Literal["auto", "stock"] = Field(
         "auto",

@@ -16,7 +16,7 @@ from PIL import Image
 
 from edit_service.engine.references import Processors, Ready
 from vidgen import diffusion, images, profiles, weights
-from vidgen.accel import resume, vision
+from vidgen.accel import graphs, resume, vision
 from vidgen.accel.engine import DiffusersEngine, Layout
 from vidgen.accel.resume import Part
 from vidgen.contracts import MAX_REFERENCES, EditWork, Work
@@ -93,6 +93,7 @@ class QwenEditEngine(DiffusersEngine):
         condition_area: int = pipeline_qwenimage_edit_plus.CONDITION_IMAGE_SIZE
         self._processors = Processors(self._pipe, condition_area)
         vision.fuse_segments(self._pipe.text_encoder)
+        graphs.encode(self._graphs, self._pipe.text_encoder)
         self._multiple: int = self._pipe.vae_scale_factor * 2
 
     def prepare(self, work: Work, files: Sequence[Path]) -> Inputs:

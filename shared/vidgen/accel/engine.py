@@ -29,8 +29,8 @@ class Layout:
     `dtype` auto is bfloat16 on a GPU and float32 on the CPU. `profile` auto follows the GPU's memory; on the CPU there
     is none. `attention` auto is FlashAttention 3 where it is installed and the GPU is a Hopper, else torch's own.
     `compile` auto compiles the transformer's blocks on a GPU that holds them all, `full` the VAE too, `off` nothing.
-    `cuda_graphs` auto records the forwards of the edit's transformer (`vidgen.accel.graphs`) on a GPU that holds its
-    weights, with FlashAttention 3, `off` none.
+    `cuda_graphs` auto records the forwards of the edit's text encoder, and with FlashAttention 3 of its transformer
+    (`vidgen.accel.graphs`) on a GPU that holds their weights, `off` none.
     `vae` auto lets the VAE do less for the same result (`vidgen.accel.autoencoder`) where it is not compiled, `stock`
     leaves it.
     What is compiled is kept in `compile_cache` for the next start. With `step_cache` over 1 one step in so many is
@@ -265,7 +265,8 @@ class DiffusersEngine(abc.ABC):
             speed.compile_blocks(transformers)
         if self.layout.compile == "full":
             speed.compile_vae(self._pipe.vae)
-        self._graphs = speed.graph_forwards(transformers, self.layout.cuda_graphs, attention)
+        self._graphs = graphs.Graphs() if self.layout.cuda_graphs != "off" else None
+        speed.graph_predictions(transformers, attention, self._graphs)
 
     def _timed(self, phase: str, work: Callable[[], Any]) -> Any:
         begun = time.perf_counter()

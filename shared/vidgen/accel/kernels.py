@@ -343,9 +343,8 @@ def attended_e4m3(
     With `lengths` only so many keys are seen, as in `attended_within`.
     """
     if not query.is_cuda:
-        wide = [part.to(dtype) for part in (query, key, value)]
-        wide[2] = wide[2] * value_scale[:, None, :, None].to(dtype)
-        return _plain_attended(*wide, lengths)
+        wide = value.to(dtype) * value_scale[:, None, :, None].to(dtype)
+        return _plain_attended(query.to(dtype), key.to(dtype), wide, lengths)
     return _flash3(query, key, value, lengths, value_scale).to(dtype)
 
 

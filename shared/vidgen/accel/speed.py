@@ -62,20 +62,15 @@ def set_attention(model: Any, backend: str) -> None:
         model.set_attention_backend(backend)
 
 
-def graph_forwards(transformers: Sequence[nn.Module], wanted: str, attention: str) -> graphs.Graphs | None:
-    """Answer the forwards of a transformer by CUDA graphs where that is wanted and possible; None where it is not.
+def graph_predictions(transformers: Sequence[nn.Module], attention: str, found: graphs.Graphs | None) -> None:
+    """Have the predictions of Qwen-Image's transformer answered by graphs where its attention allows that.
 
     `attention` is what `choose_attention` said.
     """
-    for model in transformers:
-        graphs.detach(model)
     # The other kernels of attention have to be told on the host how many tokens there are.
     told = PACKAGES.get(attention) == PACKAGES["flash3"] and not _left_out("VARLEN")
-    if wanted == "off" or not told or len(transformers) != 1 or not graphs.suits(transformers[0]):
-        return None
-    found = graphs.Graphs(transformers[0])
-    found.attach()
-    return found
+    for model in transformers:
+        graphs.predict(found if told and graphs.predicts(model) else None, model)
 
 
 def keep_compiled(folder: Path) -> None:

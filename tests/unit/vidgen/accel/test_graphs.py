@@ -17,6 +17,7 @@ import structlog
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from vidgen.accel import blocks, fp8, graphs, kernels, speed
 
@@ -48,7 +49,7 @@ def make(tiny_models: dict[str, Path]) -> Make:
         config = dict(QwenImageTransformer2DModel.load_config(tiny_models["qwen-edit"] / "transformer"))
         model: Any = QwenImageTransformer2DModel.from_config(config | {"zero_cond_t": zero_cond_t})
         blocks.fuse_projections(model.eval().requires_grad_(False))
-        return model, graphs.Graphs(model, **options)
+        return model, graphs.Graphs(**options)
 
     return made
 
@@ -60,16 +61,16 @@ class Recorded:
         self.recorded = self.replayed = 0
         monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
         monkeypatch.setattr(graphs, "records_on", lambda device: True)
-        monkeypatch.setattr(graphs._Forward, "record", lambda forward, pool: self._record(forward))
+        monkeypatch.setattr(graphs.Forward, "record", lambda forward, pool: self._record(forward))
 
     def _record(self, forward: Any) -> None:
         self.recorded += 1
-        forward._made = torch.empty_like(forward._computed())
+        forward._made = torch.empty_like(forward.computed())
         forward._graph = types.SimpleNamespace(replay=lambda: self._replay(forward))
 
     def _replay(self, forward: Any) -> None:
         self.replayed += 1
-        forward._made.copy_(forward._computed())
+        forward._made.copy_(forward.computed())
 
 
 # ── what is computed ─────────────────────────────────────────────────────────────────────────────────────────────────
@@ -80,7 +81,7 @@ class Recorded:
 def test_padded_text_changes_nothing(make: Make, tokens: int, zero_cond_t: bool) -> None:
     model, found = make(zero_cond_t=zero_cond_t)
     wanted = model(**inputs(tokens))[0]
-    found.attach()
+    graphs.predict(found, model)
     assert error(model(**inputs(tokens))[0], wanted) < 1e-6
 
 
@@ -99,28 +100,28 @@ def test_nor_does_it_in_fp8_blocks_and_in_fp8_attention(
     assert blocks.fuse_norms(model) == 2
     blocks.narrow_attention(model, narrow)
     wanted = model(**inputs(7))[0]
-    found.attach()
+    graphs.predict(found, model)
     # The order of the sums differs, so a number here and there is rounded to its other neighbour.
     assert error(model(**inputs(7))[0], wanted) < 0.02
 
 
 def test_what_the_pads_hold_is_seen_by_nobody(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     model, found = make()
-    found.attach()
+    graphs.predict(found, model)
     wanted = model(**inputs(7))[0]
-    filled = graphs._Forward.fill
+    filled = graphs.Prediction.fill
 
     def with_noise(self: Any, given: dict[str, Any]) -> None:
         filled(self, given)
         self._text[:, 7:].normal_(std=100)
 
-    monkeypatch.setattr(graphs._Forward, "fill", with_noise)
+    monkeypatch.setattr(graphs.Prediction, "fill", with_noise)
     assert torch.equal(model(**inputs(7))[0], wanted)
 
 
 def test_a_shorter_text_finds_nothing_of_the_longer_one_before(make: Make) -> None:
     model, found = make()
-    found.attach()
+    graphs.predict(found, model)
     wanted = model(**inputs(7))[0]
     model(**inputs(50))
     assert torch.equal(model(**inputs(7))[0], wanted)
@@ -169,7 +170,7 @@ def test_a_forward_that_is_the_models_own_gets_there(make: Make) -> None:
     model, found = make()
     given = inputs(7, encoder_hidden_states_mask=torch.tensor([[1, 1, 1, 1, 1, 0, 0]]))
     wanted = model(**given)[0]
-    found.attach()
+    graphs.predict(found, model)
     assert torch.equal(model(**given)[0], wanted)
     assert torch.equal(model(**given | {"return_dict": True}).sample, wanted)
 
@@ -182,7 +183,7 @@ def test_a_graph_is_recorded_at_the_second_forward_and_answers_from_then_on(
 ) -> None:
     model, found = make()
     wanted = [model(**inputs(tokens))[0] for tokens in (7, 9, 11)]
-    found.attach()
+    graphs.predict(found, model)
     recorded = Recorded(monkeypatch)
     made = [model(**inputs(tokens))[0] for tokens in (7, 9, 11)]
     assert (recorded.recorded, recorded.replayed, len(found)) == (1, 2, 1)
@@ -192,7 +193,7 @@ def test_a_graph_is_recorded_at_the_second_forward_and_answers_from_then_on(
 
 def test_the_graph_unused_for_longest_goes(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     model, found = make(kept=2)
-    found.attach()
+    graphs.predict(found, model)
     recorded = Recorded(monkeypatch)
     for tokens in (7, 7, 70, 70, 7, 140, 140):  # the last one takes the place of 70
         model(**inputs(tokens))
@@ -206,7 +207,7 @@ def test_the_graph_unused_for_longest_goes(make: Make, monkeypatch: pytest.Monke
 
 def test_dropped_graphs_are_recorded_anew(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     model, found = make()
-    found.attach()
+    graphs.predict(found, model)
     recorded = Recorded(monkeypatch)
     for _ in range(2):
         for _ in range(3):
@@ -221,7 +222,7 @@ def test_paused_the_forwards_are_the_models_own_and_no_memory_is_held(
     make: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, found = make()
-    found.attach()
+    graphs.predict(found, model)
     recorded = Recorded(monkeypatch)
     model(**inputs(7))
     model(**inputs(7))
@@ -238,7 +239,7 @@ def test_paused_the_forwards_are_the_models_own_and_no_memory_is_held(
 def test_where_no_graph_can_be_recorded_the_worker_goes_on_without(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
     model, found = make()
     wanted = model(**inputs(7))[0]
-    found.attach()
+    graphs.predict(found, model)
     Recorded(monkeypatch)
     tried: list[int] = []
 
@@ -246,7 +247,7 @@ def test_where_no_graph_can_be_recorded_the_worker_goes_on_without(make: Make, m
         tried.append(1)
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(graphs._Forward, "record", fails)
+    monkeypatch.setattr(graphs.Forward, "record", fails)
     with structlog.testing.capture_logs() as logs:
         made = [model(**inputs(7))[0] for _ in range(4)]
     assert max(error(one, wanted) for one in made) < 1e-6
@@ -258,44 +259,46 @@ def test_where_no_graph_can_be_recorded_the_worker_goes_on_without(make: Make, m
 
 
 @pytest.mark.parametrize(
-    ("wanted", "attention", "left_out", "gets"),
+    ("attention", "left_out", "gets"),
     [
-        ("auto", "flash3", False, True),
-        ("auto", "flash3-fp8", False, True),
-        ("off", "flash3", False, False),
-        ("auto", "flash3", True, False),  # built without variable lengths, as it was before
-        ("auto", "torch", False, False),
-        ("auto", "sage", False, False),
+        ("flash3", False, True),
+        ("flash3-fp8", False, True),
+        ("flash3", True, False),  # built without variable lengths, as it was before
+        ("torch", False, False),
+        ("sage", False, False),
     ],
 )
-def test_graphs_are_for_attention_that_is_told_lengths_on_the_device(
-    make: Make, monkeypatch: pytest.MonkeyPatch, wanted: str, attention: str, left_out: bool, gets: bool
+def test_predictions_get_graphs_where_attention_is_told_lengths_on_the_device(
+    make: Make, monkeypatch: pytest.MonkeyPatch, attention: str, left_out: bool, gets: bool
 ) -> None:
-    model, _ = make()
+    model, found = make()
     monkeypatch.setattr(speed, "_left_out", lambda part: left_out and part == "VARLEN")
-    assert (speed.graph_forwards([model], wanted, attention) is not None) == gets
+    recorded = Recorded(monkeypatch)
+    speed.graph_predictions([model], attention, found)
+    for _ in range(2):
+        model(**inputs(7))
+    assert recorded.recorded == gets
 
 
 def test_a_stock_transformer_and_one_of_wan_get_none(tiny_models: dict[str, Path]) -> None:
     from diffusers import QwenImageTransformer2DModel, WanTransformer3DModel
 
-    assert not graphs.suits(QwenImageTransformer2DModel.from_pretrained(tiny_models["qwen-edit"] / "transformer"))
+    assert not graphs.predicts(QwenImageTransformer2DModel.from_pretrained(tiny_models["qwen-edit"] / "transformer"))
     wan = WanTransformer3DModel.from_pretrained(tiny_models["wan2.2-a14b-i2v"] / "transformer")
     blocks.fuse_projections(wan)
-    assert not graphs.suits(wan)
+    assert not graphs.predicts(wan)
 
 
-def test_another_layout_of_the_same_model_takes_over_or_does_without(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, _ = make()
-    monkeypatch.setattr(speed, "_left_out", lambda part: False)
+def test_another_layout_of_a_model_takes_over_or_does_without(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, first = make()
+    second = graphs.Graphs()
     recorded = Recorded(monkeypatch)
-    first, second = (speed.graph_forwards([model], "auto", "flash3") for _ in range(2))
-    assert first is not None
-    assert second is not None
+    for found in (first, second):
+        graphs.predict(found, model)
     for _ in range(2):
         model(**inputs(7))
     assert (len(first), len(second), recorded.recorded) == (0, 1, 1)
-    assert speed.graph_forwards([model], "off", "flash3") is None
+    graphs.predict(None, model)
     for _ in range(2):
         model(**inputs(70))
     assert recorded.recorded == 1
@@ -305,7 +308,7 @@ def test_the_step_cache_answers_before_graphs_do(make: Make, monkeypatch: pytest
     from vidgen.accel.stepcache import StepCache, computed
 
     model, found = make()
-    found.attach()
+    graphs.predict(found, model)
     cache = StepCache(2)
     cache.attach([model])
     recorded = Recorded(monkeypatch)
@@ -316,6 +319,79 @@ def test_the_step_cache_answers_before_graphs_do(make: Make, monkeypatch: pytest
             model(**inputs(7, timestep=torch.tensor([1 - index / steps])))
     assert recorded.replayed == sum(computed(steps, 2)) - 1
     assert sum(computed(steps, 2)) < steps
+
+
+# ── the text encoder ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def pipe(tiny_models: dict[str, Path]) -> Any:
+    from diffusers import QwenImageEditPlusPipeline
+
+    from vidgen.accel import vision
+
+    pipe = QwenImageEditPlusPipeline.from_pretrained(tiny_models["qwen-edit"], trust_remote_code=False)
+    vision.fuse_segments(pipe.text_encoder)
+    return pipe
+
+
+def encoded(pipe: Any, prompt: str = "a red car", sides: tuple[int, ...] = (56,)) -> torch.Tensor:
+    pictures = [Image.radial_gradient("L").convert("RGB").resize((side, 56)) for side in sides]
+    with torch.no_grad():
+        found: torch.Tensor = pipe.encode_prompt(image=pictures, prompt=prompt)[0]
+    return found
+
+
+CASES = [("a red car", (56,)), ("a blue car in the rain, " * 12, (56,)), ("a red car", (56, 112)), ("car", (112,))]
+
+
+def test_an_encoded_text_is_what_it_was(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = [encoded(pipe, *case) for case in CASES]
+    found = graphs.Graphs()
+    graphs.encode(found, pipe.text_encoder)
+    recorded = Recorded(monkeypatch)
+    for _ in range(3):
+        for case, one in zip(CASES, wanted, strict=True):
+            made = encoded(pipe, *case)
+            assert made.shape == one.shape
+            assert error(made, one) < 1e-6
+    assert recorded.recorded == len(found) > 0
+    assert recorded.replayed >= 2 * recorded.recorded
+    graphs.encode(None, pipe.text_encoder)
+    before = recorded.replayed
+    assert torch.equal(encoded(pipe), wanted[0])
+    assert recorded.replayed == before
+
+
+def test_paused_and_for_several_texts_the_encoder_is_its_own(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted = encoded(pipe)
+    found = graphs.Graphs()
+    graphs.encode(found, pipe.text_encoder)
+    recorded = Recorded(monkeypatch)
+    with found.paused():
+        for _ in range(2):
+            assert torch.equal(encoded(pipe), wanted)
+    assert recorded.recorded == 0
+    language = pipe.text_encoder.model.language_model
+    several = torch.randn(2, 9, language.config.hidden_size)
+    with torch.no_grad():
+        for _ in range(2):
+            language(inputs_embeds=several)
+    assert recorded.recorded == 0
+
+
+def test_the_last_hidden_state_is_the_normalised_one(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """transformers gathers hidden states by hooks on the layers, of which only the first does anything here."""
+    graphs.encode(graphs.Graphs(), pipe.text_encoder)
+    Recorded(monkeypatch)
+    ids = torch.arange(9)[None]
+    with torch.no_grad():
+        for _ in range(3):
+            told = pipe.text_encoder.model.language_model(input_ids=ids, output_hidden_states=True)
+            assert torch.equal(told.hidden_states[-1], told.last_hidden_state)
+
+
+# ── the engine ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def test_sleep_lets_go_of_graphs_and_the_memory_ladder_does_without(
