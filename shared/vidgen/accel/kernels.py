@@ -75,38 +75,52 @@ if HAS_TRITON:
 
     @triton.jit
     def _joint_kernel(  # type: ignore[no-untyped-def]
-        from_ptr, to_ptr, weight_ptr, freqs_ptr, lengths_ptr, tokens, before, total, heads, eps, which: tl.constexpr,
-        pairs: tl.constexpr, head_block: tl.constexpr, bounded: tl.constexpr, narrow: tl.constexpr,
-        largest: tl.constexpr,
+        image_ptr, text_ptr, q_ptr, k_ptr, v_ptr, norm_q_ptr, norm_k_ptr, added_q_ptr, added_k_ptr, image_freqs_ptr,
+        text_freqs_ptr, lengths_ptr, image_tokens, text_tokens, heads, eps, pairs: tl.constexpr,
+        head_block: tl.constexpr, bounded: tl.constexpr, narrow: tl.constexpr, largest: tl.constexpr,
     ):  # fmt: skip
-        token = tl.program_id(0)
+        place = tl.program_id(0)
         batch = tl.program_id(1).to(tl.int64)
+        which = tl.program_id(2)
         head = tl.arange(0, head_block)[:, None]
         lane = tl.arange(0, pairs * 2)[None, :]
         here = (head < heads) & (lane < pairs * 2)
         width = heads * pairs * 2
-        source = from_ptr + (batch * tokens + token) * width * 3 + which * width + head * pairs * 2 + lane
-        target = to_ptr + (batch * total + before + token) * width + head * pairs * 2 + lane
-        x = tl.load(source, mask=here, other=0.0)
+        if bounded:  # the text is behind the image, else before it
+            of_image = place < image_tokens
+            token = place if of_image else place - image_tokens
+        else:
+            of_image = place >= text_tokens
+            token = place - text_tokens if of_image else place
+        if of_image:
+            source = image_ptr + (batch * image_tokens + token) * width * 3
+            freqs = image_freqs_ptr + token * pairs * 2
+            weight = norm_q_ptr if which == 0 else norm_k_ptr
+        else:
+            source = text_ptr + (batch * text_tokens + token) * width * 3
+            freqs = text_freqs_ptr + token * pairs * 2
+            weight = added_q_ptr if which == 0 else added_k_ptr
+        at = head * pairs * 2 + lane
+        to = (batch * (image_tokens + text_tokens) + place) * width + at
+        x = tl.load(source + which * width + at, mask=here, other=0.0)
         if which < 2:
             value = x.to(tl.float32)
             spread = tl.rsqrt(tl.sum(value * value, axis=1) / (pairs * 2) + eps)[:, None]
-            weight = tl.load(weight_ptr + lane).to(tl.float32)
             # Rounded after each of the two products, as the layer does it.
-            value = ((value * spread).to(x.dtype).to(tl.float32) * weight).to(x.dtype).to(tl.float32)
-            first, second = tl.split(tl.reshape(value, (head_block, pairs, 2)))
-            turns = tl.load(freqs_ptr + token * pairs * 2 + lane)
-            cos, sin = tl.split(tl.reshape(turns, (1, pairs, 2)))
+            value = (value * spread).to(x.dtype).to(tl.float32) * tl.load(weight + lane).to(tl.float32)
+            first, second = tl.split(tl.reshape(value.to(x.dtype).to(tl.float32), (head_block, pairs, 2)))
+            cos, sin = tl.split(tl.reshape(tl.load(freqs + lane), (1, pairs, 2)))
             turned = tl.reshape(
                 tl.join(first * cos - second * sin, first * sin + second * cos), (head_block, pairs * 2)
             )
             if narrow:
                 turned = tl.minimum(tl.maximum(turned, -largest), largest)
-            tl.store(target, turned.to(to_ptr.dtype.element_ty), mask=here)
+            target = q_ptr if which == 0 else k_ptr
+            tl.store(target + to, turned.to(q_ptr.dtype.element_ty), mask=here)
         else:
             if bounded:
-                x = tl.where(before + token < tl.load(lengths_ptr + batch), x, 0.0)
-            tl.store(target, x.to(to_ptr.dtype.element_ty), mask=here)
+                x = tl.where(place < tl.load(lengths_ptr + batch), x, 0.0)
+            tl.store(v_ptr + to, x.to(v_ptr.dtype.element_ty), mask=here)
 
     @triton.jit
     def _turned_kernel(  # type: ignore[no-untyped-def]
@@ -306,18 +320,12 @@ def joint_qkv(
     total = text.shape[1] + image.shape[1]
     kinds = (E4M3, E4M3, image.dtype) if narrow else (image.dtype,) * 3
     made = tuple(image.new_empty((image.shape[0], total, heads, dimension), dtype=kind) for kind in kinds)
-    text_at, image_at = (0, text.shape[1]) if lengths is None else (image.shape[1], 0)
-    streams = (
-        (text.contiguous(), (*added, norm_added_k), text_freqs.contiguous(), text_at),
-        (image.contiguous(), (*norms, norm_k), image_freqs.contiguous(), image_at),
-    )
-    for stream, weights, freqs, before in streams:
-        for which, (target, weight) in enumerate(zip(made, weights, strict=True)):
-            wrap_triton(_joint_kernel)[(stream.shape[1], stream.shape[0])](
-                stream, target, weight, freqs, freqs if lengths is None else lengths, stream.shape[1], before, total,
-                heads, eps, which=which, pairs=dimension // 2, head_block=triton.next_power_of_2(heads),
-                bounded=lengths is not None, narrow=narrow, largest=E4M3_MAX, num_warps=4,
-            )  # fmt: skip
+    wrap_triton(_joint_kernel)[(total, image.shape[0], 3)](
+        image.contiguous(), text.contiguous(), *made, norm_q, norm_k, norm_added_q, norm_added_k,
+        image_freqs.contiguous(), text_freqs.contiguous(), image_freqs if lengths is None else lengths,
+        image.shape[1], text.shape[1], heads, eps, pairs=dimension // 2, head_block=triton.next_power_of_2(heads),
+        bounded=lengths is not None, narrow=narrow, largest=E4M3_MAX, num_warps=4,
+    )  # fmt: skip
     return made[0], made[1], made[2]
 
 
