@@ -68,7 +68,7 @@ def graph_predictions(transformers: Sequence[nn.Module], attention: str, found: 
     `attention` is what `choose_attention` said.
     """
     # The other kernels of attention have to be told on the host how many tokens there are.
-    told = PACKAGES.get(attention) == PACKAGES["flash3"] and not _left_out("VARLEN")
+    told = PACKAGES.get(attention) == PACKAGES["flash3"] and (_flag("VIDGEN_LENGTHS") or not _left_out("VARLEN"))
     for model in transformers:
         graphs.predict(found if told and graphs.predicts(model) else None, model)
 
@@ -136,10 +136,14 @@ def offloadable(pipe: Any) -> dict[str, nn.Module]:
 
 def _left_out(part: str) -> bool:
     """Whether the FlashAttention 3 that is installed was built without a part."""
+    return _flag(f"FLASHATTENTION_DISABLE_{part}")
+
+
+def _flag(name: str) -> bool:
+    """A flag of the FlashAttention 3 that is installed."""
     if importlib.util.find_spec("flash_attn_config") is None:
         return False
-    flags = importlib.import_module("flash_attn_config").CONFIG["build_flags"]
-    return bool(flags.get(f"FLASHATTENTION_DISABLE_{part}", False))
+    return bool(importlib.import_module("flash_attn_config").CONFIG["build_flags"].get(name, False))
 
 
 def _allow_recompilation() -> None:

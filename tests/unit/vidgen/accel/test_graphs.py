@@ -259,20 +259,21 @@ def test_where_no_graph_can_be_recorded_the_worker_goes_on_without(make: Make, m
 
 
 @pytest.mark.parametrize(
-    ("attention", "left_out", "gets"),
+    ("attention", "flags", "gets"),
     [
-        ("flash3", False, True),
-        ("flash3-fp8", False, True),
-        ("flash3", True, False),  # built without variable lengths, as it was before
-        ("torch", False, False),
-        ("sage", False, False),
+        ("flash3", {"VIDGEN_LENGTHS", "FLASHATTENTION_DISABLE_VARLEN"}, True),
+        ("flash3-fp8", {"VIDGEN_LENGTHS", "FLASHATTENTION_DISABLE_VARLEN"}, True),
+        ("flash3", {"FLASHATTENTION_DISABLE_VARLEN"}, False),  # built as it was before
+        ("flash3", set(), True),  # built by its own setup.py
+        ("torch", {"VIDGEN_LENGTHS"}, False),
+        ("sage", {"VIDGEN_LENGTHS"}, False),
     ],
 )
 def test_predictions_get_graphs_where_attention_is_told_lengths_on_the_device(
-    make: Make, monkeypatch: pytest.MonkeyPatch, attention: str, left_out: bool, gets: bool
+    make: Make, monkeypatch: pytest.MonkeyPatch, attention: str, flags: set[str], gets: bool
 ) -> None:
     model, found = make()
-    monkeypatch.setattr(speed, "_left_out", lambda part: left_out and part == "VARLEN")
+    monkeypatch.setattr(speed, "_flag", lambda name: name in flags)
     recorded = Recorded(monkeypatch)
     speed.graph_predictions([model], attention, found)
     for _ in range(2):
@@ -461,12 +462,17 @@ def test_sleep_lets_go_of_graphs_and_the_memory_ladder_does_without(
     assert told == ["paused", "on"]
 
 
-def test_flash_attention_3_is_built_with_what_graphs_need() -> None:
+def test_flash_attention_3_is_changed_where_it_was_looked_at_and_nowhere_else(tmp_path: Path) -> None:
     path = Path(__file__).parents[4] / "deploy" / "flash-attention-3" / "build.py"
     spec = importlib.util.spec_from_file_location("build", path)
     assert spec is not None
     assert spec.loader is not None
     build = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(build)
-    assert "VARLEN" in build.ENABLED
-    assert not {*build.DISABLED, *build.DIFFERING} & {*build.ENABLED}
+    for name, (found, _) in build.PATCHES.items():
+        (tmp_path / name).write_text(f"before\n{found}behind\n")
+    build.patch(tmp_path)
+    for name, (_, instead) in build.PATCHES.items():
+        assert (tmp_path / name).read_text() == f"before\n{instead}behind\n"
+    with pytest.raises(SystemExit, match="another version"):
+        build.patch(tmp_path)
