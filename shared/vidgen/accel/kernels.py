@@ -25,7 +25,8 @@ if HAS_TRITON:
 
     # A row is worked on in `parts` of `block` numbers each, which are `whole` if they are all there. What bounds these
     # kernels is as much the number of instructions as memory: exponentials and quotients without the care for the very
-    # smallest numbers, no rounding in between, no clamp where the conversion saturates by itself.
+    # smallest numbers, no rounding in between, no clamp where the conversion saturates by itself. Compiled code gives an
+    # `eps` in float64, which must not spread.
 
     @triton.jit
     def _gelu(value):  # type: ignore[no-untyped-def]
@@ -79,7 +80,7 @@ if HAS_TRITON:
         text_freqs_ptr, lengths_ptr, image_tokens, text_tokens, heads, eps, pairs: tl.constexpr,
         head_block: tl.constexpr, bounded: tl.constexpr, narrow: tl.constexpr, largest: tl.constexpr,
     ):  # fmt: skip
-        place = tl.program_id(0)
+        place = tl.program_id(0).to(tl.int64)
         batch = tl.program_id(1).to(tl.int64)
         which = tl.program_id(2)
         head = tl.arange(0, head_block)[:, None]
@@ -105,7 +106,7 @@ if HAS_TRITON:
         x = tl.load(source + which * width + at, mask=here, other=0.0)
         if which < 2:
             value = x.to(tl.float32)
-            spread = tl.rsqrt(tl.sum(value * value, axis=1) / (pairs * 2) + eps)[:, None]
+            spread = tl.rsqrt((tl.sum(value * value, axis=1) / (pairs * 2) + eps).to(tl.float32))[:, None]
             # Rounded after each of the two products, as the layer does it.
             value = (value * spread).to(x.dtype).to(tl.float32) * tl.load(weight + lane).to(tl.float32)
             first, second = tl.split(tl.reshape(value.to(x.dtype).to(tl.float32), (head_block, pairs, 2)))
@@ -139,7 +140,7 @@ if HAS_TRITON:
         value = x.to(tl.float32)
         squares = tl.sum(tl.sum(value * value, axis=1), axis=0)
         weight = tl.load(weight_ptr + at, mask=here, other=0.0).to(tl.float32)
-        value = (value * tl.rsqrt(squares / width + eps) * weight).to(x.dtype).to(tl.float32)
+        value = (value * tl.rsqrt((squares / width + eps).to(tl.float32)) * weight).to(x.dtype).to(tl.float32)
         first, second = tl.split(tl.reshape(value, (head_block, pairs, 2)))
         # diffusers holds each cosine and each sine twice, side by side.
         cos = tl.load(cos_ptr + token * pairs * 2 + pair * 2)
@@ -180,7 +181,7 @@ if HAS_TRITON:
             if not whole:
                 centred = tl.where(at + part * block < columns, centred, 0.0)
             squares += centred * centred
-        spread = tl.rsqrt(tl.sum(squares, axis=0) / columns + eps)
+        spread = tl.rsqrt((tl.sum(squares, axis=0) / columns + eps).to(tl.float32))
         modulated = ()
         top = tl.zeros((block,), tl.float32)
         for part in tl.static_range(parts):
