@@ -19,12 +19,14 @@ def drawn(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
     return torch.randn(*shape, device="cuda", dtype=dtype)
 
 
-@pytest.mark.parametrize("columns", [3072, 5120, 13824])
+@pytest.mark.parametrize("columns", [3072, 5120, 12288, 13824, 96])
 @pytest.mark.parametrize("gelu", [True, False])
 def test_rows_are_quantised_as_torch_does_it(columns: int, gelu: bool) -> None:
-    x = drawn(300, columns)
+    x = drawn(300, columns) * torch.logspace(-3, 2, 300, device="cuda").bfloat16()[:, None]
+    x[7] = 0
     found, scale = kernels.quantise_rows(x, gelu)
-    wanted, wanted_scale = kernels.rows_in_e4m3(nn.functional.gelu(x, approximate="tanh") if gelu else x)
+    wanted, wanted_scale = kernels.rows_in_e4m3(nn.functional.gelu(x.float(), approximate="tanh") if gelu else x)
+    assert error(scale, wanted_scale) < 1e-5
     assert error(found.float() * scale, wanted.float() * wanted_scale) < 1e-3
 
 
@@ -57,7 +59,7 @@ def test_queries_and_keys_are_normalised_and_turned_as_torch_does_it(narrow: boo
         assert error(one, other) < 2e-3
 
 
-@pytest.mark.parametrize("columns", [3072, 5120])
+@pytest.mark.parametrize("columns", [3072, 5120, 1536, 96])
 @pytest.mark.parametrize("added", ["nothing", "as it is", "gated"])
 @pytest.mark.parametrize("one_place", [False, True])
 def test_what_is_normalised_is_quantised_as_torch_does_it(columns: int, added: str, one_place: bool) -> None:

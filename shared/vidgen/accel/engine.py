@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 import functools
 import time
 from collections.abc import Callable, Mapping
@@ -14,7 +15,7 @@ import structlog
 import torch
 
 from vidgen import diffusion, profiles, weights
-from vidgen.accel import ahead, blocks, fp8, ladder, loader, residency, speed, stepcache
+from vidgen.accel import ahead, blocks, fp8, graphs, ladder, loader, residency, speed, stepcache
 from vidgen.engine import EngineInfo, Generated, Rung
 from vidgen.errors import FatalError
 
@@ -28,6 +29,8 @@ class Layout:
     `dtype` auto is bfloat16 on a GPU and float32 on the CPU. `profile` auto follows the GPU's memory; on the CPU there
     is none. `attention` auto is FlashAttention 3 where it is installed and the GPU is a Hopper, else torch's own.
     `compile` auto compiles the transformer's blocks on a GPU that holds them all, `full` the VAE too, `off` nothing.
+    `cuda_graphs` auto records the forwards of the edit's text encoder, and with FlashAttention 3 of its transformer
+    (`vidgen.accel.graphs`) on a GPU that holds their weights, `off` none.
     `vae` auto lets the VAE do less for the same result (`vidgen.accel.autoencoder`) where it is not compiled, `stock`
     leaves it.
     What is compiled is kept in `compile_cache` for the next start. With `step_cache` over 1 one step in so many is
@@ -40,6 +43,7 @@ class Layout:
     profile: str = "auto"
     attention: str = "auto"
     compile: str = "auto"
+    cuda_graphs: str = "auto"
     vae: str = "auto"
     compile_cache: Path | None = None
     step_cache: int = 1
@@ -67,6 +71,7 @@ class DiffusersEngine(abc.ABC):
         self._pipe: Any
         self._begun: loader.Reading | None = None
         self._residency: residency.Residency | None = None
+        self._graphs: graphs.Graphs | None = None
         self._rungs: tuple[Rung, ...] = ()  # none before the end of the warm-up: what has no room for that has none
 
     def go_on_with(self, reading: loader.Reading | None) -> None:
@@ -125,6 +130,8 @@ class DiffusersEngine(abc.ABC):
             modules = [part for part in parts if isinstance(part, torch.nn.Module)]
             layout = self.layout
             self._residency = residency.Residency(modules, self._device, layout.sleep_in, layout.work_dir)
+        if self._graphs is not None:
+            self._graphs.drop()
         with diffusion.moving(f"{self.info.model} could not be put to sleep", self._device):
             self._residency.sleep()
 
@@ -179,7 +186,7 @@ class DiffusersEngine(abc.ABC):
 
     def _made_with(self) -> dict[str, object]:
         """What decides over the numbers besides model, profile and task: of a checkpoint, too, it must be the same."""
-        names = ("dtype", "attention", "compile", "vae", "step_cache")
+        names = ("dtype", "attention", "compile", "cuda_graphs", "vae", "step_cache")
         return {"loras": self._loras, **{name: getattr(self.layout, name) for name in names}}
 
     @abc.abstractmethod
@@ -207,7 +214,8 @@ class DiffusersEngine(abc.ABC):
         taken: int = torch.cuda.memory_allocated(self._device)
         idle: int = torch.cuda.memory_reserved(self._device) - taken
         free: int = torch.cuda.mem_get_info(self._device)[0]
-        return min(total - taken, free + idle)
+        recorded = 0 if self._graphs is None else self._graphs.held()
+        return min(total - taken, free + idle) - recorded
 
     def _told(self, profile: profiles.Name) -> str:
         """The profile as others hear of it."""
@@ -228,10 +236,14 @@ class DiffusersEngine(abc.ABC):
         says that they would not.
         """
         rungs = ("one_by_one", *self._rungs) if at_once and self._rungs else self._rungs
-        return ladder.descend(
-            self._pipe, self._device, rungs,
-            lambda taken, left: attempt(not at_once or "one_by_one" in taken, left), state,
-        )  # fmt: skip
+
+        def tried(taken: tuple[Rung, ...], left: bytes | None) -> Generated:
+            with contextlib.ExitStack() as without:
+                if taken and self._graphs is not None:
+                    without.enter_context(self._graphs.paused())
+                return attempt(not at_once or "one_by_one" in taken, left)
+
+        return ladder.descend(self._pipe, self._device, rungs, tried, state)
 
     def _lay_out(self, profile: profiles.Name | None) -> None:
         if profile is None:
@@ -246,7 +258,7 @@ class DiffusersEngine(abc.ABC):
                 blocks.fuse_feed_forwards(model)
                 blocks.fuse_norms(model)
         diffusion.free(self._device)  # the projections that were put side by side left gaps
-        speed.choose_attention(transformers, self.layout.attention, self._device)
+        attention = speed.choose_attention(transformers, self.layout.attention, self._device)
         streams = profile == "offload-fp8"
         if streams:
             speed.offload(self._pipe, self._device)
@@ -263,6 +275,8 @@ class DiffusersEngine(abc.ABC):
             speed.compile_blocks(transformers)
         if self.layout.compile == "full":
             speed.compile_vae(self._pipe.vae)
+        self._graphs = graphs.Graphs() if self.layout.cuda_graphs != "off" else None
+        speed.graph_predictions(transformers, attention, self._graphs)
 
     def _timed(self, phase: str, work: Callable[[], Any]) -> Any:
         begun = time.perf_counter()

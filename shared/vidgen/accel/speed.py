@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from vidgen import profiles
-from vidgen.accel import autoencoder, blocks, kernels
+from vidgen.accel import autoencoder, blocks, graphs, kernels
 from vidgen.errors import FatalError
 
 # diffusers' names of the attention kernels, by ours.
@@ -65,6 +65,17 @@ def set_attention(model: Any, backend: str) -> None:
     # diffusers makes them the default of every model in the process too: this puts back what was.
     with attention_backend():
         model.set_attention_backend(backend)
+
+
+def graph_predictions(transformers: Sequence[nn.Module], attention: str, found: graphs.Graphs | None) -> None:
+    """Have the predictions of Qwen-Image's transformer answered by graphs where its attention allows that.
+
+    `attention` is what `choose_attention` said.
+    """
+    # The other kernels of attention have to be told on the host how many tokens there are.
+    told = PACKAGES.get(attention) == PACKAGES["flash3"] and (_flag("VIDGEN_LENGTHS") or not _left_out("VARLEN"))
+    for model in transformers:
+        graphs.predict(found if told and graphs.predicts(model) else None, model)
 
 
 def keep_compiled(folder: Path) -> None:
@@ -162,10 +173,14 @@ def offloadable(pipe: Any) -> dict[str, nn.Module]:
 
 def _left_out(part: str) -> bool:
     """Whether the FlashAttention 3 that is installed was built without a part."""
+    return _flag(f"FLASHATTENTION_DISABLE_{part}")
+
+
+def _flag(name: str) -> bool:
+    """A flag of the FlashAttention 3 that is installed."""
     if importlib.util.find_spec("flash_attn_config") is None:
         return False
-    flags = importlib.import_module("flash_attn_config").CONFIG["build_flags"]
-    return bool(flags.get(f"FLASHATTENTION_DISABLE_{part}", False))
+    return bool(importlib.import_module("flash_attn_config").CONFIG["build_flags"].get(name, False))
 
 
 def _trace_once() -> None:
