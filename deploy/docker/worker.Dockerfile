@@ -51,7 +51,9 @@ WORKDIR /src/cutlass
 RUN git init -q && git fetch -q --depth 1 https://github.com/NVIDIA/cutlass "${CUTLASS}" && git checkout -q FETCH_HEAD
 COPY --from=build /opt/vidgen /opt/vidgen
 COPY deploy/flash-attention-3/build.py /src/
-RUN /opt/vidgen/bin/python /src/build.py /src/flash-attention /src/cutlass /flash
+# As everything else that is imported here, with its bytecode: a service may not write any.
+RUN /opt/vidgen/bin/python /src/build.py /src/flash-attention /src/cutlass /flash \
+    && /opt/vidgen/bin/python -m compileall -q -s /flash -p /opt/vidgen/lib/python3.12/site-packages /flash
 
 # hadolint ignore=DL3006
 FROM flash-${FLASH_ATTENTION_3} AS flash

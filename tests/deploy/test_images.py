@@ -61,6 +61,20 @@ def test_what_is_built_unasked_runs_without_rights_and_without_weights(path: Pat
     assert re.search(r"^CMD \[", recipe, re.MULTILINE)
 
 
+@pytest.mark.parametrize("path", [GATEWAY, WORKER], ids=lambda path: path.stem)
+def test_whatever_a_service_imports_has_its_bytecode_in_the_image(path: Path) -> None:
+    """It may not write any, and without it the imports of a GPU service take about twice as long."""
+    found = stages(path)
+    assert "UV_COMPILE_BYTECODE=1" in found["build"]
+    for stage in found.values():
+        for line in (line for line in stage.splitlines() if line.startswith("RUN ")):
+            assert "--no-compile" not in line
+            if "uv pip install" in line and "/wheels" in line:  # where that variable is not set
+                assert "--compile-bytecode" in line
+            if "/src/build.py" in line:
+                assert "-m compileall" in line
+
+
 def test_a_token_is_only_ever_a_mounted_file() -> None:
     text = re.sub(r"^#.*\n", "", WORKER.read_text("utf-8"), flags=re.MULTILINE)
     assert not re.search(r"(?i)^(?:ARG|ENV)\b.*token", text, re.MULTILINE)
