@@ -310,16 +310,18 @@ class _Staged:
     def take(self, handle: int, chunk: _Chunk, ready: torch.cuda.Event | None) -> torch.cuda.Event | None:
         """Read a chunk, and copy it when the device is `ready` for it; when that is done the event is."""
         copied, buffer = self._copied[self._turn], self._buffers[self._turn]
-        if copied is not None:
+        # It nearly always is, and waiting means to get in line for the interpreter once more.
+        if copied is not None and not copied.query():
             copied.synchronize()
         _fill(handle, memoryview(buffer.numpy())[: chunk.end - chunk.begin], chunk.begin)
         with torch.cuda.stream(self._stream) if self._stream is not None else nullcontext():
             if self._stream is not None and ready is not None:
                 # What the memory was used for before is queued on another stream.
                 self._stream.wait_event(ready)
-            for piece in chunk.pieces:
-                start = piece.begin - chunk.begin
-                piece.target.copy_(buffer[start : start + piece.target.numel()], non_blocking=True)
+            targets = [piece.target for piece in chunk.pieces]
+            whole = buffer[: chunk.end - chunk.begin]
+            # All in one call, for the same reason.
+            torch._foreach_copy_(targets, whole.split([target.numel() for target in targets]), non_blocking=True)
             if self._stream is not None:
                 self._copied[self._turn] = self._stream.record_event()
         copied, self._turn = self._copied[self._turn], (self._turn + 1) % BUFFERS
