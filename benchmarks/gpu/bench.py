@@ -48,11 +48,12 @@ class Bench:
         ]
         if importlib.util.find_spec("flash_attn_interface") is not None:
             flash = Layout(profile="resident-fp8", attention="flash3")
-            narrow = replace(flash, attention="flash3-fp8")
+            narrow = replace(flash, attention="flash3-8bit")
             found += [
                 ("fp8, compiled, FlashAttention 3", flash),
-                ("fp8, compiled, FlashAttention 3 in FP8", narrow),
-                ("fp8, compiled, FlashAttention 3 in FP8, VAE", replace(narrow, compile="full")),
+                ("fp8, compiled, FlashAttention 3, 8 bits by trial", replace(flash, attention="auto")),
+                ("fp8, compiled, FlashAttention 3, 8 bits", narrow),
+                ("fp8, compiled, FlashAttention 3, 8 bits, VAE", replace(narrow, compile="full")),
             ]
         return [
             (label, Layout() if self.tiny else layout) for label, layout in found if re.search(self.variants, label)

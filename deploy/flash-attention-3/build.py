@@ -28,6 +28,46 @@ DISABLED = (
 )  # fmt: skip
 DIFFERING = ("HDIMDIFF64", "HDIMDIFF192")
 ENABLED = ("CLUSTER", "HDIM128", "FP8")
+# What is found so many times in the kernel's main loop, and what stands there instead.
+PATCHES = (
+    (
+        "    static constexpr bool Is_causal = Is_causal_;\n",
+        1,
+        """    using ElementQK = std::conditional_t<Is_FP8, int8_t, Element>;
+    using ElementAccumQK = std::conditional_t<Is_FP8, int32_t, ElementAccum>;
+    // 1.5 * 2^23: a float's last digit is then one, and the largest sum, 128 * 127 * 127, has room on both sides.
+    static constexpr float IntAsFloat = 12582912.f;
+    static constexpr bool Is_causal = Is_causal_;
+""",
+    ),
+    (
+        "cute::GMMA::ss_op_selector<Element, Element, ElementAccum, TileShape_MNK>()",
+        1,
+        "cute::GMMA::ss_op_selector<ElementQK, ElementQK, ElementAccumQK, TileShape_MNK>()",
+    ),
+    (
+        "Tensor tSrS = partition_fragment_C(tiled_mma_qk, select<0, 1>(TileShape_MNK{}));\n",
+        3,
+        """Tensor tSrS = make_tensor<float>(partition_fragment_C(tiled_mma_qk, select<0, 1>(TileShape_MNK{})).layout());
+            if constexpr (Is_FP8) { cute::fill(tSrS, float(IntAsFloat)); }
+""",
+    ),
+    (
+        "flash::gemm</*zero_init=*/true, /*wg_wait=*/-1>(tiled_mma_qk,",
+        3,
+        "flash::gemm</*zero_init=*/!Is_FP8, /*wg_wait=*/-1>(tiled_mma_qk,",
+    ),
+    (
+        "scoremod_premask_fn(tSrS);\n",
+        3,
+        """if constexpr (Is_FP8) {
+                #pragma unroll
+                for (int i = 0; i < size(tSrS); ++i) { tSrS(i) -= IntAsFloat; }
+            }
+            scoremod_premask_fn(tSrS);
+""",
+    ),
+)  # fmt: skip
 
 
 def main(flash: Path, cutlass: Path, target: Path) -> None:
@@ -35,7 +75,9 @@ def main(flash: Path, cutlass: Path, target: Path) -> None:
 
     if CUDA_HOME is None:
         sys.exit("there is no nvcc: install the CUDA toolkit, or set CUDA_HOME")
-    hopper = flash / "hopper"
+    hopper = Path(tempfile.mkdtemp(), "hopper")
+    shutil.copytree(flash / "hopper", hopper)
+    with_int8_scores(hopper / "mainloop_fwd_sm90_tma_gmma_ws.hpp")
     switches = [f"-DFLASHATTENTION_DISABLE_{name}" for name in DISABLED]
     switches += [f"-DFLASHATTENTION_DISABLE_{name}" for name in DIFFERING]
     includes = [f"-I{path}" for path in (hopper, cutlass / "include", sysconfig.get_path("include"))]
@@ -75,6 +117,7 @@ def main(flash: Path, cutlass: Path, target: Path) -> None:
         f"FLASHATTENTION_DISABLE_{name}": False for name in ENABLED
     }
     flags |= {f"FLASH_ATTENTION_DISABLE_{name}": True for name in DIFFERING}
+    flags["VIDGEN_INT8_SCORES"] = True
     config = json.dumps({"build_flags": flags}).replace("true", "True").replace("false", "False")
     (target / "flash_attn_config.py").write_text(f"CONFIG = {config}\n")
     # diffusers looks for the distribution, not only for the module.
@@ -82,7 +125,23 @@ def main(flash: Path, cutlass: Path, target: Path) -> None:
     info.mkdir(exist_ok=True)
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: flash_attn_3\nVersion: {VERSION}\n")
     (info / "RECORD").write_text("")
+    shutil.rmtree(hopper.parent)
     sys.stdout.write(f"FlashAttention 3 is in {target}\n")
+
+
+def with_int8_scores(header: Path) -> None:
+    """Have the kernel for 8 bits read queries and keys as int8, in tensors that are still called e4m3.
+
+    A number of e4m3 has four digits, whatever its size, and the largest scores are off by the most; of int8 all are off
+    by as little. The matrix units are as fast with either. Their sums are of integers: begun with the bits of a large
+    float instead of zero they are, read as floats, that float plus the sum, and no number has to be converted.
+    """
+    text = header.read_text()
+    for found, times, put in PATCHES:
+        if text.count(found) != times:
+            sys.exit(f"{header.name} is not as it was: it has {text.count(found)} times, not {times}, {found!r}")
+        text = text.replace(found, put)
+    header.write_text(text)
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ two or three times, these once.
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Sequence
 
 import torch
@@ -16,6 +17,9 @@ from torch.library import wrap_triton
 
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0  # the largest e4m3 number
+INT8_MAX = 127.0
+DIMENSION = 128  # of a head, that the kernels for attention in 8 bits are laid out for
+TOKENS, ROWS = 512, 32  # that a program looks at, in all and at once
 SMALLEST = 1e-12  # a row of zeros has no magnitude to divide by
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
@@ -77,7 +81,7 @@ if HAS_TRITON:
     @triton.jit
     def _turned_kernel(  # type: ignore[no-untyped-def]
         from_ptr, to_ptr, weight_ptr, cos_ptr, sin_ptr, tokens, heads, eps, which: tl.constexpr, pairs: tl.constexpr,
-        head_block: tl.constexpr, narrow: tl.constexpr, largest: tl.constexpr,
+        head_block: tl.constexpr,
     ):  # fmt: skip
         row = tl.program_id(0).to(tl.int64)
         token = row % tokens
@@ -97,8 +101,6 @@ if HAS_TRITON:
         cos = tl.load(cos_ptr + token * pairs * 2 + pair * 2)
         sin = tl.load(sin_ptr + token * pairs * 2 + pair * 2 + 1)
         turned = tl.reshape(tl.join(first * cos - second * sin, first * sin + second * cos), (head_block, pairs * 2))
-        if narrow:
-            turned = tl.minimum(tl.maximum(turned, -largest), largest)
         tl.store(to_ptr + row * width + at, turned.to(to_ptr.dtype.element_ty), mask=here)
 
     @triton.jit
@@ -130,17 +132,75 @@ if HAS_TRITON:
         tl.store(q_ptr + row * columns + at, scaled.to(q_ptr.dtype.element_ty), mask=here)
         tl.store(s_ptr + row, scale)
 
+    @triton.jit
+    def _two(x, rows: tl.constexpr, lanes: tl.constexpr):  # type: ignore[no-untyped-def]
+        first, second = tl.split(tl.reshape(x, (rows, lanes // 2, 2)))
+        return tl.reshape(tl.join(first + second, first - second), (rows, lanes))
+
+    @triton.jit
+    def _four(x, rows: tl.constexpr, lanes: tl.constexpr):  # type: ignore[no-untyped-def]
+        first, second = tl.split(tl.reshape(x, (rows, lanes // 2, 2)))
+        total, less = _two(first + second, rows, lanes // 2), _two(first - second, rows, lanes // 2)
+        return tl.reshape(tl.join(total, less), (rows, lanes))
+
+    @triton.jit
+    def _spread(x, rows: tl.constexpr, lanes: tl.constexpr):  # type: ignore[no-untyped-def]
+        # As `plain_spread`, for eights: neighbours are in one thread's registers, and nothing moves.
+        first, second = tl.split(tl.reshape(x, (rows, lanes // 2, 2)))
+        total, less = _four(first + second, rows, lanes // 2), _four(first - second, rows, lanes // 2)
+        return tl.reshape(tl.join(total, less), (rows, lanes)) * 0.3535533905932738
+
+    @triton.jit
+    def _spans_kernel(  # type: ignore[no-untyped-def]
+        x_ptr, sum_ptr, low_ptr, high_ptr, tokens, batch_stride, row_stride, spreads: tl.constexpr, each: tl.constexpr,
+        rows: tl.constexpr, lanes: tl.constexpr,
+    ):  # fmt: skip
+        head, part, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+        lane = tl.arange(0, lanes)
+        total = tl.zeros((lanes,), tl.float32)
+        low, high = total + float("inf"), total - float("inf")
+        for first in range(0, each, rows):
+            row = part * each + first + tl.arange(0, rows)[:, None]
+            here = row < tokens
+            at = batch.to(tl.int64) * batch_stride + row.to(tl.int64) * row_stride + head * lanes + lane[None, :]
+            x = tl.load(x_ptr + at, mask=here, other=0.0).to(tl.float32)
+            if spreads:
+                x = _spread(x, rows, lanes)
+            total += tl.sum(x, axis=0)
+            low = tl.minimum(low, tl.min(tl.where(here, x, float("inf")), axis=0))
+            high = tl.maximum(high, tl.max(tl.where(here, x, -float("inf")), axis=0))
+        at = ((batch * tl.num_programs(1) + part) * tl.num_programs(0) + head) * lanes + lane
+        tl.store(sum_ptr + at, total)
+        tl.store(low_ptr + at, low)
+        tl.store(high_ptr + at, high)
+
+    @triton.jit
+    def _narrow_kernel(  # type: ignore[no-untyped-def]
+        x_ptr, to_ptr, scale_ptr, mean_ptr, tokens, batch_stride, row_stride, spreads: tl.constexpr,
+        centres: tl.constexpr, whole: tl.constexpr, rows: tl.constexpr, lanes: tl.constexpr, largest: tl.constexpr,
+    ):  # fmt: skip
+        head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
+        heads = tl.num_programs(1)
+        row = tl.program_id(0).to(tl.int64) * rows + tl.arange(0, rows)[:, None]
+        lane = tl.arange(0, lanes)[None, :]
+        here = row < tokens
+        at = head * lanes + lane
+        x = tl.load(x_ptr + batch * batch_stride + row * row_stride + at, mask=here, other=0.0).to(tl.float32)
+        if spreads:
+            x = _spread(x, rows, lanes)
+        if centres:
+            x -= tl.load(mean_ptr + batch * heads * lanes + at)
+        x *= 1.0 / tl.load(scale_ptr + batch * heads + head)
+        if whole:
+            x = tl.floor(x + 0.5)
+        x = tl.minimum(tl.maximum(x, -largest), largest)
+        tl.store(to_ptr + (batch * tokens + row) * heads * lanes + at, x.to(to_ptr.dtype.element_ty), mask=here)
+
 
 def rows_in_e4m3(x: Tensor) -> tuple[Tensor, Tensor]:
     """The rows of a (rows, columns) matrix in e4m3, and their scales as (rows, 1) float32: x ≈ q · scale."""
     scale = (x.abs().amax(dim=-1, keepdim=True).float() / E4M3_MAX).clamp(min=SMALLEST)
     return (x.float() / scale).clamp(-E4M3_MAX, E4M3_MAX).to(E4M3), scale
-
-
-def rows_of_heads(x: Tensor) -> tuple[Tensor, Tensor]:
-    """A (batch, tokens, heads, dimension) tensor in e4m3, with (batch, heads) float32 scales: x ≈ q · scale."""
-    scale = (x.abs().amax(dim=(1, 3)).float() / E4M3_MAX).clamp(min=SMALLEST)
-    return (x.float() / scale[:, None, :, None]).clamp(-E4M3_MAX, E4M3_MAX).to(E4M3), scale
 
 
 def _fused(x: Tensor) -> bool:
@@ -274,40 +334,39 @@ def plain_joint_qkv(
 
 @torch.library.triton_op("vidgen::turned_qk", mutates_args=())
 def turned_qk(
-    qkv: Tensor, norm_q: Tensor, norm_k: Tensor, cos: Tensor, sin: Tensor, heads: int, eps: float, narrow: bool
+    qkv: Tensor, norm_q: Tensor, norm_k: Tensor, cos: Tensor, sin: Tensor, heads: int, eps: float
 ) -> tuple[Tensor, Tensor]:
     """Query and key, each (batch, tokens, heads, dimension), of a (batch, tokens, 3 · heads · dimension) projection.
 
-    They are RMS-normalised over all heads together by the (heads · dimension) weights, turned by the (tokens,
-    dimension) cosines and sines, which hold each number twice, and `narrow` rounded to e4m3.
+    They are RMS-normalised over all heads together by the (heads · dimension) weights, and turned by the (tokens,
+    dimension) cosines and sines, which hold each number twice.
     """
     if not _fused(qkv):
-        return plain_turned_qk(qkv, norm_q, norm_k, cos, sin, heads, eps, narrow=narrow)
+        return plain_turned_qk(qkv, norm_q, norm_k, cos, sin, heads, eps)
     batch, tokens, width = qkv.shape
     dimension = width // 3 // heads
     qkv, cos, sin = qkv.contiguous(), cos.float().contiguous(), sin.float().contiguous()
-    kind = E4M3 if narrow else qkv.dtype
-    made = tuple(qkv.new_empty((batch, tokens, heads, dimension), dtype=kind) for _ in range(2))
+    made = tuple(qkv.new_empty((batch, tokens, heads, dimension)) for _ in range(2))
     for which, (target, weight) in enumerate(zip(made, (norm_q, norm_k), strict=True)):
         wrap_triton(_turned_kernel)[(batch * tokens,)](
             qkv, target, weight, cos, sin, tokens, heads, eps, which=which, pairs=dimension // 2,
-            head_block=triton.next_power_of_2(heads), narrow=narrow, largest=E4M3_MAX, num_warps=8,
+            head_block=triton.next_power_of_2(heads), num_warps=8,
         )  # fmt: skip
     return made[0], made[1]
 
 
 def plain_turned_qk(
-    qkv: Tensor, norm_q: Tensor, norm_k: Tensor, cos: Tensor, sin: Tensor, heads: int, eps: float, *, narrow: bool
+    qkv: Tensor, norm_q: Tensor, norm_k: Tensor, cos: Tensor, sin: Tensor, heads: int, eps: float
 ) -> tuple[Tensor, Tensor]:
     """`turned_qk` in plain torch."""
     made = []
     for x, weight in zip(qkv.chunk(3, dim=-1)[:2], (norm_q, norm_k), strict=True):
         normed = torch.nn.functional.rms_norm(x.float(), x.shape[-1:], weight.float(), eps).to(x.dtype)
-        made.append(_turned(normed.unflatten(-1, (heads, -1)), cos[:, None, ::2], sin[:, None, 1::2], narrow=narrow))
+        made.append(_turned(normed.unflatten(-1, (heads, -1)), cos[:, None, ::2], sin[:, None, 1::2]))
     return made[0], made[1]
 
 
-def _turned(x: Tensor, cos: Tensor, sin: Tensor, *, narrow: bool) -> Tensor:
+def _turned(x: Tensor, cos: Tensor, sin: Tensor, *, narrow: bool = False) -> Tensor:
     first, second = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     turned = torch.stack([first * cos - second * sin, first * sin + second * cos], -1).flatten(-2)
     return turned.clamp(-E4M3_MAX, E4M3_MAX).to(E4M3) if narrow else turned.to(x.dtype)
@@ -320,22 +379,109 @@ def _joined(parts: Sequence[Tensor]) -> Tensor:
     return torch.cat([part.view(torch.uint8) for part in parts], dim=1).view(E4M3)
 
 
-@torch.library.custom_op("vidgen::attended_e4m3", mutates_args=())
-def attended_e4m3(query: Tensor, key: Tensor, value: Tensor, value_scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Attention in FP8 by FlashAttention 3: e4m3 (batch, tokens, heads, dimension) each, `dtype` comes out.
+@torch.library.triton_op("vidgen::spans", mutates_args=())
+def spans(x: Tensor, spreads: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum, least and largest over the tokens of (batch, tokens, heads, dimension), each (batch, heads, dimension).
 
-    `value_scale` is (batch, heads); queries and keys have none. Products and softmax are summed up in float32.
+    In float32, and `spreads` of what `plain_spread` makes of it.
     """
+    if not _fused(x) or x.shape[-1] != DIMENSION:
+        wide = plain_spread(x.float()) if spreads else x.float()
+        return wide.sum(1), wide.amin(1), wide.amax(1)
+    batch, tokens, heads, dimension = x.shape
+    x = x if x.stride(3) == 1 and x.stride(2) == dimension else x.contiguous()
+    parts = -(-tokens // TOKENS)
+    made = [x.new_empty((batch, parts, heads, dimension), dtype=torch.float32) for _ in range(3)]
+    wrap_triton(_spans_kernel)[(heads, parts, batch)](
+        x, *made, tokens, x.stride(0), x.stride(1), spreads=spreads, each=TOKENS, rows=ROWS, lanes=dimension,
+        num_warps=4,
+    )  # fmt: skip
+    return made[0].sum(1), made[1].amin(1), made[2].amax(1)
+
+
+@torch.library.triton_op("vidgen::narrowed", mutates_args=())
+def narrowed(x: Tensor, scale: Tensor, mean: Tensor | None, spreads: bool, kind: torch.dtype) -> Tensor:
+    """(x - mean) / scale in 8 bits, x as `spans` takes it; `scale` is (batch, heads), `mean` (batch, heads, dimension).
+
+    `kind` is int8, rounded to the nearest, or e4m3.
+    """
+    whole = kind == torch.int8
+    largest = INT8_MAX if whole else E4M3_MAX
+    if not _fused(x) or x.shape[-1] != DIMENSION:
+        wide = plain_spread(x.float()) if spreads else x.float()
+        wide = (wide if mean is None else wide - mean[:, None]) * (1.0 / scale)[:, None, :, None]
+        wide = torch.floor(wide + 0.5) if whole else wide
+        return wide.clamp(-largest, largest).to(kind)
+    batch, tokens, heads, dimension = x.shape
+    x = x if x.stride(3) == 1 and x.stride(2) == dimension else x.contiguous()
+    made = torch.empty(x.shape, dtype=kind, device=x.device)
+    wrap_triton(_narrow_kernel)[(triton.cdiv(tokens, ROWS), heads, batch)](
+        x, made, scale.contiguous(), scale if mean is None else mean.contiguous(), tokens, x.stride(0), x.stride(1),
+        spreads=spreads, centres=mean is not None, whole=whole, rows=ROWS, lanes=dimension, largest=largest,
+        num_warps=4,
+    )  # fmt: skip
+    return made
+
+
+def plain_spread(x: Tensor) -> Tensor:
+    """Turn each eight neighbours of the last dimension by a Hadamard matrix: products of two such stay the same.
+
+    So one channel that is far larger than the others shares its size with seven before it sets the scale of all.
+    """
+    size = math.gcd(x.shape[-1], 8)
+    turn = torch.ones(1, 1, device=x.device)
+    while len(turn) < size:
+        turn = torch.cat([torch.cat([turn, turn], 1), torch.cat([turn, -turn], 1)])
+    return (x.unflatten(-1, (-1, size)) @ turn).flatten(-2) * size**-0.5
+
+
+def attended(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """Attention in 8 bits, of (batch, tokens, heads, dimension) each: scores of int8, sums of e4m3.
+
+    Queries and keys have one scale a head, values, too. Three things are exact, and make the numbers small: queries and
+    keys are turned together (`plain_spread`), softmax is the same for keys less their mean, and as its rows sum up to
+    one the mean of the values can be taken off and put back.
+    """
+    given, scales, means = [], [], []
+    for x, spreads, centres, kind in ((query, True, False, torch.int8), (key, True, True, torch.int8),
+                                      (value, False, True, E4M3)):  # fmt: skip
+        total, low, high = spans(x, spreads)
+        mean = total / x.shape[1] if centres else None
+        farthest = torch.maximum(high, -low) if mean is None else torch.maximum(high - mean, mean - low)
+        scale = (farthest.amax(-1) / (INT8_MAX if kind == torch.int8 else E4M3_MAX)).clamp(min=SMALLEST)
+        given.append(narrowed(x, scale, mean, spreads, kind))
+        scales.append(scale)
+        means.append(mean)
+    made: Tensor = attended_narrow(*given, *scales, value.dtype)
+    return made + means[2][:, None].to(made.dtype)
+
+
+@torch.library.custom_op("vidgen::attended_narrow", mutates_args=())
+def attended_narrow(
+    query: Tensor, key: Tensor, value: Tensor, query_scale: Tensor, key_scale: Tensor, value_scale: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
+    """Attention by our FlashAttention 3 of int8 queries and keys and e4m3 values, with (batch, heads) scales.
+
+    Scores are summed up in int32, which is exact, softmax and output in float32.
+    """
+    scales = (query_scale, key_scale, value_scale)
     if not query.is_cuda:
-        given = [part.to(dtype).transpose(1, 2) for part in (query, key, value)]
-        given[2] = given[2] * value_scale[:, :, None, None].to(dtype)
+        given = [(part.float() * scale[:, None, :, None]).to(dtype).transpose(1, 2)
+                 for part, scale in zip((query, key, value), scales, strict=True)]  # fmt: skip
         return torch.nn.functional.scaled_dot_product_attention(*given).transpose(1, 2).contiguous()
     from flash_attn_interface import flash_attn_func
 
-    made: Tensor = flash_attn_func(query, key, value, v_descale=value_scale)
+    # Its kernel for 8 bits takes three of one type: deploy/flash-attention-3/build.py has it read int8 in two of them.
+    made: Tensor = flash_attn_func(
+        query.view(E4M3), key.view(E4M3), value, q_descale=query_scale, k_descale=key_scale, v_descale=value_scale
+    )
     return made.to(dtype)
 
 
-@attended_e4m3.register_fake
-def _(query: Tensor, key: Tensor, value: Tensor, value_scale: Tensor, dtype: torch.dtype) -> Tensor:
+@attended_narrow.register_fake
+def _(
+    query: Tensor, key: Tensor, value: Tensor, query_scale: Tensor, key_scale: Tensor, value_scale: Tensor,
+    dtype: torch.dtype,
+) -> Tensor:  # fmt: skip
     return query.new_empty(query.shape, dtype=dtype)
