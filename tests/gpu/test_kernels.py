@@ -92,6 +92,14 @@ def test_heads_are_narrowed_as_torch_does_it(spreads: bool, kind: torch.dtype) -
     assert error(found, wide - mean[:, None]) < (0.01 if kind == torch.int8 else 0.03)
 
 
+def test_queries_are_narrowed_one_by_one_as_torch_does_it() -> None:
+    query = drawn(2, 1100, 5, 128) * drawn(2, 1100, 5, 1).exp()
+    found, scale = kernels.narrowed_by_token(query)
+    wanted = kernels.plain_spread(query.float())
+    assert error(scale, wanted.abs().amax(-1).transpose(1, 2) / 127) < 1e-5
+    assert error(found.float() * scale.transpose(1, 2)[..., None], wanted) < 0.01
+
+
 @pytest.mark.parametrize(("size", "allowed"), [(1.0, 0.045), (2.0, 0.06)])
 def test_attention_in_8_bits_is_close_to_attention(size: float, allowed: float) -> None:
     config = pytest.importorskip("flash_attn_config")

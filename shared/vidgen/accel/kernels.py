@@ -176,8 +176,9 @@ if HAS_TRITON:
 
     @triton.jit
     def _narrow_kernel(  # type: ignore[no-untyped-def]
-        x_ptr, to_ptr, scale_ptr, mean_ptr, tokens, batch_stride, row_stride, spreads: tl.constexpr,
-        centres: tl.constexpr, whole: tl.constexpr, rows: tl.constexpr, lanes: tl.constexpr, largest: tl.constexpr,
+        x_ptr, to_ptr, scale_ptr, mean_ptr, tokens, batch_stride, row_stride, by_row: tl.constexpr,
+        spreads: tl.constexpr, centres: tl.constexpr, whole: tl.constexpr, rows: tl.constexpr, lanes: tl.constexpr,
+        largest: tl.constexpr, smallest: tl.constexpr,
     ):  # fmt: skip
         head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
         heads = tl.num_programs(1)
@@ -190,7 +191,12 @@ if HAS_TRITON:
             x = _spread(x, rows, lanes)
         if centres:
             x -= tl.load(mean_ptr + batch * heads * lanes + at)
-        x *= 1.0 / tl.load(scale_ptr + batch * heads + head)
+        if by_row:
+            scale = tl.maximum(tl.max(tl.abs(x), axis=1) / largest, smallest)[:, None]
+            tl.store(scale_ptr + (batch * heads + head) * tokens + row, scale, mask=here)
+            x *= 1.0 / scale
+        else:
+            x *= 1.0 / tl.load(scale_ptr + batch * heads + head)
         if whole:
             x = tl.floor(x + 0.5)
         x = tl.minimum(tl.maximum(x, -largest), largest)
@@ -405,20 +411,42 @@ def narrowed(x: Tensor, scale: Tensor, mean: Tensor | None, spreads: bool, kind:
 
     `kind` is int8, rounded to the nearest, or e4m3.
     """
-    whole = kind == torch.int8
-    largest = INT8_MAX if whole else E4M3_MAX
     if not _fused(x) or x.shape[-1] != DIMENSION:
         wide = plain_spread(x.float()) if spreads else x.float()
-        wide = (wide if mean is None else wide - mean[:, None]) * (1.0 / scale)[:, None, :, None]
-        wide = torch.floor(wide + 0.5) if whole else wide
-        return wide.clamp(-largest, largest).to(kind)
+        wide = wide if mean is None else wide - mean[:, None]
+        return _rounded(wide * (1.0 / scale)[:, None, :, None], kind)
+    return _narrowed(x, scale.contiguous(), mean, kind, by_row=False, spreads=spreads)
+
+
+@torch.library.triton_op("vidgen::narrowed_by_token", mutates_args=())
+def narrowed_by_token(x: Tensor) -> tuple[Tensor, Tensor]:
+    """What `plain_spread` makes of (batch, tokens, heads, dimension) in int8, with (batch, heads, tokens) scales."""
+    batch, tokens, heads, dimension = x.shape
+    if not _fused(x) or dimension != DIMENSION:
+        wide = plain_spread(x.float())
+        found = (wide.abs().amax(-1) / INT8_MAX).clamp(min=SMALLEST)
+        return _rounded(wide * (1.0 / found)[..., None], torch.int8), found.transpose(1, 2).contiguous()
+    scale = torch.empty((batch, heads, tokens), dtype=torch.float32, device=x.device)
+    return _narrowed(x, scale, None, torch.int8, by_row=True, spreads=True), scale
+
+
+def _rounded(x: Tensor, kind: torch.dtype) -> Tensor:
+    if kind == torch.int8:
+        return torch.floor(x + 0.5).clamp(-INT8_MAX, INT8_MAX).to(kind)
+    return x.clamp(-E4M3_MAX, E4M3_MAX).to(kind)
+
+
+def _narrowed(
+    x: Tensor, scale: Tensor, mean: Tensor | None, kind: torch.dtype, *, by_row: bool, spreads: bool
+) -> Tensor:
     batch, tokens, heads, dimension = x.shape
     x = x if x.stride(3) == 1 and x.stride(2) == dimension else x.contiguous()
     made = torch.empty(x.shape, dtype=kind, device=x.device)
-    wrap_triton(_narrow_kernel)[(triton.cdiv(tokens, ROWS), heads, batch)](
-        x, made, scale.contiguous(), scale if mean is None else mean.contiguous(), tokens, x.stride(0), x.stride(1),
-        spreads=spreads, centres=mean is not None, whole=whole, rows=ROWS, lanes=dimension, largest=largest,
-        num_warps=4,
+    whole = kind == torch.int8
+    wrap_triton(_narrow_kernel)[(-(-tokens // ROWS), heads, batch)](
+        x, made, scale, scale if mean is None else mean.contiguous(), tokens, x.stride(0), x.stride(1), by_row=by_row,
+        spreads=spreads, centres=mean is not None, whole=whole, rows=ROWS, lanes=dimension,
+        largest=INT8_MAX if whole else E4M3_MAX, smallest=SMALLEST, num_warps=4,
     )  # fmt: skip
     return made
 
@@ -438,22 +466,21 @@ def plain_spread(x: Tensor) -> Tensor:
 def attended(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Attention in 8 bits, of (batch, tokens, heads, dimension) each: scores of int8, sums of e4m3.
 
-    Queries and keys have one scale a head, values, too. Three things are exact, and make the numbers small: queries and
-    keys are turned together (`plain_spread`), softmax is the same for keys less their mean, and as its rows sum up to
-    one the mean of the values can be taken off and put back.
+    A query has a scale of its own, the keys and the values of a head one. Three things are exact, and make the numbers
+    small: queries and keys are turned together (`plain_spread`), softmax is the same for keys less their mean, and as
+    its rows sum up to one the mean of the values can be taken off and put back.
     """
-    given, scales, means = [], [], []
-    for x, spreads, centres, kind in ((query, True, False, torch.int8), (key, True, True, torch.int8),
-                                      (value, False, True, E4M3)):  # fmt: skip
-        total, low, high = spans(x, spreads)
-        mean = total / x.shape[1] if centres else None
-        farthest = torch.maximum(high, -low) if mean is None else torch.maximum(high - mean, mean - low)
-        scale = (farthest.amax(-1) / (INT8_MAX if kind == torch.int8 else E4M3_MAX)).clamp(min=SMALLEST)
-        given.append(narrowed(x, scale, mean, spreads, kind))
+    turned, query_scale = narrowed_by_token(query)
+    given, scales, mean = [turned], [query_scale], query_scale
+    for x, kind, largest in ((key, torch.int8, INT8_MAX), (value, E4M3, E4M3_MAX)):
+        scores = kind == torch.int8
+        total, low, high = spans(x, scores)
+        mean = total / x.shape[1]
+        scale = (torch.maximum(high - mean, mean - low).amax(-1) / largest).clamp(min=SMALLEST)
+        given.append(narrowed(x, scale, mean, scores, kind))
         scales.append(scale)
-        means.append(mean)
     made: Tensor = attended_narrow(*given, *scales, value.dtype)
-    return made + means[2][:, None].to(made.dtype)
+    return made + mean[:, None].to(made.dtype)
 
 
 @torch.library.custom_op("vidgen::attended_narrow", mutates_args=())
@@ -463,19 +490,22 @@ def attended_narrow(
 ) -> Tensor:  # fmt: skip
     """Attention by our FlashAttention 3 of int8 queries and keys and e4m3 values, with (batch, heads) scales.
 
+    Those of the queries are (batch, heads, tokens).
     Scores are summed up in int32, which is exact, softmax and output in float32.
     """
-    scales = (query_scale, key_scale, value_scale)
     if not query.is_cuda:
-        given = [(part.float() * scale[:, None, :, None]).to(dtype).transpose(1, 2)
+        scales = (query_scale, key_scale[..., None], value_scale[..., None])
+        given = [(part.float().transpose(1, 2) * scale[..., None]).to(dtype)
                  for part, scale in zip((query, key, value), scales, strict=True)]  # fmt: skip
         return torch.nn.functional.scaled_dot_product_attention(*given).transpose(1, 2).contiguous()
     from flash_attn_interface import flash_attn_func
 
-    # Its kernel for 8 bits takes three of one type: deploy/flash-attention-3/build.py has it read int8 in two of them.
+    # Its kernel for 8 bits takes three of one type, and a scale a head: deploy/flash-attention-3/build.py has it read
+    # int8 in two of them, and the scales of all of a head's queries behind the first one's.
     made: Tensor = flash_attn_func(
-        query.view(E4M3), key.view(E4M3), value, q_descale=query_scale, k_descale=key_scale, v_descale=value_scale
-    )
+        query.view(E4M3), key.view(E4M3), value, q_descale=query_scale[..., 0], k_descale=key_scale,
+        v_descale=value_scale,
+    )  # fmt: skip
     return made.to(dtype)
 
 

@@ -227,7 +227,8 @@ def test_the_operators_agree_with_their_declared_shapes() -> None:
         for kind in (torch.int8, kernels.E4M3):
             torch.library.opcheck(kernels.narrowed, (heads, scale, mean, True, kind), test_utils=checks)
     parts = [heads.to(kind) for kind in (torch.int8, torch.int8, kernels.E4M3)]
-    given = (*parts, scale, scale, scale, torch.bfloat16)
+    torch.library.opcheck(kernels.narrowed_by_token, (heads,), test_utils=checks)
+    given = (*parts, torch.ones(1, 2, 5), scale, scale, torch.bfloat16)
     torch.library.opcheck(kernels.attended_narrow, given, test_utils=("test_faketensor",))
 
 
