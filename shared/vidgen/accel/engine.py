@@ -200,7 +200,9 @@ class DiffusersEngine(abc.ABC):
         )  # fmt: skip
 
     def _tried(self, rehearse: Callable[[], object]) -> tuple[trial.Verdict, ...]:
-        folder = self.layout.compile_cache or Path(torch._inductor.runtime.cache_dir_utils.cache_dir())
+        from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+        folder = self.layout.compile_cache or Path(cache_dir())  # with what is compiled
         name = trial.fingerprint(self.transformers(), self.info.profile, torch.cuda.get_device_name(self._device))
         found = trial.kept(folder, name)
         if found is None:
