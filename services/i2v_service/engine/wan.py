@@ -88,7 +88,7 @@ class WanI2VEngine(DiffusersEngine):
             return super().setup()
         self._partner.start()
         super().setup()
-        self._timed("partner", functools.partial(self._partner.ready, self.info))
+        self._timed("partner", functools.partial(self._partner.ready, self.info, [one.narrow for one in self.verdicts]))
         return self.load_seconds
 
     def _dtypes(self, found: weights.Weights, dtype: torch.dtype) -> dict[str, torch.dtype]:
