@@ -25,11 +25,11 @@ VERSION = "3.0.0"
 SOURCES = ("flash_api_stable.cpp", "instantiations/flash_fwd_hdim128_bf16_sm90.cu",
            "instantiations/flash_fwd_hdim128_e4m3_sm90.cu", "flash_prepare_scheduler.cu")  # fmt: skip
 DISABLED = (
-    "BACKWARD", "PAGEDKV", "SPLIT", "APPENDKV", "LOCAL", "SOFTCAP", "PACKGQA", "FP16", "VARLEN", "HDIM64",
-    "HDIM96", "HDIM192", "HDIM256", "SM8x",
+    "BACKWARD", "PAGEDKV", "SPLIT", "APPENDKV", "LOCAL", "SOFTCAP", "PACKGQA", "FP16", "HDIM64", "HDIM96", "HDIM192",
+    "HDIM256", "SM8x",
 )  # fmt: skip
 DIFFERING = ("HDIMDIFF64", "HDIMDIFF192")
-ENABLED = ("CLUSTER", "HDIM128", "FP8")
+ENABLED = ("CLUSTER", "HDIM128", "FP8", "VARLEN")
 # What is found so many times in a header, and what stands there instead.
 PATCHES = {
     "mainloop_fwd_sm90_tma_gmma_ws.hpp": (

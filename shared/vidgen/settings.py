@@ -263,6 +263,11 @@ class WorkerSettings(Settings):
         description="auto: blocks, on a GPU; full: the VAE too, which compiles anew at each size that comes, for half "
         "a minute or more.",
     )
+    cuda_graphs: Literal["auto", "off"] = Field(
+        "auto",
+        description="auto: the kernels of an edit's text encoder, and with FlashAttention 3 of its transformer, are "
+        "recorded and launched as one where the GPU holds the weights; off: one by one.",
+    )
     vae: Literal["auto", "stock"] = Field(
         "auto",
         description="auto: the VAE in fused kernels where the GPU is a Hopper, and frames that stand still encoded "
@@ -311,8 +316,8 @@ class WorkerSettings(Settings):
     def layout(self) -> dict[str, Any]:
         """How an engine is laid into the device: the fields of `vidgen.accel.engine.Layout`."""
         names = (
-            "device", "dtype", "profile", "attention", "compile", "vae", "compile_cache", "step_cache", "sleep_in",
-            "work_dir",
+            "device", "dtype", "profile", "attention", "compile", "cuda_graphs", "vae", "compile_cache", "step_cache",
+            "sleep_in", "work_dir",
         )  # fmt: skip
         return {name: getattr(self, name) for name in names}
 

@@ -16,7 +16,7 @@ from PIL import Image
 
 from edit_service.engine.references import Processors, Ready
 from vidgen import diffusion, images, profiles, weights
-from vidgen.accel import resume, vision
+from vidgen.accel import graphs, resume, vision
 from vidgen.accel.engine import DiffusersEngine, Layout
 from vidgen.accel.resume import Part
 from vidgen.contracts import MAX_REFERENCES, EditWork, Work
@@ -32,6 +32,8 @@ WARM_UP = EditWork(
     prompt="warm up", user_prompt="warm up", negative_prompt=" ", steps=2, true_cfg_scale=1.0, guidance_scale=1.0,
     seed=0, width=256, height=256, candidates=1,
 )  # fmt: skip
+LARGE = {"width": 1024, "height": 1024}
+DRAFT = {"width": 832, "height": 480, "reference_area": 832 * 480}
 
 
 @dataclass(frozen=True)
@@ -91,6 +93,7 @@ class QwenEditEngine(DiffusersEngine):
         condition_area: int = pipeline_qwenimage_edit_plus.CONDITION_IMAGE_SIZE
         self._processors = Processors(self._pipe, condition_area)
         vision.fuse_segments(self._pipe.text_encoder)
+        graphs.encode(self._graphs, self._pipe.text_encoder)
         self._multiple: int = self._pipe.vae_scale_factor * 2
 
     def prepare(self, work: Work, files: Sequence[Path]) -> Inputs:
@@ -203,10 +206,12 @@ class QwenEditEngine(DiffusersEngine):
         return super()._made_with() | areas
 
     def _warm_up(self) -> None:
-        grey = Image.new("RGB", (WARM_UP.width, WARM_UP.height), (128, 128, 128))
-        # Two lengths of text: at the second, compilation learns that lengths vary, and no prompt compiles any more.
-        for prompt in ("warm up", "warm up with a longer text"):
-            work = WARM_UP.model_copy(update={"prompt": prompt})
+        # Two sizes and two lengths of text: at the second, compilation learns that both vary, and compiles no more.
+        # Of graphs, too, two lengths that differ, and of the sizes that come most: theirs are recorded by then.
+        sizes = ({}, {}) if self._graphs is None else (LARGE, DRAFT)
+        for size, prompt in zip(sizes, ("warm up", " ".join(["warm up with a longer text"] * 16)), strict=True):
+            work = WARM_UP.model_copy(update={"prompt": prompt, **size})
+            grey = Image.new("RGB", (work.width, work.height), (128, 128, 128))
             self.generate(self._laid_out(work, (grey,)), lambda step, steps: None)
 
     def _refuse_control_tokens(self, work: EditWork) -> None:

@@ -42,14 +42,21 @@ class Attention:
     _parallel_config: Any = None
     narrow = False
 
-    def _attend(self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
-        """(batch, tokens, heads · dimension) for (batch, tokens, heads, dimension) each."""
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, lengths: Tensor | None = None
+    ) -> Tensor:
+        """(batch, tokens, heads · dimension) for (batch, tokens, heads, dimension) each.
+
+        With `lengths`, (batch,) int32, the keys behind so many are not seen.
+        """
         from diffusers.models.attention_dispatch import dispatch_attention_fn
 
         if self.narrow:
             if mask is not None:
                 raise ValueError("attention in 8 bits takes no mask")
-            return kernels.attended(query, key, value).flatten(2, 3)
+            return kernels.attended(query, key, value, lengths).flatten(2, 3)
+        if lengths is not None:
+            return kernels.attended_within(query, key, value, lengths).flatten(2, 3)
         made: Tensor = dispatch_attention_fn(
             query, key, value, attn_mask=mask, dropout_p=0.0, is_causal=False, backend=self._attention_backend,
             parallel_config=self._parallel_config,
@@ -68,10 +75,11 @@ class JointAttention(Attention):
         encoder_hidden_states_mask: Tensor | None = None,
         attention_mask: Tensor | None = None,
         image_rotary_emb: tuple[Tensor, Tensor] | None = None,
+        lengths: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         return self.of_projections(
             attn, attn.to_qkv(hidden_states), attn.to_added_qkv(encoder_hidden_states), encoder_hidden_states_mask,
-            attention_mask, image_rotary_emb,
+            attention_mask, image_rotary_emb, lengths,
         )  # fmt: skip
 
     def of_projections(
@@ -82,10 +90,12 @@ class JointAttention(Attention):
         text_mask: Tensor | None,
         mask: Tensor | None,
         freqs: tuple[Tensor, Tensor] | None,
+        lengths: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The attention's two outputs for its two projections, each (batch, tokens, 3 · width).
 
-        A (batch, text tokens) `text_mask` goes before a `mask` of all tokens.
+        A (batch, text tokens) `text_mask` goes before a `mask` of all tokens. With `lengths`, (batch,) int32, nobody
+        sees what lies behind so many tokens of image and text, in this order: text that is padded needs no mask.
         """
         assert freqs is not None
         if text_mask is not None:
@@ -94,11 +104,14 @@ class JointAttention(Attention):
         image_freqs, text_freqs = (torch.view_as_real(one) for one in freqs)
         query, key, value = kernels.joint_qkv(
             image, text, attn.norm_q.weight, attn.norm_k.weight, attn.norm_added_q.weight, attn.norm_added_k.weight,
-            image_freqs, text_freqs, attn.norm_q.eps, False,
+            image_freqs, text_freqs, attn.norm_q.eps, lengths,
         )  # fmt: skip
-        joint = self._attend(query, key, value, mask)
-        ended, begun = joint[:, text.shape[1] :], joint[:, : text.shape[1]]
-        return attn.to_out[0](ended.contiguous()), attn.to_add_out(begun.contiguous())
+        joint = self._attend(query, key, value, mask, lengths)
+        if lengths is None:
+            text_part, image_part = joint[:, : text.shape[1]], joint[:, text.shape[1] :]
+        else:
+            image_part, text_part = joint[:, : image.shape[1]], joint[:, image.shape[1] :]
+        return attn.to_out[0](image_part.contiguous()), attn.to_add_out(text_part.contiguous())
 
 
 class SelfAttention(Attention):
@@ -236,13 +249,14 @@ def _qwen_block(
         image_place = image_place + modulate_index.expand(batch, -1).flatten().to(torch.int32) * batch
     image = _Stream(hidden_states, image_tables, image_place, block.img_norm1.eps, block.img_norm2.eps)
     text = _Stream(encoder_hidden_states, text_tables, text_place, block.txt_norm1.eps, block.txt_norm2.eps)
-    mask = (joint_attention_kwargs or {}).get("attention_mask")
+    given = joint_attention_kwargs or {}
     qkv = block.attn.to_qkv.multiply(*image.first_rows(), dtype).unflatten(0, (batch, -1))
     added_qkv = block.attn.to_added_qkv.multiply(*text.first_rows(), dtype).unflatten(0, (batch, -1))
     processor: JointAttention = block.attn.processor
     image_out, text_out = processor.of_projections(
-        block.attn, qkv, added_qkv, encoder_hidden_states_mask, mask, image_rotary_emb
-    )
+        block.attn, qkv, added_qkv, encoder_hidden_states_mask, given.get("attention_mask"), image_rotary_emb,
+        given.get("lengths"),
+    )  # fmt: skip
     return text.ended(text_out, block.txt_mlp), image.ended(image_out, block.img_mlp)
 
 

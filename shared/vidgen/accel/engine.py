@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 import functools
 import time
 from collections.abc import Callable, Mapping
@@ -14,7 +15,7 @@ import structlog
 import torch
 
 from vidgen import diffusion, profiles, weights
-from vidgen.accel import blocks, fp8, ladder, residency, speed, stepcache, trial
+from vidgen.accel import blocks, fp8, graphs, ladder, residency, speed, stepcache, trial
 from vidgen.engine import EngineInfo, Generated, Rung
 from vidgen.errors import FatalError
 
@@ -29,6 +30,8 @@ class Layout:
     is none. `attention` auto is FlashAttention 3 where it is installed and the GPU is a Hopper, else torch's own; an
     engine that can rehearse narrows with it what `vidgen.accel.trial` proves.
     `compile` auto compiles the transformer's blocks on a GPU that holds them all, `full` the VAE too, `off` nothing.
+    `cuda_graphs` auto records the forwards of the edit's text encoder, and with FlashAttention 3 of its transformer
+    (`vidgen.accel.graphs`) on a GPU that holds their weights, `off` none.
     `vae` auto lets the VAE do less for the same result (`vidgen.accel.autoencoder`) where it is not compiled, `stock`
     leaves it.
     What is compiled is kept in `compile_cache` for the next start. With `step_cache` over 1 one step in so many is
@@ -41,6 +44,7 @@ class Layout:
     profile: str = "auto"
     attention: str = "auto"
     compile: str = "auto"
+    cuda_graphs: str = "auto"
     vae: str = "auto"
     compile_cache: Path | None = None
     step_cache: int = 1
@@ -69,6 +73,7 @@ class DiffusersEngine(abc.ABC):
         self._attention = "torch"
         self._pipe: Any
         self._residency: residency.Residency | None = None
+        self._graphs: graphs.Graphs | None = None
         self._rungs: tuple[Rung, ...] = ()  # none before the end of the warm-up: what has no room for that has none
 
     def setup(self) -> Mapping[str, float]:
@@ -122,6 +127,8 @@ class DiffusersEngine(abc.ABC):
             modules = [part for part in parts if isinstance(part, torch.nn.Module)]
             layout = self.layout
             self._residency = residency.Residency(modules, self._device, layout.sleep_in, layout.work_dir)
+        if self._graphs is not None:
+            self._graphs.drop()
         with diffusion.moving(f"{self.info.model} could not be put to sleep", self._device):
             self._residency.sleep()
 
@@ -172,7 +179,7 @@ class DiffusersEngine(abc.ABC):
 
     def _made_with(self) -> dict[str, object]:
         """What decides over the numbers besides model, profile and task: of a checkpoint, too, it must be the same."""
-        names = ("dtype", "attention", "compile", "vae", "step_cache")
+        names = ("dtype", "attention", "compile", "cuda_graphs", "vae", "step_cache")
         narrow = [one.narrow for one in self.verdicts]
         return {"loras": self._loras, "narrow": narrow, **{name: getattr(self.layout, name) for name in names}}
 
@@ -237,7 +244,8 @@ class DiffusersEngine(abc.ABC):
         taken: int = torch.cuda.memory_allocated(self._device)
         idle: int = torch.cuda.memory_reserved(self._device) - taken
         free: int = torch.cuda.mem_get_info(self._device)[0]
-        return min(total - taken, free + idle)
+        recorded = 0 if self._graphs is None else self._graphs.held()
+        return min(total - taken, free + idle) - recorded
 
     def _told(self, profile: profiles.Name) -> str:
         """The profile as others hear of it."""
@@ -258,10 +266,14 @@ class DiffusersEngine(abc.ABC):
         says that they would not.
         """
         rungs = ("one_by_one", *self._rungs) if at_once and self._rungs else self._rungs
-        return ladder.descend(
-            self._pipe, self._device, rungs,
-            lambda taken, left: attempt(not at_once or "one_by_one" in taken, left), state,
-        )  # fmt: skip
+
+        def tried(taken: tuple[Rung, ...], left: bytes | None) -> Generated:
+            with contextlib.ExitStack() as without:
+                if taken and self._graphs is not None:
+                    without.enter_context(self._graphs.paused())
+                return attempt(not at_once or "one_by_one" in taken, left)
+
+        return ladder.descend(self._pipe, self._device, rungs, tried, state)
 
     def _lay_out(self, profile: profiles.Name | None) -> None:
         if profile is None:
@@ -293,6 +305,8 @@ class DiffusersEngine(abc.ABC):
             speed.compile_blocks(transformers)
         if self.layout.compile == "full":
             speed.compile_vae(self._pipe.vae)
+        self._graphs = graphs.Graphs() if self.layout.cuda_graphs != "off" else None
+        speed.graph_predictions(transformers, self._attention, self._graphs)
 
     def _timed(self, phase: str, work: Callable[[], Any]) -> Any:
         begun = time.perf_counter()

@@ -27,29 +27,60 @@ if HAS_TRITON:
     import triton
     import triton.language as tl
 
+    # A row is worked on in `parts` of `block` numbers each, which are `whole` if they are all there. What bounds these
+    # kernels is as much the number of instructions as memory: exponentials and quotients without the care for the very
+    # smallest numbers, no rounding in between, no clamp where the conversion saturates by itself.
+
+    @triton.jit
+    def _gelu(value):  # type: ignore[no-untyped-def]
+        # 0.5 (1 + tanh z) is the sigmoid of 2 z, here with the factors of z and of a power of two in one.
+        power = value * (-2.3022081983 - 0.1029432396 * value * value)
+        power = tl.inline_asm_elementwise(
+            "ex2.approx.ftz.f32 $0, $1;", "=f,f", [power], dtype=tl.float32, is_pure=True, pack=1
+        )
+        return value * tl.inline_asm_elementwise(
+            "rcp.approx.ftz.f32 $0, $1;", "=f,f", [1.0 + power], dtype=tl.float32, is_pure=True, pack=1
+        )
+
+    @triton.jit
+    def _loaded(ptr, at, columns, whole: tl.constexpr):  # type: ignore[no-untyped-def]
+        if whole:
+            return tl.load(ptr + at)
+        return tl.load(ptr + at, mask=at < columns, other=0.0)
+
+    @triton.jit
+    def _stored(ptr, at, value, columns, whole: tl.constexpr):  # type: ignore[no-untyped-def]
+        if whole:
+            tl.store(ptr + at, value)
+        else:
+            tl.store(ptr + at, value, mask=at < columns)
+
     @triton.jit
     def _quantise_kernel(  # type: ignore[no-untyped-def]
         x_ptr, q_ptr, s_ptr, columns, stride, gelu: tl.constexpr, largest: tl.constexpr, smallest: tl.constexpr,
-        block: tl.constexpr,
+        block: tl.constexpr, parts: tl.constexpr, whole: tl.constexpr,
     ):  # fmt: skip
         row = tl.program_id(0).to(tl.int64)
         at = tl.arange(0, block)
-        here = at < columns
-        x = tl.load(x_ptr + row * stride + at, mask=here, other=0.0)
-        value = x.to(tl.float32)
-        if gelu:
-            inner = 0.7978845608028654 * (value + 0.044715 * value * value * value)
-            # 0.5 (1 + tanh z) is the sigmoid of 2 z; rounded as the unfused layer rounds it.
-            value = (value * tl.sigmoid(2.0 * inner)).to(x.dtype).to(tl.float32)
-        scale = tl.maximum(tl.max(tl.abs(value), axis=0) / largest, smallest)
-        scaled = tl.minimum(tl.maximum(value * (1.0 / scale), -largest), largest)
-        tl.store(q_ptr + row * columns + at, scaled.to(q_ptr.dtype.element_ty), mask=here)
+        values = ()
+        top = tl.zeros((block,), tl.float32)
+        for part in tl.static_range(parts):
+            value = _loaded(x_ptr + row * stride, at + part * block, columns, whole).to(tl.float32)
+            if gelu:
+                value = _gelu(value)
+            top = tl.maximum(top, tl.abs(value))
+            values = values + (value,)  # type: ignore[assignment]  # noqa: RUF005
+        scale = tl.maximum(tl.max(top, axis=0) / largest, smallest)
+        inverse = 1.0 / scale
+        for part in tl.static_range(parts):
+            scaled = (values[part] * inverse).to(q_ptr.dtype.element_ty)
+            _stored(q_ptr + row * columns, at + part * block, scaled, columns, whole)
         tl.store(s_ptr + row, scale)
 
     @triton.jit
     def _joint_kernel(  # type: ignore[no-untyped-def]
-        from_ptr, to_ptr, weight_ptr, freqs_ptr, tokens, before, total, heads, eps, which: tl.constexpr,
-        pairs: tl.constexpr, head_block: tl.constexpr, narrow: tl.constexpr, largest: tl.constexpr,
+        from_ptr, to_ptr, weight_ptr, freqs_ptr, lengths_ptr, tokens, before, total, heads, eps, which: tl.constexpr,
+        pairs: tl.constexpr, head_block: tl.constexpr, bounded: tl.constexpr,
     ):  # fmt: skip
         token = tl.program_id(0)
         batch = tl.program_id(1).to(tl.int64)
@@ -72,11 +103,11 @@ if HAS_TRITON:
             turned = tl.reshape(
                 tl.join(first * cos - second * sin, first * sin + second * cos), (head_block, pairs * 2)
             )
-            if narrow:
-                turned = tl.minimum(tl.maximum(turned, -largest), largest)
             tl.store(target, turned.to(to_ptr.dtype.element_ty), mask=here)
         else:
-            tl.store(target, x, mask=here)
+            if bounded:
+                x = tl.where(before + token < tl.load(lengths_ptr + batch), x, 0.0)
+            tl.store(target, x.to(to_ptr.dtype.element_ty), mask=here)
 
     @triton.jit
     def _turned_kernel(  # type: ignore[no-untyped-def]
@@ -107,29 +138,50 @@ if HAS_TRITON:
     def _modulated_kernel(  # type: ignore[no-untyped-def]
         x_ptr, added_ptr, gate_ptr, shift_ptr, scale_ptr, place_ptr, sum_ptr, q_ptr, s_ptr, columns, gate_stride,
         shift_stride, scale_stride, eps, adds: tl.constexpr, gated: tl.constexpr, largest: tl.constexpr,
-        smallest: tl.constexpr, block: tl.constexpr,
+        smallest: tl.constexpr, block: tl.constexpr, parts: tl.constexpr, whole: tl.constexpr,
     ):  # fmt: skip
         row = tl.program_id(0).to(tl.int64)
         at = tl.arange(0, block)
-        here = at < columns
         place = tl.load(place_ptr + row).to(tl.int64)
-        x = tl.load(x_ptr + row * columns + at, mask=here, other=0.0)
-        value = x.to(tl.float32)
-        if adds:
-            more = tl.load(added_ptr + row * columns + at, mask=here, other=0.0).to(tl.float32)
-            if gated:
-                more *= tl.load(gate_ptr + place * gate_stride + at, mask=here, other=0.0).to(tl.float32)
-            x = (value + more).to(x.dtype)
-            tl.store(sum_ptr + row * columns + at, x, mask=here)
+        values = ()
+        total = tl.zeros((block,), tl.float32)
+        for part in tl.static_range(parts):
+            here = at + part * block
+            x = _loaded(x_ptr + row * columns, here, columns, whole)
             value = x.to(tl.float32)
-        centred = tl.where(here, value - tl.sum(value, axis=0) / columns, 0.0)
-        spread = tl.rsqrt(tl.sum(centred * centred, axis=0) / columns + eps)
-        factor = 1.0 + tl.load(scale_ptr + place * scale_stride + at, mask=here, other=0.0).to(tl.float32)
-        shift = tl.load(shift_ptr + place * shift_stride + at, mask=here, other=0.0).to(tl.float32)
-        value = (centred * spread * factor + shift).to(x.dtype).to(tl.float32)
-        scale = tl.maximum(tl.max(tl.abs(value), axis=0) / largest, smallest)
-        scaled = tl.minimum(tl.maximum(value * (1.0 / scale), -largest), largest)
-        tl.store(q_ptr + row * columns + at, scaled.to(q_ptr.dtype.element_ty), mask=here)
+            if adds:
+                more = _loaded(added_ptr + row * columns, here, columns, whole).to(tl.float32)
+                if gated:
+                    more *= _loaded(gate_ptr + place * gate_stride, here, columns, whole).to(tl.float32)
+                x = (value + more).to(x.dtype)
+                _stored(sum_ptr + row * columns, here, x, columns, whole)
+                value = x.to(tl.float32)
+            total += value
+            values = values + (value,)  # type: ignore[assignment]  # noqa: RUF005
+        mean = tl.sum(total, axis=0) / columns
+        squares = tl.zeros((block,), tl.float32)
+        for part in tl.static_range(parts):
+            centred = values[part] - mean
+            if not whole:
+                centred = tl.where(at + part * block < columns, centred, 0.0)
+            squares += centred * centred
+        spread = tl.rsqrt(tl.sum(squares, axis=0) / columns + eps)
+        modulated = ()
+        top = tl.zeros((block,), tl.float32)
+        for part in tl.static_range(parts):
+            here = at + part * block
+            factor = 1.0 + _loaded(scale_ptr + place * scale_stride, here, columns, whole).to(tl.float32)
+            shift = _loaded(shift_ptr + place * shift_stride, here, columns, whole).to(tl.float32)
+            value = (values[part] - mean) * spread * factor + shift
+            if not whole:
+                value = tl.where(here < columns, value, 0.0)
+            top = tl.maximum(top, tl.abs(value))
+            modulated = modulated + (value,)  # type: ignore[assignment]  # noqa: RUF005
+        scale = tl.maximum(tl.max(top, axis=0) / largest, smallest)
+        inverse = 1.0 / scale
+        for part in tl.static_range(parts):
+            scaled = (modulated[part] * inverse).to(q_ptr.dtype.element_ty)
+            _stored(q_ptr + row * columns, at + part * block, scaled, columns, whole)
         tl.store(s_ptr + row, scale)
 
     @triton.jit
@@ -152,13 +204,15 @@ if HAS_TRITON:
 
     @triton.jit
     def _spans_kernel(  # type: ignore[no-untyped-def]
-        x_ptr, sum_ptr, low_ptr, high_ptr, tokens, batch_stride, row_stride, spreads: tl.constexpr, each: tl.constexpr,
-        rows: tl.constexpr, lanes: tl.constexpr,
+        x_ptr, sum_ptr, low_ptr, high_ptr, lengths_ptr, tokens, batch_stride, row_stride, bounded: tl.constexpr,
+        spreads: tl.constexpr, each: tl.constexpr, rows: tl.constexpr, lanes: tl.constexpr,
     ):  # fmt: skip
         head, part, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
         lane = tl.arange(0, lanes)
         total = tl.zeros((lanes,), tl.float32)
         low, high = total + float("inf"), total - float("inf")
+        if bounded:
+            tokens = tl.minimum(tokens, tl.load(lengths_ptr + batch))
         for first in range(0, each, rows):
             row = part * each + first + tl.arange(0, rows)[:, None]
             here = row < tokens
@@ -213,23 +267,32 @@ def _fused(x: Tensor) -> bool:
     return HAS_TRITON and x.is_cuda
 
 
-def _warps(block: int) -> int:
-    return min(8, max(4, block // 2048))  # as measured on a Hopper
+def _parts(columns: int) -> tuple[int, int]:
+    """A power of two, and how often it is taken for a row: exactly, if the row is three or five times one."""
+    for parts in (1, 3, 5):
+        block, rest = divmod(columns, parts)
+        if not rest and block & (block - 1) == 0:
+            return block, parts
+    return 1 << (columns - 1).bit_length(), 1
+
+
+def _warps(columns: int) -> int:
+    return 4 if columns <= 8192 else 8  # as measured on a Hopper
 
 
 @torch.library.triton_op("vidgen::quantise_rows", mutates_args=())
 def quantise_rows(x: Tensor, gelu: bool) -> tuple[Tensor, Tensor]:
     """The rows of a (rows, columns) matrix in e4m3 with their (rows, 1) float32 scales, after GELU (tanh) if asked."""
     if not _fused(x):
-        return rows_in_e4m3(torch.nn.functional.gelu(x, approximate="tanh") if gelu else x)
+        return rows_in_e4m3(torch.nn.functional.gelu(x.float(), approximate="tanh") if gelu else x)
     rows, columns = x.shape
     x = x if x.stride(-1) == 1 else x.contiguous()
     made = torch.empty((rows, columns), dtype=E4M3, device=x.device)
     scale = torch.empty((rows, 1), dtype=torch.float32, device=x.device)
-    block = triton.next_power_of_2(columns)
+    block, parts = _parts(columns)
     wrap_triton(_quantise_kernel)[(rows,)](
-        x, made, scale, columns, x.stride(0), gelu=gelu, largest=E4M3_MAX, smallest=SMALLEST, block=block,
-        num_warps=_warps(block),
+        x, made, scale, columns, x.stride(0), gelu=gelu, largest=E4M3_MAX, smallest=SMALLEST, block=block, parts=parts,
+        whole=block * parts == columns, num_warps=_warps(columns),
     )  # fmt: skip
     return made, scale
 
@@ -272,7 +335,7 @@ def _modulated(
     total = torch.empty_like(x) if added is not None else x
     made = torch.empty((rows, columns), dtype=E4M3, device=x.device)
     row_scale = torch.empty((rows, 1), dtype=torch.float32, device=x.device)
-    block = triton.next_power_of_2(columns)
+    block, parts = _parts(columns)
     # Tables may be slices of wider ones, or one row for all: only the numbers of a row must lie side by side.
     # The places of one batch may be one number for all.
     place = place.contiguous()
@@ -281,8 +344,8 @@ def _modulated(
     wrap_triton(_modulated_kernel)[(rows,)](
         x, x if added is None else added.contiguous(), shift if gate is None else gate, shift, scale, place, total,
         made, row_scale, columns, 0 if gate is None else gate.stride(0), shift.stride(0), scale.stride(0), eps,
-        adds=added is not None, gated=gate is not None, largest=E4M3_MAX, smallest=SMALLEST, block=block,
-        num_warps=_warps(block),
+        adds=added is not None, gated=gate is not None, largest=E4M3_MAX, smallest=SMALLEST, block=block, parts=parts,
+        whole=block * parts == columns, num_warps=_warps(columns),
     )  # fmt: skip
     return total, made, row_scale
 
@@ -290,39 +353,41 @@ def _modulated(
 @torch.library.triton_op("vidgen::joint_qkv", mutates_args=())
 def joint_qkv(
     image: Tensor, text: Tensor, norm_q: Tensor, norm_k: Tensor, norm_added_q: Tensor, norm_added_k: Tensor,
-    image_freqs: Tensor, text_freqs: Tensor, eps: float, narrow: bool,
+    image_freqs: Tensor, text_freqs: Tensor, eps: float, lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Query, key and value of text and image together, each (batch, text + image tokens, heads, head dimension).
 
     `image` and `text` are (batch, tokens, 3 · heads · dimension), query, key and value side by side; the queries and
-    keys are RMS-normalised over a head's dimension by the weights, turned by the (tokens, dimension / 2, 2) cosines
-    and sines, and `narrow` rounded to e4m3: what is normalised needs no scale.
+    keys are RMS-normalised over a head's dimension by the weights, and turned by the (tokens, dimension / 2, 2) cosines
+    and sines.
+
+    The text comes first. With `lengths`, (batch,) int32, it comes last, and behind so many tokens the values are 0.
     """
     norms, added = (norm_q, norm_k), (norm_added_q, norm_added_k)
     if not _fused(image):
-        return plain_joint_qkv(image, text, norms, added, image_freqs, text_freqs, eps, narrow=narrow)
+        return plain_joint_qkv(image, text, norms, added, image_freqs, text_freqs, eps, lengths)
     dimension = norm_q.shape[0]
     heads = image.shape[-1] // 3 // dimension
     total = text.shape[1] + image.shape[1]
-    kinds = (E4M3, E4M3, image.dtype) if narrow else (image.dtype,) * 3
-    made = tuple(image.new_empty((image.shape[0], total, heads, dimension), dtype=kind) for kind in kinds)
+    made = tuple(image.new_empty((image.shape[0], total, heads, dimension)) for _ in range(3))
+    text_at, image_at = (0, text.shape[1]) if lengths is None else (image.shape[1], 0)
     streams = (
-        (text.contiguous(), (*added, norm_added_k), text_freqs.contiguous(), 0),
-        (image.contiguous(), (*norms, norm_k), image_freqs.contiguous(), text.shape[1]),
+        (text.contiguous(), (*added, norm_added_k), text_freqs.contiguous(), text_at),
+        (image.contiguous(), (*norms, norm_k), image_freqs.contiguous(), image_at),
     )
     for stream, weights, freqs, before in streams:
         for which, (target, weight) in enumerate(zip(made, weights, strict=True)):
             wrap_triton(_joint_kernel)[(stream.shape[1], stream.shape[0])](
-                stream, target, weight, freqs, stream.shape[1], before, total, heads, eps, which=which,
-                pairs=dimension // 2, head_block=triton.next_power_of_2(heads), narrow=narrow, largest=E4M3_MAX,
-                num_warps=4,
+                stream, target, weight, freqs, freqs if lengths is None else lengths, stream.shape[1], before, total,
+                heads, eps, which=which, pairs=dimension // 2, head_block=triton.next_power_of_2(heads),
+                bounded=lengths is not None, num_warps=4,
             )  # fmt: skip
     return made[0], made[1], made[2]
 
 
 def plain_joint_qkv(
     image: Tensor, text: Tensor, norms: tuple[Tensor, Tensor], added: tuple[Tensor, Tensor], image_freqs: Tensor,
-    text_freqs: Tensor, eps: float, *, narrow: bool = False,
+    text_freqs: Tensor, eps: float, lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """`joint_qkv` in plain torch; `norms` and `added` are the weights of query and key of image and of text."""
     streams = []
@@ -332,10 +397,19 @@ def plain_joint_qkv(
             x = parts[index].float()
             x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
             x = x.to(stream.dtype) * weight.to(stream.dtype)
-            parts[index] = _turned(x, freqs[:, None, :, 0], freqs[:, None, :, 1], narrow=narrow)
+            parts[index] = _turned(x, freqs[:, None, :, 0], freqs[:, None, :, 1])
         streams.append(parts)
-    query, key, value = (_joined(pair) for pair in zip(*streams, strict=True))
+    query, key, value = (
+        torch.cat(pair, dim=1) for pair in zip(*(streams if lengths is None else streams[::-1]), strict=True)
+    )
+    if lengths is not None:
+        value = value.masked_fill(~within(lengths, value.shape[1])[:, :, None, None], 0)
     return query, key, value
+
+
+def within(lengths: Tensor, tokens: int) -> Tensor:
+    """(batch, tokens) booleans: which of so many tokens are among the first `lengths`."""
+    return torch.arange(tokens, device=lengths.device) < lengths[:, None]
 
 
 @torch.library.triton_op("vidgen::turned_qk", mutates_args=())
@@ -372,35 +446,32 @@ def plain_turned_qk(
     return made[0], made[1]
 
 
-def _turned(x: Tensor, cos: Tensor, sin: Tensor, *, narrow: bool = False) -> Tensor:
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     turned = torch.stack([first * cos - second * sin, first * sin + second * cos], -1).flatten(-2)
-    return turned.clamp(-E4M3_MAX, E4M3_MAX).to(E4M3) if narrow else turned.to(x.dtype)
-
-
-def _joined(parts: Sequence[Tensor]) -> Tensor:
-    """Text and image in one; as bytes, since not every build of torch joins e4m3."""
-    if parts[0].dtype != E4M3:
-        return torch.cat(list(parts), dim=1)
-    return torch.cat([part.view(torch.uint8) for part in parts], dim=1).view(E4M3)
+    return turned.to(x.dtype)
 
 
 @torch.library.triton_op("vidgen::spans", mutates_args=())
-def spans(x: Tensor, spreads: bool) -> tuple[Tensor, Tensor, Tensor]:
+def spans(x: Tensor, spreads: bool, lengths: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Sum, least and largest over the tokens of (batch, tokens, heads, dimension), each (batch, heads, dimension).
 
-    In float32, and `spreads` of what `plain_spread` makes of it.
+    In float32, and `spreads` of what `plain_spread` makes of it. With `lengths`, (batch,) int32, of the first ones.
     """
     if not _fused(x) or x.shape[-1] != DIMENSION:
         wide = plain_spread(x.float()) if spreads else x.float()
-        return wide.sum(1), wide.amin(1), wide.amax(1)
+        if lengths is None:
+            return wide.sum(1), wide.amin(1), wide.amax(1)
+        behind = ~within(lengths, x.shape[1])[:, :, None, None]
+        ends = (wide.masked_fill(behind, value) for value in (0.0, math.inf, -math.inf))
+        return next(ends).sum(1), next(ends).amin(1), next(ends).amax(1)
     batch, tokens, heads, dimension = x.shape
     x = x if x.stride(3) == 1 and x.stride(2) == dimension else x.contiguous()
     parts = -(-tokens // TOKENS)
     made = [x.new_empty((batch, parts, heads, dimension), dtype=torch.float32) for _ in range(3)]
     wrap_triton(_spans_kernel)[(heads, parts, batch)](
-        x, *made, tokens, x.stride(0), x.stride(1), spreads=spreads, each=TOKENS, rows=ROWS, lanes=dimension,
-        num_warps=4,
+        x, *made, made[0] if lengths is None else lengths, tokens, x.stride(0), x.stride(1),
+        bounded=lengths is not None, spreads=spreads, each=TOKENS, rows=ROWS, lanes=dimension, num_warps=4,
     )  # fmt: skip
     return made[0].sum(1), made[1].amin(1), made[2].amax(1)
 
@@ -463,55 +534,85 @@ def plain_spread(x: Tensor) -> Tensor:
     return (x.unflatten(-1, (-1, size)) @ turn).flatten(-2) * size**-0.5
 
 
-def attended(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+def attended(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor | None = None) -> Tensor:
     """Attention in 8 bits, of (batch, tokens, heads, dimension) each: scores of int8, sums of e4m3.
 
     A query has a scale of its own, the keys and the values of a head one. Three things are exact, and make the numbers
     small: queries and keys are turned together (`plain_spread`), softmax is the same for keys less their mean, and as
     its rows sum up to one the mean of the values can be taken off and put back.
+
+    With `lengths` only so many keys are seen, as in `attended_within`.
     """
     turned, query_scale = narrowed_by_token(query)
     given, scales, mean = [turned], [query_scale], query_scale
     for x, kind, largest in ((key, torch.int8, INT8_MAX), (value, E4M3, E4M3_MAX)):
         scores = kind == torch.int8
-        total, low, high = spans(x, scores)
-        mean = total / x.shape[1]
+        total, low, high = spans(x, scores, lengths)
+        mean = total / (x.shape[1] if lengths is None else lengths[:, None, None])
         scale = (torch.maximum(high - mean, mean - low).amax(-1) / largest).clamp(min=SMALLEST)
         given.append(narrowed(x, scale, mean, scores, kind))
         scales.append(scale)
-    made: Tensor = attended_narrow(*given, *scales, value.dtype)
+    made: Tensor = attended_narrow(*given, *scales, value.dtype, lengths)
     return made + mean[:, None].to(made.dtype)
 
 
 @torch.library.custom_op("vidgen::attended_narrow", mutates_args=())
 def attended_narrow(
     query: Tensor, key: Tensor, value: Tensor, query_scale: Tensor, key_scale: Tensor, value_scale: Tensor,
-    dtype: torch.dtype,
+    dtype: torch.dtype, lengths: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """Attention by our FlashAttention 3 of int8 queries and keys and e4m3 values, with (batch, heads) scales.
 
-    Those of the queries are (batch, heads, tokens).
+    Those of the queries are (batch, heads, tokens). With `lengths` only so many keys are seen, as in `attended_within`.
     Scores are summed up in int32, which is exact, softmax and output in float32.
     """
     if not query.is_cuda:
         scales = (query_scale, key_scale[..., None], value_scale[..., None])
-        given = [(part.float().transpose(1, 2) * scale[..., None]).to(dtype)
-                 for part, scale in zip((query, key, value), scales, strict=True)]  # fmt: skip
-        return torch.nn.functional.scaled_dot_product_attention(*given).transpose(1, 2).contiguous()
-    from flash_attn_interface import flash_attn_func
-
+        wide = [(part.float() * scale[..., None].transpose(1, 2)).to(dtype)
+                for part, scale in zip((query, key, value), scales, strict=True)]  # fmt: skip
+        return _plain_attended(wide[0], wide[1], wide[2], lengths)
     # Its kernel for 8 bits takes three of one type, and a scale a head: deploy/flash-attention-3/build.py has it read
     # int8 in two of them, and the scales of all of a head's queries behind the first one's.
-    made: Tensor = flash_attn_func(
-        query.view(E4M3), key.view(E4M3), value, q_descale=query_scale[..., 0], k_descale=key_scale,
-        v_descale=value_scale,
-    )  # fmt: skip
-    return made.to(dtype)
+    scales = (query_scale[..., 0], key_scale, value_scale)
+    return _flash3(query.view(E4M3), key.view(E4M3), value, lengths, scales).to(dtype)
 
 
 @attended_narrow.register_fake
 def _(
     query: Tensor, key: Tensor, value: Tensor, query_scale: Tensor, key_scale: Tensor, value_scale: Tensor,
-    dtype: torch.dtype,
+    dtype: torch.dtype, lengths: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     return query.new_empty(query.shape, dtype=dtype)
+
+
+@torch.library.custom_op("vidgen::attended_within", mutates_args=())
+def attended_within(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor) -> Tensor:
+    """Attention to the first `lengths` keys alone, by FlashAttention 3: (batch, tokens, heads, dimension) each.
+
+    `lengths` is (batch,) int32 and read on the device, by each replay of a graph anew.
+    """
+    if not query.is_cuda:
+        return _plain_attended(query, key, value, lengths)
+    return _flash3(query, key, value, lengths)
+
+
+@attended_within.register_fake
+def _(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor) -> Tensor:
+    return torch.empty_like(query)
+
+
+def _flash3(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor | None, scales: Sequence[Tensor] = ()) -> Tensor:
+    from flash_attn_interface import flash_attn_func, flash_attn_with_kvcache
+
+    told = dict(zip(("q_descale", "k_descale", "v_descale"), scales, strict=False))
+    made: Tensor = (
+        flash_attn_func(query, key, value, **told) if lengths is None
+        else flash_attn_with_kvcache(query, key, value, cache_seqlens=lengths, num_splits=1, **told)
+    )  # fmt: skip
+    return made
+
+
+def _plain_attended(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor | None) -> Tensor:
+    mask = None if lengths is None else within(lengths, key.shape[1])[:, None, None]
+    given = (part.transpose(1, 2) for part in (query, key, value))
+    return torch.nn.functional.scaled_dot_product_attention(*given, attn_mask=mask).transpose(1, 2).contiguous()

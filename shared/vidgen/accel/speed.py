@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from vidgen import profiles
-from vidgen.accel import autoencoder, blocks, kernels
+from vidgen.accel import autoencoder, blocks, graphs, kernels
 from vidgen.errors import FatalError
 
 # diffusers' names of the attention kernels, by ours.
@@ -60,6 +60,17 @@ def set_attention(model: Any, backend: str) -> None:
     # diffusers makes them the default of every model in the process too: this puts back what was.
     with attention_backend():
         model.set_attention_backend(backend)
+
+
+def graph_predictions(transformers: Sequence[nn.Module], attention: str, found: graphs.Graphs | None) -> None:
+    """Have the predictions of Qwen-Image's transformer answered by graphs where its attention allows that.
+
+    `attention` is what `choose_attention` said.
+    """
+    # The other kernels of attention have to be told on the host how many tokens there are.
+    told = PACKAGES.get(attention) == PACKAGES["flash3"] and not _left_out("VARLEN")
+    for model in transformers:
+        graphs.predict(found if told and graphs.predicts(model) else None, model)
 
 
 def keep_compiled(folder: Path) -> None:
@@ -125,9 +136,20 @@ def offloadable(pipe: Any) -> dict[str, nn.Module]:
 
 def has_eight_bits() -> bool:
     """Whether the FlashAttention 3 that is installed reads int8 queries and keys: ours does, the published one not."""
+    return bool(_build_flags().get("VIDGEN_INT8_SCORES", False))
+
+
+def _left_out(part: str) -> bool:
+    """Whether the FlashAttention 3 that is installed was built without a part."""
+    return bool(_build_flags().get(f"FLASHATTENTION_DISABLE_{part}", False))
+
+
+def _build_flags() -> dict[str, Any]:
+    """How the FlashAttention 3 that is installed was built, as far as it says."""
     if importlib.util.find_spec("flash_attn_config") is None:
-        return False
-    return bool(importlib.import_module("flash_attn_config").CONFIG["build_flags"].get("VIDGEN_INT8_SCORES", False))
+        return {}
+    flags: dict[str, Any] = importlib.import_module("flash_attn_config").CONFIG["build_flags"]
+    return flags
 
 
 def _allow_recompilation() -> None:

@@ -123,9 +123,11 @@ class _Watched(contextlib.AbstractContextManager["_Watched"]):
 
 
 def _both_ways(stock: Callable[..., Tensor], errors: list[Tensor]) -> Callable[..., Tensor]:
-    def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
-        wide = stock(query, key, value, mask)
-        errors.append(_error(kernels.attended(query, key, value).flatten(2, 3), wide))
+    def attend(
+        query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, lengths: Tensor | None = None
+    ) -> Tensor:
+        wide = stock(query, key, value, mask, lengths)
+        errors.append(_error(kernels.attended(query, key, value, lengths).flatten(2, 3), wide))
         return wide
 
     return attend

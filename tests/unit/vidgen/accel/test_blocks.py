@@ -212,8 +212,7 @@ def test_the_operators_agree_with_their_declared_shapes() -> None:
     joint = (torch.randn(1, 6, 3 * 2 * 16), torch.randn(1, 3, 3 * 2 * 16), *weights, *freqs, 1e-6)
     place, table = torch.zeros(4, dtype=torch.int32), torch.randn(1, 96)
     shift, scale, gate = table.chunk(3, dim=-1)
-    for narrow in (False, True):
-        torch.library.opcheck(kernels.joint_qkv, (*joint, narrow), test_utils=checks)
+    torch.library.opcheck(kernels.joint_qkv, joint, test_utils=checks)
     turned = (torch.randn(1, 6, 96), torch.ones(32), torch.ones(32), torch.randn(6, 16), torch.randn(6, 16))
     torch.library.opcheck(kernels.turned_qk, (*turned, 2, 1e-6), test_utils=checks)
     rows = torch.randn(4, 32), torch.randn(4, 32)
@@ -222,8 +221,8 @@ def test_the_operators_agree_with_their_declared_shapes() -> None:
         given = (*rows, one, shift, scale, place, 1e-6)
         torch.library.opcheck(kernels.added_modulated_rows, given, test_utils=checks)
     heads, scale = torch.randn(1, 5, 2, 16), torch.ones(1, 2)
-    for mean in (torch.randn(1, 2, 16), None):
-        torch.library.opcheck(kernels.spans, (heads, mean is None), test_utils=checks)
+    for mean, lengths in ((torch.randn(1, 2, 16), None), (None, torch.tensor([3], dtype=torch.int32))):
+        torch.library.opcheck(kernels.spans, (heads, mean is None, lengths), test_utils=checks)
         for kind in (torch.int8, kernels.E4M3):
             torch.library.opcheck(kernels.narrowed, (heads, scale, mean, True, kind), test_utils=checks)
     parts = [heads.to(kind) for kind in (torch.int8, torch.int8, kernels.E4M3)]

@@ -47,8 +47,8 @@ def spoilt(monkeypatch: pytest.MonkeyPatch, model: Any, *layers: int, by: float)
     for layer in layers:
         model.blocks[layer].attn1.to_qkv.register_forward_hook(lambda module, args, made: seen.append(made))
 
-    def attended(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        made = stock(query, key, value)
+    def attended(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor | None = None) -> Tensor:
+        made = stock(query, key, value, lengths)
         mine = any(value.untyped_storage().data_ptr() == one.untyped_storage().data_ptr() for one in seen)
         return made * (1 + by) if mine else made
 
@@ -84,7 +84,7 @@ def test_the_forward_decides_and_the_worst_layer_goes_first(model: Any, monkeypa
 
 
 def test_what_is_not_a_number_proves_nothing(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "attended", lambda query, key, value: torch.full_like(value, float("nan")))
+    monkeypatch.setattr(kernels, "attended", lambda query, key, value, lengths: torch.full_like(value, float("nan")))
     [found] = trial.tried([model], run(model))
     assert (found.narrow, found.error) == ((), 0.0)
 
