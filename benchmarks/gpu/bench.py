@@ -257,6 +257,7 @@ def picture(width: int, height: int) -> Image.Image:
 
 def through(engine: Any, work: Any, source: Path, folder: Path) -> dict[str, float]:
     """One task as the service runs it: prepare, generate, finish."""
+    getattr(engine, "_texts", {}).clear()  # every task has a text of its own here
     at = [time.perf_counter()]
     inputs = engine.prepare(work, [source])
     at.append(time.perf_counter())

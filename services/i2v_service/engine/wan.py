@@ -32,6 +32,8 @@ REHEARSAL = I2VWork(
     "and the camera follows her slowly.",
     negative_prompt="", steps=6, guidance_scale=1.0, seed=0, num_frames=33, fps=16, width=832, height=480,
 )  # fmt: skip
+TEXTS = 16  # that are remembered as the text encoder has them, 4 MB each
+TOKENS = 512  # of a text, as the pipeline has it
 
 
 @dataclass(frozen=True)
@@ -76,6 +78,7 @@ class WanI2VEngine(DiffusersEngine):
         layout: Layout = Layout(),  # noqa: B008  frozen
     ) -> None:
         super().__init__(model, revision, {"transformer": lora, "transformer_2": lora_2}, layout)
+        self._texts: dict[str, torch.Tensor] = {}
         self._partner: Partner | None = None
         if guidance_device is not None:
             other = replace(layout, device=guidance_device, step_cache=1)
@@ -129,8 +132,8 @@ class WanI2VEngine(DiffusersEngine):
         with diffusion.faults(steps), steps.on(self._pipe) as given:
             clip = self._pipe(
                 image=inputs.start,
-                prompt=work.prompt,
-                negative_prompt=work.negative_prompt,
+                prompt_embeds=self._embedded(work.prompt),
+                negative_prompt_embeds=self._embedded(work.negative_prompt) if scale > 1 else None,
                 num_inference_steps=work.steps,
                 guidance_scale=scale,
                 guidance_scale_2=scale_2,
@@ -143,6 +146,23 @@ class WanI2VEngine(DiffusersEngine):
             pixels = diffusion.to_pixels(clip[: work.num_frames])
             frames = diffusion.cropped(pixels, work.width, work.height).cpu().numpy()
         return Generated(Animated(work, frames), denoise_s=steps.denoise_s, decode_s=steps.decode_s())
+
+    def _embedded(self, text: str) -> torch.Tensor:
+        """What the text encoder makes of a text; of the last ones it is remembered, in the host's memory.
+
+        The negative prompt is the same for most tasks, and the prompt for the seeds of one.
+        """
+        found = self._texts.pop(text, None)
+        if found is None:
+            with torch.no_grad():
+                [made, _] = self._pipe.encode_prompt(
+                    text, do_classifier_free_guidance=False, max_sequence_length=TOKENS, device=self._device
+                )
+            found = made.cpu()
+        self._texts[text] = found  # the newest comes last
+        if len(self._texts) > TEXTS:
+            del self._texts[next(iter(self._texts))]
+        return found.to(self._device)
 
     def finish(self, output: Animated, folder: Path) -> tuple[Finished, ...]:
         """Write `video.mp4`, with the engine, the model and the seed in it, and its first frame as `poster.jpg`."""
