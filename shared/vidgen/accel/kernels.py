@@ -209,7 +209,8 @@ if HAS_TRITON:
     ):  # fmt: skip
         head, part, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
         lane = tl.arange(0, lanes)
-        total = tl.zeros((lanes,), tl.float32)
+        # Reduced once, at the end: that is what the threads have to wait for one another for.
+        total = tl.zeros((rows, lanes), tl.float32)
         low, high = total + float("inf"), total - float("inf")
         if bounded:
             tokens = tl.minimum(tokens, tl.load(lengths_ptr + batch))
@@ -220,13 +221,13 @@ if HAS_TRITON:
             x = tl.load(x_ptr + at, mask=here, other=0.0).to(tl.float32)
             if spreads:
                 x = _spread(x, rows, lanes)
-            total += tl.sum(x, axis=0)
-            low = tl.minimum(low, tl.min(tl.where(here, x, float("inf")), axis=0))
-            high = tl.maximum(high, tl.max(tl.where(here, x, -float("inf")), axis=0))
+            total += x
+            low = tl.minimum(low, tl.where(here, x, float("inf")))
+            high = tl.maximum(high, tl.where(here, x, -float("inf")))
         at = ((batch * tl.num_programs(1) + part) * tl.num_programs(0) + head) * lanes + lane
-        tl.store(sum_ptr + at, total)
-        tl.store(low_ptr + at, low)
-        tl.store(high_ptr + at, high)
+        tl.store(sum_ptr + at, tl.sum(total, axis=0))
+        tl.store(low_ptr + at, tl.min(low, axis=0))
+        tl.store(high_ptr + at, tl.max(high, axis=0))
 
     @triton.jit
     def _narrow_kernel(  # type: ignore[no-untyped-def]
