@@ -160,6 +160,7 @@ def test_where_memory_is_short_the_worker_goes_on_without_graphs(make: Make, mon
 
     computed = graphs.Prediction.computed
     monkeypatch.setattr(graphs.Prediction, "computed", full)
-    assert np.array_equal(pixels(engine), wanted)
-    assert (engine._graphs.held(), len(engine._graphs)) == (0, 0)
-    assert np.array_equal(pixels(engine), wanted)
+    for _ in range(2):
+        # Without graphs nothing is padded: the roundings of bfloat16 differ.
+        assert float(np.abs(pixels(engine).astype(int) - wanted).mean()) < 2
+        assert (engine._graphs.held(), len(engine._graphs)) == (0, 0)

@@ -29,7 +29,8 @@ if HAS_TRITON:
 
     # A row is worked on in `parts` of `block` numbers each, which are `whole` if they are all there. What bounds these
     # kernels is as much the number of instructions as memory: exponentials and quotients without the care for the very
-    # smallest numbers, no rounding in between, no clamp where the conversion saturates by itself.
+    # smallest numbers, no rounding in between, no clamp where the conversion saturates by itself. Compiled code gives
+    # an `eps` in float64, which must not spread.
 
     @triton.jit
     def _gelu(value):  # type: ignore[no-untyped-def]
@@ -79,35 +80,50 @@ if HAS_TRITON:
 
     @triton.jit
     def _joint_kernel(  # type: ignore[no-untyped-def]
-        from_ptr, to_ptr, weight_ptr, freqs_ptr, lengths_ptr, tokens, before, total, heads, eps, which: tl.constexpr,
-        pairs: tl.constexpr, head_block: tl.constexpr, bounded: tl.constexpr,
+        image_ptr, text_ptr, q_ptr, k_ptr, v_ptr, norm_q_ptr, norm_k_ptr, added_q_ptr, added_k_ptr, image_freqs_ptr,
+        text_freqs_ptr, lengths_ptr, image_tokens, text_tokens, heads, eps, pairs: tl.constexpr,
+        head_block: tl.constexpr, bounded: tl.constexpr,
     ):  # fmt: skip
-        token = tl.program_id(0)
+        place = tl.program_id(0).to(tl.int64)
         batch = tl.program_id(1).to(tl.int64)
+        which = tl.program_id(2)
         head = tl.arange(0, head_block)[:, None]
         lane = tl.arange(0, pairs * 2)[None, :]
         here = (head < heads) & (lane < pairs * 2)
         width = heads * pairs * 2
-        source = from_ptr + (batch * tokens + token) * width * 3 + which * width + head * pairs * 2 + lane
-        target = to_ptr + (batch * total + before + token) * width + head * pairs * 2 + lane
-        x = tl.load(source, mask=here, other=0.0)
+        if bounded:  # the text is behind the image, else before it
+            of_image = place < image_tokens
+            token = place if of_image else place - image_tokens
+        else:
+            of_image = place >= text_tokens
+            token = place - text_tokens if of_image else place
+        if of_image:
+            source = image_ptr + (batch * image_tokens + token) * width * 3
+            freqs = image_freqs_ptr + token * pairs * 2
+            weight = norm_q_ptr if which == 0 else norm_k_ptr
+        else:
+            source = text_ptr + (batch * text_tokens + token) * width * 3
+            freqs = text_freqs_ptr + token * pairs * 2
+            weight = added_q_ptr if which == 0 else added_k_ptr
+        at = head * pairs * 2 + lane
+        to = (batch * (image_tokens + text_tokens) + place) * width + at
+        x = tl.load(source + which * width + at, mask=here, other=0.0)
         if which < 2:
             value = x.to(tl.float32)
-            spread = tl.rsqrt(tl.sum(value * value, axis=1) / (pairs * 2) + eps)[:, None]
-            weight = tl.load(weight_ptr + lane).to(tl.float32)
+            spread = tl.rsqrt((tl.sum(value * value, axis=1) / (pairs * 2) + eps).to(tl.float32))[:, None]
             # Rounded after each of the two products, as the layer does it.
-            value = ((value * spread).to(x.dtype).to(tl.float32) * weight).to(x.dtype).to(tl.float32)
-            first, second = tl.split(tl.reshape(value, (head_block, pairs, 2)))
-            turns = tl.load(freqs_ptr + token * pairs * 2 + lane)
-            cos, sin = tl.split(tl.reshape(turns, (1, pairs, 2)))
+            value = (value * spread).to(x.dtype).to(tl.float32) * tl.load(weight + lane).to(tl.float32)
+            first, second = tl.split(tl.reshape(value.to(x.dtype).to(tl.float32), (head_block, pairs, 2)))
+            cos, sin = tl.split(tl.reshape(tl.load(freqs + lane), (1, pairs, 2)))
             turned = tl.reshape(
                 tl.join(first * cos - second * sin, first * sin + second * cos), (head_block, pairs * 2)
             )
-            tl.store(target, turned.to(to_ptr.dtype.element_ty), mask=here)
+            target = q_ptr if which == 0 else k_ptr
+            tl.store(target + to, turned.to(q_ptr.dtype.element_ty), mask=here)
         else:
             if bounded:
-                x = tl.where(before + token < tl.load(lengths_ptr + batch), x, 0.0)
-            tl.store(target, x.to(to_ptr.dtype.element_ty), mask=here)
+                x = tl.where(place < tl.load(lengths_ptr + batch), x, 0.0)
+            tl.store(v_ptr + to, x.to(v_ptr.dtype.element_ty), mask=here)
 
     @triton.jit
     def _turned_kernel(  # type: ignore[no-untyped-def]
@@ -126,7 +142,7 @@ if HAS_TRITON:
         value = x.to(tl.float32)
         squares = tl.sum(tl.sum(value * value, axis=1), axis=0)
         weight = tl.load(weight_ptr + at, mask=here, other=0.0).to(tl.float32)
-        value = (value * tl.rsqrt(squares / width + eps) * weight).to(x.dtype).to(tl.float32)
+        value = (value * tl.rsqrt((squares / width + eps).to(tl.float32)) * weight).to(x.dtype).to(tl.float32)
         first, second = tl.split(tl.reshape(value, (head_block, pairs, 2)))
         # diffusers holds each cosine and each sine twice, side by side.
         cos = tl.load(cos_ptr + token * pairs * 2 + pair * 2)
@@ -165,7 +181,7 @@ if HAS_TRITON:
             if not whole:
                 centred = tl.where(at + part * block < columns, centred, 0.0)
             squares += centred * centred
-        spread = tl.rsqrt(tl.sum(squares, axis=0) / columns + eps)
+        spread = tl.rsqrt((tl.sum(squares, axis=0) / columns + eps).to(tl.float32))
         modulated = ()
         top = tl.zeros((block,), tl.float32)
         for part in tl.static_range(parts):
@@ -371,18 +387,12 @@ def joint_qkv(
     heads = image.shape[-1] // 3 // dimension
     total = text.shape[1] + image.shape[1]
     made = tuple(image.new_empty((image.shape[0], total, heads, dimension)) for _ in range(3))
-    text_at, image_at = (0, text.shape[1]) if lengths is None else (image.shape[1], 0)
-    streams = (
-        (text.contiguous(), (*added, norm_added_k), text_freqs.contiguous(), text_at),
-        (image.contiguous(), (*norms, norm_k), image_freqs.contiguous(), image_at),
-    )
-    for stream, weights, freqs, before in streams:
-        for which, (target, weight) in enumerate(zip(made, weights, strict=True)):
-            wrap_triton(_joint_kernel)[(stream.shape[1], stream.shape[0])](
-                stream, target, weight, freqs, freqs if lengths is None else lengths, stream.shape[1], before, total,
-                heads, eps, which=which, pairs=dimension // 2, head_block=triton.next_power_of_2(heads),
-                bounded=lengths is not None, num_warps=4,
-            )  # fmt: skip
+    wrap_triton(_joint_kernel)[(total, image.shape[0], 3)](
+        image.contiguous(), text.contiguous(), *made, norm_q, norm_k, norm_added_q, norm_added_k,
+        image_freqs.contiguous(), text_freqs.contiguous(), image_freqs if lengths is None else lengths,
+        image.shape[1], text.shape[1], heads, eps, pairs=dimension // 2, head_block=triton.next_power_of_2(heads),
+        bounded=lengths is not None, num_warps=4,
+    )  # fmt: skip
     return made[0], made[1], made[2]
 
 

@@ -68,7 +68,7 @@ def graph_predictions(transformers: Sequence[nn.Module], attention: str, found: 
     `attention` is what `choose_attention` said.
     """
     # The other kernels of attention have to be told on the host how many tokens there are.
-    told = PACKAGES.get(attention) == PACKAGES["flash3"] and not _left_out("VARLEN")
+    told = PACKAGES.get(attention) == PACKAGES["flash3"] and (_flag("VIDGEN_LENGTHS") or not _left_out("VARLEN"))
     for model in transformers:
         graphs.predict(found if told and graphs.predicts(model) else None, model)
 
@@ -136,20 +136,19 @@ def offloadable(pipe: Any) -> dict[str, nn.Module]:
 
 def has_eight_bits() -> bool:
     """Whether the FlashAttention 3 that is installed reads int8 queries and keys: ours does, the published one not."""
-    return bool(_build_flags().get("VIDGEN_INT8_SCORES", False))
+    return _flag("VIDGEN_INT8_SCORES")
 
 
 def _left_out(part: str) -> bool:
     """Whether the FlashAttention 3 that is installed was built without a part."""
-    return bool(_build_flags().get(f"FLASHATTENTION_DISABLE_{part}", False))
+    return _flag(f"FLASHATTENTION_DISABLE_{part}")
 
 
-def _build_flags() -> dict[str, Any]:
-    """How the FlashAttention 3 that is installed was built, as far as it says."""
+def _flag(name: str) -> bool:
+    """A flag of the FlashAttention 3 that is installed."""
     if importlib.util.find_spec("flash_attn_config") is None:
-        return {}
-    flags: dict[str, Any] = importlib.import_module("flash_attn_config").CONFIG["build_flags"]
-    return flags
+        return False
+    return bool(importlib.import_module("flash_attn_config").CONFIG["build_flags"].get(name, False))
 
 
 def _allow_recompilation() -> None:

@@ -259,20 +259,21 @@ def test_where_no_graph_can_be_recorded_the_worker_goes_on_without(make: Make, m
 
 
 @pytest.mark.parametrize(
-    ("attention", "left_out", "gets"),
+    ("attention", "flags", "gets"),
     [
-        ("flash3", False, True),
-        ("flash3-8bit", False, True),
-        ("flash3", True, False),  # built without variable lengths, as it was before
-        ("torch", False, False),
-        ("sage", False, False),
+        ("flash3", {"VIDGEN_LENGTHS", "FLASHATTENTION_DISABLE_VARLEN"}, True),
+        ("flash3-8bit", {"VIDGEN_LENGTHS", "FLASHATTENTION_DISABLE_VARLEN"}, True),
+        ("flash3", {"FLASHATTENTION_DISABLE_VARLEN"}, False),  # built as it was before
+        ("flash3", set(), True),  # built by its own setup.py
+        ("torch", {"VIDGEN_LENGTHS"}, False),
+        ("sage", {"VIDGEN_LENGTHS"}, False),
     ],
 )
 def test_predictions_get_graphs_where_attention_is_told_lengths_on_the_device(
-    make: Make, monkeypatch: pytest.MonkeyPatch, attention: str, left_out: bool, gets: bool
+    make: Make, monkeypatch: pytest.MonkeyPatch, attention: str, flags: set[str], gets: bool
 ) -> None:
     model, found = make()
-    monkeypatch.setattr(speed, "_left_out", lambda part: left_out and part == "VARLEN")
+    monkeypatch.setattr(speed, "_flag", lambda name: name in flags)
     recorded = Recorded(monkeypatch)
     speed.graph_predictions([model], attention, found)
     for _ in range(2):
@@ -391,6 +392,36 @@ def test_the_last_hidden_state_is_the_normalised_one(pipe: Any, monkeypatch: pyt
             assert torch.equal(told.hidden_states[-1], told.last_hidden_state)
 
 
+# ── the VAE ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_picture_goes_through_the_vae_as_ever(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    vae = pipe.vae
+    torch.manual_seed(8)
+    pictures = [torch.rand(1, 3, 1, 32, side) for side in (32, 48)]
+    with torch.no_grad():
+        wanted = [vae.encode(picture).latent_dist.mode() for picture in pictures]
+        painted = [vae.decode(latents).sample for latents in wanted]
+        found = graphs.Graphs()
+        graphs.paint(found, vae)
+        recorded = Recorded(monkeypatch)
+        for _ in range(3):
+            for picture, latents, one in zip(pictures, wanted, painted, strict=True):
+                assert torch.equal(vae.encode(picture).latent_dist.mode(), latents)
+                assert torch.equal(vae.decode(latents, return_dict=False)[0], one)
+        assert (recorded.recorded, recorded.replayed) == (4, 8)
+
+        # Not several, no clip, and nothing in tiles.
+        vae.decode(torch.cat([wanted[0], wanted[0]]))
+        vae.encode(torch.rand(1, 3, 5, 32, 32))
+        vae.enable_tiling()
+        vae.decode(wanted[0])
+        vae.disable_tiling()
+        graphs.paint(None, vae)
+        vae.decode(wanted[0])
+        assert recorded.replayed == 8
+
+
 # ── the engine ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -431,12 +462,19 @@ def test_sleep_lets_go_of_graphs_and_the_memory_ladder_does_without(
     assert told == ["paused", "on"]
 
 
-def test_flash_attention_3_is_built_with_what_graphs_need() -> None:
+def test_flash_attention_3_is_changed_where_it_was_looked_at_and_nowhere_else(tmp_path: Path) -> None:
     path = Path(__file__).parents[4] / "deploy" / "flash-attention-3" / "build.py"
     spec = importlib.util.spec_from_file_location("build", path)
     assert spec is not None
     assert spec.loader is not None
     build = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(build)
-    assert "VARLEN" in build.ENABLED
-    assert not {*build.DISABLED, *build.DIFFERING} & {*build.ENABLED}
+    for name, patches in build.PATCHES.items():
+        lines = (f"{found}behind\n" for found, times, _ in patches for _ in range(times))
+        (tmp_path / name).write_text("before\n" + "".join(lines))
+    build.patch(tmp_path)
+    for name, patches in build.PATCHES.items():
+        lines = (f"{instead}behind\n" for _, times, instead in patches for _ in range(times))
+        assert (tmp_path / name).read_text() == "before\n" + "".join(lines)
+    with pytest.raises(SystemExit, match="another version"):
+        build.patch(tmp_path)
