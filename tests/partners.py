@@ -39,6 +39,7 @@ class Small:
     """An engine of nothing but that."""
 
     fails: bool = False
+    verdicts: tuple[()] = ()
     info: EngineInfo = field(default_factory=lambda: EngineInfo("small", "doubles", device="cpu", profile="float32"))
 
     def setup(self) -> None:

@@ -115,6 +115,11 @@ class Subject(abc.ABC):
         begun = time.perf_counter()
         engine.setup()
         self.ready_s = time.perf_counter() - begun
+        for name, found in zip(("transformer", "transformer_2"), engine.verdicts, strict=False):
+            self.bench.row(
+                self.kind, f"trial of the {name}", narrow=len(found.narrow), layers=found.layers,
+                forward_error=found.error, layer_error=max(found.layer_errors),
+            )  # fmt: skip
         return engine
 
     def options(self) -> dict[str, Any]:

@@ -127,7 +127,6 @@ class Steps:
         self.on_step = on_step
         self.device = device
         self.stopped_by: BaseException | None = None
-        self.kept: bytes | None = None
         self.started = self.ended = time.perf_counter()
 
     def __call__(self, pipe: Any, index: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
@@ -141,6 +140,10 @@ class Steps:
             self.stopped_by = exc
             raise
         return {}
+
+    def kept(self) -> bytes | None:
+        """The state from which what failed can be tried again; None: from the beginning."""
+        return None
 
     @property
     def denoise_s(self) -> float:
@@ -168,7 +171,7 @@ def faults(steps: Steps) -> Iterator[None]:
             raise
         if isinstance(fault, RetryableError):
             free(steps.device)
-            fault.state = steps.kept
+            fault.state = steps.kept()
         raise fault from exc
 
 

@@ -252,10 +252,11 @@ class WorkerSettings(Settings):
     profile: Literal["auto", "resident-bf16", "resident-fp8", "offload-fp8"] = Field(
         "auto", description="How a model is laid into the GPU's memory; auto: the fastest that fits what is found."
     )
-    attention: Literal["auto", "torch", "cudnn", "flash3", "flash3-fp8", "sage"] = Field(
+    attention: Literal["auto", "torch", "cudnn", "flash3", "flash3-8bit", "sage"] = Field(
         "auto",
-        description="auto: FlashAttention 3 where it is installed on a Hopper GPU, else torch's; flash3-fp8 and sage "
-        "are faster and lossy.",
+        description="auto: FlashAttention 3 where it is installed on a Hopper GPU, else torch's, and of a video model "
+        "those layers in 8 bits that a trial on its weights proves; flash3: all in 16 bits; flash3-8bit and sage: "
+        "faster and lossy, without a trial.",
     )
     compile: Literal["auto", "off", "blocks", "full"] = Field(
         "auto",

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from vidgen.accel import graphs, kernels
+from vidgen.accel import graphs, kernels, speed
 from vidgen.accel.engine import DiffusersEngine, Layout
 from vidgen.contracts import EditWork
 from vidgen.errors import Suspended
@@ -35,30 +35,27 @@ def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
 def test_attention_sees_so_many_keys_as_it_is_told_and_nothing_of_those_behind(tokens: int, narrow: bool) -> None:
     pytest.importorskip("flash_attn_interface")
     query, key, value = (torch.randn(1, 1088, 24, 128, device="cuda", dtype=torch.bfloat16) for _ in range(3))
-    key[:, tokens:], value[:, tokens:] = 300, 0 if narrow else 300
+    key[:, tokens:], value[:, tokens:] = 300, 300
     lengths = torch.tensor([tokens], dtype=torch.int32, device="cuda")
     short = (part.transpose(1, 2) for part in (query, key[:, :tokens], value[:, :tokens]))
     wanted = nn.functional.scaled_dot_product_attention(*short).transpose(1, 2)
     if narrow:
-        narrowed, scale = kernels.rows_of_heads(value)
-        given = (query.to(kernels.E4M3), key.to(kernels.E4M3), narrowed, scale, torch.bfloat16, lengths)
-        assert error(kernels.attended_e4m3(*given), wanted) < 0.1
+        if not speed.has_eight_bits():
+            pytest.skip("this FlashAttention 3 is not ours")
+        assert error(kernels.attended(query, key, value, lengths), wanted) < 0.06
     else:
         assert error(kernels.attended_within(query, key, value, lengths), wanted) < 5e-3
 
 
-@pytest.mark.parametrize("narrow", [False, True])
-def test_the_joint_inputs_of_padded_text_are_those_of_torch(narrow: bool) -> None:
+def test_the_joint_inputs_of_padded_text_are_those_of_torch() -> None:
     def drawn(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         return torch.randn(*shape, device="cuda", dtype=dtype)
 
     image, text, norms = drawn(2, 60, 3 * 24 * 128), drawn(2, 14, 3 * 24 * 128), [drawn(128) for _ in range(4)]
     freqs = drawn(60, 64, 2, dtype=torch.float32), drawn(14, 64, 2, dtype=torch.float32)
     lengths = torch.tensor([61, 74], dtype=torch.int32, device="cuda")
-    found = kernels.joint_qkv(image, text, *norms, *freqs, 1e-6, narrow, lengths)
-    wanted = kernels.plain_joint_qkv(
-        image, text, (norms[0], norms[1]), (norms[2], norms[3]), *freqs, 1e-6, lengths, narrow=narrow
-    )
+    found = kernels.joint_qkv(image, text, *norms, *freqs, 1e-6, lengths)
+    wanted = kernels.plain_joint_qkv(image, text, (norms[0], norms[1]), (norms[2], norms[3]), *freqs, 1e-6, lengths)
     assert not found[2][0, 61:].any()
     for one, other in zip(found, wanted, strict=True):
         assert error(one, other) < 2e-3

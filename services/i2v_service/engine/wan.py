@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +27,14 @@ WARM_UP = I2VWork(
     prompt="warm up", negative_prompt="", steps=2, guidance_scale=1.0, seed=0, num_frames=5, fps=16, width=320,
     height=256,
 )  # fmt: skip
+# What attention in 8 bits is tried on: a clip of the common size, a bit shorter, from noise to picture.
+REHEARSAL = I2VWork(
+    prompt="A woman in a red coat walks along a windy beach at sunset; waves break behind her, gulls cross the sky, "
+    "and the camera follows her slowly.",
+    negative_prompt="", steps=6, guidance_scale=1.0, seed=0, num_frames=33, fps=16, width=832, height=480,
+)  # fmt: skip
+TEXTS = 16  # that are remembered as the text encoder has them, 4 MB each
+TOKENS = 512  # of a text, as the pipeline has it
 
 
 @dataclass(frozen=True)
@@ -71,6 +79,7 @@ class WanI2VEngine(DiffusersEngine):
         layout: Layout = Layout(),  # noqa: B008  frozen
     ) -> None:
         super().__init__(model, revision, {"transformer": lora, "transformer_2": lora_2}, layout)
+        self._texts: dict[str, torch.Tensor] = {}
         self._partner: Partner | None = None
         if guidance_device is not None:
             other = replace(layout, device=guidance_device, step_cache=1)
@@ -83,7 +92,7 @@ class WanI2VEngine(DiffusersEngine):
             return super().setup()
         self._partner.start()
         super().setup()
-        self._timed("partner", functools.partial(self._partner.ready, self.info))
+        self._timed("partner", functools.partial(self._partner.ready, self.info, [one.narrow for one in self.verdicts]))
         return self.load_seconds
 
     def _dtypes(self, found: weights.Weights, dtype: torch.dtype) -> dict[str, torch.dtype]:
@@ -124,8 +133,8 @@ class WanI2VEngine(DiffusersEngine):
         with diffusion.faults(steps), steps.on(self._pipe) as given:
             clip = self._pipe(
                 image=inputs.start,
-                prompt=work.prompt,
-                negative_prompt=work.negative_prompt,
+                prompt_embeds=self._embedded(work.prompt),
+                negative_prompt_embeds=self._embedded(work.negative_prompt) if scale > 1 else None,
                 num_inference_steps=work.steps,
                 guidance_scale=scale,
                 guidance_scale_2=scale_2,
@@ -138,6 +147,23 @@ class WanI2VEngine(DiffusersEngine):
             pixels = diffusion.to_pixels(clip[: work.num_frames])
             frames = diffusion.cropped(pixels, work.width, work.height).cpu().numpy()
         return Generated(Animated(work, frames), denoise_s=steps.denoise_s, decode_s=steps.decode_s())
+
+    def _embedded(self, text: str) -> torch.Tensor:
+        """What the text encoder makes of a text; of the last ones it is remembered, in the host's memory.
+
+        The negative prompt is the same for most tasks, and the prompt for the seeds of one.
+        """
+        found = self._texts.pop(text, None)
+        if found is None:
+            with torch.no_grad():
+                [made, _] = self._pipe.encode_prompt(
+                    text, do_classifier_free_guidance=False, max_sequence_length=TOKENS, device=self._device
+                )
+            found = made.cpu()
+        self._texts[text] = found  # the newest comes last
+        if len(self._texts) > TEXTS:
+            del self._texts[next(iter(self._texts))]
+        return found.to(self._device)
 
     def finish(self, output: Animated, folder: Path) -> tuple[Finished, ...]:
         """Write `video.mp4`, with the engine, the model and the seed in it, and its first frame as `poster.jpg`."""
@@ -177,6 +203,30 @@ class WanI2VEngine(DiffusersEngine):
         edges = ((top, high - start.height - top), (left, wide - start.width - left), (0, 0))
         return Image.fromarray(np.pad(np.asarray(start), edges, mode="symmetric"))
 
+    def _rehearsal(self) -> Callable[[], object]:
+        def rehearse() -> None:
+            work = REHEARSAL
+            self._pipe(
+                image=_scene(work.width, work.height), prompt=work.prompt, num_inference_steps=work.steps,
+                guidance_scale=work.guidance_scale, num_frames=work.num_frames, width=work.width, height=work.height,
+                output_type="latent", generator=diffusion.generators(work.seed),
+            )  # fmt: skip
+
+        return rehearse
+
     def _warm_up(self) -> None:
         grey = Image.new("RGB", (WARM_UP.width, WARM_UP.height), (128, 128, 128))
         self.generate(Inputs(WARM_UP, self._laid_out(grey)), lambda step, steps: None)
+
+
+def _scene(width: int, height: int) -> Image.Image:
+    """A picture that nobody took, with the spectrum of one: its amplitude falls with the frequency."""
+    draw = np.random.default_rng(0)
+    across = np.hypot(np.fft.fftfreq(height)[:, None] * height, np.fft.rfftfreq(width)[None, :] * width)
+    shared = draw.standard_normal((height, width))
+    made = []
+    for _ in range(3):  # channels of a photograph go together
+        noise = np.fft.rfft2(shared + 0.4 * draw.standard_normal((height, width)))
+        plane = np.fft.irfft2(noise / np.maximum(across, 1.0), (height, width))
+        made.append(np.clip(128 + 55 * plane / plane.std(), 0, 255))
+    return Image.fromarray(np.stack(made, -1).astype(np.uint8))

@@ -35,8 +35,8 @@ class Fp8FeedForward(nn.Module):
         return self.down.multiply(rows, scale, dtype)
 
 
-class _Attention:
-    """What the processors share: diffusers' choice of kernels, and ours of attention in FP8 (`narrow`)."""
+class Attention:
+    """What the processors share: diffusers' choice of kernels, and ours of attention in 8 bits (`narrow`)."""
 
     _attention_backend: Any = None
     _parallel_config: Any = None
@@ -53,9 +53,8 @@ class _Attention:
 
         if self.narrow:
             if mask is not None:
-                raise ValueError("attention in FP8 takes no mask")
-            narrowed, scale = kernels.rows_of_heads(value)
-            return kernels.attended_e4m3(query, key, narrowed, scale, value.dtype, lengths).flatten(2, 3)
+                raise ValueError("attention in 8 bits takes no mask")
+            return kernels.attended(query, key, value, lengths).flatten(2, 3)
         if lengths is not None:
             return kernels.attended_within(query, key, value, lengths).flatten(2, 3)
         made: Tensor = dispatch_attention_fn(
@@ -65,7 +64,7 @@ class _Attention:
         return made
 
 
-class JointAttention(_Attention):
+class JointAttention(Attention):
     """Qwen-Image's attention processor, over projections side by side."""
 
     def __call__(
@@ -105,7 +104,7 @@ class JointAttention(_Attention):
         image_freqs, text_freqs = (torch.view_as_real(one) for one in freqs)
         query, key, value = kernels.joint_qkv(
             image, text, attn.norm_q.weight, attn.norm_k.weight, attn.norm_added_q.weight, attn.norm_added_k.weight,
-            image_freqs, text_freqs, attn.norm_q.eps, self.narrow, lengths,
+            image_freqs, text_freqs, attn.norm_q.eps, lengths,
         )  # fmt: skip
         joint = self._attend(query, key, value, mask, lengths)
         if lengths is None:
@@ -115,7 +114,7 @@ class JointAttention(_Attention):
         return attn.to_out[0](image_part.contiguous()), attn.to_add_out(text_part.contiguous())
 
 
-class SelfAttention(_Attention):
+class SelfAttention(Attention):
     """Wan's self-attention processor, over projections side by side."""
 
     def __call__(
@@ -135,7 +134,7 @@ class SelfAttention(_Attention):
         assert rotary_emb is not None
         cos, sin = (one.reshape(-1, one.shape[-1]) for one in rotary_emb)
         query, key = kernels.turned_qk(
-            qkv, attn.norm_q.weight, attn.norm_k.weight, cos, sin, attn.heads, attn.norm_q.eps, self.narrow
+            qkv, attn.norm_q.weight, attn.norm_k.weight, cos, sin, attn.heads, attn.norm_q.eps
         )
         value = qkv.chunk(3, dim=-1)[2].unflatten(2, (attn.heads, -1))
         made: Tensor = attn.to_out[0](self._attend(query, key, value, mask))
@@ -211,12 +210,17 @@ def fuse_norms(model: nn.Module) -> int:
 
 
 def narrow_attention(model: nn.Module, narrow: bool = True) -> int:
-    """Have the fused attentions of a transformer made in FP8, or not; how many there are. After `fuse_projections`."""
-    processors = [getattr(module, "processor", None) for module in model.modules()]
-    found = [processor for processor in processors if isinstance(processor, _Attention)]
+    """Have the fused attentions of a transformer made in 8 bits, or not; how many there are."""
+    found = attentions(model)
     for processor in found:
         processor.narrow = narrow
     return len(found)
+
+
+def attentions(model: nn.Module) -> list[Attention]:
+    """The processors of a transformer's fused attentions, layer by layer. After `fuse_projections`."""
+    processors = [getattr(module, "processor", None) for module in model.modules()]
+    return [processor for processor in processors if isinstance(processor, Attention)]
 
 
 def _multiplies(*layers: nn.Module) -> bool:

@@ -15,7 +15,7 @@ import structlog
 import torch
 
 from vidgen import diffusion, profiles, weights
-from vidgen.accel import ahead, blocks, fp8, graphs, ladder, loader, residency, speed, stepcache
+from vidgen.accel import ahead, blocks, fp8, graphs, ladder, loader, residency, speed, stepcache, trial
 from vidgen.engine import EngineInfo, Generated, Rung
 from vidgen.errors import FatalError
 
@@ -27,7 +27,8 @@ class Layout:
     """How an engine is laid into a device; each field is a setting of the same name.
 
     `dtype` auto is bfloat16 on a GPU and float32 on the CPU. `profile` auto follows the GPU's memory; on the CPU there
-    is none. `attention` auto is FlashAttention 3 where it is installed and the GPU is a Hopper, else torch's own.
+    is none. `attention` auto is FlashAttention 3 where it is installed and the GPU is a Hopper, else torch's own; an
+    engine that can rehearse narrows with it what `vidgen.accel.trial` proves.
     `compile` auto compiles the transformer's blocks on a GPU that holds them all, `full` the VAE too, `off` nothing.
     `cuda_graphs` auto records the forwards of the edit's text encoder, and with FlashAttention 3 of its transformer
     (`vidgen.accel.graphs`) on a GPU that holds their weights, `off` none.
@@ -68,6 +69,8 @@ class DiffusersEngine(abc.ABC):
         )
         self.load_seconds: dict[str, float] = {}
         self._loras = {component: path for component, path in loras.items() if path is not None}
+        self.verdicts: tuple[trial.Verdict, ...] = ()
+        self._attention = "torch"
         self._pipe: Any
         self._begun: loader.Reading | None = None
         self._residency: residency.Residency | None = None
@@ -98,6 +101,7 @@ class DiffusersEngine(abc.ABC):
             self.info, model=found.model, revision=found.revision, device=str(self._device),
             profile=str(dtype).removeprefix("torch.") if profile is None else self._told(profile),
         )  # fmt: skip
+        self._prove()
         self._adopt()
         self._step_cache = stepcache.StepCache(self.layout.step_cache)
         if self.layout.step_cache > 1:
@@ -187,7 +191,43 @@ class DiffusersEngine(abc.ABC):
     def _made_with(self) -> dict[str, object]:
         """What decides over the numbers besides model, profile and task: of a checkpoint, too, it must be the same."""
         names = ("dtype", "attention", "compile", "cuda_graphs", "vae", "step_cache")
-        return {"loras": self._loras, **{name: getattr(self.layout, name) for name in names}}
+        narrow = [one.narrow for one in self.verdicts]
+        return {"loras": self._loras, "narrow": narrow, **{name: getattr(self.layout, name) for name in names}}
+
+    def _rehearsal(self) -> Callable[[], object] | None:
+        """A run of the pipeline that stands for its tasks, on which attention in 8 bits can be tried; None: never."""
+        return None
+
+    def _prove(self) -> None:
+        """Narrow the attention of the layers of which that was proven; on these weights, now or at an earlier start."""
+        rehearse = self._rehearsal()
+        if self.layout.attention != "auto" or self._attention != "flash3" or rehearse is None:
+            return
+        streams = str(self.info.profile).startswith("offload")  # its time goes into the bus
+        if streams or not speed.has_eight_bits():
+            return
+        with diffusion.loading("the model", "see the log of this worker"):
+            self.verdicts = self._timed("trial", functools.partial(self._tried, rehearse))
+        for model, verdict in zip(self.transformers(), self.verdicts, strict=True):
+            verdict.apply(model)
+        log.info(
+            "attention is made in 8 bits in the layers where a trial on these weights allows it",
+            _event="attention_tried", layers=sum(one.layers for one in self.verdicts),
+            narrow=sum(len(one.narrow) for one in self.verdicts),
+            forward_error=round(max(one.error for one in self.verdicts), 4),
+        )  # fmt: skip
+
+    def _tried(self, rehearse: Callable[[], object]) -> tuple[trial.Verdict, ...]:
+        from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+        folder = self.layout.compile_cache or Path(cache_dir())  # with what is compiled
+        name = trial.fingerprint(self.transformers(), self.info.profile, torch.cuda.get_device_name(self._device))
+        found = trial.kept(folder, name)
+        if found is None:
+            found = trial.tried(self.transformers(), rehearse)
+            trial.keep(folder, name, found)
+            diffusion.free(self._device)
+        return found
 
     @abc.abstractmethod
     def _warm_up(self) -> None:
@@ -258,7 +298,7 @@ class DiffusersEngine(abc.ABC):
                 blocks.fuse_feed_forwards(model)
                 blocks.fuse_norms(model)
         diffusion.free(self._device)  # the projections that were put side by side left gaps
-        attention = speed.choose_attention(transformers, self.layout.attention, self._device)
+        self._attention = speed.choose_attention(transformers, self.layout.attention, self._device)
         streams = profile == "offload-fp8"
         if streams:
             speed.offload(self._pipe, self._device)
@@ -276,7 +316,7 @@ class DiffusersEngine(abc.ABC):
         if self.layout.compile == "full":
             speed.compile_vae(self._pipe.vae)
         self._graphs = graphs.Graphs() if self.layout.cuda_graphs != "off" else None
-        speed.graph_predictions(transformers, attention, self._graphs)
+        speed.graph_predictions(transformers, self._attention, self._graphs)
 
     def _timed(self, phase: str, work: Callable[[], Any]) -> Any:
         begun = time.perf_counter()

@@ -55,13 +55,22 @@ class Partner:
         with self._noticed():
             self._connection.send_bytes(pickle.dumps(self._make))
 
-    def ready(self, info: EngineInfo) -> None:
-        """Wait until its engine is set up as the one of `info`; raises FatalError."""
+    def ready(self, info: EngineInfo, narrow: Sequence[Sequence[int]] = ()) -> None:
+        """Wait until its engine is set up as the one of `info`; raises FatalError.
+
+        `narrow` are the layers of its transformers whose attention is made in 8 bits.
+        """
         _, told = self._answer()
         if told["profile"] != str(info.profile):
             raise FatalError(
                 f"guidance on two devices needs one profile: {info.device} has {info.profile}, {self._device} has "
                 f"{told['profile']}: set VIDGEN_PROFILE to what both can hold",
+                code="settings",
+            )
+        if told["narrow"] != str([tuple(layers) for layers in narrow]):
+            raise FatalError(
+                f"guidance on two devices needs the same attention on both: on {self._device} a trial found other "
+                "layers for 8 bits: set VIDGEN_ATTENTION to flash3",
                 code="settings",
             )
 
@@ -161,7 +170,7 @@ def serve(connection: Connection) -> None:
     except VidgenError as exc:
         connection.send_bytes(_fault(exc))
         return
-    connection.send_bytes(_packed({}, profile=engine.info.profile))
+    connection.send_bytes(_packed({}, profile=engine.info.profile, narrow=[one.narrow for one in engine.verdicts]))
     models, device = engine.transformers(), torch.device(engine.info.device)
     while True:
         packed = connection.recv_bytes()

@@ -8,6 +8,7 @@ two or three times, these once.
 from __future__ import annotations
 
 import importlib.util
+import math
 from collections.abc import Sequence
 
 import torch
@@ -16,6 +17,9 @@ from torch.library import wrap_triton
 
 E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0  # the largest e4m3 number
+INT8_MAX = 127.0
+DIMENSION = 128  # of a head, that the kernels for attention in 8 bits are laid out for
+TOKENS, ROWS = 1024, 16  # that a program looks at, in all and at once, as measured on a Hopper
 SMALLEST = 1e-12  # a row of zeros has no magnitude to divide by
 HAS_TRITON = importlib.util.find_spec("triton") is not None
 
@@ -78,7 +82,7 @@ if HAS_TRITON:
     def _joint_kernel(  # type: ignore[no-untyped-def]
         image_ptr, text_ptr, q_ptr, k_ptr, v_ptr, norm_q_ptr, norm_k_ptr, added_q_ptr, added_k_ptr, image_freqs_ptr,
         text_freqs_ptr, lengths_ptr, image_tokens, text_tokens, heads, eps, pairs: tl.constexpr,
-        head_block: tl.constexpr, bounded: tl.constexpr, narrow: tl.constexpr, largest: tl.constexpr,
+        head_block: tl.constexpr, bounded: tl.constexpr,
     ):  # fmt: skip
         place = tl.program_id(0).to(tl.int64)
         batch = tl.program_id(1).to(tl.int64)
@@ -114,8 +118,6 @@ if HAS_TRITON:
             turned = tl.reshape(
                 tl.join(first * cos - second * sin, first * sin + second * cos), (head_block, pairs * 2)
             )
-            if narrow:
-                turned = tl.minimum(tl.maximum(turned, -largest), largest)
             target = q_ptr if which == 0 else k_ptr
             tl.store(target + to, turned.to(q_ptr.dtype.element_ty), mask=here)
         else:
@@ -126,7 +128,7 @@ if HAS_TRITON:
     @triton.jit
     def _turned_kernel(  # type: ignore[no-untyped-def]
         from_ptr, to_ptr, weight_ptr, cos_ptr, sin_ptr, tokens, heads, eps, which: tl.constexpr, pairs: tl.constexpr,
-        head_block: tl.constexpr, narrow: tl.constexpr, largest: tl.constexpr,
+        head_block: tl.constexpr,
     ):  # fmt: skip
         row = tl.program_id(0).to(tl.int64)
         token = row % tokens
@@ -146,8 +148,6 @@ if HAS_TRITON:
         cos = tl.load(cos_ptr + token * pairs * 2 + pair * 2)
         sin = tl.load(sin_ptr + token * pairs * 2 + pair * 2 + 1)
         turned = tl.reshape(tl.join(first * cos - second * sin, first * sin + second * cos), (head_block, pairs * 2))
-        if narrow:
-            turned = tl.minimum(tl.maximum(turned, -largest), largest)
         tl.store(to_ptr + row * width + at, turned.to(to_ptr.dtype.element_ty), mask=here)
 
     @triton.jit
@@ -200,17 +200,84 @@ if HAS_TRITON:
             _stored(q_ptr + row * columns, at + part * block, scaled, columns, whole)
         tl.store(s_ptr + row, scale)
 
+    @triton.jit
+    def _two(x, rows: tl.constexpr, lanes: tl.constexpr):  # type: ignore[no-untyped-def]
+        first, second = tl.split(tl.reshape(x, (rows, lanes // 2, 2)))
+        return tl.reshape(tl.join(first + second, first - second), (rows, lanes))
+
+    @triton.jit
+    def _four(x, rows: tl.constexpr, lanes: tl.constexpr):  # type: ignore[no-untyped-def]
+        first, second = tl.split(tl.reshape(x, (rows, lanes // 2, 2)))
+        total, less = _two(first + second, rows, lanes // 2), _two(first - second, rows, lanes // 2)
+        return tl.reshape(tl.join(total, less), (rows, lanes))
+
+    @triton.jit
+    def _spread(x, rows: tl.constexpr, lanes: tl.constexpr):  # type: ignore[no-untyped-def]
+        # As `plain_spread`, for eights: neighbours are in one thread's registers, and nothing moves.
+        first, second = tl.split(tl.reshape(x, (rows, lanes // 2, 2)))
+        total, less = _four(first + second, rows, lanes // 2), _four(first - second, rows, lanes // 2)
+        return tl.reshape(tl.join(total, less), (rows, lanes)) * 0.3535533905932738
+
+    @triton.jit
+    def _spans_kernel(  # type: ignore[no-untyped-def]
+        x_ptr, sum_ptr, low_ptr, high_ptr, lengths_ptr, tokens, batch_stride, row_stride, bounded: tl.constexpr,
+        spreads: tl.constexpr, each: tl.constexpr, rows: tl.constexpr, lanes: tl.constexpr,
+    ):  # fmt: skip
+        head, part, batch = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+        lane = tl.arange(0, lanes)
+        # Reduced once, at the end: that is what the threads have to wait for one another for.
+        total = tl.zeros((rows, lanes), tl.float32)
+        low, high = total + float("inf"), total - float("inf")
+        if bounded:
+            tokens = tl.minimum(tokens, tl.load(lengths_ptr + batch))
+        for first in range(0, each, rows):
+            row = part * each + first + tl.arange(0, rows)[:, None]
+            here = row < tokens
+            at = batch.to(tl.int64) * batch_stride + row.to(tl.int64) * row_stride + head * lanes + lane[None, :]
+            x = tl.load(x_ptr + at, mask=here, other=0.0).to(tl.float32)
+            if spreads:
+                x = _spread(x, rows, lanes)
+            total += x
+            low = tl.minimum(low, tl.where(here, x, float("inf")))
+            high = tl.maximum(high, tl.where(here, x, -float("inf")))
+        at = ((batch * tl.num_programs(1) + part) * tl.num_programs(0) + head) * lanes + lane
+        tl.store(sum_ptr + at, tl.sum(total, axis=0))
+        tl.store(low_ptr + at, tl.min(low, axis=0))
+        tl.store(high_ptr + at, tl.max(high, axis=0))
+
+    @triton.jit
+    def _narrow_kernel(  # type: ignore[no-untyped-def]
+        x_ptr, to_ptr, scale_ptr, mean_ptr, tokens, batch_stride, row_stride, by_row: tl.constexpr,
+        spreads: tl.constexpr, centres: tl.constexpr, whole: tl.constexpr, rows: tl.constexpr, lanes: tl.constexpr,
+        largest: tl.constexpr, smallest: tl.constexpr,
+    ):  # fmt: skip
+        head, batch = tl.program_id(1), tl.program_id(2).to(tl.int64)
+        heads = tl.num_programs(1)
+        row = tl.program_id(0).to(tl.int64) * rows + tl.arange(0, rows)[:, None]
+        lane = tl.arange(0, lanes)[None, :]
+        here = row < tokens
+        at = head * lanes + lane
+        x = tl.load(x_ptr + batch * batch_stride + row * row_stride + at, mask=here, other=0.0).to(tl.float32)
+        if spreads:
+            x = _spread(x, rows, lanes)
+        if centres:
+            x -= tl.load(mean_ptr + batch * heads * lanes + at)
+        if by_row:
+            scale = tl.maximum(tl.max(tl.abs(x), axis=1) / largest, smallest)[:, None]
+            tl.store(scale_ptr + (batch * heads + head) * tokens + row, scale, mask=here)
+            x *= 1.0 / scale
+        else:
+            x *= 1.0 / tl.load(scale_ptr + batch * heads + head)
+        if whole:
+            x = tl.floor(x + 0.5)
+        x = tl.minimum(tl.maximum(x, -largest), largest)
+        tl.store(to_ptr + (batch * tokens + row) * heads * lanes + at, x.to(to_ptr.dtype.element_ty), mask=here)
+
 
 def rows_in_e4m3(x: Tensor) -> tuple[Tensor, Tensor]:
     """The rows of a (rows, columns) matrix in e4m3, and their scales as (rows, 1) float32: x ≈ q · scale."""
     scale = (x.abs().amax(dim=-1, keepdim=True).float() / E4M3_MAX).clamp(min=SMALLEST)
     return (x.float() / scale).clamp(-E4M3_MAX, E4M3_MAX).to(E4M3), scale
-
-
-def rows_of_heads(x: Tensor) -> tuple[Tensor, Tensor]:
-    """A (batch, tokens, heads, dimension) tensor in e4m3, with (batch, heads) float32 scales: x ≈ q · scale."""
-    scale = (x.abs().amax(dim=(1, 3)).float() / E4M3_MAX).clamp(min=SMALLEST)
-    return (x.float() / scale[:, None, :, None]).clamp(-E4M3_MAX, E4M3_MAX).to(E4M3), scale
 
 
 def _fused(x: Tensor) -> bool:
@@ -303,36 +370,35 @@ def _modulated(
 @torch.library.triton_op("vidgen::joint_qkv", mutates_args=())
 def joint_qkv(
     image: Tensor, text: Tensor, norm_q: Tensor, norm_k: Tensor, norm_added_q: Tensor, norm_added_k: Tensor,
-    image_freqs: Tensor, text_freqs: Tensor, eps: float, narrow: bool, lengths: Tensor | None = None,
+    image_freqs: Tensor, text_freqs: Tensor, eps: float, lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Query, key and value of text and image together, each (batch, text + image tokens, heads, head dimension).
 
     `image` and `text` are (batch, tokens, 3 · heads · dimension), query, key and value side by side; the queries and
-    keys are RMS-normalised over a head's dimension by the weights, turned by the (tokens, dimension / 2, 2) cosines
-    and sines, and `narrow` rounded to e4m3: what is normalised needs no scale.
+    keys are RMS-normalised over a head's dimension by the weights, and turned by the (tokens, dimension / 2, 2) cosines
+    and sines.
 
     The text comes first. With `lengths`, (batch,) int32, it comes last, and behind so many tokens the values are 0.
     """
     norms, added = (norm_q, norm_k), (norm_added_q, norm_added_k)
     if not _fused(image):
-        return plain_joint_qkv(image, text, norms, added, image_freqs, text_freqs, eps, lengths, narrow=narrow)
+        return plain_joint_qkv(image, text, norms, added, image_freqs, text_freqs, eps, lengths)
     dimension = norm_q.shape[0]
     heads = image.shape[-1] // 3 // dimension
     total = text.shape[1] + image.shape[1]
-    kinds = (E4M3, E4M3, image.dtype) if narrow else (image.dtype,) * 3
-    made = tuple(image.new_empty((image.shape[0], total, heads, dimension), dtype=kind) for kind in kinds)
+    made = tuple(image.new_empty((image.shape[0], total, heads, dimension)) for _ in range(3))
     wrap_triton(_joint_kernel)[(total, image.shape[0], 3)](
         image.contiguous(), text.contiguous(), *made, norm_q, norm_k, norm_added_q, norm_added_k,
         image_freqs.contiguous(), text_freqs.contiguous(), image_freqs if lengths is None else lengths,
         image.shape[1], text.shape[1], heads, eps, pairs=dimension // 2, head_block=triton.next_power_of_2(heads),
-        bounded=lengths is not None, narrow=narrow, largest=E4M3_MAX, num_warps=4,
+        bounded=lengths is not None, num_warps=4,
     )  # fmt: skip
     return made[0], made[1], made[2]
 
 
 def plain_joint_qkv(
     image: Tensor, text: Tensor, norms: tuple[Tensor, Tensor], added: tuple[Tensor, Tensor], image_freqs: Tensor,
-    text_freqs: Tensor, eps: float, lengths: Tensor | None = None, *, narrow: bool = False,
+    text_freqs: Tensor, eps: float, lengths: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """`joint_qkv` in plain torch; `norms` and `added` are the weights of query and key of image and of text."""
     streams = []
@@ -342,9 +408,11 @@ def plain_joint_qkv(
             x = parts[index].float()
             x = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
             x = x.to(stream.dtype) * weight.to(stream.dtype)
-            parts[index] = _turned(x, freqs[:, None, :, 0], freqs[:, None, :, 1], narrow=narrow)
+            parts[index] = _turned(x, freqs[:, None, :, 0], freqs[:, None, :, 1])
         streams.append(parts)
-    query, key, value = (_joined(pair) for pair in zip(*(streams if lengths is None else streams[::-1]), strict=True))
+    query, key, value = (
+        torch.cat(pair, dim=1) for pair in zip(*(streams if lengths is None else streams[::-1]), strict=True)
+    )
     if lengths is not None:
         value = value.masked_fill(~within(lengths, value.shape[1])[:, :, None, None], 0)
     return query, key, value
@@ -357,71 +425,174 @@ def within(lengths: Tensor, tokens: int) -> Tensor:
 
 @torch.library.triton_op("vidgen::turned_qk", mutates_args=())
 def turned_qk(
-    qkv: Tensor, norm_q: Tensor, norm_k: Tensor, cos: Tensor, sin: Tensor, heads: int, eps: float, narrow: bool
+    qkv: Tensor, norm_q: Tensor, norm_k: Tensor, cos: Tensor, sin: Tensor, heads: int, eps: float
 ) -> tuple[Tensor, Tensor]:
     """Query and key, each (batch, tokens, heads, dimension), of a (batch, tokens, 3 · heads · dimension) projection.
 
-    They are RMS-normalised over all heads together by the (heads · dimension) weights, turned by the (tokens,
-    dimension) cosines and sines, which hold each number twice, and `narrow` rounded to e4m3.
+    They are RMS-normalised over all heads together by the (heads · dimension) weights, and turned by the (tokens,
+    dimension) cosines and sines, which hold each number twice.
     """
     if not _fused(qkv):
-        return plain_turned_qk(qkv, norm_q, norm_k, cos, sin, heads, eps, narrow=narrow)
+        return plain_turned_qk(qkv, norm_q, norm_k, cos, sin, heads, eps)
     batch, tokens, width = qkv.shape
     dimension = width // 3 // heads
     qkv, cos, sin = qkv.contiguous(), cos.float().contiguous(), sin.float().contiguous()
-    kind = E4M3 if narrow else qkv.dtype
-    made = tuple(qkv.new_empty((batch, tokens, heads, dimension), dtype=kind) for _ in range(2))
+    made = tuple(qkv.new_empty((batch, tokens, heads, dimension)) for _ in range(2))
     for which, (target, weight) in enumerate(zip(made, (norm_q, norm_k), strict=True)):
         wrap_triton(_turned_kernel)[(batch * tokens,)](
             qkv, target, weight, cos, sin, tokens, heads, eps, which=which, pairs=dimension // 2,
-            head_block=triton.next_power_of_2(heads), narrow=narrow, largest=E4M3_MAX, num_warps=8,
+            head_block=triton.next_power_of_2(heads), num_warps=8,
         )  # fmt: skip
     return made[0], made[1]
 
 
 def plain_turned_qk(
-    qkv: Tensor, norm_q: Tensor, norm_k: Tensor, cos: Tensor, sin: Tensor, heads: int, eps: float, *, narrow: bool
+    qkv: Tensor, norm_q: Tensor, norm_k: Tensor, cos: Tensor, sin: Tensor, heads: int, eps: float
 ) -> tuple[Tensor, Tensor]:
     """`turned_qk` in plain torch."""
     made = []
     for x, weight in zip(qkv.chunk(3, dim=-1)[:2], (norm_q, norm_k), strict=True):
         normed = torch.nn.functional.rms_norm(x.float(), x.shape[-1:], weight.float(), eps).to(x.dtype)
-        made.append(_turned(normed.unflatten(-1, (heads, -1)), cos[:, None, ::2], sin[:, None, 1::2], narrow=narrow))
+        made.append(_turned(normed.unflatten(-1, (heads, -1)), cos[:, None, ::2], sin[:, None, 1::2]))
     return made[0], made[1]
 
 
-def _turned(x: Tensor, cos: Tensor, sin: Tensor, *, narrow: bool) -> Tensor:
+def _turned(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = x.float().unflatten(-1, (-1, 2)).unbind(-1)
     turned = torch.stack([first * cos - second * sin, first * sin + second * cos], -1).flatten(-2)
-    return turned.clamp(-E4M3_MAX, E4M3_MAX).to(E4M3) if narrow else turned.to(x.dtype)
+    return turned.to(x.dtype)
 
 
-def _joined(parts: Sequence[Tensor]) -> Tensor:
-    """Text and image in one; as bytes, since not every build of torch joins e4m3."""
-    if parts[0].dtype != E4M3:
-        return torch.cat(list(parts), dim=1)
-    return torch.cat([part.view(torch.uint8) for part in parts], dim=1).view(E4M3)
+@torch.library.triton_op("vidgen::spans", mutates_args=())
+def spans(x: Tensor, spreads: bool, lengths: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum, least and largest over the tokens of (batch, tokens, heads, dimension), each (batch, heads, dimension).
+
+    In float32, and `spreads` of what `plain_spread` makes of it. With `lengths`, (batch,) int32, of the first ones.
+    """
+    if not _fused(x) or x.shape[-1] != DIMENSION:
+        wide = plain_spread(x.float()) if spreads else x.float()
+        if lengths is None:
+            return wide.sum(1), wide.amin(1), wide.amax(1)
+        behind = ~within(lengths, x.shape[1])[:, :, None, None]
+        ends = (wide.masked_fill(behind, value) for value in (0.0, math.inf, -math.inf))
+        return next(ends).sum(1), next(ends).amin(1), next(ends).amax(1)
+    batch, tokens, heads, dimension = x.shape
+    x = x if x.stride(3) == 1 and x.stride(2) == dimension else x.contiguous()
+    parts = -(-tokens // TOKENS)
+    made = [x.new_empty((batch, parts, heads, dimension), dtype=torch.float32) for _ in range(3)]
+    wrap_triton(_spans_kernel)[(heads, parts, batch)](
+        x, *made, made[0] if lengths is None else lengths, tokens, x.stride(0), x.stride(1),
+        bounded=lengths is not None, spreads=spreads, each=TOKENS, rows=ROWS, lanes=dimension, num_warps=8,
+    )  # fmt: skip
+    return made[0].sum(1), made[1].amin(1), made[2].amax(1)
 
 
-@torch.library.custom_op("vidgen::attended_e4m3", mutates_args=())
-def attended_e4m3(
-    query: Tensor, key: Tensor, value: Tensor, value_scale: Tensor, dtype: torch.dtype, lengths: Tensor | None = None
+@torch.library.triton_op("vidgen::narrowed", mutates_args=())
+def narrowed(x: Tensor, scale: Tensor, mean: Tensor | None, spreads: bool, kind: torch.dtype) -> Tensor:
+    """(x - mean) / scale in 8 bits, x as `spans` takes it; `scale` is (batch, heads), `mean` (batch, heads, dimension).
+
+    `kind` is int8, rounded to the nearest, or e4m3.
+    """
+    if not _fused(x) or x.shape[-1] != DIMENSION:
+        wide = plain_spread(x.float()) if spreads else x.float()
+        wide = wide if mean is None else wide - mean[:, None]
+        return _rounded(wide * (1.0 / scale)[:, None, :, None], kind)
+    return _narrowed(x, scale.contiguous(), mean, kind, by_row=False, spreads=spreads)
+
+
+@torch.library.triton_op("vidgen::narrowed_by_token", mutates_args=())
+def narrowed_by_token(x: Tensor) -> tuple[Tensor, Tensor]:
+    """What `plain_spread` makes of (batch, tokens, heads, dimension) in int8, with (batch, heads, tokens) scales."""
+    batch, tokens, heads, dimension = x.shape
+    if not _fused(x) or dimension != DIMENSION:
+        wide = plain_spread(x.float())
+        found = (wide.abs().amax(-1) / INT8_MAX).clamp(min=SMALLEST)
+        return _rounded(wide * (1.0 / found)[..., None], torch.int8), found.transpose(1, 2).contiguous()
+    scale = torch.empty((batch, heads, tokens), dtype=torch.float32, device=x.device)
+    return _narrowed(x, scale, None, torch.int8, by_row=True, spreads=True), scale
+
+
+def _rounded(x: Tensor, kind: torch.dtype) -> Tensor:
+    if kind == torch.int8:
+        return torch.floor(x + 0.5).clamp(-INT8_MAX, INT8_MAX).to(kind)
+    return x.clamp(-E4M3_MAX, E4M3_MAX).to(kind)
+
+
+def _narrowed(
+    x: Tensor, scale: Tensor, mean: Tensor | None, kind: torch.dtype, *, by_row: bool, spreads: bool
 ) -> Tensor:
-    """Attention in FP8 by FlashAttention 3: e4m3 (batch, tokens, heads, dimension) each, `dtype` comes out.
+    batch, tokens, heads, dimension = x.shape
+    x = x if x.stride(3) == 1 and x.stride(2) == dimension else x.contiguous()
+    made = torch.empty(x.shape, dtype=kind, device=x.device)
+    whole = kind == torch.int8
+    wrap_triton(_narrow_kernel)[(-(-tokens // ROWS), heads, batch)](
+        x, made, scale, scale if mean is None else mean.contiguous(), tokens, x.stride(0), x.stride(1), by_row=by_row,
+        spreads=spreads, centres=mean is not None, whole=whole, rows=ROWS, lanes=dimension,
+        largest=INT8_MAX if whole else E4M3_MAX, smallest=SMALLEST, num_warps=4,
+    )  # fmt: skip
+    return made
 
-    `value_scale` is (batch, heads); queries and keys have none. Products and softmax are summed up in float32.
+
+def plain_spread(x: Tensor) -> Tensor:
+    """Turn each eight neighbours of the last dimension by a Hadamard matrix: products of two such stay the same.
+
+    So one channel that is far larger than the others shares its size with seven before it sets the scale of all.
+    """
+    size = math.gcd(x.shape[-1], 8)
+    turn = torch.ones(1, 1, device=x.device)
+    while len(turn) < size:
+        turn = torch.cat([torch.cat([turn, turn], 1), torch.cat([turn, -turn], 1)])
+    return (x.unflatten(-1, (-1, size)) @ turn).flatten(-2) * size**-0.5
+
+
+def attended(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor | None = None) -> Tensor:
+    """Attention in 8 bits, of (batch, tokens, heads, dimension) each: scores of int8, sums of e4m3.
+
+    A query has a scale of its own, the keys and the values of a head one. Three things are exact, and make the numbers
+    small: queries and keys are turned together (`plain_spread`), softmax is the same for keys less their mean, and as
+    its rows sum up to one the mean of the values can be taken off and put back.
+
     With `lengths` only so many keys are seen, as in `attended_within`.
     """
+    turned, query_scale = narrowed_by_token(query)
+    given, scales, mean = [turned], [query_scale], query_scale
+    for x, kind, largest in ((key, torch.int8, INT8_MAX), (value, E4M3, E4M3_MAX)):
+        scores = kind == torch.int8
+        total, low, high = spans(x, scores, lengths)
+        mean = total / (x.shape[1] if lengths is None else lengths[:, None, None])
+        scale = (torch.maximum(high - mean, mean - low).amax(-1) / largest).clamp(min=SMALLEST)
+        given.append(narrowed(x, scale, mean, scores, kind))
+        scales.append(scale)
+    made: Tensor = attended_narrow(*given, *scales, value.dtype, lengths)
+    return made + mean[:, None].to(made.dtype)
+
+
+@torch.library.custom_op("vidgen::attended_narrow", mutates_args=())
+def attended_narrow(
+    query: Tensor, key: Tensor, value: Tensor, query_scale: Tensor, key_scale: Tensor, value_scale: Tensor,
+    dtype: torch.dtype, lengths: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """Attention by our FlashAttention 3 of int8 queries and keys and e4m3 values, with (batch, heads) scales.
+
+    Those of the queries are (batch, heads, tokens). With `lengths` only so many keys are seen, as in `attended_within`.
+    Scores are summed up in int32, which is exact, softmax and output in float32.
+    """
     if not query.is_cuda:
-        wide = value.to(dtype) * value_scale[:, None, :, None].to(dtype)
-        return _plain_attended(query.to(dtype), key.to(dtype), wide, lengths)
-    return _flash3(query, key, value, lengths, value_scale).to(dtype)
+        scales = (query_scale, key_scale[..., None], value_scale[..., None])
+        wide = [(part.float() * scale[..., None].transpose(1, 2)).to(dtype)
+                for part, scale in zip((query, key, value), scales, strict=True)]  # fmt: skip
+        return _plain_attended(wide[0], wide[1], wide[2], lengths)
+    # Its kernel for 8 bits takes three of one type, and a scale a head: deploy/flash-attention-3/build.py has it read
+    # int8 in two of them, and the scales of all of a head's queries behind the first one's.
+    scales = (query_scale[..., 0], key_scale, value_scale)
+    return _flash3(query.view(E4M3), key.view(E4M3), value, lengths, scales).to(dtype)
 
 
-@attended_e4m3.register_fake
+@attended_narrow.register_fake
 def _(
-    query: Tensor, key: Tensor, value: Tensor, value_scale: Tensor, dtype: torch.dtype, lengths: Tensor | None = None
-) -> Tensor:
+    query: Tensor, key: Tensor, value: Tensor, query_scale: Tensor, key_scale: Tensor, value_scale: Tensor,
+    dtype: torch.dtype, lengths: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     return query.new_empty(query.shape, dtype=dtype)
 
 
@@ -441,14 +612,14 @@ def _(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor) -> Tensor:
     return torch.empty_like(query)
 
 
-def _flash3(
-    query: Tensor, key: Tensor, value: Tensor, lengths: Tensor | None, value_scale: Tensor | None = None
-) -> Tensor:
-    from flash_attn_interface import flash_attn_with_kvcache
+def _flash3(query: Tensor, key: Tensor, value: Tensor, lengths: Tensor | None, scales: Sequence[Tensor] = ()) -> Tensor:
+    from flash_attn_interface import flash_attn_func, flash_attn_with_kvcache
 
-    made: Tensor = flash_attn_with_kvcache(
-        query, key, value, cache_seqlens=lengths, v_descale=value_scale, num_splits=1
-    )
+    told = dict(zip(("q_descale", "k_descale", "v_descale"), scales, strict=False))
+    made: Tensor = (
+        flash_attn_func(query, key, value, **told) if lengths is None
+        else flash_attn_with_kvcache(query, key, value, cache_seqlens=lengths, num_splits=1, **told)
+    )  # fmt: skip
     return made
 
 

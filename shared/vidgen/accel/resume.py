@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,7 +75,8 @@ class Course(diffusion.Steps):
             on_step(before + step, part.count * (self.done + steps))
 
         super().__init__(told, device)
-        self.kept = state
+        self._begun = state
+        self._kept: Callable[[], bytes | None] = lambda: state
 
     @contextlib.contextmanager
     def on(self, pipe: Any) -> Iterator[dict[str, Any]]:
@@ -97,29 +98,42 @@ class Course(diffusion.Steps):
             answer = super().__call__(pipe, index, timestep, tensors)
         except errors.Suspended as exc:
             try:
-                exc.state = self._state(pipe.scheduler, tensors[LATENTS], step)
+                exc.state = self._state(pipe.scheduler, tensors[LATENTS], step)()
             except UnusableError as fault:  # then the task is handed back without
                 log.warning(fault.message, _event="checkpoint_failed")
             raise
         if index + 2 == pipe.num_timesteps and self._part.count == 1:
-            with contextlib.suppress(UnusableError):  # then it is tried again from where it began
-                self.kept = self._state(pipe.scheduler, tensors[LATENTS], step)
+            self._kept = self._state(pipe.scheduler, tensors[LATENTS], step)
         return answer
 
-    def _state(self, scheduler: Any, latents: torch.Tensor, step: int) -> bytes:
-        """All that the steps behind `step` depend on, besides the inputs, as a safetensors file."""
-        if self._part.count > 1:
-            raise UnusableError("candidates that are made one after another leave no checkpoint")
-        tensors = {LATENTS: _kept(latents)}
-        for index, generator in enumerate(self._generators):
-            tensors[GENERATOR.format(index)] = generator.get_state()
-        state = {name: value for name, value in vars(scheduler).items() if name != CONFIG}
-        described = {
-            "made_with": self._made_with, "step": step, "generators": len(self._generators),
-            "scheduler": type(scheduler).__name__,
-            "state": {name: _described(value, name, tensors) for name, value in state.items()},
-        }  # fmt: skip
-        return save(tensors, {ENTRY: json.dumps(described)})
+    def kept(self) -> bytes | None:
+        """The state behind the last step but one, once that is done, else the one that this run began with."""
+        try:
+            return self._kept()
+        except UnusableError:
+            return self._begun
+
+    def _state(self, scheduler: Any, latents: torch.Tensor, step: int) -> Callable[[], bytes]:
+        """All that the steps behind `step` depend on, besides the inputs, to be packed as a safetensors file.
+
+        Later steps may go on before it is packed: they make new tensors, and change lists in place.
+        """
+        generators = {GENERATOR.format(index): one.get_state() for index, one in enumerate(self._generators)}
+        state = {name: list(value) if isinstance(value, list) else value
+                 for name, value in vars(scheduler).items() if name != CONFIG}  # fmt: skip
+
+        def packed() -> bytes:
+            if self._part.count > 1:
+                raise UnusableError("candidates that are made one after another leave no checkpoint")
+            tensors = {LATENTS: _kept(latents), **generators}
+            described = {
+                "made_with": self._made_with, "step": step, "generators": len(self._generators),
+                "scheduler": type(scheduler).__name__,
+                "state": {name: _described(value, name, tensors) for name, value in state.items()},
+            }  # fmt: skip
+            return save(tensors, {ENTRY: json.dumps(described)})
+
+        return packed
 
     def _read(self, state: bytes) -> dict[str, Any]:
         try:

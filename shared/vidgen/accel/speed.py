@@ -19,9 +19,9 @@ from vidgen.errors import FatalError
 
 # diffusers' names of the attention kernels, by ours.
 ATTENTION = {
-    "torch": "native", "cudnn": "_native_cudnn", "flash3": "_flash_3", "flash3-fp8": "_flash_3", "sage": "sage",
+    "torch": "native", "cudnn": "_native_cudnn", "flash3": "_flash_3", "flash3-8bit": "_flash_3", "sage": "sage",
 }  # fmt: skip
-PACKAGES = {"flash3": "flash_attn_interface", "flash3-fp8": "flash_attn_interface", "sage": "sageattention"}
+PACKAGES = {"flash3": "flash_attn_interface", "flash3-8bit": "flash_attn_interface", "sage": "sageattention"}
 HOPPER = (9, 0)
 # Each size of image or video that differs in kind recompiles once; by default dynamo gives up at eight.
 RECOMPILATIONS = 64
@@ -46,15 +46,15 @@ def choose_attention(transformers: Sequence[nn.Module], wanted: str, device: tor
         raise FatalError(
             f"VIDGEN_ATTENTION={name} needs the package {package}: install it, or use torch", code="settings"
         )
-    if name == "flash3-fp8" and _left_out("FP8"):
+    if name == "flash3-8bit" and not has_eight_bits():
         raise FatalError(
-            "VIDGEN_ATTENTION=flash3-fp8 needs a FlashAttention 3 that was built with FP8: build it with "
-            "deploy/flash-attention-3/build.py, or use flash3",
+            "VIDGEN_ATTENTION=flash3-8bit needs the FlashAttention 3 that deploy/flash-attention-3/build.py builds: "
+            "build it, or use flash3",
             code="settings",
         )
     for model in transformers:
         set_attention(model, ATTENTION[name])
-        blocks.narrow_attention(model, name == "flash3-fp8")
+        blocks.narrow_attention(model, name == "flash3-8bit")
     return name
 
 
@@ -169,6 +169,11 @@ def offload(pipe: Any, device: torch.device) -> None:
 def offloadable(pipe: Any) -> dict[str, nn.Module]:
     """The parts of a pipeline that can stream; the VAE, which is small, stays."""
     return {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module) and name != "vae"}
+
+
+def has_eight_bits() -> bool:
+    """Whether the FlashAttention 3 that is installed reads int8 queries and keys: ours does, the published one not."""
+    return _flag("VIDGEN_INT8_SCORES")
 
 
 def _left_out(part: str) -> bool:

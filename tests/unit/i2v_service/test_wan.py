@@ -252,3 +252,33 @@ def test_a_model_that_is_not_there_is_fatal(make: Callable[..., WanI2VEngine]) -
     with pytest.raises(FatalError, match=r"vidgen weights pull") as caught:
         make(A14B, model="somebody/unknown")
     assert caught.value.code == "weights_missing"
+
+
+def test_a_text_is_encoded_once(two_experts: WanI2VEngine, frame: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    encoded: list[int] = []
+    hook = two_experts._pipe.text_encoder.register_forward_hook(lambda *call: encoded.append(1))
+    monkeypatch.setattr(two_experts, "_texts", {})
+
+    def clip(**changes: Any) -> np.ndarray[Any, Any]:
+        encoded.clear()
+        inputs = two_experts.prepare(work(guidance_scale=3.0, **changes), [frame])
+        frames: np.ndarray[Any, Any] = two_experts.generate(inputs, ignore).output.frames
+        return frames
+
+    first = clip()
+    assert len(encoded) == 2
+    assert np.array_equal(clip(), first)
+    assert not encoded
+    clip(prompt="she runs")
+    assert len(encoded) == 1  # the negative one is known
+    hook.remove()
+
+
+def test_only_the_last_texts_are_remembered(two_experts: WanI2VEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    from i2v_service.engine import wan
+
+    monkeypatch.setattr(wan, "TEXTS", 2)
+    monkeypatch.setattr(two_experts, "_texts", {})
+    for text in ("one", "two", "one", "three"):
+        two_experts._embedded(text)
+    assert list(two_experts._texts) == ["one", "three"]

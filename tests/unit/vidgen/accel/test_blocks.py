@@ -187,7 +187,7 @@ def test_a_block_that_is_modulated_per_token_stays_as_it_is(
 
 
 @pytest.mark.parametrize(("name", "given"), [("qwen-edit", qwen_inputs()), ("wan2.2-a14b-i2v", wan_inputs(36))])
-def test_attention_in_fp8_comes_close(transformer: Callable[[str], Any], name: str, given: dict[str, Any]) -> None:
+def test_attention_in_8_bits_comes_close(transformer: Callable[[str], Any], name: str, given: dict[str, Any]) -> None:
     model = transformer(name)
     wanted = model(**given)[0]
     blocks.fuse_projections(model)
@@ -195,7 +195,7 @@ def test_attention_in_fp8_comes_close(transformer: Callable[[str], Any], name: s
     assert 0 < error(model(**given)[0], wanted) < 0.05
 
 
-def test_attention_in_fp8_takes_no_mask(transformer: Callable[[str], Any]) -> None:
+def test_attention_in_8_bits_takes_no_mask(transformer: Callable[[str], Any]) -> None:
     model, given = transformer("qwen-edit"), qwen_inputs()
     given["encoder_hidden_states_mask"] = torch.tensor([[1, 1, 1, 1, 1, 0, 0]])
     blocks.fuse_projections(model)
@@ -212,17 +212,62 @@ def test_the_operators_agree_with_their_declared_shapes() -> None:
     joint = (torch.randn(1, 6, 3 * 2 * 16), torch.randn(1, 3, 3 * 2 * 16), *weights, *freqs, 1e-6)
     place, table = torch.zeros(4, dtype=torch.int32), torch.randn(1, 96)
     shift, scale, gate = table.chunk(3, dim=-1)
-    for narrow in (False, True):
-        torch.library.opcheck(kernels.joint_qkv, (*joint, narrow), test_utils=checks)
-        turned = (torch.randn(1, 6, 96), torch.ones(32), torch.ones(32), torch.randn(6, 16), torch.randn(6, 16))
-        torch.library.opcheck(kernels.turned_qk, (*turned, 2, 1e-6, narrow), test_utils=checks)
+    torch.library.opcheck(kernels.joint_qkv, joint, test_utils=checks)
+    turned = (torch.randn(1, 6, 96), torch.ones(32), torch.ones(32), torch.randn(6, 16), torch.randn(6, 16))
+    torch.library.opcheck(kernels.turned_qk, (*turned, 2, 1e-6), test_utils=checks)
     rows = torch.randn(4, 32), torch.randn(4, 32)
     torch.library.opcheck(kernels.modulated_rows, (rows[0], shift, scale, place, 1e-6), test_utils=checks)
     for one in (gate, None):
         given = (*rows, one, shift, scale, place, 1e-6)
         torch.library.opcheck(kernels.added_modulated_rows, given, test_utils=checks)
-    value, value_scale = kernels.rows_of_heads(torch.randn(1, 5, 2, 16))
-    parts = [torch.randn(1, 5, 2, 16).to(kernels.E4M3) for _ in range(2)]
-    torch.library.opcheck(
-        kernels.attended_e4m3, (*parts, value, value_scale, torch.bfloat16), test_utils=("test_faketensor",)
-    )
+    heads, scale = torch.randn(1, 5, 2, 16), torch.ones(1, 2)
+    for mean, lengths in ((torch.randn(1, 2, 16), None), (None, torch.tensor([3], dtype=torch.int32))):
+        torch.library.opcheck(kernels.spans, (heads, mean is None, lengths), test_utils=checks)
+        for kind in (torch.int8, kernels.E4M3):
+            torch.library.opcheck(kernels.narrowed, (heads, scale, mean, True, kind), test_utils=checks)
+    parts = [heads.to(kind) for kind in (torch.int8, torch.int8, kernels.E4M3)]
+    torch.library.opcheck(kernels.narrowed_by_token, (heads,), test_utils=checks)
+    given = (*parts, torch.ones(1, 2, 5), scale, scale, torch.bfloat16)
+    torch.library.opcheck(kernels.attended_narrow, given, test_utils=("test_faketensor",))
+
+
+def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    given = (one.double().transpose(1, 2) for one in (query, key, value))
+    return nn.functional.scaled_dot_product_attention(*given).transpose(1, 2)
+
+
+def drawn(*shape: int) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(4))
+
+
+@pytest.mark.parametrize("size", [1.0, 2.5])  # of 1 attention is nearly even, of 2.5 one key has it
+def test_what_all_keys_or_all_values_share_costs_attention_in_8_bits_nothing(size: float) -> None:
+    query, key, value = drawn(3, 1, 600, 2, 128).unbind(0)
+    query, key = query * size, key * size
+    bias = torch.zeros(2, 128)
+    bias[:, [3, 77]] = 40.0
+
+    def lost(key: torch.Tensor, value: torch.Tensor) -> float:
+        wanted = attention(query, key, value)
+        less = wanted - wanted.mean(1, keepdim=True)  # so that a large mean hides no error
+        return float((kernels.attended(query, key, value) - wanted).norm() / less.norm())
+
+    plain = lost(key, value)
+    for shifted in ((key + bias, value), (key, value + bias)):
+        assert lost(*shifted) < 1.1 * plain
+
+
+def test_peaks_cost_attention_in_8_bits_less_than_in_e4m3() -> None:
+    query, key, value = drawn(3, 1, 600, 2, 128).unbind(0)
+    query, key = query * 2.5, key * 2.5
+    wanted = attention(query, key, value)
+    in_e4m3 = attention(query.to(kernels.E4M3), key.to(kernels.E4M3), value)
+    assert error(kernels.attended(query, key, value), wanted) < 0.5 * error(in_e4m3, wanted)
+
+
+def test_a_turn_that_spreads_what_is_large_leaves_products_as_they_are() -> None:
+    query, key = drawn(2, 1, 40, 2, 128).unbind(0)
+    query[..., 5] *= 30
+    turned = [kernels.plain_spread(one) for one in (query, key)]
+    assert error((turned[0] * turned[1]).sum(-1), (query * key).sum(-1)) < 1e-5
+    assert turned[0].abs().max() < 0.5 * query.abs().max()

@@ -86,7 +86,7 @@ def test_padded_text_changes_nothing(make: Make, tokens: int, zero_cond_t: bool)
 
 
 @pytest.mark.parametrize("narrow", [False, True])
-def test_nor_does_it_in_fp8_blocks_and_in_fp8_attention(
+def test_nor_does_it_in_fp8_blocks_and_in_attention_of_8_bits(
     make: Make, monkeypatch: pytest.MonkeyPatch, narrow: bool
 ) -> None:
     def in_float32(self: fp8.Fp8Linear, rows: torch.Tensor, scale: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
@@ -262,7 +262,7 @@ def test_where_no_graph_can_be_recorded_the_worker_goes_on_without(make: Make, m
     ("attention", "flags", "gets"),
     [
         ("flash3", {"VIDGEN_LENGTHS", "FLASHATTENTION_DISABLE_VARLEN"}, True),
-        ("flash3-fp8", {"VIDGEN_LENGTHS", "FLASHATTENTION_DISABLE_VARLEN"}, True),
+        ("flash3-8bit", {"VIDGEN_LENGTHS", "FLASHATTENTION_DISABLE_VARLEN"}, True),
         ("flash3", {"FLASHATTENTION_DISABLE_VARLEN"}, False),  # built as it was before
         ("flash3", set(), True),  # built by its own setup.py
         ("torch", {"VIDGEN_LENGTHS"}, False),
@@ -439,10 +439,12 @@ def test_flash_attention_3_is_changed_where_it_was_looked_at_and_nowhere_else(tm
     assert spec.loader is not None
     build = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(build)
-    for name, (found, _) in build.PATCHES.items():
-        (tmp_path / name).write_text(f"before\n{found}behind\n")
+    for name, patches in build.PATCHES.items():
+        lines = (f"{found}behind\n" for found, times, _ in patches for _ in range(times))
+        (tmp_path / name).write_text("before\n" + "".join(lines))
     build.patch(tmp_path)
-    for name, (_, instead) in build.PATCHES.items():
-        assert (tmp_path / name).read_text() == f"before\n{instead}behind\n"
+    for name, patches in build.PATCHES.items():
+        lines = (f"{instead}behind\n" for _, times, instead in patches for _ in range(times))
+        assert (tmp_path / name).read_text() == "before\n" + "".join(lines)
     with pytest.raises(SystemExit, match="another version"):
         build.patch(tmp_path)

@@ -208,9 +208,18 @@ def test_what_goes_wrong_there_is_told_with_its_device_and_its_end_makes_the_wor
 
 
 def test_one_that_laid_its_model_out_otherwise_is_refused(pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pair._partner, "_answer", lambda: ({}, {"profile": "resident-fp8"}))
+    monkeypatch.setattr(pair._partner, "_answer", lambda: ({}, {"profile": "resident-fp8", "narrow": "[]"}))
     with pytest.raises(FatalError, match="cpu has resident-fp8: set VIDGEN_PROFILE") as otherwise:
         pair._partner.ready(pair.info)
+    assert otherwise.value.code == "settings"
+
+
+def test_one_whose_trial_came_out_otherwise_is_refused(pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    told = {"profile": str(pair.info.profile), "narrow": "[(0, 1), (0,)]"}
+    monkeypatch.setattr(pair._partner, "_answer", lambda: ({}, told))
+    pair._partner.ready(pair.info, [(0, 1), (0,)])
+    with pytest.raises(FatalError, match="set VIDGEN_ATTENTION to flash3") as otherwise:
+        pair._partner.ready(pair.info, [(0, 1), (0, 1)])
     assert otherwise.value.code == "settings"
 
 

@@ -36,26 +36,27 @@ def test_kernels_that_are_not_installed_are_refused_by_the_name_of_their_package
     assert caught.value.code == "settings"
 
 
-@pytest.mark.parametrize("left_out", [True, False])
-def test_attention_in_fp8_needs_a_flash_attention_that_was_built_with_it(
-    monkeypatch: pytest.MonkeyPatch, left_out: bool
+@pytest.mark.parametrize("ours", [True, False])
+def test_attention_in_8_bits_needs_the_flash_attention_that_is_built_for_it(
+    monkeypatch: pytest.MonkeyPatch, ours: bool
 ) -> None:
     for name in ("flash_attn_interface", "flash_attn_config"):
         module = ModuleType(name)
         module.__spec__ = ModuleSpec(name, None)
         monkeypatch.setitem(sys.modules, name, module)
-    sys.modules["flash_attn_config"].CONFIG = {"build_flags": {"FLASHATTENTION_DISABLE_FP8": left_out}}  # type: ignore[attr-defined]
+    flags = {"VIDGEN_INT8_SCORES": True} if ours else {}
+    sys.modules["flash_attn_config"].CONFIG = {"build_flags": flags}  # type: ignore[attr-defined]
     model = Model()
-    if left_out:
-        with pytest.raises(FatalError, match="needs a FlashAttention 3 that was built with FP8") as caught:
-            speed.choose_attention([model], "flash3-fp8", CPU)
-        assert caught.value.code == "settings"
-    else:
-        assert speed.choose_attention([model], "flash3-fp8", CPU) == "flash3-fp8"
+    if ours:
+        assert speed.choose_attention([model], "flash3-8bit", CPU) == "flash3-8bit"
         assert model.backend == "_flash_3"
+    else:
+        with pytest.raises(FatalError, match="needs the FlashAttention 3 that deploy") as caught:
+            speed.choose_attention([model], "flash3-8bit", CPU)
+        assert caught.value.code == "settings"
 
 
-def test_another_choice_takes_attention_in_fp8_back(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_choice_takes_attention_in_8_bits_back(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Model()
     model.attention = nn.Module()
     model.attention.processor = blocks.SelfAttention()
@@ -65,7 +66,7 @@ def test_another_choice_takes_attention_in_fp8_back(monkeypatch: pytest.MonkeyPa
 
 
 def test_unknown_kernels_are_refused_with_those_that_there_are() -> None:
-    with pytest.raises(FatalError, match="use auto, torch, cudnn, flash3, flash3-fp8, sage"):
+    with pytest.raises(FatalError, match="use auto, torch, cudnn, flash3, flash3-8bit, sage"):
         speed.choose_attention([Model()], "xformers", CPU)
 
 
