@@ -19,7 +19,6 @@ from typing import Any
 import structlog
 import torch
 from diffusers.hooks import HookRegistry, ModelHook
-from diffusers.models.autoencoders.vae import DecoderOutput
 from torch import Tensor
 
 from vidgen.accel.blocks import JointAttention
@@ -366,50 +365,6 @@ class Vision(Forward):
 def _vision_kind(hidden: Tensor, given: Mapping[str, Any]) -> tuple[int, ...] | None:
     bounds, turns = given.get("cu_seqlens"), given.get("position_embeddings")
     return None if bounds is None or turns is None else (hidden.shape[0], bounds.shape[0])
-
-
-# ── the VAE ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def paint(graphs: Graphs | None, vae: Any) -> None:
-    """Have the two halves of a VAE answered by graphs for one picture at a time, or by themselves.
-
-    What else is changed in it is changed before.
-    """
-    for name in ("_encode", "_decode"):
-        own = getattr(vae, name)
-        if isinstance(own, _Half):
-            own = own.own
-        setattr(vae, name, own if graphs is None else _Half(own, graphs, vae, name))
-
-
-class _Half:
-    def __init__(self, own: Callable[..., Any], graphs: Graphs, vae: Any, name: str) -> None:
-        self.own, self._graphs, self._vae, self._name = own, graphs, vae, name
-
-    def __call__(self, x: Tensor, **options: Any) -> Any:
-        frames: int = x.shape[2]
-        if not options and (x.shape[0], frames) == (1, 1) and not self._vae.use_tiling:
-            made = self._graphs.answer((self._name, *x.shape), functools.partial(Picture, self.own, x), x)
-            if made is not None:
-                return made if self._name == "_encode" else DecoderOutput(sample=made)
-        return self.own(x, **options)
-
-
-class Picture(Forward):
-    """One picture through a half of a VAE, which keeps nothing from one to the next."""
-
-    def __init__(self, own: Callable[[Tensor], Any], x: Tensor) -> None:
-        super().__init__(x.device)
-        self._own, self._x = own, torch.empty_like(x)
-
-    def fill(self, given: Tensor) -> None:
-        self._x.copy_(given)
-
-    def computed(self) -> Tensor:
-        made = self._own(self._x)
-        found: Tensor = made if torch.is_tensor(made) else made.sample
-        return found
 
 
 def _fill(room: Tensor, part: Tensor) -> None:

@@ -29,8 +29,8 @@ if HAS_TRITON:
 
     # A row is worked on in `parts` of `block` numbers each, which are `whole` if they are all there. What bounds these
     # kernels is as much the number of instructions as memory: exponentials and quotients without the care for the very
-    # smallest numbers, no rounding in between, no clamp where the conversion saturates by itself. Compiled code gives
-    # an `eps` in float64, which must not spread.
+    # smallest numbers, no rounding in between, no clamp where the conversion saturates by itself. Compiled code hands
+    # an `eps` over in float64, which must not spread.
 
     @triton.jit
     def _gelu(value):  # type: ignore[no-untyped-def]

@@ -392,36 +392,6 @@ def test_the_last_hidden_state_is_the_normalised_one(pipe: Any, monkeypatch: pyt
             assert torch.equal(told.hidden_states[-1], told.last_hidden_state)
 
 
-# ── the VAE ──────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def test_a_picture_goes_through_the_vae_as_ever(pipe: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    vae = pipe.vae
-    torch.manual_seed(8)
-    pictures = [torch.rand(1, 3, 1, 32, side) for side in (32, 48)]
-    with torch.no_grad():
-        wanted = [vae.encode(picture).latent_dist.mode() for picture in pictures]
-        painted = [vae.decode(latents).sample for latents in wanted]
-        found = graphs.Graphs()
-        graphs.paint(found, vae)
-        recorded = Recorded(monkeypatch)
-        for _ in range(3):
-            for picture, latents, one in zip(pictures, wanted, painted, strict=True):
-                assert torch.equal(vae.encode(picture).latent_dist.mode(), latents)
-                assert torch.equal(vae.decode(latents, return_dict=False)[0], one)
-        assert (recorded.recorded, recorded.replayed) == (4, 8)
-
-        # Not several, no clip, and nothing in tiles.
-        vae.decode(torch.cat([wanted[0], wanted[0]]))
-        vae.encode(torch.rand(1, 3, 5, 32, 32))
-        vae.enable_tiling()
-        vae.decode(wanted[0])
-        vae.disable_tiling()
-        graphs.paint(None, vae)
-        vae.decode(wanted[0])
-        assert recorded.replayed == 8
-
-
 # ── the engine ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
