@@ -253,10 +253,9 @@ def on_host(pixels: torch.Tensor) -> np.ndarray[Any, np.dtype[Any]]:
     """The same in host memory: from a GPU through pinned memory, which torch keeps, at the full rate of the bus."""
     import torch
 
-    if pixels.device.type != "cuda":
-        return pixels.numpy()
-    made = torch.empty(pixels.shape, dtype=pixels.dtype, pin_memory=True)
-    return made.copy_(pixels).numpy()
+    made = torch.empty(pixels.shape, dtype=pixels.dtype, pin_memory=pixels.is_cuda)
+    found: np.ndarray[Any, np.dtype[Any]] = made.copy_(pixels).numpy()
+    return found
 
 
 def cropped(pixels: torch.Tensor, width: int, height: int) -> torch.Tensor:
