@@ -145,7 +145,7 @@ class WanI2VEngine(DiffusersEngine):
                 **given,
             ).frames[0]
             pixels = diffusion.to_pixels(clip[: work.num_frames])
-            frames = diffusion.cropped(pixels, work.width, work.height).cpu().numpy()
+            frames = diffusion.on_host(diffusion.cropped(pixels, work.width, work.height))
         return Generated(Animated(work, frames), denoise_s=steps.denoise_s, decode_s=steps.decode_s())
 
     def _embedded(self, text: str) -> torch.Tensor:

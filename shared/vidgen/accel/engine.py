@@ -6,6 +6,7 @@ import abc
 import contextlib
 import functools
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -206,8 +207,21 @@ class DiffusersEngine(abc.ABC):
         streams = str(self.info.profile).startswith("offload")  # its time goes into the bus
         if streams or not speed.has_eight_bits():
             return
-        with diffusion.loading("the model", "see the log of this worker"):
+        try:
             self.verdicts = self._timed("trial", functools.partial(self._tried, rehearse))
+        except Exception as exc:
+            traceback.clear_frames(exc.__traceback__)  # they hold what there may be no room for
+            fault = diffusion.as_error(exc)
+            if isinstance(fault, FatalError):
+                raise fault from exc
+            log.warning(
+                f"the trial of attention in 8 bits failed, it stays in 16: {type(exc).__name__}: {exc}"[:500],
+                _event="attention_trial_failed",
+            )
+            diffusion.free(self._device)
+            for model in self.transformers():
+                blocks.narrow_attention(model, False)
+            return
         for model, verdict in zip(self.transformers(), self.verdicts, strict=True):
             verdict.apply(model)
         log.info(

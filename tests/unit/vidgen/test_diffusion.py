@@ -89,6 +89,7 @@ def test_pixels_are_rounded_not_cut() -> None:
 def test_cropping_keeps_the_middle() -> None:
     pixels = torch.arange(4 * 6).reshape(1, 4, 6, 1)
     assert diffusion.cropped(pixels, 2, 2).flatten().tolist() == [8, 9, 14, 15]
+    assert diffusion.on_host(diffusion.cropped(pixels, 2, 2)).flatten().tolist() == [8, 9, 14, 15]
 
 
 def test_seeds_of_candidates_wrap_around() -> None:

@@ -193,12 +193,30 @@ def test_who_names_the_kernels_gets_those(engine: Callable[..., Any], attention:
     assert one.verdicts == ()
 
 
-def test_a_trial_for_which_there_is_no_memory_ends_the_start(
+@pytest.mark.parametrize("fault", [torch.OutOfMemoryError("out of memory"), RuntimeError("no such kernel")])
+def test_a_trial_that_fails_leaves_attention_as_it_was(
+    engine: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, fault: Exception
+) -> None:
+    def fails(self: Any, narrow: Any) -> float:
+        self._narrow(narrow)
+        raise fault
+
+    monkeypatch.setattr(trial._Watched, "_lost", fails)
+    one = engine()
+    with structlog.testing.capture_logs() as logs:
+        one.setup()
+    assert not any(any(narrow(model)) for model in one.transformers())
+    assert one.verdicts == ()
+    [said] = [entry for entry in logs if entry.get("_event") == "attention_trial_failed"]
+    assert str(fault) in said["event"]
+
+
+def test_a_device_that_is_lost_in_a_trial_ends_the_start(
     engine: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(*args: Any) -> None:
-        raise torch.OutOfMemoryError("out of memory")
+    def lost(*args: Any) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-    monkeypatch.setattr(trial, "tried", full)
-    with pytest.raises(FatalError, match="does not fit into the memory"):
+    monkeypatch.setattr(trial, "tried", lost)
+    with pytest.raises(FatalError, match="the device failed"):
         engine().setup()
