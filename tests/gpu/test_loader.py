@@ -1,0 +1,42 @@
+"""Weights that are read to a GPU are those of the files, to the last bit, while another thread needs the interpreter."""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from vidgen.accel import loader
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
+
+
+@pytest.mark.parametrize("chunk", [1 << 12, loader.CHUNK])
+def test_what_is_read_to_a_gpu_is_what_the_files_hold(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int
+) -> None:
+    monkeypatch.setattr(loader, "CHUNK", chunk)
+    files = [tmp_path / f"{number}.safetensors" for number in range(5)]
+    for number, file in enumerate(files):
+        save_file({f"{number}.{size}": torch.randn(size).bfloat16() for size in (1, 77, 4096, 300_001)}, file)
+    done = threading.Event()
+
+    def busy() -> None:
+        while not done.is_set():
+            sum(range(1000))
+
+    other = threading.Thread(target=busy)
+    other.start()
+    reading = loader.Reading(files, torch.device("cuda:0"))
+    try:
+        for file in files:
+            taken = reading.take(file)
+            for name, wanted in load_file(file).items():
+                assert torch.equal(taken[name].cpu(), wanted), name
+    finally:
+        reading.close()
+        done.set()
+        other.join()
