@@ -24,7 +24,7 @@ FP8_SHARE = 0.52
 TRANSFORMERS = ("transformer", "transformer_2")
 # What one task takes beside the weights, at the largest common size.
 WORK: Mapping[Stage, int] = {
-    "edit": 5 * GIB,  # one image of a megapixel with one reference: 4.3 GiB measured
+    "edit": 5 * GIB,  # one image of a megapixel with one reference: 3.9 GiB measured, graphs included
     "i2v": 6 * GIB,  # 81 frames of 832x480: 4.9 GiB measured
 }
 

@@ -99,34 +99,32 @@ def pixels(engine: Any, **changes: Any) -> np.ndarray[Any, Any]:
     return np.asarray(made.output.pixels)
 
 
-def latents(engine: Any, monkeypatch: pytest.MonkeyPatch, **changes: Any) -> torch.Tensor:
-    """What all steps came to: cuDNN may settle for other kernels of the VAE meanwhile."""
-    seen: list[torch.Tensor] = []
-    decode = engine._pipe.vae.decode
-
-    def looked_at(z: torch.Tensor, *args: Any, **options: Any) -> Any:
-        seen.append(z.clone())
-        return decode(z, *args, **options)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(engine._pipe.vae, "decode", looked_at)
-        pixels(engine, **changes)
-    return seen[0]
-
-
 @pytest.mark.parametrize("compiled", ["off", "blocks"])
-def test_a_graph_gives_what_its_kernels_gave_one_by_one(
+def test_a_graph_gives_what_its_kernels_give_one_by_one(
     make: Make, monkeypatch: pytest.MonkeyPatch, compiled: str
 ) -> None:
     engine = make(compile=compiled)
+    same: list[bool] = []
+    run = graphs.Forward.run
+
+    def compared(forward: Any) -> torch.Tensor:
+        made = run(forward)
+        if forward.recorded:
+            same.append(torch.equal(forward._made, forward.computed()))
+        return made
+
+    monkeypatch.setattr(graphs.Forward, "run", compared)
     works: list[dict[str, Any]] = [{}, {"prompt": "a blue car " * 9}, {"width": 128}, {"true_cfg_scale": 1.0}]
-    first = [latents(engine, monkeypatch, **work) for work in works]  # begins one by one
+    first = [pixels(engine, **work) for work in works]
     recorded = len(engine._graphs)
     assert recorded >= 4
-    again = [latents(engine, monkeypatch, **work) for work in works]  # graphs alone
+    again = [pixels(engine, **work) for work in works]
     assert len(engine._graphs) == recorded
-    assert [error(one, other) for one, other in zip(again, first, strict=True)] == [0.0] * len(works)
+    assert len(same) > recorded
+    assert all(same)
     assert engine._graphs.held() > 0
+    # cuDNN may have settled for other kernels of the VAE meanwhile.
+    assert all(float(np.abs(one.astype(int) - two).mean()) < 2 for one, two in zip(first, again, strict=True))
 
 
 def test_an_edit_with_graphs_is_that_without_them(make: Make) -> None:

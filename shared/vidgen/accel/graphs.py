@@ -56,10 +56,14 @@ class Forward(abc.ABC):
     def recorded(self) -> bool:
         return self._graph is not None
 
-    def record(self, pool: Any) -> None:
+    def record(self, pool: Any, stream: Any) -> None:
         """Record the graph, once the same kernels have run without."""
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        # On this device, which need not be the thread's current one; other threads may use theirs meanwhile.
+        with (
+            torch.cuda.device(self.device),
+            torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode="thread_local"),
+        ):
             self._made = self.computed()
         self._graph = graph
 
@@ -91,6 +95,7 @@ class Graphs:
         self._kept = kept
         self._forwards: OrderedDict[Hashable, Forward] = OrderedDict()
         self._pool: Any = None
+        self._stream: Any = None  # one for all: cuBLAS keeps memory for each that it is used on
         self._paused = False
 
     def __len__(self) -> int:
@@ -133,10 +138,12 @@ class Graphs:
         return sum(segment["total_size"] for segment in torch.cuda.memory_snapshot(self._pool))
 
     def _record(self, forward: Forward) -> None:
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(forward.device)
         if self._pool is None:
             self._pool = torch.cuda.graph_pool_handle()
         try:
-            forward.record(self._pool)
+            forward.record(self._pool, self._stream)
         except RuntimeError as exc:  # memory ran out, mostly; what the device itself lacks the next forward says
             log.warning(f"no CUDA graph can be recorded, this worker goes on without: {exc}", _event="graphs_off")
             self.drop()

@@ -60,8 +60,9 @@ class Recorded:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.recorded = self.replayed = 0
         monkeypatch.setattr(torch.cuda, "graph_pool_handle", object)
+        monkeypatch.setattr(torch.cuda, "Stream", lambda device: object())
         monkeypatch.setattr(graphs, "records_on", lambda device: True)
-        monkeypatch.setattr(graphs.Forward, "record", lambda forward, pool: self._record(forward))
+        monkeypatch.setattr(graphs.Forward, "record", lambda forward, pool, stream: self._record(forward))
 
     def _record(self, forward: Any) -> None:
         self.recorded += 1
@@ -243,7 +244,7 @@ def test_where_no_graph_can_be_recorded_the_worker_goes_on_without(make: Make, m
     Recorded(monkeypatch)
     tried: list[int] = []
 
-    def fails(self: Any, pool: object) -> None:
+    def fails(self: Any, pool: object, stream: object) -> None:
         tried.append(1)
         raise torch.OutOfMemoryError("CUDA out of memory")
 
