@@ -275,7 +275,7 @@ class WorkerSettings(Settings):
     )
     compile_cache: Path | None = Field(
         None,
-        description="Where what was compiled, and what a trial of attention in 8 bits found, is kept for the next start: "
+        description="Where what was compiled, and what a trial of attention found, is kept for the next start: "
         "a folder beside the weights, say. By default torch's temporary folder.",
     )
     step_cache: int = Field(
