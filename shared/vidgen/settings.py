@@ -275,8 +275,8 @@ class WorkerSettings(Settings):
     )
     compile_cache: Path | None = Field(
         None,
-        description="Where what was compiled is kept for the next start: a folder beside the weights, say. By default "
-        "torch's temporary folder.",
+        description="Where what was compiled, and what a trial of attention found, is kept for the next start: "
+        "a folder beside the weights, say. By default torch's temporary folder.",
     )
     step_cache: int = Field(
         1, ge=1, le=5,

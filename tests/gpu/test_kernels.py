@@ -91,7 +91,10 @@ def test_heads_are_narrowed_as_torch_does_it(spreads: bool, kind: torch.dtype) -
     mean = total / 1100
     scale = torch.maximum(high - mean, mean - low).amax(-1) / (127 if kind == torch.int8 else 448)
     found = kernels.narrowed(heads, scale, mean, spreads, kind).float() * scale[:, None, :, None]
-    assert error(found, wide - mean[:, None]) < (0.01 if kind == torch.int8 else 0.03)
+    centred = wide - mean[:, None]
+    # Rounding to whole steps is off by anything up to half a step; to four digits by a share of the number.
+    step = float(scale.square().mean().sqrt())
+    assert error(found, centred) < (1.05 * step / 12**0.5 / float(centred.std()) if kind == torch.int8 else 0.03)
 
 
 def test_queries_are_narrowed_one_by_one_as_torch_does_it() -> None:
@@ -102,18 +105,19 @@ def test_queries_are_narrowed_one_by_one_as_torch_does_it() -> None:
     assert error(found.float() * scale.transpose(1, 2)[..., None], wanted) < 0.01
 
 
-@pytest.mark.parametrize(("size", "allowed"), [(1.0, 0.045), (2.0, 0.06)])
-def test_attention_in_8_bits_is_close_to_attention(size: float, allowed: float) -> None:
+@pytest.mark.parametrize("size", [1.0, 2.0])
+def test_attention_in_8_bits_is_close_to_attention(size: float) -> None:
     config = pytest.importorskip("flash_attn_config")
     if not config.CONFIG["build_flags"].get("VIDGEN_INT8_SCORES"):
         pytest.skip("this FlashAttention 3 is not ours")
     query, key, value = (drawn(1, 4100, 24, 128) for _ in range(3))
-    query, key, value = query * size, key * size + drawn(128), value + 1
+    query, key = query * size, key * size + drawn(128)
     found = kernels.attended(query, key, value)
     given = (part.transpose(1, 2) for part in (query, key, value))
     wanted = nn.functional.scaled_dot_product_attention(*given).transpose(1, 2)
-    less = wanted.float() - wanted.float().mean(1, keepdim=True)
-    assert float((found.float() - wanted.float()).norm() / less.norm()) < allowed
+    assert error(found, wanted) < 0.05
+    # A mean costs nothing but its rounding to bf16.
+    assert error(kernels.attended(query, key, value + 4), wanted + 4) < 1e-2
 
 
 @pytest.mark.parametrize(("channels", "filters"), [(96, 96), (192, 192), (384, 384), (192, 96), (96, 3), (160, 320)])

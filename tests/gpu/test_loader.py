@@ -1,4 +1,4 @@
-"""Weights that are read to a GPU are those of the files, to the last bit, while another thread needs the interpreter."""
+"""Weights that are read to a GPU are those of the files, to the last bit, though others need the interpreter."""
 
 from __future__ import annotations
 
