@@ -115,16 +115,19 @@ def test_a_graph_gives_what_its_kernels_give_one_by_one(
 
     monkeypatch.setattr(graphs.Forward, "run", compared)
     works: list[dict[str, Any]] = [{}, {"prompt": "a blue car " * 9}, {"width": 128}, {"true_cfg_scale": 1.0}]
-    first = [pixels(engine, **work) for work in works]
-    recorded = len(engine._graphs)
-    assert recorded >= 4
-    again = [pixels(engine, **work) for work in works]
-    assert len(engine._graphs) == recorded
-    assert len(same) > recorded
+    runs, recorded = [], []
+    for _ in range(3):
+        runs.append([pixels(engine, **work) for work in works])
+        recorded.append(len(engine._graphs))
+    # What comes once in the works, such as a prompt, is recorded when they come again.
+    assert 4 < recorded[0] <= recorded[1] == recorded[2]
+    assert len(same) > recorded[2]
     assert all(same)
     assert engine._graphs.held() > 0
-    # cuDNN may have settled for other kernels of the VAE meanwhile.
-    assert all(float(np.abs(one.astype(int) - two).mean()) < 2 for one, two in zip(first, again, strict=True))
+    # cuDNN may settle for other kernels of the VAE meanwhile.
+    for run_of_them in runs[1:]:
+        for one, other in zip(run_of_them, runs[0], strict=True):
+            assert float(np.abs(one.astype(int) - other).mean()) < 2
 
 
 def test_an_edit_with_graphs_is_that_without_them(make: Make) -> None:

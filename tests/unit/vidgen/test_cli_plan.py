@@ -63,7 +63,7 @@ def test_a_gpu_without_a_price_gives_no_dollars() -> None:
 
 
 def test_candidates_are_made_one_after_another() -> None:
-    assert told(*SMALL, "--candidates", "3")["stages"]["edit"]["task_s"] == pytest.approx(3 * 0.84)
+    assert told(*SMALL, "--candidates", "3")["stages"]["edit"]["task_s"] == pytest.approx(3 * 0.82)
 
 
 def test_a_list_of_jobs_takes_the_place_of_a_rate(tmp_path: Path) -> None:
