@@ -23,6 +23,7 @@ import uvloop
 
 from vidgen import choice, device, errors, gpu, jetstream, metrics, probes, telemetry, topology, tracing, weights
 from vidgen.artifacts import S3Store
+from vidgen.company import Company
 from vidgen.contracts import LANES, Stage
 from vidgen.engine import Engine, Sleeper
 from vidgen.jetstream import JetStreamBus
@@ -177,11 +178,12 @@ class _Service:
                 {stage: one.engine for stage, one in loaded.items()}, self._stages[0], device_thread,
                 lambda stage, seconds: self._metrics[stage].switched(seconds), takes_turns=takes_turns,
             )  # fmt: skip
+            company = Company()
             self._workers = [
                 Worker(
                     connected, store, loaded[stage].engine, device_thread, self._monitor, self._metrics[stage],
                     self._policy(stage), Registration(settings.heartbeat_s, settings.grace_s, loaded[stage].seconds),
-                    devices[stage],
+                    devices[stage], company,
                 )
                 for stage in self._stages
             ]  # fmt: skip

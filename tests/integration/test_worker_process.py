@@ -175,7 +175,7 @@ async def test_a_worker_is_killed_in_the_middle_of_a_task_and_another_completes_
     second = await floor.started("Instant")
     event = await floor.until("stage_completed")
 
-    assert (event.worker, event.attempt, event.tries) == (second.name, 2, 2)
+    assert (event.worker, event.attempt, event.tries, event.alone) == (second.name, 2, 1, True)
     assert await floor.types() == ["stage_started", "stage_started", "stage_completed"]
     stat = await floor.store.stat(f"jobs/{floor.job}/edit-0.png")
     assert stat is not None
