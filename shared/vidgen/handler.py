@@ -280,7 +280,8 @@ class Handler:
     ) -> tuple[Finished, ...]:
         task = held.task
         with clocks.timed("prepare"):
-            inputs = await asyncio.to_thread(self._engine.prepare, task.work, gathered.files)
+            preparing = asyncio.to_thread(self._engine.prepare, task.work, gathered.files)
+            inputs = await self._watchdog.watch(task.work, "preparing").over(preparing)
             begun = await self._begun_elsewhere(held, gathered.folder)
         decoding = self._decoding.value or 0.0
 
@@ -326,7 +327,8 @@ class Handler:
         with clocks.timed("encode"):
             out = gathered.folder / "out"
             out.mkdir()
-            return await asyncio.to_thread(self._engine.finish, generated.output, out)
+            finishing = asyncio.to_thread(self._engine.finish, generated.output, out)
+            return await self._watchdog.watch(task.work, "finishing").over(finishing)
 
     async def _generate(
         self, inputs: Any, on_step: Callable[[int], OnStep], begun: checkpoints.Found | None

@@ -112,6 +112,8 @@ class _Service:
                 await self._serve(loaded, takes_turns, device_thread, url)
             except errors.HungError:
                 hangs = True
+                # The loop waits at its end for the threads of its executor, and the one that hangs may be among them.
+                asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
                 raise
             finally:
                 device_thread.shutdown(wait=not hangs)
