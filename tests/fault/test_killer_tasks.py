@@ -1,4 +1,4 @@
-"""Tasks that take their process with them: given up after three tries, in seconds, and no other task is harmed."""
+"""Tasks that take their process with them: given up after three tries alone, in seconds; no other task is harmed."""
 
 from __future__ import annotations
 
@@ -37,4 +37,4 @@ async def campaign(lab: Lab, *, killers: int, jobs: int) -> str:
 
 
 async def test_tasks_that_kill_their_workers_are_given_up_in_seconds_and_harm_no_other(lab: Lab) -> None:
-    await campaign(lab, killers=3, jobs=6)
+    await campaign(lab, killers=6, jobs=6)
