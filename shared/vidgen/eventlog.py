@@ -62,13 +62,14 @@ class Claim:
     seq: int
     checkpoint: contracts.Checkpoint | None = None
     preempted: int = 0
+    alone: bool = False
     nonce: str = field(default_factory=lambda: secrets.token_hex(4))
 
     def stamp(self) -> dict[str, object]:
         """What every event of this attempt says."""
         return {
             "job_id": self.task.job_id, "run": self.task.run, "stage": self.task.stage, "attempt": self.attempt,
-            "tries": self.tries, "worker": self.worker, "at": datetime.now(UTC),
+            "tries": self.tries, "worker": self.worker, "alone": self.alone, "at": datetime.now(UTC),
         }  # fmt: skip
 
     def carried(self) -> dict[str, object]:
@@ -102,14 +103,21 @@ class Claim:
         self.seq = seen.seq
 
 
+async def wants_alone(bus: Bus, task: Task, max_attempts: int) -> bool:
+    """Whether the next attempt at a task must be alone in its process; raises as `newest` does."""
+    verdict = attempts.judge(task, (await newest(bus, task.job_id)).event, max_attempts)
+    return isinstance(verdict, attempts.Run) and verdict.alone
+
+
 async def claim(
     bus: Bus, task: Task, worker: str, max_attempts: int, *, engine: str, model: str, deliveries: int,
-    queued_at_seq: int | None = None,
+    alone: bool = False, queued_at_seq: int | None = None,
 ) -> Claim | attempts.Drop | attempts.Exhausted:  # fmt: skip
     """Start an attempt, or learn that there is none to start. Two workers with the same task: one of them wins.
 
     The start is in the log before this returns, so a task that kills its process is counted all the same.
-    `queued_at_seq` is where the log stood when the task was queued: if it stands there still, nobody has begun.
+    `alone` says whether it is so in its process, as `wants_alone` wished. `queued_at_seq` is where the log stood when
+    the task was queued: if it stands there still, nobody has begun.
     """
     for number in range(CLAIM_TRIES):
         known = queued_at_seq if number == 0 else None
@@ -117,7 +125,9 @@ async def claim(
         verdict = attempts.judge(task, seen.event, max_attempts)
         if isinstance(verdict, attempts.Drop | attempts.Exhausted):
             return verdict
-        held = Claim(bus, task, verdict.attempt, verdict.tries, worker, seen.seq, verdict.checkpoint, verdict.preempted)
+        held = Claim(
+            bus, task, verdict.attempt, verdict.tries, worker, seen.seq, verdict.checkpoint, verdict.preempted, alone
+        )
         queued = (datetime.now(UTC) - task.queued_at).total_seconds()
         started = contracts.StageStarted.model_validate(
             held.stamp() | held.carried()
