@@ -1,12 +1,12 @@
-"""What the two diffusers engines share: devices, loading, LoRAs, steps, faults. Imports torch in functions only."""
+"""What the two diffusers engines share: devices, LoRAs, steps, faults. Imports torch in functions only."""
 
 from __future__ import annotations
 
 import contextlib
 import time
 import traceback
-from collections.abc import Iterator, Mapping
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 from vidgen import weights
 from vidgen.engine import EngineInfo, OnStep
@@ -15,8 +15,6 @@ from vidgen.errors import FatalError, RejectedError, RetryableError, VidgenError
 if TYPE_CHECKING:
     import numpy as np
     import torch
-
-P = TypeVar("P")
 
 # How torch says that memory ran out where it does not raise its OutOfMemoryError.
 OUT_OF_MEMORY = ("out of memory", "ALLOC_FAILED", "can't allocate memory", "not enough memory")
@@ -53,32 +51,6 @@ def dtype_of(wanted: str, device: torch.device) -> torch.dtype:
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise FatalError(f"dtype {wanted} is unknown: use auto, bfloat16, float16 or float32", code="settings")
     return dtype
-
-
-def load(
-    pipeline: type[P], found: weights.Weights, device: torch.device, dtype: torch.dtype | Mapping[str, torch.dtype]
-) -> P:
-    """Load a verified folder onto the device: offline, safetensors only, nothing of the model's is run as code.
-
-    `dtype` may be one per component, with a `default`. Raises FatalError.
-    """
-    from diffusers.utils import logging as diffusers_logging
-    from transformers.utils import logging as transformers_logging
-
-    # A worker's log is read by machines: loading bars have no place in it.
-    diffusers_logging.disable_progress_bar()
-    transformers_logging.disable_progress_bar()
-    with loading(f"the weights in {found.folder}", "download the model again"):
-        pipe: Any = pipeline.from_pretrained(  # type: ignore[attr-defined]
-            found.folder,
-            dtype=dict(dtype) if isinstance(dtype, Mapping) else dtype,
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=False,
-        )
-        pipe.set_progress_bar_config(disable=True)
-        loaded: P = pipe.to(device)
-    return loaded
 
 
 def fuse(pipe: Any, path: str, component: str = "transformer") -> None:

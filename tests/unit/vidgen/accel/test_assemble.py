@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
-from vidgen import diffusion, weights
+from vidgen import weights
 from vidgen.errors import FatalError
 
 CPU = torch.device("cpu")
@@ -77,7 +77,10 @@ def test_it_is_what_from_pretrained_makes_bit_for_bit(
     folder = tiny_models[name]
     if name == "qwen-edit":
         dtypes = {"default": dtypes["default"]}  # its VAE takes no other
-    wanted = diffusion.load(kind(folder), found(folder), CPU, dtypes)
+    wanted = kind(folder).from_pretrained(
+        folder, dtype=dtypes, local_files_only=True, use_safetensors=True, trust_remote_code=False
+    )
+    wanted.set_progress_bar_config(disable=True)
     made = assembled(folder, dtypes)
 
     assert models_of(made).keys() == models_of(wanted).keys()
