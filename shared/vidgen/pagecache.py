@@ -22,6 +22,9 @@ CGROUP = Path("/sys/fs/cgroup")
 @contextlib.contextmanager
 def filling(files: Sequence[Path]) -> Iterator[None]:
     """Meanwhile read what is not in the page cache yet, file by file; a fault is for whoever wants the file to meet."""
+    if not files:
+        yield
+        return
     leaving = threading.Event()
     chunks = itertools.takewhile(lambda _: not leaving.is_set(), _within(int(_free() * SHARE), files))
     lock = threading.Lock()
