@@ -62,6 +62,7 @@ class Claim:
     seq: int
     checkpoint: contracts.Checkpoint | None = None
     preempted: int = 0
+    first: bool = False  # nobody has begun this run before, as the log proves
     nonce: str = field(default_factory=lambda: secrets.token_hex(4))
 
     def stamp(self) -> dict[str, object]:
@@ -112,12 +113,15 @@ async def claim(
     `queued_at_seq` is where the log stood when the task was queued: if it stands there still, nobody has begun.
     """
     for number in range(CLAIM_TRIES):
-        known = queued_at_seq if number == 0 else None
+        known = queued_at_seq or None if number == 0 else None
         seen = Newest(None, known) if known else await newest(bus, task.job_id)
         verdict = attempts.judge(task, seen.event, max_attempts)
         if isinstance(verdict, attempts.Drop | attempts.Exhausted):
             return verdict
-        held = Claim(bus, task, verdict.attempt, verdict.tries, worker, seen.seq, verdict.checkpoint, verdict.preempted)
+        held = Claim(
+            bus, task, verdict.attempt, verdict.tries, worker, seen.seq, verdict.checkpoint, verdict.preempted,
+            first=known is not None,
+        )  # fmt: skip
         queued = (datetime.now(UTC) - task.queued_at).total_seconds()
         started = contracts.StageStarted.model_validate(
             held.stamp() | held.carried()

@@ -25,7 +25,7 @@ from vidgen import attempts, checkpoints, contracts, errors, eventlog, results, 
 from vidgen.artifacts import ArtifactStore, check_key
 from vidgen.bus import Bus, Delivery
 from vidgen.contracts import Task
-from vidgen.engine import Engine, Finished, Generated, OnStep, Resumable
+from vidgen.engine import Engine, Generated, OnStep, Resumable
 from vidgen.eta import Recent
 from vidgen.eventlog import Claim, FencedError
 from vidgen.metrics import WorkerMetrics
@@ -45,10 +45,14 @@ KEEP_S = 15.0  # what storing a checkpoint may take: the machine may be gone soo
 
 @dataclass(frozen=True)
 class _Gathered:
-    """What a task starts from: its inputs as files or, where it was done before, its result."""
+    """What a task starts from: its inputs as files or, where it was done before, its result.
+
+    `looked` is whether the store was asked for one.
+    """
 
     folder: Path
     files: list[Path]
+    looked: bool
     result: results.Result | None
 
 
@@ -137,7 +141,7 @@ class Handler:
     async def _attempt(self, delivery: Delivery, task: Task, turn: Turn, clocks: Clocks) -> Outcome:
         async with contextlib.AsyncExitStack() as scratch:
             # While the claim is under way: looking and fetching leave no trace if it is not won.
-            gathering = asyncio.ensure_future(self._gather(task, scratch, clocks))
+            gathering = asyncio.ensure_future(self._gather(delivery, task, scratch, clocks))
             try:
                 return await self._hold(delivery, task, turn, clocks, gathering)
             finally:
@@ -169,8 +173,10 @@ class Handler:
             )  # fmt: skip
         with structlog.contextvars.bound_contextvars(attempt=held.attempt):
             try:
-                async with self._lease(delivery, held, turn):
-                    return await self._run(delivery, held, turn, clocks, gathering)
+                reporter = Reporter(self._bus, held, self._metrics, self._finishing.value or 0.0)
+                with contextlib.closing(reporter):
+                    async with self._lease(delivery, held, turn):
+                        return await self._run(delivery, held, turn, clocks, gathering, reporter)
             except FencedError:
                 # A newer attempt holds the task: neither ack nor nak may come from here any more.
                 return "fenced"
@@ -198,10 +204,18 @@ class Handler:
                 unexpected = errors.RetryableError(f"unexpected {type(exc).__name__}", code="unexpected")
                 return await self._settlement.fail(delivery, held, clocks, unexpected, retryable=True)
 
-    async def _gather(self, task: Task, scratch: contextlib.AsyncExitStack, clocks: Clocks) -> _Gathered:
-        """The stored result of this very task, else its inputs in a folder of its own that goes with `scratch`."""
+    async def _gather(
+        self, delivery: Delivery, task: Task, scratch: contextlib.AsyncExitStack, clocks: Clocks
+    ) -> _Gathered:
+        """The inputs of a task in a folder of its own that goes with `scratch`, else its stored result.
+
+        A result is looked for where the delivery does not say that this is the first attempt of all.
+        """
+        look = task.run > 1 or _log_seq(delivery) is None
         with clocks.timed("prepare"):
             folder = await scratch.enter_async_context(_scratch(self._policy.work_dir))
+            if not look:
+                return _Gathered(folder, await self._fetch(task, folder), False, None)
             found, files = await asyncio.gather(
                 results.find(self._store, task), self._fetch(task, folder), return_exceptions=True
             )
@@ -211,26 +225,30 @@ class Handler:
             if found is None:  # of no matter where there is a result
                 raise files
             files = []
-        return _Gathered(folder, files, found)
+        return _Gathered(folder, files, True, found)
 
     async def _run(
-        self, delivery: Delivery, held: Claim, turn: Turn, clocks: Clocks, gathering: asyncio.Future[_Gathered]
-    ) -> Outcome:
+        self, delivery: Delivery, held: Claim, turn: Turn, clocks: Clocks, gathering: asyncio.Future[_Gathered],
+        reporter: Reporter,
+    ) -> Outcome:  # fmt: skip
         task = held.task
         _check_deadline(task)
-        reporter = Reporter(self._bus, held, self._metrics, self._finishing.value or 0.0)
         reporter.phase("preparing")
         gathered = await asyncio.shield(gathering)
         result = gathered.result
+        if not (gathered.looked or held.first):
+            with clocks.timed("prepare"):
+                result = await results.find(self._store, task)
+        reused = result is not None
         if result is None:
             try:
-                finished = await self._compute(held, gathered, turn, clocks, reporter)
+                made = await self._compute(held, gathered, turn, clocks, reporter)
             except errors.Suspended as exc:  # here the lease is still renewed
                 if turn.stop.reason in SUSPENDING:
                     await self._keep_state(held, gathered.folder, exc, turn.stop)
                 raise
             with clocks.timed("store"):
-                result = await self._keep(task, finished)
+                result = await self._keep(task, made)
             self._finishing.add(clocks.decode + clocks.encode + clocks.store)
         event = contracts.StageCompleted.model_validate(
             held.stamp()
@@ -238,17 +256,17 @@ class Handler:
             | {
                 "engine": result.engine, "model": result.model, "revision": result.revision, "seed": result.seed,
                 "steps": result.steps, "artifacts": result.artifacts, "timings": clocks.timings(),
-                "reused": gathered.result is not None,
+                "reused": reused,
             }
         )  # fmt: skip
         await held.append(event)
-        await delivery.ack()
+        await delivery.ack(heard=False)  # the log says that it is done: where this is lost, it is dropped next time
         log.debug("artifacts stored", _event="stored", count=len(result.artifacts), engine=result.engine)
-        return "completed" if gathered.result is None else "reused"
+        return "reused" if reused else "completed"
 
     async def _compute(
         self, held: Claim, gathered: _Gathered, turn: Turn, clocks: Clocks, reporter: Reporter
-    ) -> tuple[Finished, ...]:
+    ) -> results.Made:
         task = held.task
         with clocks.timed("prepare"):
             inputs = await asyncio.to_thread(self._engine.prepare, task.work, gathered.files)
@@ -295,9 +313,12 @@ class Handler:
         clocks.denoise, clocks.decode = generated.denoise_s, generated.decode_s
         reporter.phase("finishing")
         with clocks.timed("encode"):
-            out = gathered.folder / "out"
-            out.mkdir()
-            return await asyncio.to_thread(self._engine.finish, generated.output, out)
+            return await asyncio.to_thread(self._finish, task, generated.output, gathered.folder)
+
+    def _finish(self, task: Task, output: Any, folder: Path) -> results.Made:
+        out = folder / "out"
+        out.mkdir()
+        return results.made(task, self._engine.finish(output, out), self._engine.info)
 
     async def _generate(
         self, inputs: Any, on_step: Callable[[int], OnStep], begun: checkpoints.Found | None
@@ -364,16 +385,16 @@ class Handler:
         for key in task.inputs:
             check_key(key, task.job_id, task.tenant)
         begun = time.monotonic()
-        await _all_of(
+        sizes = await _all_of(
             *(self._store.fetch(key, path, MAX_INPUT_BYTES) for key, path in zip(task.inputs, paths, strict=True))
         )
-        self._metrics.artifact_moved("get", sum(path.stat().st_size for path in paths), time.monotonic() - begun)
+        self._metrics.artifact_moved("get", sum(sizes), time.monotonic() - begun)
         return paths
 
-    async def _keep(self, task: Task, finished: tuple[Finished, ...]) -> results.Result:
+    async def _keep(self, task: Task, made: results.Made) -> results.Result:
         begun = time.monotonic()
-        result = await results.keep(self._store, task, finished, self._engine.info)
-        self._metrics.artifact_moved("put", sum(made.size for made in result.artifacts), time.monotonic() - begun)
+        result = await results.keep(self._store, task, made)
+        self._metrics.artifact_moved("put", sum(one.size for one in result.artifacts), time.monotonic() - begun)
         return result
 
     def _count_busy(self, seconds: float) -> None:

@@ -40,7 +40,7 @@ CANCEL_WAIT_S = 5.0
 IDLE_WAIT_S = 0.5
 BUS_PAUSE_S = 0.5
 BATCH_SHARE = 10  # at least one task in ten is a batch task while any waits
-SOON_S = 0.25  # what is not urgent is told in the registry with what comes within that, in one
+SOON_S = 1.0  # what is not urgent is told in the registry with what comes within that, in one
 LOOK_S = 1.0  # how often a worker with a long batch task looks for an interactive one
 MAX_PREEMPTIONS = 3  # of one task: then it runs to its end
 
@@ -178,6 +178,7 @@ class Worker:
         self._changed = asyncio.Event()  # the registry should know now
         self._soon: asyncio.TimerHandle | None = None  # or with what comes next
         self._fatal: errors.FatalError | None = None
+        self._host = socket.gethostname()
         self._started_at = datetime.now(UTC)
         self._done = 0
 
@@ -441,7 +442,7 @@ class Worker:
             tasks_done=self._done,
             load_seconds=self._registration.load_seconds,
             version=vidgen.__version__,
-            host=socket.gethostname(),
+            host=self._host,
             started_at=self._started_at,
             at=datetime.now(UTC),
         )
