@@ -57,7 +57,10 @@ class ArtifactStore(Protocol):
         """Store a file whole or not at all."""
 
     async def fetch(self, key: str, path: Path, limit: int | None = None) -> int:
-        """Copy an object to `path`, and say its size; RejectedError `too_large` when it is over `limit` bytes."""
+        """Copy an object to `path`, and say its size; RejectedError `too_large` when it is over `limit` bytes.
+
+        A folder that is not there is made, for this user alone.
+        """
 
     async def stat(self, key: str) -> Stat | None:
         """What is known of `key`, None if there is no such object."""
@@ -205,6 +208,7 @@ class S3Store:
                     size = int(response.headers["content-length"])  # S3 always says; a short answer raises below
                     if limit is not None and size > limit:
                         raise too_large(size, limit)
+                    path.parent.mkdir(0o700, exist_ok=True)
                     with path.open("wb") as file:
                         for chunk in response.stream(CHUNK):
                             file.write(chunk)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import secrets
+import random
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
@@ -63,7 +63,7 @@ class Claim:
     checkpoint: contracts.Checkpoint | None = None
     preempted: int = 0
     first: bool = False  # nobody has begun this run before, as the log proves
-    nonce: str = field(default_factory=lambda: secrets.token_hex(4))
+    nonce: str = field(default_factory=lambda: f"{random.getrandbits(32):08x}")
 
     def stamp(self) -> dict[str, object]:
         """What every event of this attempt says."""

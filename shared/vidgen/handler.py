@@ -9,6 +9,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
+import itertools
+import secrets
+import shutil
 import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -74,6 +77,9 @@ class Handler:
         self._busy_seconds = 0.0
         self._device_lost = False
         self._watchdog = Watchdog(policy.hang)
+        # Of names that nobody can guess, for the folder of temporary files may be everybody's.
+        self._scratch = Path(policy.work_dir or tempfile.gettempdir(), f"vidgen-task-{secrets.token_hex(8)}")
+        self._folders = itertools.count()
 
     @property
     def seconds_per_step(self) -> float | None:
@@ -213,7 +219,8 @@ class Handler:
         """
         look = task.run > 1 or _log_seq(delivery) is None
         with clocks.timed("prepare"):
-            folder = await scratch.enter_async_context(_scratch(self._policy.work_dir))
+            folder = self._scratch_folder()
+            scratch.push_async_callback(_remove, folder)
             if not look:
                 return _Gathered(folder, await self._fetch(task, folder), False, None)
             found, files = await asyncio.gather(
@@ -226,6 +233,10 @@ class Handler:
                 raise files
             files = []
         return _Gathered(folder, files, True, found)
+
+    def _scratch_folder(self) -> Path:
+        """A name for a task's folder; who fetches the first file into it makes it, off the event loop."""
+        return self._scratch.with_name(f"{self._scratch.name}-{next(self._folders)}")
 
     async def _run(
         self, delivery: Delivery, held: Claim, turn: Turn, clocks: Clocks, gathering: asyncio.Future[_Gathered],
@@ -316,9 +327,7 @@ class Handler:
             return await asyncio.to_thread(self._finish, task, generated.output, gathered.folder)
 
     def _finish(self, task: Task, output: Any, folder: Path) -> results.Made:
-        out = folder / "out"
-        out.mkdir()
-        return results.made(task, self._engine.finish(output, out), self._engine.info)
+        return results.made(task, self._engine.finish(output, folder), self._engine.info)
 
     async def _generate(
         self, inputs: Any, on_step: Callable[[int], OnStep], begun: checkpoints.Found | None
@@ -430,14 +439,11 @@ class Handler:
                 turn.stop.now(standing, seen.event.at if seen.event else None)
 
 
-@contextlib.asynccontextmanager
-async def _scratch(work_dir: Path | None) -> AsyncIterator[Path]:
-    """A folder for the block. Removed in a thread: a disk that is busy would hold up every task here."""
-    folder = tempfile.TemporaryDirectory(prefix="vidgen-task-", dir=work_dir, ignore_cleanup_errors=True)
-    try:
-        yield Path(folder.name)
-    finally:  # shielded: a cancel that comes before the thread has begun must not leave the folder behind
-        await asyncio.shield(asyncio.get_running_loop().run_in_executor(None, folder.cleanup))
+async def _remove(folder: Path) -> None:
+    """In a thread: a disk that is busy would hold up every task here."""
+    # Shielded: a cancel that comes before the thread has begun must not leave the folder behind.
+    removing = asyncio.get_running_loop().run_in_executor(None, shutil.rmtree, folder, True)
+    await asyncio.shield(removing)
 
 
 async def _all_of(*works: Awaitable[T]) -> list[T]:
@@ -453,17 +459,18 @@ async def _all_of(*works: Awaitable[T]) -> list[T]:
 async def _device(turn: Turn, clocks: Clocks) -> AsyncIterator[None]:
     """The device, or Cancelled if the end is asked for while waiting for it."""
     taken = asyncio.ensure_future(turn.device.acquire())
-    raised = asyncio.ensure_future(turn.stop.raised.wait())
+    turn.stop.wake = taken.cancel
     try:
         with clocks.timed("queued"):
-            await asyncio.wait([taken, raised], return_when=asyncio.FIRST_COMPLETED)
+            turn.stop.check()
+            await asyncio.wait([taken])
             turn.stop.check()
             taken.result()  # raises where the engine could not be woken
         turn.enters("generating")
         yield
         turn.enters("finishing")
     finally:
-        raised.cancel()
+        turn.stop.wake = None
         if not taken.done():
             taken.cancel()
             await asyncio.wait([taken])

@@ -174,6 +174,7 @@ class Worker:
         self._places = asyncio.Semaphore(IN_FLIGHT)
         self._next = asyncio.Semaphore(1)
         self._turns: set[_JustInTimeTurn] = set()
+        self._pulling: set[asyncio.Future[Pulled | None]] = set()
         self._draining = asyncio.Event()
         self._changed = asyncio.Event()  # the registry should know now
         self._soon: asyncio.TimerHandle | None = None  # or with what comes next
@@ -197,6 +198,8 @@ class Worker:
     def drain(self) -> None:
         """Take no more tasks, hand back what only waits; what runs is finished, or handed back if that takes long."""
         self._draining.set()
+        for pulling in self._pulling:
+            pulling.cancel()
         for turn in self._turns:
             if turn.phase == "preparing":
                 turn.stop.now("released")
@@ -312,11 +315,11 @@ class Worker:
     async def _pull(self, pull: Callable[[], Awaitable[Pulled | None]]) -> Pulled | None:
         """The next task, None where there is none or a drain begins; a cancelled pull hands back what it would take."""
         pulling = asyncio.ensure_future(pull())
-        draining = asyncio.ensure_future(self._draining.wait())
+        self._pulling.add(pulling)
         try:
-            await asyncio.wait([pulling, draining], return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait([pulling])
         finally:
-            draining.cancel()
+            self._pulling.discard(pulling)
             if not pulling.done():
                 pulling.cancel()
                 await asyncio.wait([pulling])

@@ -45,6 +45,7 @@ class MemoryStore(Faults):
             if limit is not None and len(data) > limit:
                 raise too_large(len(data), limit)
             try:
+                path.parent.mkdir(0o700, exist_ok=True)
                 return await asyncio.to_thread(path.write_bytes, data)
             except OSError as exc:
                 raise local_file(exc) from exc
