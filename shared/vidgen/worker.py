@@ -38,6 +38,7 @@ IN_FLIGHT = 4  # one generating, one prepared, two being encoded and stored
 LEAD_S = 3.0  # how long before the device is likely to be free the next task is taken
 CANCEL_WAIT_S = 5.0
 IDLE_WAIT_S = 0.5
+MOMENT_S = 0.05  # how long the batch waits behind an interactive task for the next one
 BUS_PAUSE_S = 0.5
 BATCH_SHARE = 10  # at least one task in ten is a batch task while any waits
 SOON_S = 1.0  # what is not urgent is told in the registry with what comes within that, in one
@@ -61,18 +62,25 @@ class LanePuller:
         self._interactive = topology.consumer_of(stage, "interactive")
         self._batch = topology.consumer_of(stage, "batch")
         self._since_batch = 0
+        self._empty = False  # the interactive lane, a moment ago
 
     async def next(self, wait: float = IDLE_WAIT_S) -> Pulled | None:
         """The next task, None when `wait` seconds brought none; raises BusError."""
-        owed = self._since_batch >= BATCH_SHARE - 1
-        order = (self._batch, self._interactive) if owed else (self._interactive, self._batch)
-        for consumer in order:
-            delivery = await self._bus.pull(consumer, wait=0)
-            if delivery is not None:
-                return self._count(consumer, delivery, gives_way=consumer is self._batch and not owed)
-            if owed:
-                self._since_batch = 0  # nothing was waiting there
-        return await self.interactive(wait)
+        if self._since_batch >= BATCH_SHARE - 1:
+            if (delivery := await self._bus.pull(self._batch, wait=0)) is not None:
+                return self._count(self._batch, delivery)
+            self._since_batch = 0  # nothing was waiting there
+        empty, self._empty = self._empty, False
+        # Behind one another may follow: to wait for it for a moment costs less than a look into both lanes and then to
+        # wait for it all the same.
+        moment = min(MOMENT_S, wait) if self._since_batch else 0
+        if not empty and (pulled := await self.interactive(moment)) is not None:
+            return pulled
+        if (delivery := await self._bus.pull(self._batch, wait=0)) is not None:
+            return self._count(self._batch, delivery, gives_way=True)
+        pulled = await self.interactive(wait)
+        self._empty = pulled is None
+        return pulled
 
     async def interactive(self, wait: float = 0) -> Pulled | None:
         """The next interactive task, None when `wait` seconds brought none; raises BusError."""

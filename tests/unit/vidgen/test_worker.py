@@ -233,6 +233,44 @@ async def test_a_batch_that_comes_late_waits_for_nine_at_most() -> None:
         assert "batch" in await pulled(puller, 10)
 
 
+async def test_one_look_is_enough_where_one_task_follows_another() -> None:
+    async with open_shop() as shop:
+        puller = LanePuller(shop.bench.bus, "edit")
+        await shop.queue(1)
+        await pulled(puller, 1)
+        before = shop.bench.bus.calls["pull"]
+        following = asyncio.create_task(puller.next())
+        await settled()
+        await shop.queue(2)
+
+        assert await following is not None
+        assert shop.bench.bus.calls["pull"] == before + 1
+
+
+async def test_who_waits_in_vain_looks_into_each_lane_once_a_round() -> None:
+    async with open_shop() as shop:
+        puller = LanePuller(shop.bench.bus, "edit")
+        assert await puller.next(wait=0.01) is None
+        before = shop.bench.bus.calls["pull"]
+
+        assert await puller.next(wait=0.01) is None
+
+        assert shop.bench.bus.calls["pull"] == before + 2
+
+
+async def test_after_an_outage_what_somebody_waits_for_comes_before_the_batch_again() -> None:
+    async with open_shop() as shop:
+        puller = LanePuller(shop.bench.bus, "edit")
+        assert await puller.next(wait=0.01) is None
+        shop.bench.bus.fail_next("pull")
+        with pytest.raises(errors.BusError):
+            await puller.next(wait=0.01)
+        await shop.queue(1, lane="batch")
+        await shop.queue(2)
+
+        assert await pulled(puller, 2) == ["interactive", "batch"]
+
+
 async def test_an_empty_queue_gives_nothing() -> None:
     async with open_shop() as shop:
         assert await LanePuller(shop.bench.bus, "edit").next(wait=0) is None
