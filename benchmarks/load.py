@@ -1,6 +1,7 @@
 """Ten thousand jobs at once: what goes in, what gets through, and how soon the gateway answers meanwhile.
 
-    python benchmarks/load.py [--jobs 10000] [--readers 50] [--workers 20] [--processes 4] [--peers celery taskiq]
+    python benchmarks/load.py [--jobs 10000] [--readers 50] [--workers 20] [--processes 4]
+                              [--peers celery taskiq taskiq-nats]
 
 Real nats-server (synced), real S3 server, gateway and workers as processes on this machine, engines of zero cost.
 Beside it, in the same run, the same jobs by others: an object in S3, two stages, an object out, the status by HTTP.
@@ -26,6 +27,7 @@ from typing import Protocol
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import nats
 import uvloop
 from PIL import Image
 
@@ -58,7 +60,9 @@ class Side(Protocol):
 
     def body(self, job_id: str) -> bytes: ...
 
-    def workers(self, count: int, processes: int) -> contextlib.AbstractAsyncContextManager[None]: ...
+    def workers(self, count: int, processes: int) -> contextlib.AbstractAsyncContextManager[float]:
+        """Workers for the block, all of them up; the CPU seconds that it took to start them."""
+        ...
 
     async def done(self) -> int:
         """Jobs that have come to their end so far."""
@@ -78,7 +82,7 @@ class Figures:
     told: int = 0
     memory: list[tuple[int, float]] = field(default_factory=list)  # jobs done, MB
     disk: dict[str, float] = field(default_factory=dict)  # MB per 1,000 jobs
-    cpu: dict[str, float] = field(default_factory=dict)  # seconds per 1,000 jobs, in both phases
+    cpu: dict[str, float] = field(default_factory=dict)  # seconds per 1,000 jobs, in both phases, without the start
     wrong: int = 0
 
     def p99(self) -> float:
@@ -148,15 +152,15 @@ class Vidgen:
         return json.dumps(asked).encode()
 
     @contextlib.asynccontextmanager
-    async def workers(self, count: int, processes: int) -> AsyncIterator[None]:
+    async def workers(self, count: int, processes: int) -> AsyncIterator[float]:
         edits, i2vs = _shares(count - count // 2, processes), _shares(count // 2, processes)
         commands = [
             [sys.executable, str(HERE / "workers.py"), str(edit), str(i2v)]
             for edit, i2v in zip(edits, reversed(i2vs), strict=True)
         ]
-        async with _children(commands, self._system.env, self._system.folder / "workers") as pids:
-            self.pids["workers"] = pids
-            yield
+        async with _children(commands, self._system.env, self._system.folder / "workers") as started:
+            self.pids["workers"] = list(started)
+            yield sum(started.values())
 
     async def done(self) -> int:
         return len(self._finals.at)
@@ -167,28 +171,31 @@ class Vidgen:
 
 
 class Peer:
-    """Celery or taskiq with Redis, and FastAPI before it: `benchmarks/peers.py` is all of it."""
+    """Celery or taskiq with Redis or NATS, and FastAPI before it: `benchmarks/peers.py` is all of it."""
 
     sse = False
 
-    def __init__(self, kind: str, redis: Redis, api: Service, env: dict[str, str], folder: Path, s3: S3Server) -> None:
-        self.name, self._kind, self._redis, self._env, self._folder = PEERS[kind], kind, redis, env, folder
+    def __init__(
+        self, kind: str, server: Redis | Nats, api: Service, env: dict[str, str], folder: Path, s3: S3Server
+    ) -> None:
+        self.name, self._kind, self._server, self._env, self._folder = PEERS[kind], kind, server, env, folder
         self.url, self.pid = api.url, api.pid
-        self.folders = {"Redis": redis.folder, "S3": s3.folder / "data"}
-        self.pids = {"gateway": [api.pid], "Redis": [redis.pid], "S3": [s3.pid]}
+        self.folders = {server.name: server.data, "S3": s3.folder / "data"}
+        self.pids = {"gateway": [api.pid], server.name: [server.pid], "S3": [s3.pid]}
 
     @classmethod
     @contextlib.asynccontextmanager
     async def start(cls, kind: str, folder: Path, s3: S3Server) -> AsyncIterator[Peer]:
-        async with Redis(folder / "redis") as redis:
+        async with Nats(folder / "nats") if kind == "taskiq-nats" else Redis(folder / "redis") as server:
+            python_path = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
             env = {
-                **os.environ, "PYTHONPATH": str(HERE), "BENCH_REDIS": redis.url, "BENCH_PEER": kind,
+                **os.environ, "PYTHONPATH": python_path, "BENCH_SERVER": server.url, "BENCH_PEER": kind,
                 "BENCH_S3": f"{s3.endpoint} {s3.access_key} {s3.secret_key} {s3.bucket}",
             }  # fmt: skip
             api = PeerApi("peer-api", "peers", folder, env)
             try:
                 await api.start()
-                yield cls(kind, redis, api, env, folder, s3)
+                yield cls(kind, server, api, env, folder, s3)
             finally:
                 await api.terminate()
 
@@ -198,7 +205,7 @@ class Peer:
         ).encode()
 
     @contextlib.asynccontextmanager
-    async def workers(self, count: int, processes: int) -> AsyncIterator[None]:
+    async def workers(self, count: int, processes: int) -> AsyncIterator[float]:
         if self._kind == "celery":  # its own pool: a process for each worker
             quiet = ["--loglevel=WARNING", "--without-gossip", "--without-mingle", "--without-heartbeat"]
             celery = [sys.executable, "-m", "celery", "-A", "peers:app", "worker"]
@@ -209,19 +216,19 @@ class Peer:
                  f"--max-async-tasks={share}", "--max-prefetch=1", "--ack-type=when_saved", "--log-level=WARNING"]
                 for share in _shares(count, processes)
             ]  # fmt: skip
-        async with _children(commands, self._env, self._folder / "workers", ready=False) as pids:
-            self.pids["workers"] = pids
-            yield
+        async with _children(commands, self._env, self._folder / "workers") as started:
+            self.pids["workers"] = list(started)
+            yield sum(started.values())
 
     async def done(self) -> int:
-        return await asyncio.to_thread(self._redis.count, "bench:done")
+        return await self._server.done()
 
     async def completed(self, job_id: str, connection: Connection) -> bool:
         status, body = await connection.call("GET", f"/v1/jobs/{job_id}")
         return status == 200 and json.loads(body)["status"] == "completed"
 
 
-PEERS = {"celery": "Celery + Redis", "taskiq": "taskiq + Redis Streams"}
+PEERS = {"celery": "Celery + Redis", "taskiq": "taskiq + Redis Streams", "taskiq-nats": "taskiq + JetStream"}
 
 
 class PeerApi(Service):
@@ -237,8 +244,10 @@ class PeerApi(Service):
 class Redis:
     """A redis-server on loopback that syncs each write before it answers, as our bus does."""
 
+    name = "Redis"
+
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.folder = self.data = folder
         self._socket = folder / "redis.sock"
         self._process = Process("redis-server", folder / "log")
 
@@ -267,29 +276,69 @@ class Redis:
     async def __aexit__(self, *exc: object) -> None:
         await self._process.stop(10)
 
-    def count(self, key: str) -> int:
+    async def done(self) -> int:
+        return await asyncio.to_thread(self._count)
+
+    def _count(self) -> int:
         import redis
 
         with redis.Redis(unix_socket_path=str(self._socket)) as client:
-            return int(client.get(key) or 0)
+            return int(client.get("bench:done") or 0)
+
+
+class Nats:
+    """The very nats-server that ours has, for others; a job's end is heard on a subject that costs it no write."""
+
+    name = "bus"
+
+    def __init__(self, folder: Path) -> None:
+        self._server = NatsServer(folder)
+        self.data = folder / "data"
+        self._stack = contextlib.AsyncExitStack()
+        self._done = 0
+
+    @property
+    def url(self) -> str:
+        return self._server.url
+
+    @property
+    def pid(self) -> int:
+        return self._server.pid
+
+    async def __aenter__(self) -> Nats:
+        await self._stack.enter_async_context(self._server)
+        client = await nats.connect(self.url)
+        self._stack.push_async_callback(client.close)
+        await client.subscribe("bench.done", cb=self._heard)
+        return self
+
+    async def __aexit__(self, *exc: object) -> None:
+        await self._stack.aclose()
+
+    async def _heard(self, _: object) -> None:
+        self._done += 1
+
+    async def done(self) -> int:
+        return self._done
 
 
 @contextlib.asynccontextmanager
-async def _children(
-    commands: list[list[str]], env: dict[str, str], folder: Path, ready: bool = True
-) -> AsyncIterator[list[int]]:
-    """Processes that run for the block, all of them ready where they can say so; their ids."""
+async def _children(commands: list[list[str]], env: dict[str, str], folder: Path) -> AsyncIterator[dict[int, float]]:
+    """Processes that run for the block, all of them ready: the CPU seconds that each took for that, by its id."""
     folder.mkdir(exist_ok=True)  # noqa: ASYNC240
     processes = [Process(f"workers-{number}", folder / f"{number}.log") for number in range(len(commands))]
     marks = [folder / f"{number}.ready" for number in range(len(commands))]
+    started: dict[int, float] = {}
     try:
         for process, command, mark in zip(processes, commands, marks, strict=True):
             process.start(command, {**env, "VIDGEN_READY_FILE": str(mark)})
-        while ready and not all(mark.exists() for mark in marks):
-            for process in processes:
+        while len(started) < len(processes):
+            for process, mark in zip(processes, marks, strict=True):
                 process.check()
-            await asyncio.sleep(0.05)
-        yield [process.pid for process in processes]
+                if process.pid not in started and mark.exists():
+                    started[process.pid] = cpu_s([process.pid])
+            await asyncio.sleep(0.02)
+        yield started
     finally:
         await asyncio.gather(*(process.stop(20) for process in processes))
 
@@ -342,18 +391,15 @@ async def submit(side: Side, ids: list[str], told: Callable[[int], None]) -> flo
 
 
 async def drain(side: Side, jobs: int, memory: list[tuple[int, float]]) -> float:
-    """Jobs per second until all are done; between the first and the last, for workers take a while to start."""
-    first: tuple[int, float] | None = None
+    """Jobs per second from now, when all workers are up, until all are done."""
     moved = time.perf_counter()
+    first = await side.done(), moved
     while True:
         done, at = await side.done(), time.perf_counter()
         if done > (memory[-1][0] if memory else 0):
             moved = at
         memory.append((done, memory_mb(side.pid)))
-        if first is None and done:
-            first = (done, at)
         if done >= jobs:
-            assert first is not None
             return (done - first[0]) / max(at - first[1], SAMPLE_S)
         if at - moved > STALL_S:
             raise SystemExit(f"{side.name} stands still at {done} of {jobs} jobs")
@@ -379,12 +425,11 @@ async def measure(side: Side, options: argparse.Namespace) -> Figures:
     )
     feed.write(b"%d\n" % len(ids))
     turned = time.time()
-    async with side.workers(options.workers, options.processes):
+    async with side.workers(options.workers, options.processes) as started_s:
+        spent["workers"] = started_s
         figures.jobs_per_s = await drain(side, options.jobs, figures.memory)
         feed.close()
-        figures.cpu = {
-            name: (cpu_s(pids) - spent.get(name, 0.0)) / options.jobs * 1000 for name, pids in side.pids.items()
-        }
+        figures.cpu = {name: (cpu_s(pids) - spent[name]) / options.jobs * 1000 for name, pids in side.pids.items()}
         seen = json.loads((await watcher.communicate())[0])
     figures.told = seen["told"]
     figures.probes = {

@@ -1,4 +1,4 @@
-"""The same jobs by others, with what makes them durable turned on: Celery, or taskiq, on Redis; FastAPI before it.
+"""The same jobs by others, with what makes them durable turned on; FastAPI is before Celery or taskiq.
 
 `python -m peers` is the HTTP side; `peers:app` and `peers:broker` are what their own workers load. A task fetches its
 object from S3, makes a file as `HoldingEngine` does, stores it, and hands its key to the next one. Its end is
@@ -19,7 +19,7 @@ from fastapi import FastAPI, HTTPException
 from minio import Minio
 from pydantic import BaseModel
 
-KIND, REDIS = os.environ.get("BENCH_PEER", ""), os.environ.get("BENCH_REDIS", "")
+KIND, SERVER = os.environ.get("BENCH_PEER", ""), os.environ.get("BENCH_SERVER", "")
 DAY = 86400
 FILES = {"edit": ("edit-0.png", "image/png"), "i2v": ("video.mp4", "video/mp4")}
 
@@ -51,6 +51,14 @@ def stage(name: str, job_id: str, key: str) -> str:
     return f"jobs/{job_id}/{made.path.name}"
 
 
+def ready() -> None:
+    """A worker is up, with all that a task needs imported: from here on its CPU seconds are those of the jobs."""
+    import engines  # noqa: F401
+
+    client()
+    Path(os.environ["VIDGEN_READY_FILE"]).write_text("ready")
+
+
 _client: list[tuple[Minio, str]] = []
 
 
@@ -68,13 +76,23 @@ if KIND == "celery":
     import redis
 
     app = celery.Celery(
-        "peers", broker=REDIS.replace("unix://", "redis+socket://"), backend=REDIS.replace("unix://", "redis+socket://")
-    )
+        "peers", broker=SERVER.replace("unix://", "redis+socket://"),
+        backend=SERVER.replace("unix://", "redis+socket://"),
+    )  # fmt: skip
     app.conf.update(
         task_acks_late=True, task_reject_on_worker_lost=True, worker_prefetch_multiplier=1, result_expires=DAY,
         broker_transport_options={"visibility_timeout": 3600}, broker_connection_retry_on_startup=True,
     )  # fmt: skip
-    counting = redis.Redis(unix_socket_path=REDIS.removeprefix("unix://"))
+    counting = redis.Redis(unix_socket_path=SERVER.removeprefix("unix://"))
+
+    @celery.signals.worker_init.connect
+    def imported(**_: object) -> None:
+        """Before its pool is forked: or each of twenty processes would import the same at its first task."""
+        import engines  # noqa: F401
+
+    @celery.signals.worker_ready.connect
+    def up(**_: object) -> None:
+        ready()
 
     @app.task(name="edit")
     def edit(key: str, job_id: str) -> str:
@@ -97,14 +115,38 @@ if KIND == "celery":
         return "in_progress" if app.AsyncResult(f"{job_id}-edit").state == "SUCCESS" else "queued"
 
 
-if KIND == "taskiq":
-    import redis
-    import taskiq_redis
+if KIND.startswith("taskiq"):
+    import taskiq
 
-    broker = taskiq_redis.RedisStreamBroker(
-        REDIS, consumer_id="0", xread_count=1, idle_timeout=3600_000
-    ).with_result_backend(taskiq_redis.RedisAsyncResultBackend(REDIS, result_ex_time=DAY))
-    counting = redis.Redis(unix_socket_path=REDIS.removeprefix("unix://"))
+    broker: Any
+    if KIND == "taskiq":
+        import redis
+        import taskiq_redis
+
+        broker = taskiq_redis.RedisStreamBroker(
+            SERVER, consumer_id="0", xread_count=1, idle_timeout=3600_000
+        ).with_result_backend(taskiq_redis.RedisAsyncResultBackend(SERVER, result_ex_time=DAY))
+        counting = redis.Redis(unix_socket_path=SERVER.removeprefix("unix://"))
+
+        async def count() -> None:
+            await asyncio.to_thread(counting.incr, "bench:done")
+
+    else:
+        import nats.js.api
+        import taskiq_nats
+
+        broker = taskiq_nats.PullBasedJetStreamBroker(
+            SERVER,
+            stream_config=nats.js.api.StreamConfig(retention=nats.js.api.RetentionPolicy.WORK_QUEUE),
+            consumer_config=nats.js.api.ConsumerConfig(durable_name="taskiq_durable", ack_wait=3600),
+        ).with_result_backend(taskiq_nats.NATSObjectStoreResultBackend(SERVER))
+
+        async def count() -> None:
+            await broker.client.publish("bench.done")
+
+    @broker.on_event(taskiq.TaskiqEvents.WORKER_STARTUP)
+    async def up(_: object) -> None:
+        await asyncio.to_thread(ready)
 
     @broker.task(task_name="edit")
     async def edit(key: str, job_id: str) -> str:
@@ -115,7 +157,7 @@ if KIND == "taskiq":
     @broker.task(task_name="i2v")
     async def i2v(key: str, job_id: str) -> str:
         made = await asyncio.to_thread(stage, "i2v", job_id, key)
-        await asyncio.to_thread(counting.incr, "bench:done")
+        await count()
         return made
 
     async def submit(request: Request) -> None:
@@ -132,7 +174,7 @@ def api() -> FastAPI:
     made = FastAPI()
 
     async def called(function: Any, *given: Any) -> Any:
-        return await (function(*given) if KIND == "taskiq" else asyncio.to_thread(function, *given))
+        return await (function(*given) if KIND.startswith("taskiq") else asyncio.to_thread(function, *given))
 
     @made.post("/v1/jobs", status_code=202)
     async def post(request: Request) -> dict[str, str]:
@@ -150,7 +192,7 @@ def api() -> FastAPI:
 
 class _Server(uvicorn.Server):
     async def startup(self, sockets: Any = None) -> None:
-        if KIND == "taskiq":
+        if KIND.startswith("taskiq"):
             await broker.startup()
         await super().startup(sockets)
         port = self.servers[0].sockets[0].getsockname()[1]

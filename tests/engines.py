@@ -18,6 +18,7 @@ from edit_service.engine.preview import PreviewEditEngine
 from vidgen import checkpoints, errors, profiles
 from vidgen.contracts import EditWork, I2VWork, Work
 from vidgen.engine import EngineInfo, Finished, Generated, OnStep
+from vidgen.turn import Phase
 
 PATIENCE = 90.0  # an engine that is never released gives up, so that a broken test ends
 SIDE = 16
@@ -194,16 +195,29 @@ class Naps(Paced):
 
 
 class Hangs(Instant):
-    """Never comes to its first step, until `released`; hears of no cancel."""
+    """Never comes to its first step, or to the end of another phase, until `released`; hears of no cancel."""
 
-    def __init__(self) -> None:
+    def __init__(self, phase: Phase = "generating") -> None:
         super().__init__()
+        self.phase = phase
         self.started, self.released = threading.Event(), threading.Event()
 
+    def prepare(self, work: Work, files: Sequence[Path]) -> Any:
+        self._hang("preparing")
+        return super().prepare(work, files)
+
     def generate(self, inputs: Any, on_step: OnStep) -> Generated:
-        self.started.set()
-        self.released.wait(PATIENCE)
+        self._hang("generating")
         return super().generate(inputs, on_step)
+
+    def finish(self, output: Any, folder: Path) -> tuple[Finished, ...]:
+        self._hang("finishing")
+        return super().finish(output, folder)
+
+    def _hang(self, phase: Phase) -> None:
+        if phase == self.phase:
+            self.started.set()
+            self.released.wait(PATIENCE)
 
 
 class ShortOfMemory(Instant):

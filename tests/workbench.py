@@ -17,6 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from vidgen import contracts, gpu, topology
 from vidgen.bus import Delivery, Feed
+from vidgen.company import Company
 from vidgen.contracts import Event, Lane, Stage, Task
 from vidgen.engine import Engine
 from vidgen.handler import Handler
@@ -163,8 +164,10 @@ class Bench:
 
     def use(self, engine: Engine) -> None:
         """Go on with another worker's engine: same bus, same store."""
-        self.engine = engine
-        self.handler = Handler(self.bus, self.store, engine, self.device_thread, self.metrics, self.policy)
+        self.engine, self.company = engine, Company()
+        self.handler = Handler(
+            self.bus, self.store, engine, self.device_thread, self.metrics, self.policy, self.company
+        )
 
     async def queue(self, task: Task | None = None, **given: Any) -> Task:
         """Store a task's inputs and put it on its queue."""
@@ -217,11 +220,13 @@ class Bench:
     async def cancel(self, job: str = "j1", run: int = 1, at: datetime | None = None) -> None:
         await self.say(contracts.CancelRequested(job_id=job, run=run, at=at or datetime.now(UTC)))
 
-    async def start_elsewhere(self, attempt: int, tries: int | None = None, job: str = "j1") -> None:
+    async def start_elsewhere(
+        self, attempt: int, tries: int | None = None, job: str = "j1", *, alone: bool = False
+    ) -> None:
         await self.say(
             contracts.StageStarted(
                 job_id=job, at=datetime.now(UTC), stage=self.stage, attempt=attempt, tries=tries or attempt,
-                worker="another", engine="e", model="m",
+                worker="another", engine="e", model="m", alone=alone,
             )
         )  # fmt: skip
 

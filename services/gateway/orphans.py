@@ -15,7 +15,6 @@ from collections.abc import Callable, Collection, Mapping
 import structlog
 
 from gateway.fleet import Fleet
-from gateway.jobs import now
 from vidgen import contracts, errors, eventlog, topology
 from vidgen.bus import Bus, Stored
 from vidgen.contracts import LANES, Stage, WorkerInfo
@@ -24,7 +23,7 @@ from vidgen.metrics import GatewayMetrics
 log = structlog.get_logger(__name__)
 
 LOOK_S = 1.0
-EXCUSES = 3  # of one task: then it may be the one that kills, though it never was on the device
+SAID_S = 2.0  # what a worker that is there takes at most until its entry tells what it holds
 
 _Place = tuple[Stage, int, int]  # a task by its sequence, where its job's log stands at that
 
@@ -42,7 +41,6 @@ class Orphans:
         self._heard: dict[tuple[Stage, str], tuple[WorkerInfo, float]] = {}
         self._missed: set[tuple[Stage, str]] = set()  # not there at the last look
         self._unclaimed: dict[_Place, float] = {}  # in nobody's hands, since when
-        self._on_device: dict[str, str | None] = {}  # of dead workers
         self._handed: dict[_Place, float] = {}  # when; whoever took it then may have died as well
 
     async def run(self, stop: asyncio.Event) -> None:
@@ -65,8 +63,6 @@ class Orphans:
         if not dead:
             self._handed.clear()
         running = {job for name, worker in workers.items() if name not in dead for job in worker.running}
-        # One process may serve both stages, with one device.
-        self._on_device = {name: workers[of, name].generating for of, name in dead if workers[of, name].generating}
         for stage in {stage for stage, _ in dead}:
             gone = {name for of, name in dead if of == stage}
             alive = {name for of, name in workers if of == stage and name not in gone}
@@ -101,27 +97,14 @@ class Orphans:
             # Taken by one who died before saying so, or just now by one who is alive: a later look tells.
             self._unclaimed[place] = seen.get(place, at)
             back_off = event.retry_in_s or 0.0 if isinstance(event, contracts.StageFailed) else 0.0
-            if place not in seen or at - seen[place] < (self._silence_s if holder else back_off):
+            if place not in seen or at - seen[place] < (self._silence_s if holder else max(back_off, SAID_S)):
                 return
         if at - self._handed.get(place, at - self._silence_s) < self._silence_s:
             return
         self._handed[place] = at
-        if holder in dead and self._on_device.get(holder or "", job_id) != job_id:
-            await self._excuse(newest)
         await self._bus.hand_back(consumer, task.seq)
         self._metrics.handed_back(stage)
         log.warning("a worker died: its task is handed out again", _event="orphan", job=job_id, stage=stage)
-
-    async def _excuse(self, begun: eventlog.Newest) -> None:
-        """The one on the device is likely to have killed the process: for those beside it the try does not count."""
-        if isinstance(begun.event, contracts.StageStarted) and begun.event.attempt - begun.event.tries < EXCUSES:
-            stamp = begun.event.model_dump(include=set(contracts.StageReleased.model_fields) - {"type", "tries", "at"})
-            excused = contracts.StageReleased.model_validate(stamp | {"tries": begun.event.tries - 1, "at": now()})
-            with contextlib.suppress(errors.ConflictError):  # somebody has gone on with it
-                await self._bus.publish(
-                    topology.subject_of_events(excused.job_id), excused.to_bytes(), expect_last=begun.seq,
-                    message_id=f"{excused.job_id}:{excused.stage}:{excused.run}:{excused.attempt}:excused",
-                )  # fmt: skip
 
 
 def _job_of(task: Stored) -> str:

@@ -18,13 +18,15 @@ from vidgen import contracts
 class Run:
     """Go: this is attempt `attempt`, the `tries`-th that counts against the task.
 
-    It may go on from `checkpoint`; the task has made way for others `preempted` times.
+    It may go on from `checkpoint`; the task has made way for others `preempted` times. Where an attempt before ended
+    without a word, this one must be `alone` in its process.
     """
 
     attempt: int
     tries: int
     checkpoint: contracts.Checkpoint | None = None
     preempted: int = 0
+    alone: bool = False
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,11 @@ CANCELLED = (contracts.CancelRequested, contracts.JobCancelled)
 
 
 def judge(task: contracts.Task, newest: contracts.AnyEvent | None, max_attempts: int) -> Verdict:
-    """What to do with a task just taken from the queue, given the newest event of its job."""
+    """What to do with a task just taken from the queue, given the newest event of its job.
+
+    An attempt that ended without a word, its process with it, counts if it was alone there. Beside others it may have
+    been any of them: then it does not count, and the task is alone from now on.
+    """
     first = Run(1, 1)
     if newest is None or newest.run < task.run:
         return first
@@ -64,12 +70,14 @@ def judge(task: contracts.Task, newest: contracts.AnyEvent | None, max_attempts:
         return Drop("cancelled")
     if isinstance(newest, contracts.StageCompleted) or (isinstance(newest, contracts.StageFailed) and newest.final):
         return Drop("settled")
-    attempt, tries = newest.attempt + 1, newest.tries + 1
+    wordless = isinstance(newest, contracts.StageStarted)
+    attempt, tries = newest.attempt + 1, newest.tries + (newest.alone or not wordless)
     if tries > max_attempts:
         return Exhausted(attempt, tries)
+    alone = newest.alone or wordless
     if isinstance(newest, contracts.StageFailed):  # of whatever it went on from, too: it starts over
-        return Run(attempt, tries)
-    return Run(attempt, tries, newest.checkpoint, newest.preempted)
+        return Run(attempt, tries, alone=alone)
+    return Run(attempt, tries, newest.checkpoint, newest.preempted, alone)
 
 
 def standing(

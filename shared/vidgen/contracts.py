@@ -358,6 +358,9 @@ class StageEvent(JobEvent):
     attempt: int
     tries: int
     worker: str
+    alone: bool = Field(
+        False, description="No other task was in its process, for an attempt before had ended without a word."
+    )
 
 
 class Accepted(JobEvent):

@@ -62,6 +62,7 @@ class Claim:
     seq: int
     checkpoint: contracts.Checkpoint | None = None
     preempted: int = 0
+    alone: bool = False
     first: bool = False  # nobody has begun this run before, as the log proves
     nonce: str = field(default_factory=lambda: f"{random.getrandbits(32):08x}")
 
@@ -69,7 +70,7 @@ class Claim:
         """What every event of this attempt says."""
         return {
             "job_id": self.task.job_id, "run": self.task.run, "stage": self.task.stage, "attempt": self.attempt,
-            "tries": self.tries, "worker": self.worker, "at": datetime.now(UTC),
+            "tries": self.tries, "worker": self.worker, "alone": self.alone, "at": datetime.now(UTC),
         }  # fmt: skip
 
     def carried(self) -> dict[str, object]:
@@ -103,14 +104,21 @@ class Claim:
         self.seq = seen.seq
 
 
+async def wants_alone(bus: Bus, task: Task, max_attempts: int) -> bool:
+    """Whether the next attempt at a task must be alone in its process; raises as `newest` does."""
+    verdict = attempts.judge(task, (await newest(bus, task.job_id)).event, max_attempts)
+    return isinstance(verdict, attempts.Run) and verdict.alone
+
+
 async def claim(
     bus: Bus, task: Task, worker: str, max_attempts: int, *, engine: str, model: str, deliveries: int,
-    queued_at_seq: int | None = None,
+    alone: bool = False, queued_at_seq: int | None = None,
 ) -> Claim | attempts.Drop | attempts.Exhausted:  # fmt: skip
     """Start an attempt, or learn that there is none to start. Two workers with the same task: one of them wins.
 
     The start is in the log before this returns, so a task that kills its process is counted all the same.
-    `queued_at_seq` is where the log stood when the task was queued: if it stands there still, nobody has begun.
+    `alone` says whether it is so in its process, as `wants_alone` wished. `queued_at_seq` is where the log stood when
+    the task was queued: if it stands there still, nobody has begun.
     """
     for number in range(CLAIM_TRIES):
         known = queued_at_seq or None if number == 0 else None
@@ -119,7 +127,7 @@ async def claim(
         if isinstance(verdict, attempts.Drop | attempts.Exhausted):
             return verdict
         held = Claim(
-            bus, task, verdict.attempt, verdict.tries, worker, seen.seq, verdict.checkpoint, verdict.preempted,
+            bus, task, verdict.attempt, verdict.tries, worker, seen.seq, verdict.checkpoint, verdict.preempted, alone,
             first=known is not None,
         )  # fmt: skip
         queued = (datetime.now(UTC) - task.queued_at).total_seconds()

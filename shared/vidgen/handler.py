@@ -27,6 +27,7 @@ import structlog
 from vidgen import attempts, checkpoints, contracts, errors, eventlog, results, topology, tracing
 from vidgen.artifacts import ArtifactStore, check_key
 from vidgen.bus import Bus, Delivery
+from vidgen.company import Company, Place
 from vidgen.contracts import Task
 from vidgen.engine import Engine, Generated, OnStep, Resumable
 from vidgen.eta import Recent
@@ -64,9 +65,9 @@ class Handler:
 
     def __init__(
         self, bus: Bus, store: ArtifactStore, engine: Engine, device_thread: Executor, metrics: WorkerMetrics,
-        policy: Policy,
+        policy: Policy, company: Company,
     ) -> None:  # fmt: skip
-        self._bus, self._store, self._engine = bus, store, engine
+        self._bus, self._store, self._engine, self._company = bus, store, engine, company
         self._device_thread, self._metrics, self._policy = device_thread, metrics, policy
         self._settlement = Settlement(bus, metrics, policy)
         self._resumable: Resumable | None = None
@@ -145,6 +146,33 @@ class Handler:
         return outcome
 
     async def _attempt(self, delivery: Delivery, task: Task, turn: Turn, clocks: Clocks) -> Outcome:
+        alone = _log_seq(delivery) is None and await eventlog.wants_alone(self._bus, task, self._policy.max_attempts)
+        place = self._company.enter(alone=alone)
+        try:
+            if not place.granted.done() and not await self._granted(place, delivery, turn):
+                await delivery.nak()  # nothing of it was begun
+                return "released"
+            if alone:
+                log.info("it runs alone here: an attempt ended without a word", _event="alone")
+            turn.alone = alone
+            return await self._begin(delivery, task, turn, clocks)
+        finally:
+            self._company.leave(place)
+
+    async def _granted(self, place: Place, delivery: Delivery, turn: Turn) -> bool:
+        """Wait for those who are in the way to leave, keeping the task; False where it must leave before that."""
+        raised = asyncio.ensure_future(turn.stop.raised.wait())
+        try:
+            while not place.granted.done() and turn.stop.reason is None:
+                waited: list[asyncio.Future[Any]] = [place.granted, raised]
+                await asyncio.wait(waited, timeout=self._policy.ack_wait / 4, return_when=asyncio.FIRST_COMPLETED)
+                with contextlib.suppress(errors.RetryableError):  # the claim will tell
+                    await delivery.in_progress()
+        finally:
+            raised.cancel()
+        return turn.stop.reason is None
+
+    async def _begin(self, delivery: Delivery, task: Task, turn: Turn, clocks: Clocks) -> Outcome:
         async with contextlib.AsyncExitStack() as scratch:
             # While the claim is under way: looking and fetching leave no trace if it is not won.
             gathering = asyncio.ensure_future(self._gather(delivery, task, scratch, clocks))
@@ -159,7 +187,8 @@ class Handler:
         info = self._engine.info
         held = await eventlog.claim(
             self._bus, task, self._policy.worker_id, self._policy.max_attempts,
-            engine=info.name, model=info.model, deliveries=delivery.num_delivered, queued_at_seq=_log_seq(delivery),
+            engine=info.name, model=info.model, deliveries=delivery.num_delivered, alone=turn.alone,
+            queued_at_seq=_log_seq(delivery),
         )  # fmt: skip
         if isinstance(held, attempts.Drop):
             await delivery.ack()
@@ -168,7 +197,7 @@ class Handler:
             return await self._settlement.exhausted(delivery, task, held)
         turn.preempted = held.preempted
         tracing.about(
-            attempt=held.attempt, tries=held.tries, engine=info.name,
+            attempt=held.attempt, tries=held.tries, alone=held.alone or None, engine=info.name,
             checkpoint_step=held.checkpoint.step if held.checkpoint else None,
         )  # fmt: skip
         if held.attempt == 1:  # where the time between two attempts went, the spans of both tell
@@ -280,7 +309,8 @@ class Handler:
     ) -> results.Made:
         task = held.task
         with clocks.timed("prepare"):
-            inputs = await asyncio.to_thread(self._engine.prepare, task.work, gathered.files)
+            preparing = asyncio.to_thread(self._engine.prepare, task.work, gathered.files)
+            inputs = await self._watchdog.watch(task.work, "preparing").over(preparing)
             begun = await self._begun_elsewhere(held, gathered.folder)
         decoding = self._decoding.value or 0.0
 
@@ -324,7 +354,8 @@ class Handler:
         clocks.denoise, clocks.decode = generated.denoise_s, generated.decode_s
         reporter.phase("finishing")
         with clocks.timed("encode"):
-            return await asyncio.to_thread(self._finish, task, generated.output, gathered.folder)
+            finishing = asyncio.to_thread(self._finish, task, generated.output, gathered.folder)
+            return await self._watchdog.watch(task.work, "finishing").over(finishing)
 
     def _finish(self, task: Task, output: Any, folder: Path) -> results.Made:
         return results.made(task, self._engine.finish(output, folder), self._engine.info)

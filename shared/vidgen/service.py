@@ -23,6 +23,7 @@ import uvloop
 
 from vidgen import choice, device, errors, gpu, jetstream, metrics, probes, telemetry, topology, tracing, weights
 from vidgen.artifacts import S3Store
+from vidgen.company import Company
 from vidgen.contracts import LANES, Stage
 from vidgen.engine import Engine, Sleeper
 from vidgen.jetstream import JetStreamBus
@@ -111,6 +112,8 @@ class _Service:
                 await self._serve(loaded, takes_turns, device_thread, url)
             except errors.HungError:
                 hangs = True
+                # The loop waits at its end for the threads of its executor, and the one that hangs may be among them.
+                asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
                 raise
             finally:
                 device_thread.shutdown(wait=not hangs)
@@ -177,11 +180,12 @@ class _Service:
                 {stage: one.engine for stage, one in loaded.items()}, self._stages[0], device_thread,
                 lambda stage, seconds: self._metrics[stage].switched(seconds), takes_turns=takes_turns,
             )  # fmt: skip
+            company = Company()
             self._workers = [
                 Worker(
                     connected, store, loaded[stage].engine, device_thread, self._monitor, self._metrics[stage],
                     self._policy(stage), Registration(settings.heartbeat_s, settings.grace_s, loaded[stage].seconds),
-                    devices[stage],
+                    devices[stage], company,
                 )
                 for stage in self._stages
             ]  # fmt: skip

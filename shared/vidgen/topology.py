@@ -25,6 +25,7 @@ TENANTS_BUCKET = "vidgen_tenants"
 GATEWAY = "gateway"
 DAY = 86400.0
 ACK_WAIT = 60.0
+TASK_DELIVERIES = 30  # where workers are killed by the dozen, a task goes through many hands before one can begin it
 DUPLICATE_WINDOW = 3600.0
 WORKER_TTL = 20.0
 
@@ -124,7 +125,7 @@ def subject_of_webhook(job_id: str) -> str:
 
 
 def consumer_of(stage: Stage, lane: Lane) -> Consumer:
-    return Consumer(TASKS, f"{stage}-{lane}", f"vidgen.tasks.{stage}.{lane}.>", max_deliver=10)
+    return Consumer(TASKS, f"{stage}-{lane}", f"vidgen.tasks.{stage}.{lane}.>", max_deliver=TASK_DELIVERIES)
 
 
 def consumer_of_held(stage: Stage, lane: Lane) -> Consumer:

@@ -68,6 +68,7 @@ class Turn:
     look: asyncio.Event = field(default_factory=asyncio.Event)
     phase: Phase = "preparing"
     preempted: int = 0
+    alone: bool = False  # no other task is to begin in this process before it has left
     fatal: errors.FatalError | None = None  # why this worker must leave
     _frees_at: float | None = None
 

@@ -1,4 +1,7 @@
-"""Notices that an engine hangs: it is silent for much longer than it ever was over a task of that size."""
+"""Notices that an engine hangs: it is silent for much longer than it ever was over a task of that size.
+
+What it does before and behind the device says nothing until it is done: its silence is the time that it takes.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from typing import Any, TypeVar
 
 from vidgen import errors
 from vidgen.contracts import Work
+from vidgen.turn import Phase
 
 LOOK_S = 1.0
 SHAPE = ("kind", "width", "height", "num_frames", "candidates")
@@ -30,7 +34,7 @@ class Patience:
 
 
 class Watchdog:
-    """Watches one engine, and keeps in mind how silent it was over tasks of each size."""
+    """Watches one engine, and keeps in mind how silent it was over tasks of each size, in each of its phases."""
 
     def __init__(
         self, patience: Patience, *, look_s: float = LOOK_S, clock: Callable[[], float] = time.monotonic
@@ -38,14 +42,14 @@ class Watchdog:
         self._patience, self._look_s, self._clock = patience, look_s, clock
         self._known: dict[tuple[object, ...], float] = {}
 
-    def watch(self, work: Work) -> Watch:
-        """A watch over one task."""
-        shape = tuple(getattr(work, name, None) for name in SHAPE)
+    def watch(self, work: Work, phase: Phase = "generating") -> Watch:
+        """A watch over one phase of a task."""
+        shape = (phase, *(getattr(work, name, None) for name in SHAPE))
         return Watch(self._patience, self._known, shape, self._look_s, self._clock)
 
 
 class Watch:
-    """Over one task; `heard` is called in the engine's thread."""
+    """Over one phase of a task; `heard` is called in the engine's thread."""
 
     def __init__(
         self, patience: Patience, known: dict[tuple[object, ...], float], shape: tuple[object, ...], look_s: float,
@@ -98,8 +102,8 @@ class Watch:
             # As `asyncio.timeout` does it: where somebody else wants an end as well, it is that one's.
             if hangs and task.uncancel() <= before:
                 raise errors.HungError(
-                    f"the engine was silent for {silent_s:.0f} s behind step {self._step}: it hangs, or VIDGEN_HANG_* "
-                    "do not fit this model"
+                    f"the engine was silent for {silent_s:.0f} s while {self._shape[0]}, behind step {self._step}: it "
+                    "hangs, or VIDGEN_HANG_* do not fit this model"
                 ) from None
             raise
         finally:

@@ -22,6 +22,7 @@ import vidgen
 from vidgen import errors, topology
 from vidgen.artifacts import ArtifactStore
 from vidgen.bus import Bus, Delivery
+from vidgen.company import Company
 from vidgen.contracts import GpuFigures, Stage, WorkerInfo
 from vidgen.device import Device
 from vidgen.engine import Engine, GpuMonitor
@@ -101,7 +102,7 @@ class _JustInTimeTurn(Turn):
     open_next: Callable[[], None] = lambda: None
     told: Callable[[_JustInTimeTurn], None] = lambda turn: None
     lose: Callable[[], None] = lambda: None
-    changed: Callable[[Phase], None] = lambda phase: None
+    changed: Callable[[], None] = lambda: None
     delivery: Delivery | None = None
     _timer: asyncio.TimerHandle | None = None
     _opened: bool = False
@@ -112,7 +113,7 @@ class _JustInTimeTurn(Turn):
 
     def enters(self, phase: Phase) -> None:
         super().enters(phase)
-        self.changed(phase)
+        self.changed()
 
     def frees_in(self, seconds: float) -> None:
         super().frees_in(seconds)
@@ -142,7 +143,7 @@ class _JustInTimeTurn(Turn):
             self._timer.cancel()
 
     def _open(self) -> None:
-        if not self._opened:
+        if not self._opened and not self.alone:
             self._opened = True
             self.open_next()
 
@@ -159,7 +160,7 @@ class Registration:
 class Worker:
     """One engine serving one stage. `run` returns once drained and raises FatalError when the worker is sick.
 
-    `device` is what it shares with the other workers of its process, where there are any.
+    `device` and `company` are what it shares with the other workers of its process, where there are any.
     """
 
     def __init__(
@@ -173,10 +174,11 @@ class Worker:
         policy: Policy,
         registration: Registration,
         device: Device | None = None,
+        company: Company | None = None,
     ) -> None:
         self._bus, self._engine, self._monitor, self._metrics = bus, engine, monitor, metrics
         self._policy, self._registration = policy, registration
-        self._handler = Handler(bus, store, engine, device_thread, metrics, policy)
+        self._handler = Handler(bus, store, engine, device_thread, metrics, policy, company or Company())
         self._puller = LanePuller(bus, policy.stage)
         self._device = device or asyncio.Lock()
         self._places = asyncio.Semaphore(IN_FLIGHT)
@@ -267,18 +269,11 @@ class Worker:
         delivery = pulled.delivery
         turn = _JustInTimeTurn(
             self._device, job_id=delivery.subject.rsplit(".", 1)[-1], gives_way=pulled.gives_way, open_next=open_next,
-            told=self._leave_if_long, lose=self.drain, changed=self._phase_changed, delivery=delivery,
+            told=self._leave_if_long, lose=self.drain, changed=self._change_soon, delivery=delivery,
         )  # fmt: skip
         self._turns.add(turn)
         self._change_soon()
         tasks.create_task(self._see_through(delivery, turn), name=f"task-{delivery.seq}")
-
-    def _phase_changed(self, phase: Phase) -> None:
-        # What is on the device may kill this process: the registry should know before, for whoever looks after others.
-        if phase == "generating":
-            self._changed.set()
-        else:
-            self._change_soon()
 
     def _change_soon(self) -> None:
         """Each entry is a synced write: a task that takes no time costs one, not one for each of its phases."""
@@ -355,6 +350,7 @@ class Worker:
             self._fatal = exc
             self.drain()
         finally:
+            turn.alone = False
             turn.ends()
             self._turns.discard(turn)
             self._places.release()

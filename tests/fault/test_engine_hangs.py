@@ -7,6 +7,7 @@ from tests.fault.system import Lab
 
 from vidgen import contracts
 
+WAYS = ("hang", "hang prepared", "hang finished")
 QUICK = {"VIDGEN_HANG_FIRST_S": "3", "VIDGEN_HANG_LEAST_S": "3", "VIDGEN_ACK_WAIT": "900"}
 
 
@@ -16,7 +17,11 @@ async def campaign(lab: Lab, *, hangs: int, jobs: int) -> str:
         await stuck.until_ready()
         # It comes back sound: nobody can tell whose fault a hang was, so three of them end a sound task, too.
         system.own_env[stuck.name].pop("FAULT_HANGS")
-        poison = await system.submit(hangs, stages=["edit"], told="hang")
+        poison = [
+            job
+            for number in range(hangs)
+            for job in await system.submit(stages=["edit"], told=WAYS[number % len(WAYS)])
+        ]
         await system.submit(jobs)
         await system.until_ended(poison)
         await system.until(lambda: stuck.ended is not None)
@@ -30,4 +35,4 @@ async def campaign(lab: Lab, *, hangs: int, jobs: int) -> str:
 
 
 async def test_a_worker_whose_engine_hangs_hands_its_task_on_and_leaves(lab: Lab) -> None:
-    await campaign(lab, hangs=1, jobs=4)
+    await campaign(lab, hangs=3, jobs=4)

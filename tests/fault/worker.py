@@ -83,6 +83,7 @@ class Told:
     def prepare(self, work: Work, files: Sequence[Path]) -> Any:
         for file in files:
             assert file.stat().st_size > 0
+        _do(_told(work), "prepared")
         return work
 
     def generate(self, inputs: Any, on_step: OnStep) -> Generated:
@@ -97,11 +98,12 @@ class Told:
             kept = checkpoints.metadata_of(state)
             done, made = int(kept["step"]), kept["made"]
         self._write(work, "started", done)
+        _do(_told(work), "begun")
         begun = time.monotonic()
         for step in range(done + 1, work.steps + 1):
             time.sleep(self._pace)
             if step == 2:
-                _do("hang" if self._hangs else work.user_prompt if isinstance(work, EditWork) else work.prompt)
+                _do("hang" if self._hangs else _told(work), "midway")
             made += f" {step}"
             self._write(work, "step", step)
             try:
@@ -114,6 +116,7 @@ class Told:
 
     def finish(self, output: Any, folder: Path) -> tuple[Finished, ...]:
         work, made = output
+        _do(_told(work), "finished")
         edit = isinstance(work, EditWork)
         path = folder / ("edit-0.png" if edit else "video.mp4")
         path.write_bytes(_file(self._stage, made, self._pad))
@@ -127,9 +130,16 @@ class Told:
         os.write(self._journal, json.dumps(line).encode() + b"\n")  # in the kernel now: no kill can take it back
 
 
-def _do(prompt: str) -> None:
-    """What a task does to the process that runs it."""
-    match prompt:
+def _told(work: Work) -> str:
+    return work.user_prompt if isinstance(work, EditWork) else work.prompt
+
+
+def _do(prompt: str, when: str) -> None:
+    """What a task does to the process that runs it: in the midst of its steps, or when its prompt says."""
+    what, _, at = prompt.partition(" ")
+    if (at or "midway") != when:
+        return
+    match what:
         case "exit":
             os._exit(3)
         case "segv":

@@ -175,7 +175,7 @@ async def test_a_worker_is_killed_in_the_middle_of_a_task_and_another_completes_
     second = await floor.started("Instant")
     event = await floor.until("stage_completed")
 
-    assert (event.worker, event.attempt, event.tries) == (second.name, 2, 2)
+    assert (event.worker, event.attempt, event.tries, event.alone) == (second.name, 2, 1, True)
     assert await floor.types() == ["stage_started", "stage_started", "stage_completed"]
     stat = await floor.store.stat(f"jobs/{floor.job}/edit-0.png")
     assert stat is not None
@@ -266,9 +266,9 @@ async def test_a_worker_that_lost_its_device_leaves_and_another_does_its_task(fl
 
 
 @pytest.mark.parametrize("lease", [SHORT_LEASE_S])
-async def test_a_task_that_kills_its_worker_is_given_up_after_three_and_harms_no_other(floor: Floor) -> None:
+async def test_a_task_that_kills_its_worker_is_given_up_after_three_tries_and_harms_no_other(floor: Floor) -> None:
     task = await floor.queue()
-    victims = [floor.worker("KillsItself") for _ in range(3)]
+    victims = [floor.worker("KillsItself") for _ in range(4)]
     for victim in victims:
         victim.launch()
     for victim in victims:  # one after another: each waits until the lease of the one before has run out
@@ -280,7 +280,7 @@ async def test_a_task_that_kills_its_worker_is_given_up_after_three_and_harms_no
     failed = await floor.until("stage_failed")
 
     assert (failed.final, failed.error.code, failed.worker) == (True, "attempts_exhausted", healthy.name)
-    assert (await floor.types()).count("stage_started") == 3
+    assert (await floor.types()).count("stage_started") == 4
     letter = await floor.bus.last(topology.DEAD, topology.subject_of_dead("edit", task.job_id))
     assert letter is not None
     assert contracts.DeadLetter.model_validate_json(letter.body).error.code == "attempts_exhausted"

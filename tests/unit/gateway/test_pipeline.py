@@ -321,7 +321,8 @@ class System(RuleBasedStateMachine):
             self.bus.append(event.model_copy(update={"tries": verdict.tries}), self.unique("exhausted"), seq)
             self.bus.queue.pop(stage)
         else:
-            event = started(stage, verdict.attempt, task.run).model_copy(update={"tries": verdict.tries})
+            update = {"tries": verdict.tries, "alone": verdict.alone}
+            event = started(stage, verdict.attempt, task.run).model_copy(update=update)
             assert self.bus.append(event, self.unique("started"), seq)
             self.running.append(Running(task, verdict, len(self.bus.log)))
 
@@ -340,7 +341,7 @@ class System(RuleBasedStateMachine):
         held = data.draw(st.sampled_from(self.running))
         self.running.remove(held)
         task, verdict = held.task, held.verdict
-        stage, base = task.stage, {"tries": verdict.tries}
+        stage, base = task.stage, {"tries": verdict.tries, "alone": verdict.alone}
         if how == "died":
             return
         if how in ("completed", "unacked"):
@@ -355,7 +356,7 @@ class System(RuleBasedStateMachine):
         else:
             released = contracts.StageReleased(
                 job_id="job", run=task.run, at=T0, stage=stage, worker="w",
-                attempt=verdict.attempt, tries=verdict.tries - 1,
+                attempt=verdict.attempt, tries=verdict.tries - 1, alone=verdict.alone,
             )  # fmt: skip
             self.settle(held, released, self.unique("released"))
 

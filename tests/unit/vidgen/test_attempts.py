@@ -33,9 +33,13 @@ def task(stage: Stage = "i2v", run: int = 2) -> contracts.Task:
     )
 
 
-def stamp(stage: Stage = "i2v", run: int = 2, attempt: int = 1, tries: int | None = None) -> dict[str, object]:
-    tries = attempt if tries is None else tries
-    return {"job_id": "job", "run": run, "at": T0, "stage": stage, "attempt": attempt, "tries": tries, "worker": "w"}
+def stamp(
+    stage: Stage = "i2v", run: int = 2, attempt: int = 1, tries: int | None = None, *, alone: bool = False
+) -> dict[str, object]:
+    return {
+        "job_id": "job", "run": run, "at": T0, "stage": stage, "attempt": attempt,
+        "tries": attempt if tries is None else tries, "worker": "w", "alone": alone,
+    }  # fmt: skip
 
 
 def started(**given: object) -> contracts.StageStarted:
@@ -96,11 +100,14 @@ def test_a_task_of_a_job_that_ended_is_dropped(newest: contracts.AnyEvent) -> No
 @pytest.mark.parametrize(
     ("newest", "verdict"),
     [
-        (started(attempt=1), Run(2, 2)),
-        (started(attempt=5, tries=2), Run(6, 3)),
+        (started(attempt=1), Run(2, 1, alone=True)),
+        (started(attempt=9, tries=3), Run(10, 3, alone=True)),
+        (started(attempt=5, tries=2, alone=True), Run(6, 3, alone=True)),
+        (failed(final=False, attempt=2, alone=True), Run(3, 3, alone=True)),
+        (released(attempt=4, tries=1, alone=True), Run(5, 2, alone=True)),
         (failed(final=False, attempt=2), Run(3, 3)),
         (released(attempt=4, tries=0), Run(5, 1)),
-        (started(attempt=3), Exhausted(4, 4)),
+        (started(attempt=3, alone=True), Exhausted(4, 4)),
         (failed(final=False, attempt=3), Exhausted(4, 4)),
         (failed(final=True, attempt=1), Drop("settled")),
         (completed(attempt=1), Drop("settled")),
@@ -140,9 +147,9 @@ KEPT = contracts.Checkpoint(attempt=1, step=3, steps=8)
 def test_a_task_goes_on_from_the_checkpoint_that_its_newest_event_names(
     begin: Callable[..., contracts.StageEvent],
 ) -> None:
-    newest = begin(attempt=2, tries=1).model_copy(update={"checkpoint": KEPT, "preempted": 2})
+    newest = begin(attempt=2, tries=1, alone=True).model_copy(update={"checkpoint": KEPT, "preempted": 2})
 
-    assert attempts.judge(task(), newest, MAX) == Run(3, 2, KEPT, 2)  # type: ignore[arg-type]
+    assert attempts.judge(task(), newest, MAX) == Run(3, 2, KEPT, 2, alone=True)  # type: ignore[arg-type]
 
 
 def test_a_task_that_failed_starts_over() -> None:
@@ -264,16 +271,17 @@ def test_only_attempts_that_are_held_against_a_task_use_it_up(most: int, rounds:
             break
         assert isinstance(verdict, Run)
         begun += 1
-        numbers = {"attempt": verdict.attempt, "tries": verdict.tries}
+        said = {"attempt": verdict.attempt, "tries": verdict.tries, "alone": verdict.alone}
         match how:
             case "kills":
-                newest = started(**numbers)
+                newest = started(**said)
             case "fails":
-                newest = failed(final=False, **numbers)
+                newest = failed(final=False, **said)
             case "releases":
-                newest = released(attempt=verdict.attempt, tries=verdict.tries - 1)
+                newest = released(**said | {"tries": verdict.tries - 1})
 
-    assert begun == (most + rounds if how == "releases" else most)
+    # Of those that ended without a word, the first was not alone.
+    assert begun == {"kills": most + 1, "fails": most, "releases": most + rounds}[how]
 
 
 # ── back-off ─────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -337,7 +337,7 @@ async def test_a_task_that_killed_its_worker_each_time_is_given_up_before_it_run
     bench = bench_of()
     task = await bench.queue()
     for attempt in (1, 2, 3):
-        await bench.start_elsewhere(attempt)
+        await bench.start_elsewhere(attempt, alone=True)
 
     assert await bench.run() == "dead"
 
@@ -353,10 +353,71 @@ async def test_a_task_that_killed_its_worker_each_time_is_given_up_before_it_run
 async def test_two_deaths_still_leave_a_third_try(bench_of: MakeBench) -> None:
     bench = bench_of()
     await bench.queue()
-    await bench.start_elsewhere(1)
-    await bench.start_elsewhere(2)
+    await bench.start_elsewhere(1, alone=True)
+    await bench.start_elsewhere(2, alone=True)
 
     assert await bench.run() == "completed"
+
+
+async def test_deaths_beside_others_use_up_no_try_and_the_next_attempt_is_alone(bench_of: MakeBench) -> None:
+    """A sound task beside those that kill was given up with them: the registry did not say in time who it was."""
+    bench = bench_of()
+    await bench.queue()
+    for attempt in (1, 2, 3):
+        await bench.start_elsewhere(attempt, tries=1)
+
+    assert await bench.run() == "completed"
+
+    assert [(e.attempt, e.tries, e.alone) for e in bench.events()[-2:]] == [(4, 1, True)] * 2
+
+
+async def test_an_attempt_that_must_be_alone_waits_for_the_others_and_lets_none_by(bench_of: MakeBench) -> None:
+    engine = engines.Gated()
+    first = engine.hold("finish", 1)
+    bench = bench_of(engine)
+    for number in (1, 2, 3):
+        await bench.queue(job=f"j{number}", seed=number)
+    others = [await bench.begin()]
+    await reached(first)
+    await bench.start_elsewhere(1, job="j2")
+    suspect, held = bench.turn(), engine.hold("finish", 2)
+    waiting = await bench.begin(suspect)
+    others.append(await bench.begin())
+    await settled()
+    assert engine.generated == [1]
+
+    first.open()
+    await reached(held)
+    await settled()
+    assert suspect.alone
+    assert bench.types("j3") == []
+
+    held.open()
+    assert [await ended(one) for one in (waiting, *others)] == ["completed"] * 3
+    assert engine.generated == [1, 2, 3]
+
+
+async def test_a_task_that_waits_to_be_alone_is_kept_and_handed_back_unbegun_at_a_drain(bench_of: MakeBench) -> None:
+    engine = engines.Gated()
+    gate = engine.hold("finish", 1)
+    bench = bench_of(engine, ack_wait=0.2)
+    for number in (1, 2):
+        await bench.queue(job=f"j{number}", seed=number)
+    first = await bench.begin()
+    await reached(gate)
+    await bench.start_elsewhere(1, job="j2")
+    turn = bench.turn()
+    waiting = await bench.begin(turn)
+    beats = bench.journal.entries.count("in_progress")
+    await bench.journal.until(lambda: bench.journal.entries.count("in_progress") > beats + 4)
+
+    turn.stop.now("released")
+
+    assert await ended(waiting) == "released"
+    assert bench.types("j2") == ["stage_started"]
+    assert (await bench.take()).num_delivered == 2
+    gate.open()
+    assert await ended(first) == "completed"
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,7 @@ from tests import engines
 from tests.workbench import BOUND, Bench, work_of
 
 from vidgen import errors
+from vidgen.turn import Phase
 from vidgen.watchdog import Patience, Watch, Watchdog
 
 LOOK_S = 0.01
@@ -52,6 +53,7 @@ async def test_the_first_task_of_a_size_is_borne_for_longest() -> None:
     assert dog.watch(work_of("edit")).bears_s == 200
     assert dog.watch(work_of("edit", width=128)).bears_s == 900
     assert dog.watch(work_of("i2v")).bears_s == 900
+    assert dog.watch(work_of("edit"), "finishing").bears_s == 900
 
 
 async def test_short_silences_are_borne_for_the_least() -> None:
@@ -114,14 +116,15 @@ async def test_without_a_factor_an_engine_is_waited_for() -> None:
     assert Watchdog(Patience(factor=0)).watch(work_of("edit")).bears_s == float("inf")
 
 
-async def test_a_task_at_which_the_engine_hangs_is_charged_a_try_and_free_at_once() -> None:
-    engine = engines.Hangs()
+@pytest.mark.parametrize("phase", ["preparing", "generating", "finishing"])
+async def test_a_task_at_which_the_engine_hangs_is_charged_a_try_and_free_at_once(phase: Phase) -> None:
+    engine = engines.Hangs(phase)
     bench = Bench(engine)
     bench.use(engine)
     bench.handler._watchdog = Watchdog(Patience(least_s=LOOK_S, first_s=LOOK_S), look_s=LOOK_S)
     try:
         await bench.queue()
-        with pytest.raises(errors.HungError):
+        with pytest.raises(errors.HungError, match=phase):
             await bench.run()
 
         failed = bench.events()[-1]

@@ -855,7 +855,7 @@ async def test_a_task_that_comes_again_while_it_runs_here_is_not_begun_a_second_
         assert shop.bench.types("j1").count("stage_started") == 1
 
 
-async def test_what_follows_each_other_quickly_is_one_entry_but_what_is_on_the_device_is_told_at_once(
+async def test_what_follows_each_other_quickly_is_one_entry(
     loop_clock: LoopClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("vidgen.worker.SOON_S", 300.0)
@@ -865,6 +865,8 @@ async def test_what_follows_each_other_quickly_is_one_entry_but_what_is_on_the_d
         await shop.until("records.put")
         await shop.queue(1)
         await reached(gate)
+        assert shop.bench.journal.entries.count("records.put") == 1
+        loop_clock.advance(301)
         await shop.until("records.put", 2)
         assert (await shop.registered()).generating == "j1"
 
@@ -909,7 +911,7 @@ async def test_a_task_that_was_handed_back_is_taken_again_though_its_folder_is_n
         held.set()
 
 
-async def test_a_worker_can_be_asked_for_and_tells_soon_what_it_holds_and_at_once_what_is_on_the_device() -> None:
+async def test_a_worker_can_be_asked_for_and_tells_soon_what_it_holds() -> None:
     async with open_shop() as shop:
         first, second = shop.engine.hold("generate", 1, 2), shop.engine.hold("prepare", 2)
         await shop.queue(1)
@@ -919,8 +921,27 @@ async def test_a_worker_can_be_asked_for_and_tells_soon_what_it_holds_and_at_onc
         second.open()
 
         async with asyncio.timeout(BOUND):
-            while set((told := await shop.registered()).running) != {"j1", "j2"}:
+            while set((await shop.registered()).running) != {"j1", "j2"}:
                 await asyncio.sleep(0)
 
-        assert told.generating == "j1"
         assert await shop.bench.bus.listened(topology.subject_of_worker("edit", shop.bench.policy.worker_id))
+
+
+async def test_while_a_task_is_alone_no_other_is_taken_and_once_it_has_left_the_next_one_is() -> None:
+    async with open_shop() as shop:
+        held, finishing = shop.engine.hold("generate", 1, 2), shop.engine.hold("finish", 1)
+        await shop.queue(1)
+        await shop.bench.start_elsewhere(1, job="j1")
+        await shop.queue(2)
+        shop.start()
+        await reached(held)
+        held.open()
+        await reached(finishing)
+        await settled()
+        assert shop.bench.bus.calls["pull"] == 1
+
+        finishing.open()
+        await shop.until("stage_completed", 2)
+
+        assert shop.bench.events("j1")[-1].alone
+        assert not shop.bench.events("j2")[-1].alone
