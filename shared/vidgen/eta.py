@@ -1,4 +1,4 @@
-"""How long a step takes, and when a stage will be done. Pure: time comes from the caller."""
+"""How long a step takes, when a stage will be done, and how often to say so. Pure: time comes from the caller."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections import deque
 from statistics import median
 
 WINDOW = 5
+PROGRESS_PER_SECOND = 5.0
 
 
 class Recent:
@@ -72,3 +73,18 @@ class StepClock:
         # The step under way may take longer than its like, the ones after it are still to come.
         left = denoising - min(since, per_step) if denoising else -since
         return max(0.0, left + self._finishing_s)
+
+
+class Pace:
+    """Lets through at most `per_second` a second, and always the first and the last."""
+
+    def __init__(self, per_second: float = PROGRESS_PER_SECOND) -> None:
+        self._gap = 1.0 / per_second
+        self._at: float | None = None
+
+    def allows(self, now: float, *, last: bool = False) -> bool:
+        """Whether to speak now; a yes counts as spoken."""
+        if not last and self._at is not None and now - self._at < self._gap:
+            return False
+        self._at = now
+        return True

@@ -1,6 +1,6 @@
 """Progress of one attempt: real steps, seconds per step and ETA, on `vidgen.progress.<job>`, at most five a second.
 
-What is over before somebody could read it is not told.
+Nothing is told of an attempt that is over before anybody could have read it.
 """
 
 from __future__ import annotations
@@ -15,15 +15,14 @@ from typing import Literal
 from vidgen import contracts, errors, topology
 from vidgen.bus import Bus
 from vidgen.engine import OnStep
-from vidgen.eta import StepClock
+from vidgen.eta import Pace, StepClock
 from vidgen.eventlog import Claim
 from vidgen.metrics import WorkerMetrics
 
 Phase = Literal["preparing", "denoising", "finishing"]
 Stepped = Callable[[float, float | None], None]
 
-SOON_S = 0.05  # what comes within that is told in one
-GAP_S = 0.2  # between two
+SOON_S = 0.05  # what an attempt is on by then is the first that is told
 
 
 class Reporter:
@@ -33,13 +32,13 @@ class Reporter:
         self._bus, self._held, self._metrics = bus, held, metrics
         self._finishing_s = finishing_s
         self._clock = StepClock(finishing_s=finishing_s)
-        self._phase: Phase = "preparing"
-        self._told_at = float("-inf")
-        self._telling: asyncio.TimerHandle | None = None
-        self._over = False
+        self._pace = Pace()
         self._step, self._steps = 0, held.task.work.steps
         self._begun = self._counted_to = time.monotonic()
         self._sending: set[asyncio.Task[None]] = set()
+        self._phase: Phase = "preparing"
+        self._tells = False
+        self._begins = asyncio.get_running_loop().call_later(SOON_S, self._begin)
 
     @property
     def seconds_per_step(self) -> float | None:
@@ -52,14 +51,16 @@ class Reporter:
 
     def phase(self, phase: Phase) -> None:
         """Say that a phase begins."""
-        self._phase = phase
-        self._tell_soon()
+        self._send(phase)
 
     def close(self) -> None:
         """Say no more: the attempt is over, though its engine may still be at a step."""
-        self._over = True
-        if self._telling is not None:
-            self._telling.cancel()
+        self._begins.cancel()
+        self._tells = False
+
+    def _begin(self) -> None:
+        self._tells = True
+        self._send(self._phase)
 
     def on_step(self, check: OnStep, stepped: Stepped, done: int = 0) -> OnStep:
         """What the engine calls after each step, in its own thread; `check` raises to end the attempt there.
@@ -93,19 +94,16 @@ class Reporter:
         eta_s = self._clock.eta_s()
         stepped(at - self._counted_to, None if eta_s is None else eta_s - self._finishing_s)
         self._counted_to = at
-        if self._phase != "finishing":  # a step may be heard of late
-            self.phase("denoising")
+        if not self._tells or self._pace.allows(at, last=step >= steps):
+            self._send("denoising")
 
-    def _tell_soon(self) -> None:
-        if self._telling is None and not self._over:
-            loop = asyncio.get_running_loop()
-            self._telling = loop.call_at(max(loop.time() + SOON_S, self._told_at + GAP_S), self._tell)
-
-    def _tell(self) -> None:
-        self._telling, self._told_at = None, asyncio.get_running_loop().time()
+    def _send(self, phase: Phase) -> None:
+        self._phase = phase
+        if not self._tells:
+            return
         task = self._held.task
         now = time.monotonic()
-        phase, per_step = self._phase, self._clock.seconds_per_step
+        per_step = self._clock.seconds_per_step
         progress = contracts.Progress(
             job_id=task.job_id, stage=task.stage, run=task.run, attempt=self._held.attempt, phase=phase,
             step=self._step, steps=self._steps, seconds_per_step=per_step,

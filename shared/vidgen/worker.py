@@ -42,7 +42,7 @@ IDLE_WAIT_S = 0.5
 MOMENT_S = 0.05  # how long the batch waits behind an interactive task for the next one
 BUS_PAUSE_S = 0.5
 BATCH_SHARE = 10  # at least one task in ten is a batch task while any waits
-SOON_S = 1.0  # what is not urgent is told in the registry with what comes within that, in one
+SOON_S = 0.5  # what is not urgent is told in the registry with what comes within that, in one
 LOOK_S = 1.0  # how often a worker with a long batch task looks for an interactive one
 MAX_PREEMPTIONS = 3  # of one task: then it runs to its end
 
@@ -272,7 +272,10 @@ class Worker:
             told=self._leave_if_long, lose=self.drain, changed=self._change_soon, delivery=delivery,
         )  # fmt: skip
         self._turns.add(turn)
-        self._change_soon()
+        if delivery.num_delivered > 1:  # or a gateway hands it out once more, as long as the log names one who died
+            self._changed.set()
+        else:
+            self._change_soon()
         tasks.create_task(self._see_through(delivery, turn), name=f"task-{delivery.seq}")
 
     def _change_soon(self) -> None:

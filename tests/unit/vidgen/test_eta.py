@@ -3,7 +3,7 @@ from __future__ import annotations
 import math
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from vidgen import eta
@@ -105,6 +105,33 @@ def test_recent_forgets_what_is_older_than_its_window() -> None:
         recent.add(seconds)
 
     assert recent.value == 2
+
+
+@given(st.lists(st.floats(0, 10), min_size=1, max_size=60), st.floats(0.5, 20))
+def test_the_pace_lets_the_first_and_the_last_through_and_at_most_so_many_a_second(
+    gaps: list[float], per_second: float
+) -> None:
+    times = [sum(gaps[:count]) for count in range(len(gaps) + 1)]
+    pace = eta.Pace(per_second)
+
+    spoken = [at for at in times[:-1] if pace.allows(at)]
+
+    assert spoken[0] == times[0]
+    assert pace.allows(times[-1], last=True)
+    for at in spoken:
+        within = [other for other in spoken if at <= other < at + 1]
+        assert (len(within) - 1) / per_second < 1 + 1e-6
+
+
+@given(st.lists(st.floats(0, 0.1), min_size=2, max_size=50))
+def test_the_pace_speaks_again_as_soon_as_it_may(gaps: list[float]) -> None:
+    pace, at, spoken = eta.Pace(5), 0.0, 0.0
+    assert pace.allows(at)
+    for gap in gaps:
+        at += gap
+        assume(abs(at - spoken - 0.2) > 1e-9)
+        assert pace.allows(at) == (at - spoken >= 0.2)
+        spoken = at if at - spoken >= 0.2 else spoken
 
 
 def test_a_clock_that_goes_on_behind_a_step_counts_only_its_own() -> None:

@@ -18,7 +18,7 @@ from tests.workbench import BOUND, Bench, LoopClock, settled, task_of
 from vidgen import contracts, errors, results, topology
 from vidgen.contracts import MAX_REFERENCES
 from vidgen.engine import Engine
-from vidgen.progress import Reporter
+from vidgen.eta import Pace
 from vidgen.testing import FakeClock
 from vidgen.turn import Reason, Turn
 
@@ -1059,16 +1059,19 @@ async def test_nothing_renews_the_lease_of_a_task_that_is_done(bench_of: MakeBen
 # ── progress ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_progress_is_told_at_most_five_times_a_second(bench_of: MakeBench) -> None:
-    bench = bench_of(engines.Paced(0.7))
+async def test_progress_tells_the_first_and_the_last_step_and_at_most_five_a_second(
+    bench_of: MakeBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vidgen.progress.SOON_S", 0.0)
+    bench = bench_of(engines.Paced(0.5))
     await bench.queue(steps=100)
     heard = await bench.hear_progress()
 
     await bench.run()
 
     steps = [said for said in heard() if said.phase == "denoising"]
-    assert len(steps) > 1
-    assert len(steps) <= 1 + 5 * (steps[-1].at - steps[0].at).total_seconds()
+    assert (steps[0].step, steps[-1].step, steps[-1].steps) == (1, 100, 100)
+    assert len(steps) <= 2 + 5 * (steps[-1].at - steps[0].at).total_seconds()
     assert [said.step for said in steps] == sorted({said.step for said in steps})
 
 
@@ -1126,7 +1129,8 @@ async def test_progress_tells_each_phase_the_pace_and_what_is_left(bench_of: Mak
     assert await ended(running) == "completed"
 
     said = heard()
-    assert [(each.phase, each.step) for each in said] == [("preparing", 0), ("denoising", 1), ("finishing", 4)]
+    told = [(each.phase, each.step) for each in said]
+    assert told[:2] + told[-2:] == [("preparing", 0), ("denoising", 1), ("denoising", 4), ("finishing", 4)]
     assert (said[0].eta_s, said[0].steps) == (None, 4)
     for each in said[1:]:
         assert each.seconds_per_step is not None
@@ -1148,7 +1152,8 @@ async def test_an_engine_that_lies_about_its_steps_makes_no_nonsense_of_the_prog
 async def test_progress_goes_back_with_an_engine_that_begins_again_and_counts_the_steps_of_its_new_way(
     bench_of: MakeBench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Reporter, "_tell_soon", Reporter._tell)
+    monkeypatch.setattr("vidgen.progress.SOON_S", 0.0)
+    monkeypatch.setattr(Pace, "allows", lambda self, now, last=False: True)
     bench = bench_of(engines.ShortOfMemory())
     await bench.queue(candidates=2)
     heard = await bench.hear_progress()

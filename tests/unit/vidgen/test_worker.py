@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import tempfile
+import shutil
 import threading
 from collections.abc import AsyncIterator, Iterator
 from itertools import pairwise
 from types import SimpleNamespace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -882,28 +883,43 @@ async def test_what_follows_each_other_quickly_is_one_entry(
         assert (told.generating, told.running, told.tasks_done) == (None, (), 1)
 
 
+async def test_a_task_that_comes_again_is_told_in_the_registry_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vidgen.worker.SOON_S", 300.0)
+    async with open_shop(heartbeat_s=600.0) as shop:
+        await shop.queue(1)
+        await (await shop.bench.take()).nak()
+        gate = shop.engine.hold("generate", 1, 2)
+        shop.start()
+        await reached(gate)
+
+        async with asyncio.timeout(BOUND):
+            while (await shop.registered()).running != ("j1",):
+                await asyncio.sleep(0)
+
+
 async def test_a_task_that_was_handed_back_is_taken_again_though_its_folder_is_not_gone_yet(
     steady: Steady, loop_clock: LoopClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It was taken for one that still ran, and nobody began it until its lease ran out."""
-    removed = tempfile.TemporaryDirectory.cleanup
+    removed = shutil.rmtree
     held, asked = threading.Event(), []
 
-    def cleanup(folder: tempfile.TemporaryDirectory[str]) -> None:
+    def rmtree(folder: Path, *how: Any) -> None:
         asked.append(folder)
         if len(asked) == 1:
             assert held.wait(BOUND)
-        removed(folder)
+        removed(folder, *how)
 
     async with open_shop(engines.Resumes()) as shop:
         gate = await a_long_batch_task(shop, steady)
-        monkeypatch.setattr(tempfile.TemporaryDirectory, "cleanup", cleanup)
+        monkeypatch.setattr(shutil, "rmtree", rmtree)
         await shop.queue(2)
         await looked(shop, loop_clock)
         gate.open()
 
         await shop.until("stage_completed", 2)
 
+        assert asked
         assert not held.is_set()
         assert [event.type for event in shop.bench.events("j1")][-3:] == [
             "stage_released", "stage_started", "stage_completed"
