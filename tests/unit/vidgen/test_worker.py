@@ -8,8 +8,8 @@ import shutil
 import threading
 from collections.abc import AsyncIterator, Iterator
 from itertools import pairwise
-from types import SimpleNamespace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
