@@ -58,15 +58,16 @@ def views(
     on_switch: Callable[[Stage, float], None],
     *,
     takes_turns: bool,
+    bears_s: float | None = None,
 ) -> Mapping[Stage, Device]:
     """The one device as each stage has it: first come, first served where all the models stay on it.
 
-    Where they take turns, `awake` and `on_switch` are those of `TakingTurns`.
+    Where they take turns, `awake`, `on_switch` and `bears_s` are those of `TakingTurns`.
     """
     if not takes_turns:
         return dict.fromkeys(engines, asyncio.Lock())
     sleepers = {stage: engine for stage, engine in engines.items() if isinstance(engine, Sleeper)}
-    shared = TakingTurns(sleepers, awake, device_thread, on_switch)
+    shared = TakingTurns(sleepers, awake, device_thread, on_switch, bears_s=bears_s)
     return {stage: shared.of(stage) for stage in engines}
 
 
@@ -97,6 +98,7 @@ class TakingTurns:
     """A device on which only one of the engines is awake at a time. Made and used in one event loop.
 
     `awake` is the stage whose engine is. `on_switch` is told each stage that was woken, and the seconds that it took.
+    An engine that takes longer than `bears_s` to sleep or to wake hangs: SwitchHungError for the task that waits.
     """
 
     def __init__(
@@ -106,8 +108,10 @@ class TakingTurns:
         device_thread: Executor,
         on_switch: Callable[[Stage, float], None],
         clock: Callable[[], float] = time.monotonic,
+        bears_s: float | None = None,
     ) -> None:
         self._engines, self._device_thread, self._on_switch, self._clock = engines, device_thread, on_switch, clock
+        self._bears_s = bears_s
         self._awake: Stage | None = awake
         self._since, self._switch_s = clock(), 0.0
         self._waiting: list[_Waiter] = []
@@ -183,7 +187,11 @@ class TakingTurns:
         self._advance((at, time.time()) if fault is None else None)
 
     async def _on_device(self, work: Callable[[], None]) -> None:
-        await asyncio.get_running_loop().run_in_executor(self._device_thread, work)
+        doing = asyncio.get_running_loop().run_in_executor(self._device_thread, work)
+        await asyncio.wait([doing], timeout=self._bears_s)
+        if not doing.done():
+            raise errors.SwitchHungError(f"the models did not change places within {self._bears_s:.0f} s")
+        doing.result()
 
     def _first(self, stage: Stage) -> _Waiter:
         return next(waiter for waiter in self._waiting if waiter.stage == stage and not waiter.granted.done())

@@ -5,6 +5,7 @@ VidgenError
 ├── RetryableError    it may succeed later: hand it back with back-off, up to `max_attempts`
 ├── FatalError        the task is healthy, this worker is not: hand the task back, leave
 │   └── HungError         the engine does not come back: whose fault it is nobody knows, so the task is charged a try
+│       └── SwitchHungError               before any task had the device: none is charged
 ├── Cancelled         somebody asked for the job to stop: free the GPU, settle as cancelled
 │   └── Suspended                     the task is to go on elsewhere: keep its state, hand it back
 └── bus and store, raised by the seams' adapters
@@ -67,6 +68,12 @@ class HungError(FatalError):
     """The engine hangs, and its thread with it."""
 
     code = "engine_hung"
+
+
+class SwitchHungError(HungError):
+    """Two models that take turns on a device do not change places."""
+
+    code = "switch_hung"
 
 
 class Cancelled(VidgenError):  # noqa: N818  an outcome, not a fault

@@ -179,6 +179,7 @@ class _Service:
             devices = device.views(
                 {stage: one.engine for stage, one in loaded.items()}, self._stages[0], device_thread,
                 lambda stage, seconds: self._metrics[stage].switched(seconds), takes_turns=takes_turns,
+                bears_s=settings.hang_first_s if settings.hang_factor else None,
             )  # fmt: skip
             company = Company()
             self._workers = [

@@ -92,7 +92,7 @@ class Settlement:
 
     async def unfit(self, delivery: Delivery, held: Claim, clocks: Clocks, exc: errors.FatalError) -> Outcome:
         """Hand back what a worker holds that must leave: unharmed, but where engines hang it may be the task."""
-        if isinstance(exc, errors.HungError):
+        if isinstance(exc, errors.HungError) and not isinstance(exc, errors.SwitchHungError):
             return await self.fail(delivery, held, clocks, exc, retryable=True)
         try:
             return await self.release(delivery, held, clocks)

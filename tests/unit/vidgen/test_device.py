@@ -215,6 +215,16 @@ async def test_a_stage_keeps_the_device_until_that_has_paid_for_the_switch(house
     assert house.journal[-6:] == ["edit sleeps", "i2v wakes", "i2v", "i2v sleeps", "edit wakes", "edit"]
 
 
+async def test_models_that_do_not_change_places_are_told_to_the_task_that_waits(house: House) -> None:
+    house.shared._bears_s = 0.05
+    house.engines["i2v"].door.clear()
+    try:
+        with pytest.raises(errors.SwitchHungError):
+            await house.use("i2v")
+    finally:
+        house.engines["i2v"].door.set()
+
+
 async def test_a_task_that_no_longer_waits_is_passed_over(house: House) -> None:
     async with house.used("edit"):
         gone, stays = (asyncio.create_task(house.use(stage)) for stage in ("i2v", "edit"))  # type: ignore[arg-type]

@@ -583,6 +583,21 @@ async def test_a_task_given_back_by_a_sick_worker_has_all_its_tries(bench_of: Ma
     assert (bench.events()[-1].attempt, bench.events()[-1].tries) == (2, 1)
 
 
+async def test_a_task_whose_model_could_not_be_woken_is_handed_back_with_all_its_tries(bench_of: MakeBench) -> None:
+    bench = bench_of()
+
+    async def hangs() -> Any:
+        raise errors.SwitchHungError
+
+    bench.device.acquire = hangs  # type: ignore[method-assign]
+    await bench.queue()
+
+    with pytest.raises(errors.HungError):
+        await bench.run()
+
+    assert (bench.events()[-1].type, bench.events()[-1].tries) == ("stage_released", 0)
+
+
 async def test_a_worker_that_leaves_in_a_hurry_hands_its_task_back(bench_of: MakeBench) -> None:
     engine = engines.Gated()
     gate = engine.hold("generate", step=2)

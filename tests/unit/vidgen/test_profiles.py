@@ -149,4 +149,5 @@ def test_models_that_stay_on_a_gpu_stay_on_a_larger_one_unless_they_are_faster_t
         if small.profiles[0].startswith("resident") and small.profiles[1].startswith("resident"):
             assert not (large.takes_turns and not small.takes_turns)
         if small.takes_turns == large.takes_turns:
-            assert all(order(b) <= order(a) for a, b in zip(small.profiles, large.profiles, strict=True))
+            # Of one that streams beside one in bfloat16, both may come to stay in FP8: the slowest is what counts.
+            assert max(map(order, large.profiles)) <= max(map(order, small.profiles))
