@@ -65,8 +65,11 @@ class Delivery(Protocol):
     headers: dict[str, str]
     settled: bool  # or about to be: what comes from here on is another delivery
 
-    async def ack(self) -> None:
-        """Settle, and know that the server heard it; raises BusError."""
+    async def ack(self, heard: bool = True) -> None:
+        """Settle, and know that the server heard it; raises BusError.
+
+        Without `heard` the server is told and not asked: what is lost on the way comes again.
+        """
 
     async def nak(self, delay: float = 0.0) -> None:
         """Hand back, to be delivered again after `delay` seconds."""

@@ -13,7 +13,6 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import nats
 import nats.errors
 import nats.js.errors as js_errors
 from nats.aio.client import Client
@@ -24,6 +23,7 @@ from nats.js.kv import KeyValue
 
 from vidgen import errors, permissions, topology, tracing
 from vidgen.bus import PULL_WAIT, Delivery, Depth, Feed, Held, Records, Stored
+from vidgen.inboxes import PullInbox, Requester
 
 log = logging.getLogger("vidgen.bus")
 
@@ -108,9 +108,13 @@ class JetStreamDelivery:
         self.headers = _headers(msg.headers)
         self.settled = False
 
-    async def ack(self) -> None:
+    async def ack(self, heard: bool = True) -> None:
         self.settled = True
-        await self._settle(b"+ACK")
+        if heard:
+            await self._settle(b"+ACK")
+        else:
+            with translated():
+                await self._client.publish(self._msg.reply, b"+ACK")
 
     async def nak(self, delay: float = 0.0) -> None:
         self.settled = True
@@ -257,6 +261,7 @@ class JetStreamBus:
         self._client = client
         self._js = client.jetstream(timeout=REQUEST_TIMEOUT)
         self._records: dict[str, JetStreamRecords] = {}
+        self._inboxes: list[PullInbox] = []  # of pulls that came to their end
         self._lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._side_tasks: set[asyncio.Task[None]] = set()
 
@@ -325,25 +330,20 @@ class JetStreamBus:
         """One message from a pull consumer, as nats-py has it; `acked` is whether that consumer waits for acks."""
         ask: dict[str, Any] = {"batch": 1}
         ask |= {"expires": int(wait * 1e9)} if wait >= 0.001 else {"no_wait": True}
-        arrived: asyncio.Future[Msg] = asyncio.get_running_loop().create_future()
-        inbox = self._client.new_inbox()
-        with translated():
-            subscription = await self._client.subscribe(inbox, future=arrived, max_msgs=1)
+        inbox = self._inboxes.pop() if self._inboxes else PullInbox(self._client)
         try:
             with translated():
-                await subscription.unsubscribe(limit=1)
-                await self._client.publish(
-                    f"$JS.API.CONSUMER.MSG.NEXT.{stream}.{consumer}", json.dumps(ask).encode(), reply=inbox
-                )
-            either: set[asyncio.Future[Any]] = {arrived, self._lost}
+                await inbox.ask(f"$JS.API.CONSUMER.MSG.NEXT.{stream}.{consumer}", json.dumps(ask).encode())
+            either: set[asyncio.Future[Any]] = {inbox.arrived, self._lost}
             await asyncio.wait(either, timeout=wait + REQUEST_TIMEOUT, return_when=asyncio.FIRST_COMPLETED)
         except BaseException:
-            self._on_the_side(self._hand_back(subscription, arrived, acked))
+            self._on_the_side(self._hand_back(inbox, acked))
             raise
-        if not arrived.done():
-            self._on_the_side(self._hand_back(subscription, arrived, acked))
+        if not inbox.arrived.done():
+            self._on_the_side(self._hand_back(inbox, acked))
             raise errors.BusError("the bus did not answer a pull")
-        return self._message(arrived.result())
+        self._inboxes.append(inbox)
+        return self._message(inbox.arrived.result())
 
     def _message(self, msg: Msg) -> Msg | None:
         if msg.reply:  # what can be acked is a message, whatever headers its publisher gave it
@@ -355,18 +355,18 @@ class JetStreamBus:
             raise _ConsumerGoneError("the consumer is not there: start a gateway, it creates what is missing")
         raise errors.BusError(f"the bus gave no message: {status} {text}".rstrip())
 
-    async def _hand_back(self, subscription: Subscription, arrived: asyncio.Future[Msg], acked: bool) -> None:
+    async def _hand_back(self, inbox: PullInbox, acked: bool) -> None:
         """Give up a pull: what is already on its way goes back into the queue now, not after `ack_wait`."""
         # A message that the server sends just as nobody listens any more waits for its lease to run out, so what was
         # there to be taken is given the time to come.
-        await asyncio.wait([arrived], timeout=LAST_CALL)
+        await asyncio.wait([inbox.arrived], timeout=LAST_CALL)
         with contextlib.suppress(nats.errors.Error, TimeoutError, OSError):
-            await subscription.drain()  # type: ignore[no-untyped-call]
-        if not arrived.done():
-            arrived.cancel()
-        elif arrived.result().reply and acked:
+            await inbox.close()
+        if not inbox.arrived.done():
+            inbox.arrived.cancel()
+        elif inbox.arrived.result().reply and acked:
             with contextlib.suppress(nats.errors.Error, TimeoutError, OSError):
-                await self._client.publish(arrived.result().reply, b"-NAK")
+                await self._client.publish(inbox.arrived.result().reply, b"-NAK")
 
     def _on_the_side(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
@@ -586,14 +586,15 @@ async def connect(
             on_denied(NOT_SECURE)
         log.info("bus: connected again")
 
-    settings = {
+    settings: dict[str, Any] = {
         "name": name, "error_cb": failed, "disconnected_cb": lost, "reconnected_cb": back, "ping_interval": 10,
         "max_outstanding_pings": 2, "max_reconnect_attempts": FIRST_CONNECT_ATTEMPTS, "reconnect_time_wait": 1,
         "connect_timeout": 5, "inbox_prefix": f"{permissions.INBOX}{name}".encode(),
     }  # fmt: skip
     try:
         async with asyncio.timeout(FIRST_CONNECT_LIMIT):
-            client = await nats.connect(url, **(settings | options))
+            client = Requester()
+            await client.connect(url, **(settings | options))
     except (nats.errors.Error, TimeoutError, OSError) as exc:
         why = "; ".join(heard) or exc
         raise errors.BusError(

@@ -221,7 +221,7 @@ class MemoryDelivery:
         self.headers, self.num_delivered = dict(stored.headers), num_delivered
         self.settled = False
 
-    async def ack(self) -> None:
+    async def ack(self, heard: bool = True) -> None:
         self.settled = True
         async with self._bus.call("ack"):
             self._consumer.ack(self.seq)
