@@ -23,7 +23,7 @@ from nats.js import JetStreamContext, api
 from nats.js.kv import KeyValue
 
 from vidgen import errors, permissions, topology, tracing
-from vidgen.bus import PULL_WAIT, Delivery, Depth, Feed, Held, Records, Stored
+from vidgen.bus import PULL_WAIT, Delivery, Depth, Feed, Held, Records, Stored, Supply
 
 log = logging.getLogger("vidgen.bus")
 
@@ -36,6 +36,8 @@ LISTENED_TIMEOUT = 1.0  # for an answer that nobody gives: that nobody is there,
 FEED_MEMORY = 60.0  # seconds that the server keeps the place of a feed nobody reads
 RECORDS_AT_ONCE = 64
 NOT_SECURE = "the bus speaks no TLS, and the settings want it"
+SUPPLY_WAIT = 30.0  # seconds that a pull for several messages stays open
+ASK_AGAIN = 0.5  # seconds after a pull that the bus did not answer
 LAST_CALL = 0.1  # seconds that a pull which was given up still listens
 
 WRONG_LAST_SEQUENCE = frozenset({10071, 10164})  # alone · in a cluster
@@ -98,6 +100,16 @@ def _headers(found: Mapping[Any, Any] | None) -> dict[str, str]:
     return {str(name): str(value) for name, value in (found or {}).items()}
 
 
+class _Sink:
+    """What nats-py takes for the future of a subscription: messages go from its reading loop straight to `take`."""
+
+    def __init__(self, take: Callable[[Msg], None]) -> None:
+        self.set_result = take
+
+    def cancelled(self) -> bool:
+        return False
+
+
 class JetStreamDelivery:
     def __init__(self, client: Client, msg: Msg) -> None:
         meta = msg.metadata
@@ -108,9 +120,13 @@ class JetStreamDelivery:
         self.headers = _headers(msg.headers)
         self.settled = False
 
-    async def ack(self) -> None:
+    async def ack(self, heard: bool = True) -> None:
         self.settled = True
-        await self._settle(b"+ACK")
+        if heard:
+            await self._settle(b"+ACK")
+        else:
+            with translated():
+                await self._client.publish(self._msg.reply, b"+ACK")
 
     async def nak(self, delay: float = 0.0) -> None:
         self.settled = True
@@ -122,6 +138,125 @@ class JetStreamDelivery:
     async def _settle(self, verb: bytes) -> None:
         with translated():
             await self._client.request(self._msg.reply, verb, timeout=REQUEST_TIMEOUT)
+
+
+class JetStreamSupply:
+    """One subscription for all pulls, and one pull for several messages: taken singly, each would cost both anew."""
+
+    def __init__(self, bus: JetStreamBus, consumer: topology.Consumer, batch: int) -> None:
+        self._bus, self._consumer, self._batch = bus, consumer, batch
+        self._ready: asyncio.Queue[Msg | errors.BusError | None] = asyncio.Queue()
+        self._number = 0  # of the pull that is open
+        self._owed = 0  # messages that it may still bring
+        self._room, self._over = asyncio.Event(), asyncio.Event()  # of the open pull
+        self._asking: asyncio.Task[None] | None = None
+        self._closed = False
+
+    async def next(self) -> Delivery | None:
+        if self._asking is None and not self._closed:
+            self._asking = asyncio.create_task(self._keep_asking())
+        found = await self._ready.get()
+        if found is None:
+            self._ready.put_nowait(None)  # for the next one who waits
+            return None
+        if isinstance(found, errors.BusError):
+            raise found
+        self._look_for_room()
+        return JetStreamDelivery(self._bus.client, found)
+
+    async def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        came = [self._ready.get_nowait() for _ in range(self._ready.qsize())]
+        self._ready.put_nowait(None)
+        for msg in came:
+            if isinstance(msg, Msg):
+                await self._hand_back(msg)
+        if self._asking is not None:
+            self._asking.cancel()
+            await asyncio.gather(self._asking, return_exceptions=True)
+
+    def _look_for_room(self) -> None:
+        if self._owed <= 0:
+            self._over.set()
+            if self._ready.qsize() <= self._batch // 2:
+                self._room.set()
+
+    async def _keep_asking(self) -> None:
+        inbox = self._bus.client.new_inbox()
+        subscription: Subscription | None = None
+        try:
+            while True:
+                try:
+                    with translated():
+                        if subscription is None:
+                            subscription = await self._bus.client.subscribe(
+                                f"{inbox}.*",
+                                future=_Sink(self._arrived),  # type: ignore[arg-type]
+                            )
+                        await self._ask(inbox)
+                    await self._until_room()
+                except errors.BusError as exc:
+                    self._owed = 0
+                    self._ready.put_nowait(exc)
+                    await asyncio.sleep(ASK_AGAIN)
+        finally:
+            if subscription is not None:
+                await asyncio.shield(self._leave(subscription))
+
+    async def _ask(self, inbox: str) -> None:
+        self._number += 1
+        self._owed = self._batch - self._ready.qsize()
+        self._room.clear()
+        self._over.clear()
+        ask = json.dumps({"batch": self._owed, "expires": int(SUPPLY_WAIT * 1e9)}).encode()
+        subject = f"$JS.API.CONSUMER.MSG.NEXT.{self._consumer.stream}.{self._consumer.name}"
+        await self._bus.client.publish(subject, ask, reply=f"{inbox}.{self._number}")
+
+    async def _until_room(self) -> None:
+        """Wait until more may be asked for; raises BusError when nothing is to come of what was asked."""
+        room = asyncio.ensure_future(self._room.wait())
+        try:
+            while not room.done():
+                if self._owed <= 0:  # it is over, and who takes is slow
+                    await room
+                    return
+                either: set[asyncio.Future[Any]] = {room, self._bus._lost}
+                limit = SUPPLY_WAIT + REQUEST_TIMEOUT
+                await asyncio.wait(either, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
+                if self._owed > 0 and not room.done():
+                    raise errors.BusError("the bus did not answer a pull")
+        finally:
+            room.cancel()
+
+    def _arrived(self, msg: Msg) -> None:
+        if msg.reply:  # what can be acked is a message, whatever headers its publisher gave it
+            self._owed -= 1
+            if self._closed:
+                self._bus._on_the_side(self._hand_back(msg))
+            else:
+                self._ready.put_nowait(msg)
+        elif msg.subject.rsplit(".", 1)[-1] == str(self._number):  # not of a pull that was given up
+            self._owed = 0
+            try:
+                self._bus._message(msg)
+            except errors.BusError as exc:
+                if not self._closed:
+                    self._ready.put_nowait(exc)
+        self._look_for_room()
+
+    async def _hand_back(self, msg: Msg) -> None:
+        with contextlib.suppress(nats.errors.Error, OSError):
+            await self._bus.client.publish(msg.reply, b"-NAK")
+
+    async def _leave(self, subscription: Subscription) -> None:
+        # As where a single pull is given up: what is there to be taken is given the time to come.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LAST_CALL):
+                await self._over.wait()
+        with contextlib.suppress(nats.errors.Error, TimeoutError, OSError):
+            await subscription.drain()  # type: ignore[no-untyped-call]
 
 
 class ListenFeed:
@@ -372,6 +507,9 @@ class JetStreamBus:
         task = asyncio.get_running_loop().create_task(work)
         self._side_tasks.add(task)
         task.add_done_callback(self._side_tasks.discard)
+
+    def supply(self, consumer: topology.Consumer, batch: int) -> Supply:
+        return JetStreamSupply(self, consumer, batch)
 
     async def unsettled(self, consumer: topology.Consumer) -> list[Stored]:
         with translated():
