@@ -142,8 +142,11 @@ class Jobs:
     async def _act(self, job: Job, logged: int | None) -> None:
         if job.status is JobStatus.REJECTED:
             await self._log_rejected(job)
-        await self._execute((*pipeline.announcements(job, now()), *pipeline.demands(job)), logged)
-        await self._record_history(job)
+        # A place in the list says nothing of the task, so neither waits for the other.
+        await asyncio.gather(
+            self._execute((*pipeline.announcements(job, now()), *pipeline.demands(job)), logged),
+            self._record_history(job),
+        )
 
     async def _record_history(self, job: Job) -> None:
         with contextlib.suppress(errors.ConflictError):  # it is in the history: one message per subject, for ever
