@@ -108,14 +108,15 @@ class Consumers:
             f"decide {event.type}", of=delivery.headers, kind="consumer", job_id=event.job_id, run=event.run,
             stage=stage, attempt=attempt, deliveries=delivery.num_delivered,
         ):  # fmt: skip
-            applied = await self._jobs.apply(event, delivery.seq)
-        if applied is None:
+            if isinstance(event, contracts.StageStarted):
+                job, news = await self._jobs.started(event), True
+            else:
+                applied = await self._jobs.apply(event, delivery.seq)
+                job, news = (applied.job, applied.changed) if applied is not None else (None, False)
+        if job is None:
             log.warning("an event of an unknown job is passed over", _event="event_orphaned", job=event.job_id)
-            return
-        if isinstance(event, contracts.StageStarted):
-            self._jobs.started(event, applied.job)
-        if applied.changed or isinstance(event, contracts.StageStarted):
-            self._metrics.observe(event, applied.job)
+        elif news:
+            self._metrics.observe(event, job)
 
     async def _count(self, event: contracts.AnyEvent) -> None:
         """Measure what gateways say of a job: each such event is in the log once, whichever replica wrote it."""

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
+import pydantic
 import structlog
 
 from gateway import pipeline
@@ -21,6 +22,7 @@ from vidgen.tenants import Tenants
 
 log = structlog.get_logger(__name__)
 
+MOVING = (JobStatus.QUEUED, JobStatus.IN_PROGRESS)
 CAS_TRIES = 20
 REMEMBERED = 1000  # records that a replica keeps in mind, a few KB each
 SCAN_LIMIT = 2000  # records that one page of a filtered list may look at
@@ -79,28 +81,44 @@ class Jobs:
         self._bus = bus
         self.share = share or FairShare(bus, Tenants(bus), waiting=0)
         self._records = bus.records(topology.JOBS_BUCKET)
-        # What this replica wrote last, and at which revision. Another may have written since: only a write that
-        # succeeds proves that it was the newest.
+        # What this replica wrote last, with the start of a task where that has come since, and at which revision.
+        # Another may have written since: only a write that succeeds proves that it was the newest.
         self._written: OrderedDict[str, tuple[Job, int]] = OrderedDict()
 
     async def find(self, job_id: str) -> Job | None:
-        """The record, without the progress of the moment."""
+        """A job as its record and its log tell, without the progress of the moment."""
         found = await self._read(job_id)
-        return found[0] if found else None
+        return await self._with_start(found[0]) if found else None
 
     async def get(self, job_id: str) -> Job:
-        """The record with its newest progress; raises JobNotFoundError."""
-        job = await self.find(job_id)
-        if job is None:
+        """A job with its newest progress; raises JobNotFoundError."""
+        found = await self._read(job_id)
+        if found is None:
             raise no_such_job(job_id)
-        if job.status is not JobStatus.IN_PROGRESS:
-            return job
-        newest = await self._bus.last(topology.PROGRESS, topology.subject_of_progress(job_id))
-        if newest is None:
+        if found[0].status not in MOVING:
+            return found[0]
+        subject = topology.subject_of_progress(job_id)
+        job, newest = await asyncio.gather(
+            self._with_start(found[0]), self._bus.last(topology.PROGRESS, subject)
+        )  # fmt: skip
+        if newest is None or job.status is not JobStatus.IN_PROGRESS:
             return job
         progress = contracts.Progress.model_validate_json(newest.body)
         current = progress.stage == job.stage and progress.run == job.run
         return job.model_copy(update={"progress": progress}) if current else job
+
+    async def _with_start(self, job: Job) -> Job:
+        """A job with the start of its task, which is in the log alone (decision 0018)."""
+        if job.status not in MOVING:
+            return job
+        newest = await self._bus.last(topology.EVENTS, topology.subject_of_events(job.id))
+        try:
+            event = parse_event(newest.body) if newest is not None else None
+        except pydantic.ValidationError:  # of another version
+            return job
+        # Where anything else is the newest, it is in the record, or the record that was read is a moment old.
+        starts = isinstance(event, contracts.StageStarted) and event.stage == job.stage
+        return pipeline.fold(job, event) if starts and event is not None else job
 
     async def ended(self, job_id: str) -> Job | None:
         """The record of a job whose log has come to an end: as this replica wrote it last, if that was the end."""
@@ -203,9 +221,21 @@ class Jobs:
             return Applied(after, changed)
         raise errors.BusError(f"job {event.job_id} is being written by too many at once")
 
-    def started(self, event: contracts.StageStarted, job: Job) -> None:
-        """A worker has taken a task of this job: the next of its tenant's may move up."""
+    async def started(self, event: contracts.StageStarted) -> Job | None:
+        """A worker has taken a task of a job: the next of its tenant's may move up; None where there is no such job.
+
+        Nothing is written: that it was taken is in the log, and demands nothing (decision 0018).
+        """
+        kept = self._written.pop(event.job_id, None)
+        found = kept or await self._read(event.job_id)
+        if found is None:
+            return None
+        job, revision = found
+        if kept is not None:
+            job = pipeline.fold(job, event)
+            self._written[job.id] = job, revision
         self.share.freed(event.stage, pipeline.lane_of(job), job.tenant)
+        return job
 
     async def _read(self, job_id: str) -> tuple[Job, int] | None:
         found = await self._records.get(job_id)

@@ -116,7 +116,9 @@ class Orphans:
         """The one on the device is likely to have killed the process: for those beside it the try does not count."""
         if isinstance(begun.event, contracts.StageStarted) and begun.event.attempt - begun.event.tries < EXCUSES:
             stamp = begun.event.model_dump(include=set(contracts.StageReleased.model_fields) - {"type", "tries", "at"})
-            excused = contracts.StageReleased.model_validate(stamp | {"tries": begun.event.tries - 1, "at": now()})
+            excused = contracts.StageReleased.model_validate(
+                stamp | {"tries": begun.event.tries - 1, "at": now(), "started_at": begun.event.at}
+            )
             with contextlib.suppress(errors.ConflictError):  # somebody has gone on with it
                 await self._bus.publish(
                     topology.subject_of_events(excused.job_id), excused.to_bytes(), expect_last=begun.seq,

@@ -358,6 +358,7 @@ class StageEvent(JobEvent):
     attempt: int
     tries: int
     worker: str
+    started_at: datetime | None = Field(None, description="When the attempt began whose end this is.")
 
 
 class Accepted(JobEvent):

@@ -62,13 +62,14 @@ class Claim:
     seq: int
     checkpoint: contracts.Checkpoint | None = None
     preempted: int = 0
+    started_at: datetime | None = None
     nonce: str = field(default_factory=lambda: secrets.token_hex(4))
 
     def stamp(self) -> dict[str, object]:
         """What every event of this attempt says."""
         return {
             "job_id": self.task.job_id, "run": self.task.run, "stage": self.task.stage, "attempt": self.attempt,
-            "tries": self.tries, "worker": self.worker, "at": datetime.now(UTC),
+            "tries": self.tries, "worker": self.worker, "at": datetime.now(UTC), "started_at": self.started_at,
         }  # fmt: skip
 
     def carried(self) -> dict[str, object]:
@@ -130,6 +131,7 @@ async def claim(
             )  # fmt: skip
         except errors.ConflictError:
             continue
+        held.started_at = started.at
         return held
     raise errors.BusError(f"the log of job {task.job_id} is being written by too many at once")
 
