@@ -95,13 +95,11 @@ class Jobs:
         found = await self._read(job_id)
         if found is None:
             raise no_such_job(job_id)
-        if found[0].status not in MOVING:
-            return found[0]
-        subject = topology.subject_of_progress(job_id)
-        job, newest = await asyncio.gather(
-            self._with_start(found[0]), self._bus.last(topology.PROGRESS, subject)
-        )  # fmt: skip
-        if newest is None or job.status is not JobStatus.IN_PROGRESS:
+        job = await self._with_start(found[0])
+        if job.status is not JobStatus.IN_PROGRESS:
+            return job
+        newest = await self._bus.last(topology.PROGRESS, topology.subject_of_progress(job_id))
+        if newest is None:
             return job
         progress = contracts.Progress.model_validate_json(newest.body)
         current = progress.stage == job.stage and progress.run == job.run
