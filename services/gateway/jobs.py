@@ -88,35 +88,32 @@ class Jobs:
     async def find(self, job_id: str) -> Job | None:
         """A job as its record and its log tell, without the progress of the moment."""
         found = await self._read(job_id)
-        return await self._with_start(found[0]) if found else None
+        if found is None or found[0].status not in MOVING:
+            return found[0] if found else None
+        return _with_start(found[0], await self._newest_event(job_id))
 
     async def get(self, job_id: str) -> Job:
         """A job with its newest progress; raises JobNotFoundError."""
-        found = await self._read(job_id)
+        # At once, for somebody waits: on a busy gateway each question has to wait for its turn.
+        found, newest = await asyncio.gather(self._read(job_id), self._newest_event(job_id))
         if found is None:
             raise no_such_job(job_id)
-        job = await self._with_start(found[0])
+        job = _with_start(found[0], newest)
         if job.status is not JobStatus.IN_PROGRESS:
             return job
-        newest = await self._bus.last(topology.PROGRESS, topology.subject_of_progress(job_id))
-        if newest is None:
+        stored = await self._bus.latest(topology.PROGRESS, topology.subject_of_progress(job_id))
+        if stored is None:
             return job
-        progress = contracts.Progress.model_validate_json(newest.body)
+        progress = contracts.Progress.model_validate_json(stored.body)
         current = progress.stage == job.stage and progress.run == job.run
         return job.model_copy(update={"progress": progress}) if current else job
 
-    async def _with_start(self, job: Job) -> Job:
-        """A job with the start of its task, which is in the log alone (decision 0018)."""
-        if job.status not in MOVING:
-            return job
-        newest = await self._bus.last(topology.EVENTS, topology.subject_of_events(job.id))
+    async def _newest_event(self, job_id: str) -> contracts.AnyEvent | None:
+        stored = await self._bus.latest(topology.EVENTS, topology.subject_of_events(job_id))
         try:
-            event = parse_event(newest.body) if newest is not None else None
+            return parse_event(stored.body) if stored is not None else None
         except pydantic.ValidationError:  # of another version
-            return job
-        # Where anything else is the newest, it is in the record, or the record that was read is a moment old.
-        starts = isinstance(event, contracts.StageStarted) and event.stage == job.stage
-        return pipeline.fold(job, event) if starts and event is not None else job
+            return None
 
     async def ended(self, job_id: str) -> Job | None:
         """The record of a job whose log has come to an end: as this replica wrote it last, if that was the end."""
@@ -364,6 +361,13 @@ class Jobs:
                 raise
             # A copy is queued or running: it is this one, published by a gateway that died before it could say so.
             log.info("the task is queued already", _event="task_already_queued", job=task.job_id, stage=task.stage)
+
+
+def _with_start(job: Job, newest: contracts.AnyEvent | None) -> Job:
+    """A job with the start of its task, which is in its log alone (decision 0018)."""
+    # Where anything else is the newest, it is in the record, or the record that was read is a moment old.
+    begins = isinstance(newest, contracts.StageStarted) and newest.stage == job.stage
+    return pipeline.fold(job, newest) if begins and newest is not None and job.status in MOVING else job
 
 
 def _parse_cursor(cursor: str | None) -> int | None:

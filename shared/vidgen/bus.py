@@ -153,6 +153,9 @@ class Bus(Protocol):
     async def last(self, stream: str, subject: str) -> Stored | None:
         """The newest message on `subject`, read from the stream's leader."""
 
+    async def latest(self, stream: str, subject: str) -> Stored | None:
+        """As `last`, from whichever node has it: on a bus of several it may be a moment old. Waits for no writes."""
+
     async def first(self, stream: str, subject: str, after: int = 0) -> Stored | None:
         """The oldest message past sequence `after` on a subject or a pattern."""
 

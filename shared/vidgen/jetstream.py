@@ -43,6 +43,7 @@ LAST_CALL = 0.1  # seconds that a pull which was given up still listens
 WRONG_LAST_SEQUENCE = frozenset({10071, 10164})  # alone · in a cluster
 SEQUENCE_NOT_FOUND = frozenset({10037, 10043, 10057})  # never was · deleted · past the end
 STORE_FAILED = 10077
+ADDED_BY_SERVER = frozenset({"Nats-Stream", "Nats-Subject", "Nats-Sequence", "Nats-Time-Stamp"})  # to a direct get
 FULL_CODES = frozenset({10023, 10028, 10047, STORE_FAILED})
 
 
@@ -532,6 +533,19 @@ class JetStreamBus:
 
     async def last(self, stream: str, subject: str) -> Stored | None:
         return await self._get(stream, subject=subject)
+
+    async def latest(self, stream: str, subject: str) -> Stored | None:
+        with translated():
+            address = f"$JS.API.DIRECT.GET.{stream}.{subject}"
+            msg = await self._client.request(address, b"", timeout=REQUEST_TIMEOUT)
+        told = _headers(msg.headers)
+        if "Nats-Sequence" not in told:  # which a message has that is one, whatever else its publisher gave it
+            if told.get("Status") == "404":
+                return None
+            raise errors.BusError(f"the bus did not say: {told.get('Status', '')} {told.get('Description', '')}")
+        at = datetime.fromisoformat(told["Nats-Time-Stamp"])
+        own = {name: value for name, value in told.items() if name not in ADDED_BY_SERVER}
+        return Stored(told["Nats-Subject"], msg.data, int(told["Nats-Sequence"]), at, own)
 
     async def get(self, stream: str, seq: int) -> Stored | None:
         return await self._get(stream, seq=seq)

@@ -389,6 +389,17 @@ async def test_an_ack_that_nobody_waits_for_settles_too(bus: Bus) -> None:
             await asyncio.sleep(0.01)
 
 
+async def test_the_latest_is_the_last_message_on_a_subject(bus: Bus) -> None:
+    subject = topology.subject_of_events("j1")
+    assert await bus.latest(topology.EVENTS, subject) is None
+    await told(bus, "j1", 3)
+    await told(bus, "j2", 1)
+
+    latest = await bus.latest(topology.EVENTS, subject)
+
+    assert latest == await bus.last(topology.EVENTS, subject)
+
+
 async def test_a_message_delivered_too_often_stays_and_an_advisory_tells(open_bus: OpenBus) -> None:
     consumers = tuple(
         dataclasses.replace(consumer, max_deliver=2) if consumer.name == QUEUE.name else consumer

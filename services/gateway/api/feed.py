@@ -59,7 +59,8 @@ class JobFeed:
         progress = await bus.listen(topology.subject_of_progress(job_id))
         try:
             subject = topology.subject_of_events(job_id)
-            job, newest = await asyncio.gather(jobs.get(job_id), bus.last(topology.EVENTS, subject))
+            job = await jobs.get(job_id)
+            newest = await bus.last(topology.EVENTS, subject)
             log_feed = await bus.follow(topology.EVENTS, subject, after)
         except BaseException:
             await progress.close()

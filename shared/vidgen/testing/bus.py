@@ -21,9 +21,9 @@ class MemoryBus(Faults):
     """
 
     METHODS = frozenset({
-        "publish", "pull", "last", "first", "count", "tail", "get", "delete", "purge", "follow", "signal", "listen",
-        "depth", "listened", "held", "ack", "nak", "unsettled", "hand_back", "in_progress", "next", "records.get",
-        "records.put", "records.all",
+        "publish", "pull", "last", "latest", "first", "count", "tail", "get", "delete", "purge", "follow", "signal",
+        "listen", "depth", "listened", "held", "ack", "nak", "unsettled", "hand_back", "in_progress", "next",
+        "records.get", "records.put", "records.all",
     })  # fmt: skip
     OUTAGE = errors.BusError
 
@@ -114,6 +114,10 @@ class MemoryBus(Faults):
 
     async def last(self, stream: str, subject: str) -> Stored | None:
         async with self.call("last"):
+            return next(reversed(list(self._stream(stream).on(subject))), None)
+
+    async def latest(self, stream: str, subject: str) -> Stored | None:
+        async with self.call("latest"):
             return next(reversed(list(self._stream(stream).on(subject))), None)
 
     async def first(self, stream: str, subject: str, after: int = 0) -> Stored | None:
