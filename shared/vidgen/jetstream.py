@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import re
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
@@ -20,7 +21,6 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 from nats.js import JetStreamContext, api
-from nats.js.kv import KeyValue
 
 from vidgen import errors, permissions, topology, tracing
 from vidgen.bus import PULL_WAIT, Delivery, Depth, Feed, Held, Records, Stored, Supply
@@ -43,6 +43,7 @@ LAST_CALL = 0.1  # seconds that a pull which was given up still listens
 WRONG_LAST_SEQUENCE = frozenset({10071, 10164})  # alone · in a cluster
 SEQUENCE_NOT_FOUND = frozenset({10037, 10043, 10057})  # never was · deleted · past the end
 STORE_FAILED = 10077
+KEY = re.compile(r"(?!\.)[-/_=.a-zA-Z0-9]+(?<!\.)")
 ADDED_BY_SERVER = frozenset({"Nats-Stream", "Nats-Subject", "Nats-Sequence", "Nats-Time-Stamp"})  # to a direct get
 FULL_CODES = frozenset({10023, 10028, 10047, STORE_FAILED})
 
@@ -339,43 +340,59 @@ class FollowFeed:
 
 
 class JetStreamRecords:
-    def __init__(self, js: JetStreamContext, bucket: str) -> None:
-        self._js, self._bucket = js, bucket
-        # By hand: nats-py's `key_value` asks for the stream's state, and who only writes need not be let see all keys.
-        self._kv = KeyValue(bucket, f"KV_{bucket}", f"$KV.{bucket}.", js, direct=True)
+    """A bucket by its stream: nats-py's `KeyValue` takes longer, and asks for the state, which not all may read."""
+
+    def __init__(self, bus: JetStreamBus, bucket: str) -> None:
+        self._bus, self._bucket = bus, bucket
+        self._stream, self._prefix = f"KV_{bucket}", f"$KV.{bucket}."
 
     @contextlib.contextmanager
     def _translated(self) -> Iterator[None]:
         with translated():
             try:
                 yield
-            except (nats.errors.NoRespondersError, js_errors.NoStreamResponseError) as exc:
+            except nats.errors.NoRespondersError as exc:
                 raise errors.BusError(
                     f"the bucket {self._bucket} is not there: start a gateway, it creates what is missing"
                 ) from exc
 
     async def get(self, key: str) -> tuple[bytes, int] | None:
         with self._translated():
-            try:
-                entry = await self._kv.get(key)
-            except js_errors.KeyNotFoundError:
-                return None
-        # A key that expired with a limit marker comes back without a value.
-        return None if entry.value is None else (entry.value, entry.revision or 0)
+            found = await self._find(key)
+        return None if found is None or found[0] is None else (found[0], found[1])
+
+    async def _find(self, key: str) -> tuple[bytes | None, int] | None:
+        """Value and revision; a key that was deleted, or expired with a marker, has a revision and no value."""
+        msg = await self._bus.direct(self._stream, f"{self._prefix}{_checked(key)}")
+        if msg is None:
+            return None
+        told = msg.headers or {}
+        ended = told.get("KV-Operation") in ("DEL", "PURGE") or "Nats-Marker-Reason" in told
+        return None if ended else msg.data, int(told["Nats-Sequence"])
 
     async def put(self, key: str, value: bytes, revision: int | None = None) -> int:
+        subject = f"{self._prefix}{_checked(key)}"
         with self._translated():
+            if revision != 0:
+                return await self._write(subject, value, revision)
             try:
-                if revision is None:
-                    return await self._kv.put(key, value)
-                return await (self._kv.update(key, value, last=revision) if revision else self._kv.create(key, value))
-            except js_errors.KeyWrongLastSequenceError as exc:
-                raise errors.ConflictError from exc
+                return await self._write(subject, value, 0)
+            except errors.ConflictError:
+                found = await self._find(key)
+                if found is None or found[0] is not None:
+                    raise
+                return await self._write(subject, value, found[1])  # it is there no longer, but for its marker
+
+    async def _write(self, subject: str, value: bytes, revision: int | None) -> int:
+        try:
+            return (await self._bus.store(subject, value, _expecting(revision)))[0]
+        except js_errors.APIError as exc:
+            raise _from_api(exc) from exc
 
     async def all(self) -> dict[str, bytes]:
-        prefix = f"$KV.{self._bucket}."
+        prefix = self._prefix
         with translated():
-            state = (await self._js.stream_info(f"KV_{self._bucket}", subjects_filter=f"{prefix}>")).state
+            state = (await self._bus.jetstream.stream_info(self._stream, subjects_filter=f"{prefix}>")).state
         keys = sorted(subject.removeprefix(prefix) for subject in state.subjects or {})
         found: dict[str, bytes] = {}
         for start in range(0, len(keys), RECORDS_AT_ONCE):
@@ -384,6 +401,16 @@ class JetStreamRecords:
                 if record is not None:  # None: it expired in between
                     found[key] = record[0]
         return found
+
+
+def _expecting(revision: int | None) -> dict[str, str]:
+    return {} if revision is None else {"Nats-Expected-Last-Subject-Sequence": str(revision)}
+
+
+def _checked(key: str) -> str:
+    if not KEY.fullmatch(key):
+        raise errors.RejectedError("the bus takes no such name: use letters, digits, - and _ only", code="bad_name")
+    return key
 
 
 class JetStreamBus:
@@ -418,16 +445,13 @@ class JetStreamBus:
         self, subject: str, body: bytes, *, message_id: str, expect_last: int | None = None,
         headers: dict[str, str] | None = None,
     ) -> int:  # fmt: skip
-        sent = {**tracing.carried(), **(headers or {}), "Nats-Msg-Id": message_id}
-        if expect_last is not None:
-            sent["Nats-Expected-Last-Subject-Sequence"] = str(expect_last)
+        sent = {**tracing.carried(), **(headers or {}), "Nats-Msg-Id": message_id, **_expecting(expect_last)}
         loop = asyncio.get_running_loop()
         give_up, pause = loop.time() + PUBLISH_PATIENCE, 0.05
         while True:
             try:
                 with translated():
-                    ack = await self._js.publish(subject, body, timeout=REQUEST_TIMEOUT, headers=sent)
-                return ack.seq
+                    return (await self.store(subject, body, sent))[0]
             except errors.QueueFullError:
                 raise
             except errors.ConflictError:
@@ -441,6 +465,24 @@ class JetStreamBus:
                 await asyncio.sleep(pause)
                 pause = min(1.0, pause * 2)
 
+    async def store(self, subject: str, body: bytes, headers: dict[str, str]) -> tuple[int, bool]:
+        """Publish as nats-py's JetStream does, without its classes: the sequence, and whether it was there before."""
+        answer = await self._client.request(subject, body, timeout=REQUEST_TIMEOUT, headers=headers)
+        told = json.loads(answer.data)
+        if "error" in told:
+            raise js_errors.APIError.from_error(told["error"])
+        return int(told["seq"]), bool(told.get("duplicate"))
+
+    async def direct(self, stream: str, subject: str) -> Msg | None:
+        """The newest message on a subject, from whichever node has it."""
+        msg = await self._client.request(f"$JS.API.DIRECT.GET.{stream}.{subject}", b"", timeout=REQUEST_TIMEOUT)
+        told = msg.headers or {}
+        if "Nats-Sequence" in told:  # which a message has that is one, whatever else its publisher gave it
+            return msg
+        if told.get("Status") == "404":
+            return None
+        raise errors.BusError(f"the bus did not say: {told.get('Status', '')} {told.get('Description', '')}")
+
     async def _stored_as(self, subject: str, message_id: str) -> int | None:
         # The server compares sequences before it looks for duplicates, so a publish that is repeated because its
         # answer was lost looks like a conflict with itself. Sent again under a condition that no stream fulfils,
@@ -448,10 +490,10 @@ class JetStreamBus:
         impossible = {"Nats-Msg-Id": message_id, "Nats-Expected-Last-Msg-Id": secrets.token_hex(16)}
         try:
             with cancellable():
-                ack = await self._js.publish(subject, b"", timeout=REQUEST_TIMEOUT, headers=impossible)
+                seq, known = await self.store(subject, b"", impossible)
         except (nats.errors.Error, js_errors.Error, TimeoutError, OSError):
             return None
-        return ack.seq if ack.duplicate else None
+        return seq if known else None
 
     async def pull(self, consumer: topology.Consumer, wait: float = PULL_WAIT) -> Delivery | None:
         msg = await self.take(consumer.stream, consumer.name, wait)
@@ -536,13 +578,10 @@ class JetStreamBus:
 
     async def latest(self, stream: str, subject: str) -> Stored | None:
         with translated():
-            address = f"$JS.API.DIRECT.GET.{stream}.{subject}"
-            msg = await self._client.request(address, b"", timeout=REQUEST_TIMEOUT)
+            msg = await self.direct(stream, subject)
+        if msg is None:
+            return None
         told = _headers(msg.headers)
-        if "Nats-Sequence" not in told:  # which a message has that is one, whatever else its publisher gave it
-            if told.get("Status") == "404":
-                return None
-            raise errors.BusError(f"the bus did not say: {told.get('Status', '')} {told.get('Description', '')}")
         at = datetime.fromisoformat(told["Nats-Time-Stamp"])
         own = {name: value for name, value in told.items() if name not in ADDED_BY_SERVER}
         return Stored(told["Nats-Subject"], msg.data, int(told["Nats-Sequence"]), at, own)
@@ -685,7 +724,7 @@ class JetStreamBus:
         return Held(info.state.messages, info.state.bytes, limit if limit > 0 else None)
 
     def records(self, bucket: str) -> Records:
-        return self._records.setdefault(bucket, JetStreamRecords(self._js, bucket))
+        return self._records.setdefault(bucket, JetStreamRecords(self, bucket))
 
     async def ready(self) -> bool:
         if not self._client.is_connected:
