@@ -134,13 +134,14 @@ class Intake:
         self._folder, self._files = Path(tempfile.mkdtemp(prefix="vidgen-intake-")), itertools.count()
         weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
 
-    async def submit(self, request: VideoRequest, job_id: str, tenant: str) -> tuple[Job, bool]:
+    async def submit(self, request: VideoRequest, job_id: str, tenant: str, *, fresh: bool = False) -> tuple[Job, bool]:
         """Let a tenant's request in by HTTP: checked first, durable once this returns; True where the job is new.
 
-        Raises InvalidRequestError, JobIdTakenError, LimitError, and BusError or StoreError with nothing half accepted.
+        `fresh`: the id was made for this request, so no job can have it. Raises InvalidRequestError, JobIdTakenError,
+        LimitError, and BusError or StoreError with nothing half accepted.
         """
         tracing.about(job_id=job_id)
-        existing = await self._jobs.find(job_id)
+        existing = None if fresh else await self._jobs.find(job_id)
         if existing is not None:
             await self._jobs.enter(existing, tenant)
             return existing, False
