@@ -89,16 +89,15 @@ class Jobs:
         """A job as its record and its log tell, without the progress of the moment."""
         found = await self._read(job_id)
         if found is None or found[0].status not in MOVING:
+            # A look at the log may have to wait for what is written into it: not where it cannot tell more.
             return found[0] if found else None
         return _with_start(found[0], await self._newest_event(job_id))
 
     async def get(self, job_id: str) -> Job:
         """A job with its newest progress; raises JobNotFoundError."""
-        # At once, for somebody waits: on a busy gateway each question has to wait for its turn.
-        found, newest = await asyncio.gather(self._read(job_id), self._newest_event(job_id))
-        if found is None:
+        job = await self.find(job_id)
+        if job is None:
             raise no_such_job(job_id)
-        job = _with_start(found[0], newest)
         if job.status is not JobStatus.IN_PROGRESS:
             return job
         stored = await self._bus.latest(topology.PROGRESS, topology.subject_of_progress(job_id))

@@ -161,9 +161,9 @@ class JetStreamSupply:
         if found is None:
             self._ready.put_nowait(None)  # for the next one who waits
             return None
+        self._look_for_room()
         if isinstance(found, errors.BusError):
             raise found
-        self._look_for_room()
         return JetStreamDelivery(self._bus.client, found)
 
     async def close(self) -> None:
@@ -199,9 +199,11 @@ class JetStreamSupply:
                             )
                         await self._ask(inbox)
                     await self._until_room()
-                except errors.BusError as exc:
+                except Exception as exc:  # those who wait must hear of it, whatever it is
                     self._owed = 0
-                    self._ready.put_nowait(exc)
+                    self._ready.put_nowait(
+                        exc if isinstance(exc, errors.BusError) else errors.BusError(f"a pull failed: {exc!r}")
+                    )
                     await asyncio.sleep(ASK_AGAIN)
         finally:
             if subscription is not None:

@@ -114,6 +114,28 @@ async def test_a_supply_goes_on_after_a_restart(nats_server: NatsServer) -> None
         await supply.close()
 
 
+@pytest.mark.parametrize("batch", [1, 4])
+async def test_a_supply_goes_on_when_its_consumer_is_back(nats_server: NatsServer, batch: int) -> None:
+    async with connected_bus(nats_server) as connected:
+        supply = connected.supply(QUEUE, batch)
+        waiting = asyncio.create_task(supply.next())
+        await connected.depth(QUEUE)
+        await connected.jetstream.delete_consumer(QUEUE.stream, QUEUE.name)
+        with pytest.raises(errors.BusError):
+            await waiting
+        await bootstrap.ensure(connected, topology.Topology())
+        await connected.publish(SUBJECT, b"x", message_id="1")
+        async with asyncio.timeout(BOUND):
+            while True:
+                with contextlib.suppress(errors.BusError):
+                    delivery = await supply.next()
+                    assert delivery is not None
+                    assert delivery.body == b"x"
+                    break
+        await delivery.ack()
+        await supply.close()
+
+
 async def test_a_feed_goes_on_where_it_was_after_a_restart(nats_server: NatsServer) -> None:
     subject = topology.subject_of_events("j1")
     async with connected_bus(nats_server) as connected:
