@@ -64,6 +64,7 @@ class Claim:
     preempted: int = 0
     alone: bool = False
     first: bool = False  # nobody has begun this run before, as the log proves
+    started_at: datetime | None = None
     nonce: str = field(default_factory=lambda: f"{random.getrandbits(32):08x}")
 
     def stamp(self) -> dict[str, object]:
@@ -71,6 +72,7 @@ class Claim:
         return {
             "job_id": self.task.job_id, "run": self.task.run, "stage": self.task.stage, "attempt": self.attempt,
             "tries": self.tries, "worker": self.worker, "alone": self.alone, "at": datetime.now(UTC),
+            "started_at": self.started_at,
         }  # fmt: skip
 
     def carried(self) -> dict[str, object]:
@@ -142,6 +144,7 @@ async def claim(
             )  # fmt: skip
         except errors.ConflictError:
             continue
+        held.started_at = started.at
         return held
     raise errors.BusError(f"the log of job {task.job_id} is being written by too many at once")
 

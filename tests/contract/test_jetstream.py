@@ -92,6 +92,51 @@ async def test_what_was_taken_before_a_restart_is_settled_after_it_or_comes_agai
         assert await connected.get(topology.TASKS, delivery.seq) is None
 
 
+async def test_a_supply_goes_on_after_a_restart(nats_server: NatsServer) -> None:
+    async with connected_bus(nats_server) as connected:
+        supply = connected.supply(QUEUE, 4)
+        waiting = asyncio.create_task(supply.next())
+        await connected.depth(QUEUE)
+        await nats_server.kill()
+        with pytest.raises(errors.BusError):
+            await waiting
+        await nats_server.start()
+        async with asyncio.timeout(BOUND):
+            for number in range(6):  # more than one pull brings
+                subject = topology.subject_of_task("edit", "interactive", str(number))
+                await connected.publish(subject, b"x", message_id=str(number))
+            found = 0
+            while found < 6:
+                with contextlib.suppress(errors.BusError):
+                    delivery = await supply.next()
+                    assert delivery is not None
+                    await delivery.ack()
+                    found += 1
+        await supply.close()
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+async def test_a_supply_goes_on_when_its_consumer_is_back(nats_server: NatsServer, batch: int) -> None:
+    async with connected_bus(nats_server) as connected:
+        supply = connected.supply(QUEUE, batch)
+        waiting = asyncio.create_task(supply.next())
+        await connected.depth(QUEUE)
+        await connected.jetstream.delete_consumer(QUEUE.stream, QUEUE.name)
+        with pytest.raises(errors.BusError):
+            await waiting
+        await bootstrap.ensure(connected, topology.Topology())
+        await connected.publish(SUBJECT, b"x", message_id="1")
+        async with asyncio.timeout(BOUND):
+            while True:
+                with contextlib.suppress(errors.BusError):
+                    delivery = await supply.next()
+                    assert delivery is not None
+                    assert delivery.body == b"x"
+                    break
+        await delivery.ack()
+        await supply.close()
+
+
 async def test_a_feed_goes_on_where_it_was_after_a_restart(nats_server: NatsServer) -> None:
     subject = topology.subject_of_events("j1")
     async with connected_bus(nats_server) as connected:

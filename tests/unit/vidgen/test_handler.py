@@ -73,7 +73,8 @@ async def test_a_task_is_settled_by_its_artifact_its_event_and_its_ack(
     assert await bench.run() == "completed"
 
     assert bench.types() == ["stage_started", "stage_completed"]
-    event = bench.events()[-1]
+    begun, event = bench.events()
+    assert event.started_at == begun.at
     assert (event.attempt, event.tries, event.reused, event.seed, event.worker) == (1, 1, False, 7, "w1")
     [artifact] = event.artifacts
     assert (artifact.key, artifact.size) == (f"jobs/j1/{name}", len(bench.store.objects[f"jobs/j1/{name}"]))
