@@ -178,6 +178,18 @@ class Bench:
         await self.publish(task.lane, task.job_id, task.to_bytes(), f"{task.job_id}:{task.stage}:{task.run}")
         return task
 
+    async def queue_where_the_log_stands(self, **given: Any) -> Task:
+        """As a gateway does: the task says where its job's log stands."""
+        task = task_of(stage=self.stage, **given)
+        newest = await self.bus.last(topology.EVENTS, topology.subject_of_events(task.job_id))
+        self.store.add(task.inputs[0], photograph(), "image/jpeg")
+        await self.bus.publish(
+            topology.subject_of_task(self.stage, task.lane, task.job_id), task.to_bytes(),
+            message_id=f"{task.job_id}:{task.stage}:{task.run}",
+            headers={topology.HEADER_LOG_SEQ: str(newest.seq if newest else 0)},
+        )  # fmt: skip
+        return task
+
     async def publish(self, lane: Lane, job: str, body: bytes, message_id: str = "any") -> None:
         await self.bus.publish(topology.subject_of_task(self.stage, lane, job), body, message_id=message_id)
 
@@ -201,6 +213,9 @@ class Bench:
         """Append to a job's log, as somebody else would."""
         subject = topology.subject_of_events(event.job_id)
         await self.bus.publish(subject, event.to_bytes(), message_id=f"test:{len(self.journal.entries)}")
+
+    async def accept(self, job: str = "j1") -> None:
+        await self.say(contracts.Accepted(job_id=job, at=datetime.now(UTC)))
 
     async def cancel(self, job: str = "j1", run: int = 1, at: datetime | None = None) -> None:
         await self.say(contracts.CancelRequested(job_id=job, run=run, at=at or datetime.now(UTC)))

@@ -12,7 +12,7 @@ import structlog
 from gateway.intake import Intake
 from gateway.jobs import Jobs, now, parse_event
 from vidgen import attempts, contracts, dead, errors, topology, tracing
-from vidgen.bus import Bus, Delivery
+from vidgen.bus import Bus, Delivery, Supply
 from vidgen.metrics import GatewayMetrics
 
 log = structlog.get_logger(__name__)
@@ -26,20 +26,6 @@ OWN = (contracts.Accepted, *ENDS)  # what gateways write themselves: nothing is 
 Handler = Callable[[Delivery], Awaitable[None]]
 
 
-async def next_of(bus: Bus, consumer: topology.Consumer, stop: asyncio.Event) -> Delivery | None:
-    """The next message, or None when told to stop: a cancelled pull hands back what it was about to take."""
-    pulling = asyncio.ensure_future(bus.pull(consumer))
-    stopping = asyncio.ensure_future(stop.wait())
-    try:
-        await asyncio.wait((pulling, stopping), return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        stopping.cancel()
-        if not pulling.done():
-            pulling.cancel()
-            await asyncio.gather(pulling, return_exceptions=True)
-    return None if pulling.cancelled() else pulling.result()
-
-
 class Consumers:
     """The loops that move jobs on; `run` ends when `stop` is set and what was taken is settled."""
 
@@ -51,22 +37,35 @@ class Consumers:
         """Consume until `stop`."""
         by_stream = {consumer.stream: consumer for consumer in topology.CONSUMERS if consumer.name == topology.GATEWAY}
         async with asyncio.TaskGroup() as group:
-            for _ in range(self._concurrency):
-                group.create_task(self._consume(by_stream[topology.REQUESTS], self._on_request, stop))
-                group.create_task(self._consume(by_stream[topology.EVENTS], self._on_event, stop))
-            group.create_task(self._consume(by_stream[topology.ADVISORIES], self._on_advisory, stop))
+            for stream, handle, at_once in (
+                (topology.REQUESTS, self._on_request, self._concurrency),
+                (topology.EVENTS, self._on_event, self._concurrency),
+                (topology.ADVISORIES, self._on_advisory, 1),
+            ):
+                group.create_task(self._consume(by_stream[stream], handle, at_once, stop))
             group.create_task(self._jobs.share.run(stop))
 
-    async def _consume(self, consumer: topology.Consumer, handle: Handler, stop: asyncio.Event) -> None:
-        while not stop.is_set():
+    async def _consume(self, consumer: topology.Consumer, handle: Handler, at_once: int, stop: asyncio.Event) -> None:
+        supply = self._bus.supply(consumer, at_once)
+        async with asyncio.TaskGroup() as group:
+            for _ in range(at_once):
+                group.create_task(self._handle_all(supply, consumer, handle))
             try:
-                delivery = await next_of(self._bus, consumer, stop)
+                await stop.wait()
+            finally:
+                await supply.close()
+
+    async def _handle_all(self, supply: Supply, consumer: topology.Consumer, handle: Handler) -> None:
+        while True:
+            try:
+                delivery = await supply.next()
             except errors.BusError as exc:
                 log.warning(exc.message, _event="bus_lost", consumer=consumer.stream)
                 await asyncio.sleep(PAUSE_S)
                 continue
-            if delivery is not None:
-                await self._settle(consumer, handle, delivery)
+            if delivery is None:
+                return
+            await self._settle(consumer, handle, delivery)
 
     async def _settle(self, consumer: topology.Consumer, handle: Handler, delivery: Delivery) -> None:
         try:
@@ -87,7 +86,7 @@ class Consumers:
                 letter = dead.letter(delivery.body, delivery.subject, error, job_id=None)
                 await dead.publish(self._bus, letter, message_id=f"undigested:{consumer.stream}:{delivery.seq}")
                 self._metrics.dead_lettered(None)
-            await delivery.ack()
+            await delivery.ack(heard=False)  # whatever comes again is found done
         except errors.VidgenError as exc:
             log.warning(exc.message, _event="settle_failed", stream=consumer.stream, seq=delivery.seq)
 
@@ -109,14 +108,15 @@ class Consumers:
             f"decide {event.type}", of=delivery.headers, kind="consumer", job_id=event.job_id, run=event.run,
             stage=stage, attempt=attempt, deliveries=delivery.num_delivered,
         ):  # fmt: skip
-            applied = await self._jobs.apply(event, delivery.seq)
-        if applied is None:
+            if isinstance(event, contracts.StageStarted):
+                job, news = await self._jobs.started(event), True
+            else:
+                applied = await self._jobs.apply(event, delivery.seq)
+                job, news = (applied.job, applied.changed) if applied is not None else (None, False)
+        if job is None:
             log.warning("an event of an unknown job is passed over", _event="event_orphaned", job=event.job_id)
-            return
-        if isinstance(event, contracts.StageStarted):
-            self._jobs.started(event, applied.job)
-        if applied.changed or isinstance(event, contracts.StageStarted):
-            self._metrics.observe(event, applied.job)
+        elif news:
+            self._metrics.observe(event, job)
 
     async def _count(self, event: contracts.AnyEvent) -> None:
         """Measure what gateways say of a job: each such event is in the log once, whichever replica wrote it."""

@@ -8,9 +8,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import itertools
 import re
+import shutil
 import tempfile
 import uuid
+import weakref
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Iterator, Sequence
 from datetime import UTC, datetime
@@ -126,16 +129,19 @@ class Intake:
         """`receivers` are those that webhooks may go to; None: this server sends none."""
         self._bus, self._store, self._jobs, self._quotas = bus, store, jobs, quotas
         self._max_bytes, self._receivers = max_upload_bytes, receivers
-        # What this replica lets in by HTTP comes back to it from the bus: then there is nothing left to do.
-        self._submitted: OrderedDict[tuple[str, str], asyncio.Future[Job | None]] = OrderedDict()
+        # What this replica lets in by HTTP comes back to it from the bus, byte for byte: nothing is left to do then.
+        self._submitted: OrderedDict[tuple[str, bytes], asyncio.Future[Job | None]] = OrderedDict()
+        self._folder, self._files = Path(tempfile.mkdtemp(prefix="vidgen-intake-")), itertools.count()
+        weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
 
-    async def submit(self, request: VideoRequest, job_id: str, tenant: str) -> tuple[Job, bool]:
+    async def submit(self, request: VideoRequest, job_id: str, tenant: str, *, fresh: bool = False) -> tuple[Job, bool]:
         """Let a tenant's request in by HTTP: checked first, durable once this returns; True where the job is new.
 
-        Raises InvalidRequestError, JobIdTakenError, LimitError, and BusError or StoreError with nothing half accepted.
+        `fresh`: the id was made for this request, so no job can have it. Raises InvalidRequestError, JobIdTakenError,
+        LimitError, and BusError or StoreError with nothing half accepted.
         """
         tracing.about(job_id=job_id)
-        existing = await self._jobs.find(job_id)
+        existing = None if fresh else await self._jobs.find(job_id)
         if existing is not None:
             await self._jobs.enter(existing, tenant)
             return existing, False
@@ -144,8 +150,9 @@ class Intake:
             job = await self._prepare(request, job_id, now(), tenant)
             # The stream compares ids whatever the subject: those of two tenants must not be the same.
             message_id = job_id if tenant == DEFAULT_TENANT else f"{tenant}:{job_id}"
-            with self._submitting(tenant, job_id) as submitted:
-                await self._bus.publish(topology.subject_of_requests(tenant), request.to_bytes(), message_id=message_id)
+            subject, body = topology.subject_of_requests(tenant), request.to_bytes()
+            with self._submitting(subject, body) as submitted:
+                await self._bus.publish(subject, body, message_id=message_id)
                 try:
                     job, new = await self._jobs.create(job)
                 except errors.BusError as exc:
@@ -157,9 +164,9 @@ class Intake:
             return job, new
 
     @contextlib.contextmanager
-    def _submitting(self, tenant: str, job_id: str) -> Iterator[asyncio.Future[Job | None]]:
+    def _submitting(self, subject: str, body: bytes) -> Iterator[asyncio.Future[Job | None]]:
         """What `handle` waits for, should it see the request before it is let in; None where it was not."""
-        submitted = self._submitted[tenant, job_id] = asyncio.get_running_loop().create_future()
+        submitted = self._submitted[subject, body] = asyncio.get_running_loop().create_future()
         if len(self._submitted) > REMEMBERED:
             self._submitted.popitem(last=False)
         try:
@@ -170,6 +177,10 @@ class Intake:
 
     async def handle(self, delivery: Delivery) -> Job:
         """Let a message on `vidgen.requests` in, or turn it away; either way it is recorded when this returns."""
+        submitted = self._submitted.pop((delivery.subject, delivery.body), None)
+        if submitted is not None and (let_in := await submitted) is not None:
+            tracing.about(job_id=let_in.id)
+            return let_in
         at = delivery.at.astimezone(UTC)
         tenant, request = topology.tenant_of_requests(delivery.subject), None
         try:
@@ -179,9 +190,6 @@ class Intake:
             request = parse(delivery.body, tenant)
             job_id = request.job_id or self._identify(delivery, tenant)
             tracing.about(job_id=job_id)
-            submitted = self._submitted.pop((tenant, job_id), None)
-            if submitted is not None and (let_in := await submitted) is not None:
-                return let_in
             # Before its references are looked at: a normalised one is stored under the job's own key.
             existing = await self._jobs.find(job_id)
             if existing is not None:
@@ -256,16 +264,27 @@ class Intake:
     async def _check(self, key: str, index: int, job_id: str, tenant: str) -> tuple[str, images.ImageFacts]:
         """A reference that every engine can read: itself where it is plain, else a normalised copy of the job's own."""
         check_reference(key, job_id, tenant)
-        async with _scratch() as source:
+        async with self._file() as source:
             await self._store.fetch(key, source, limit=self._max_bytes)
-            facts = await asyncio.to_thread(images.inspect, source)
+            facts = await asyncio.to_thread(_looked_at, source)
             if facts.normal:
                 return key, facts
-            async with _scratch(".png") as target:
+            async with self._file(".png") as target:
                 facts = await asyncio.to_thread(images.normalise, source, target)
                 own = artifacts.artifact_key(job_id, f"reference-{index}.png")
                 await self._store.put(own, target, "image/png")
                 return own, facts
+
+    @contextlib.asynccontextmanager
+    async def _file(self, suffix: str = "") -> AsyncIterator[Path]:
+        """Room for a file, for the block. Removed in a thread: a disk that is busy syncing would hold up everything."""
+        path = Path(self._folder, f"{next(self._files)}{suffix}")
+        try:
+            yield path
+        finally:
+            # Shielded: a cancel that comes before the thread has begun must not leave it behind.
+            if path.exists():  # noqa: ASYNC240
+                await asyncio.shield(asyncio.get_running_loop().run_in_executor(None, _remove, path))
 
     async def _record_rejected(
         self, delivery: Delivery, request: VideoRequest | None, job_id: str, exc: InvalidRequestError, at: datetime,
@@ -286,14 +305,16 @@ class Intake:
         return job
 
 
-@contextlib.asynccontextmanager
-async def _scratch(suffix: str = "") -> AsyncIterator[Path]:
-    """A file for the block. Removed in a thread: a disk that is busy syncing would hold up everything."""
-    file = tempfile.NamedTemporaryFile(prefix="vidgen-intake-", suffix=suffix)  # noqa: SIM115
-    try:
-        yield Path(file.name)
-    finally:  # shielded: a cancel that comes before the thread has begun must not leave the file behind
-        await asyncio.shield(asyncio.get_running_loop().run_in_executor(None, file.close))
+def _looked_at(path: Path) -> images.ImageFacts:
+    """What an image is. A plain one is used where it lies in the store, so this copy has done its service."""
+    facts = images.inspect(path)
+    if facts.normal:
+        _remove(path)
+    return facts
+
+
+def _remove(path: Path) -> None:
+    path.unlink(missing_ok=True)
 
 
 def _position(delivery: Delivery) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
+import pydantic
 import structlog
 
 from gateway import pipeline
@@ -21,6 +22,7 @@ from vidgen.tenants import Tenants
 
 log = structlog.get_logger(__name__)
 
+MOVING = (JobStatus.QUEUED, JobStatus.IN_PROGRESS)
 CAS_TRIES = 20
 REMEMBERED = 1000  # records that a replica keeps in mind, a few KB each
 SCAN_LIMIT = 2000  # records that one page of a filtered list may look at
@@ -79,28 +81,38 @@ class Jobs:
         self._bus = bus
         self.share = share or FairShare(bus, Tenants(bus), waiting=0)
         self._records = bus.records(topology.JOBS_BUCKET)
-        # What this replica wrote last, and at which revision. Another may have written since: only a write that
-        # succeeds proves that it was the newest.
+        # What this replica wrote last, with the start of a task where that has come since, and at which revision.
+        # Another may have written since: only a write that succeeds proves that it was the newest.
         self._written: OrderedDict[str, tuple[Job, int]] = OrderedDict()
 
     async def find(self, job_id: str) -> Job | None:
-        """The record, without the progress of the moment."""
+        """A job as its record and its log tell, without the progress of the moment."""
         found = await self._read(job_id)
-        return found[0] if found else None
+        if found is None or found[0].status not in MOVING:
+            # A look at the log may have to wait for what is written into it: not where it cannot tell more.
+            return found[0] if found else None
+        return _with_start(found[0], await self._newest_event(job_id))
 
     async def get(self, job_id: str) -> Job:
-        """The record with its newest progress; raises JobNotFoundError."""
+        """A job with its newest progress; raises JobNotFoundError."""
         job = await self.find(job_id)
         if job is None:
             raise no_such_job(job_id)
         if job.status is not JobStatus.IN_PROGRESS:
             return job
-        newest = await self._bus.last(topology.PROGRESS, topology.subject_of_progress(job_id))
-        if newest is None:
+        stored = await self._bus.latest(topology.PROGRESS, topology.subject_of_progress(job_id))
+        if stored is None:
             return job
-        progress = contracts.Progress.model_validate_json(newest.body)
+        progress = contracts.Progress.model_validate_json(stored.body)
         current = progress.stage == job.stage and progress.run == job.run
         return job.model_copy(update={"progress": progress}) if current else job
+
+    async def _newest_event(self, job_id: str) -> contracts.AnyEvent | None:
+        stored = await self._bus.latest(topology.EVENTS, topology.subject_of_events(job_id))
+        try:
+            return parse_event(stored.body) if stored is not None else None
+        except pydantic.ValidationError:  # of another version
+            return None
 
     async def ended(self, job_id: str) -> Job | None:
         """The record of a job whose log has come to an end: as this replica wrote it last, if that was the end."""
@@ -142,8 +154,11 @@ class Jobs:
     async def _act(self, job: Job, logged: int | None) -> None:
         if job.status is JobStatus.REJECTED:
             await self._log_rejected(job)
-        await self._execute((*pipeline.announcements(job, now()), *pipeline.demands(job)), logged)
-        await self._record_history(job)
+        # A place in the list says nothing of the task, so neither waits for the other.
+        await asyncio.gather(
+            self._execute((*pipeline.announcements(job, now()), *pipeline.demands(job)), logged),
+            self._record_history(job),
+        )
 
     async def _record_history(self, job: Job) -> None:
         with contextlib.suppress(errors.ConflictError):  # it is in the history: one message per subject, for ever
@@ -200,9 +215,21 @@ class Jobs:
             return Applied(after, changed)
         raise errors.BusError(f"job {event.job_id} is being written by too many at once")
 
-    def started(self, event: contracts.StageStarted, job: Job) -> None:
-        """A worker has taken a task of this job: the next of its tenant's may move up."""
+    async def started(self, event: contracts.StageStarted) -> Job | None:
+        """A worker has taken a task of a job: the next of its tenant's may move up; None where there is no such job.
+
+        Nothing is written: that it was taken is in the log, and demands nothing (decision 0018).
+        """
+        kept = self._written.pop(event.job_id, None)
+        found = kept or await self._read(event.job_id)
+        if found is None:
+            return None
+        job, revision = found
+        if kept is not None:
+            job = pipeline.fold(job, event)
+            self._written[job.id] = job, revision
         self.share.freed(event.stage, pipeline.lane_of(job), job.tenant)
+        return job
 
     async def _read(self, job_id: str) -> tuple[Job, int] | None:
         found = await self._records.get(job_id)
@@ -333,6 +360,13 @@ class Jobs:
                 raise
             # A copy is queued or running: it is this one, published by a gateway that died before it could say so.
             log.info("the task is queued already", _event="task_already_queued", job=task.job_id, stage=task.stage)
+
+
+def _with_start(job: Job, newest: contracts.AnyEvent | None) -> Job:
+    """A job with the start of its task, which is in its log alone (decision 0018)."""
+    # Where anything else is the newest, it is in the record, or the record that was read is a moment old.
+    begins = isinstance(newest, contracts.StageStarted) and newest.stage == job.stage
+    return pipeline.fold(job, newest) if begins and newest is not None and job.status in MOVING else job
 
 
 def _parse_cursor(cursor: str | None) -> int | None:

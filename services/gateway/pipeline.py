@@ -90,13 +90,17 @@ def reject(
 
 def decide(job: Job, event: contracts.AnyEvent) -> tuple[Job, tuple[Command, ...]]:
     """The job after `event`, and what its state demands of the bus."""
-    after = _settle(_fold(job, event), event.at)
-    if after != job:
-        after = after.model_copy(update={"updated_at": max(job.updated_at, event.at)})
+    after = fold(job, event)
     # A retry ends a state that a gateway may have died before telling of. Webhooks go first, so that what follows from
     # a task cannot be told before what led to it.
     ended = announcements(job, event.at) if after.run > job.run else ()
     return after, (*ended, *announcements(after, event.at), *demands(after))
+
+
+def fold(job: Job, event: contracts.AnyEvent) -> Job:
+    """The job after `event`: the record that `decide` gives."""
+    after = _settle(_fold(job, event), event.at)
+    return after if after == job else after.model_copy(update={"updated_at": max(job.updated_at, event.at)})
 
 
 def demands(job: Job) -> tuple[Command, ...]:
@@ -228,12 +232,16 @@ def _merge(record: StageRecord, event: contracts.StageEvent) -> StageRecord:
                 "state": StageState.COMPLETED, "attempt": max(record.attempt, event.attempt), "tries": event.tries,
                 "completed_at": event.at, "worker": event.worker, "engine": event.engine, "model": event.model,
                 "revision": event.revision, "seed": event.seed, "artifacts": event.artifacts,
-                "timings": event.timings, "error": None, "started_at": record.started_at or event.at,
+                "timings": event.timings, "error": None,
+                "started_at": record.started_at or event.started_at or event.at,
             }
         )  # fmt: skip
     if event.attempt < record.attempt or record.state is StageState.FAILED:
         return record  # an older attempt may not settle what a newer one holds
-    update: dict[str, object] = {"attempt": event.attempt, "tries": event.tries, "worker": event.worker}
+    update: dict[str, object] = {
+        "attempt": event.attempt, "tries": event.tries, "worker": event.worker,
+        "started_at": record.started_at or event.started_at,
+    }  # fmt: skip
     match event:
         case contracts.StageStarted():
             if event.attempt == record.attempt:

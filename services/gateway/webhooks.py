@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 import pydantic
 import structlog
 
-from gateway.consumers import PAUSE_S, next_of
+from gateway.consumers import PAUSE_S
 from gateway.jobs import now
 from gateway.receivers import Allowed, Receivers
 from vidgen import contracts, dead, errors, topology, tracing, webhooks
@@ -70,6 +70,20 @@ class Places:
         queue.pace += NEWEST * (seconds - queue.pace)
         if not queue.busy and queue.until <= self._clock():
             del self._queues[host]
+
+
+async def next_of(bus: Bus, consumer: topology.Consumer, stop: asyncio.Event) -> Delivery | None:
+    """The next message, or None when told to stop: a cancelled pull hands back what it was about to take."""
+    pulling = asyncio.ensure_future(bus.pull(consumer))
+    stopping = asyncio.ensure_future(stop.wait())
+    try:
+        await asyncio.wait((pulling, stopping), return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        stopping.cancel()
+        if not pulling.done():
+            pulling.cancel()
+            await asyncio.gather(pulling, return_exceptions=True)
+    return None if pulling.cancelled() else pulling.result()
 
 
 class Webhooks:

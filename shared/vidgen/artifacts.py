@@ -56,8 +56,11 @@ class ArtifactStore(Protocol):
     async def put(self, key: str, path: Path, content_type: str, metadata: dict[str, str] | None = None) -> None:
         """Store a file whole or not at all."""
 
-    async def fetch(self, key: str, path: Path, limit: int | None = None) -> None:
-        """Copy an object to `path`; RejectedError `too_large` when it has more than `limit` bytes."""
+    async def fetch(self, key: str, path: Path, limit: int | None = None) -> int:
+        """Copy an object to `path`, and say its size; RejectedError `too_large` when it is over `limit` bytes.
+
+        A folder that is not there is made, for this user alone.
+        """
 
     async def stat(self, key: str) -> Stat | None:
         """What is known of `key`, None if there is no such object."""
@@ -197,14 +200,15 @@ class S3Store:
 
         await asyncio.to_thread(call)
 
-    async def fetch(self, key: str, path: Path, limit: int | None = None) -> None:
-        def call() -> None:
+    async def fetch(self, key: str, path: Path, limit: int | None = None) -> int:
+        def call() -> int:
             with _translated(key):
                 response = self._client.get_object(self.bucket, key)
                 try:
                     size = int(response.headers["content-length"])  # S3 always says; a short answer raises below
                     if limit is not None and size > limit:
                         raise too_large(size, limit)
+                    path.parent.mkdir(0o700, exist_ok=True)
                     with path.open("wb") as file:
                         for chunk in response.stream(CHUNK):
                             file.write(chunk)
@@ -213,8 +217,9 @@ class S3Store:
                     response.release_conn()
                 if path.stat().st_size != size:
                     raise errors.StoreError("the object store cut a download short")
+                return size
 
-        await asyncio.to_thread(call)
+        return await asyncio.to_thread(call)
 
     async def stat(self, key: str) -> Stat | None:
         def call() -> Stat | None:

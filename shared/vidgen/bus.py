@@ -65,14 +65,30 @@ class Delivery(Protocol):
     headers: dict[str, str]
     settled: bool  # or about to be: what comes from here on is another delivery
 
-    async def ack(self) -> None:
-        """Settle, and know that the server heard it; raises BusError."""
+    async def ack(self, heard: bool = True) -> None:
+        """Settle, and know that the server heard it; raises BusError.
+
+        Without `heard` the server is told and not asked: what is lost on the way comes again.
+        """
 
     async def nak(self, delay: float = 0.0) -> None:
         """Hand back, to be delivered again after `delay` seconds."""
 
     async def in_progress(self) -> None:
         """Renew the lease by `ack_wait`, and know that the server heard it; raises BusError."""
+
+
+class Supply(Protocol):
+    """What a consumer gives out, taken several at a time, for those who handle many at once."""
+
+    async def next(self) -> Delivery | None:
+        """The next message, however long it takes; None once closed.
+
+        Raises BusError when the bus is lost; the next call goes on.
+        """
+
+    async def close(self) -> None:
+        """Take no more: those who wait get None, and what came and nobody took is handed back."""
 
 
 class Feed(Protocol):
@@ -125,6 +141,9 @@ class Bus(Protocol):
         A pull that is cancelled hands back what it was about to take.
         """
 
+    def supply(self, consumer: topology.Consumer, batch: int) -> Supply:
+        """A consumer's messages for as long as they are wanted, at most `batch` of them waiting to be taken."""
+
     async def unsettled(self, consumer: topology.Consumer) -> list[Stored]:
         """What a work queue's consumer handed out and nobody settled, oldest first; also what waits after a nak."""
 
@@ -133,6 +152,9 @@ class Bus(Protocol):
 
     async def last(self, stream: str, subject: str) -> Stored | None:
         """The newest message on `subject`, read from the stream's leader."""
+
+    async def latest(self, stream: str, subject: str) -> Stored | None:
+        """As `last`, from whichever node has it: on a bus of several it may be a moment old. Waits for no writes."""
 
     async def first(self, stream: str, subject: str, after: int = 0) -> Stored | None:
         """The oldest message past sequence `after` on a subject or a pattern."""

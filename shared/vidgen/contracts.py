@@ -361,6 +361,7 @@ class StageEvent(JobEvent):
     alone: bool = Field(
         False, description="No other task was in its process, for an attempt before had ended without a word."
     )
+    started_at: datetime | None = Field(None, description="When the attempt began whose end this is.")
 
 
 class Accepted(JobEvent):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import secrets
+import random
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
@@ -63,13 +63,16 @@ class Claim:
     checkpoint: contracts.Checkpoint | None = None
     preempted: int = 0
     alone: bool = False
-    nonce: str = field(default_factory=lambda: secrets.token_hex(4))
+    first: bool = False  # nobody has begun this run before, as the log proves
+    started_at: datetime | None = None
+    nonce: str = field(default_factory=lambda: f"{random.getrandbits(32):08x}")
 
     def stamp(self) -> dict[str, object]:
         """What every event of this attempt says."""
         return {
             "job_id": self.task.job_id, "run": self.task.run, "stage": self.task.stage, "attempt": self.attempt,
             "tries": self.tries, "worker": self.worker, "alone": self.alone, "at": datetime.now(UTC),
+            "started_at": self.started_at,
         }  # fmt: skip
 
     def carried(self) -> dict[str, object]:
@@ -120,14 +123,15 @@ async def claim(
     the task was queued: if it stands there still, nobody has begun.
     """
     for number in range(CLAIM_TRIES):
-        known = queued_at_seq if number == 0 else None
+        known = queued_at_seq or None if number == 0 else None
         seen = Newest(None, known) if known else await newest(bus, task.job_id)
         verdict = attempts.judge(task, seen.event, max_attempts)
         if isinstance(verdict, attempts.Drop | attempts.Exhausted):
             return verdict
         held = Claim(
-            bus, task, verdict.attempt, verdict.tries, worker, seen.seq, verdict.checkpoint, verdict.preempted, alone
-        )
+            bus, task, verdict.attempt, verdict.tries, worker, seen.seq, verdict.checkpoint, verdict.preempted, alone,
+            first=known is not None,
+        )  # fmt: skip
         queued = (datetime.now(UTC) - task.queued_at).total_seconds()
         started = contracts.StageStarted.model_validate(
             held.stamp() | held.carried()
@@ -140,6 +144,7 @@ async def claim(
             )  # fmt: skip
         except errors.ConflictError:
             continue
+        held.started_at = started.at
         return held
     raise errors.BusError(f"the log of job {task.job_id} is being written by too many at once")
 

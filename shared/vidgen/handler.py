@@ -9,6 +9,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
+import itertools
+import secrets
+import shutil
 import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -26,7 +29,7 @@ from vidgen.artifacts import ArtifactStore, check_key
 from vidgen.bus import Bus, Delivery
 from vidgen.company import Company, Place
 from vidgen.contracts import Task
-from vidgen.engine import Engine, Finished, Generated, OnStep, Resumable
+from vidgen.engine import Engine, Generated, OnStep, Resumable
 from vidgen.eta import Recent
 from vidgen.eventlog import Claim, FencedError
 from vidgen.metrics import WorkerMetrics
@@ -46,10 +49,14 @@ KEEP_S = 15.0  # what storing a checkpoint may take: the machine may be gone soo
 
 @dataclass(frozen=True)
 class _Gathered:
-    """What a task starts from: its inputs as files or, where it was done before, its result."""
+    """What a task starts from: its inputs as files or, where it was done before, its result.
+
+    `looked` is whether the store was asked for one.
+    """
 
     folder: Path
     files: list[Path]
+    looked: bool
     result: results.Result | None
 
 
@@ -71,6 +78,9 @@ class Handler:
         self._busy_seconds = 0.0
         self._device_lost = False
         self._watchdog = Watchdog(policy.hang)
+        # Of names that nobody can guess, for the folder of temporary files may be everybody's.
+        self._scratch = Path(policy.work_dir or tempfile.gettempdir(), f"vidgen-task-{secrets.token_hex(8)}")
+        self._folders = itertools.count()
 
     @property
     def seconds_per_step(self) -> float | None:
@@ -165,7 +175,7 @@ class Handler:
     async def _begin(self, delivery: Delivery, task: Task, turn: Turn, clocks: Clocks) -> Outcome:
         async with contextlib.AsyncExitStack() as scratch:
             # While the claim is under way: looking and fetching leave no trace if it is not won.
-            gathering = asyncio.ensure_future(self._gather(task, scratch, clocks))
+            gathering = asyncio.ensure_future(self._gather(delivery, task, scratch, clocks))
             try:
                 return await self._hold(delivery, task, turn, clocks, gathering)
             finally:
@@ -198,8 +208,10 @@ class Handler:
             )  # fmt: skip
         with structlog.contextvars.bound_contextvars(attempt=held.attempt):
             try:
-                async with self._lease(delivery, held, turn):
-                    return await self._run(delivery, held, turn, clocks, gathering)
+                reporter = Reporter(self._bus, held, self._metrics, self._finishing.value or 0.0)
+                with contextlib.closing(reporter):
+                    async with self._lease(delivery, held, turn):
+                        return await self._run(delivery, held, turn, clocks, gathering, reporter)
             except FencedError:
                 # A newer attempt holds the task: neither ack nor nak may come from here any more.
                 return "fenced"
@@ -227,10 +239,19 @@ class Handler:
                 unexpected = errors.RetryableError(f"unexpected {type(exc).__name__}", code="unexpected")
                 return await self._settlement.fail(delivery, held, clocks, unexpected, retryable=True)
 
-    async def _gather(self, task: Task, scratch: contextlib.AsyncExitStack, clocks: Clocks) -> _Gathered:
-        """The stored result of this very task, else its inputs in a folder of its own that goes with `scratch`."""
+    async def _gather(
+        self, delivery: Delivery, task: Task, scratch: contextlib.AsyncExitStack, clocks: Clocks
+    ) -> _Gathered:
+        """The inputs of a task in a folder of its own that goes with `scratch`, else its stored result.
+
+        A result is looked for where the delivery does not say that this is the first attempt of all.
+        """
+        look = task.run > 1 or _log_seq(delivery) is None
         with clocks.timed("prepare"):
-            folder = await scratch.enter_async_context(_scratch(self._policy.work_dir))
+            folder = self._scratch_folder()
+            scratch.push_async_callback(_remove, folder)
+            if not look:
+                return _Gathered(folder, await self._fetch(task, folder), False, None)
             found, files = await asyncio.gather(
                 results.find(self._store, task), self._fetch(task, folder), return_exceptions=True
             )
@@ -240,26 +261,34 @@ class Handler:
             if found is None:  # of no matter where there is a result
                 raise files
             files = []
-        return _Gathered(folder, files, found)
+        return _Gathered(folder, files, True, found)
+
+    def _scratch_folder(self) -> Path:
+        """A name for a task's folder; who fetches the first file into it makes it, off the event loop."""
+        return self._scratch.with_name(f"{self._scratch.name}-{next(self._folders)}")
 
     async def _run(
-        self, delivery: Delivery, held: Claim, turn: Turn, clocks: Clocks, gathering: asyncio.Future[_Gathered]
-    ) -> Outcome:
+        self, delivery: Delivery, held: Claim, turn: Turn, clocks: Clocks, gathering: asyncio.Future[_Gathered],
+        reporter: Reporter,
+    ) -> Outcome:  # fmt: skip
         task = held.task
         _check_deadline(task)
-        reporter = Reporter(self._bus, held, self._metrics, self._finishing.value or 0.0)
         reporter.phase("preparing")
         gathered = await asyncio.shield(gathering)
         result = gathered.result
+        if not (gathered.looked or held.first):
+            with clocks.timed("prepare"):
+                result = await results.find(self._store, task)
+        reused = result is not None
         if result is None:
             try:
-                finished = await self._compute(held, gathered, turn, clocks, reporter)
+                made = await self._compute(held, gathered, turn, clocks, reporter)
             except errors.Suspended as exc:  # here the lease is still renewed
                 if turn.stop.reason in SUSPENDING:
                     await self._keep_state(held, gathered.folder, exc, turn.stop)
                 raise
             with clocks.timed("store"):
-                result = await self._keep(task, finished)
+                result = await self._keep(task, made)
             self._finishing.add(clocks.decode + clocks.encode + clocks.store)
         event = contracts.StageCompleted.model_validate(
             held.stamp()
@@ -267,17 +296,17 @@ class Handler:
             | {
                 "engine": result.engine, "model": result.model, "revision": result.revision, "seed": result.seed,
                 "steps": result.steps, "artifacts": result.artifacts, "timings": clocks.timings(),
-                "reused": gathered.result is not None,
+                "reused": reused,
             }
         )  # fmt: skip
         await held.append(event)
-        await delivery.ack()
+        await delivery.ack(heard=False)  # the log says that it is done: where this is lost, it is dropped next time
         log.debug("artifacts stored", _event="stored", count=len(result.artifacts), engine=result.engine)
-        return "completed" if gathered.result is None else "reused"
+        return "reused" if reused else "completed"
 
     async def _compute(
         self, held: Claim, gathered: _Gathered, turn: Turn, clocks: Clocks, reporter: Reporter
-    ) -> tuple[Finished, ...]:
+    ) -> results.Made:
         task = held.task
         with clocks.timed("prepare"):
             preparing = asyncio.to_thread(self._engine.prepare, task.work, gathered.files)
@@ -325,10 +354,11 @@ class Handler:
         clocks.denoise, clocks.decode = generated.denoise_s, generated.decode_s
         reporter.phase("finishing")
         with clocks.timed("encode"):
-            out = gathered.folder / "out"
-            out.mkdir()
-            finishing = asyncio.to_thread(self._engine.finish, generated.output, out)
+            finishing = asyncio.to_thread(self._finish, task, generated.output, gathered.folder)
             return await self._watchdog.watch(task.work, "finishing").over(finishing)
+
+    def _finish(self, task: Task, output: Any, folder: Path) -> results.Made:
+        return results.made(task, self._engine.finish(output, folder), self._engine.info)
 
     async def _generate(
         self, inputs: Any, on_step: Callable[[int], OnStep], begun: checkpoints.Found | None
@@ -395,16 +425,16 @@ class Handler:
         for key in task.inputs:
             check_key(key, task.job_id, task.tenant)
         begun = time.monotonic()
-        await _all_of(
+        sizes = await _all_of(
             *(self._store.fetch(key, path, MAX_INPUT_BYTES) for key, path in zip(task.inputs, paths, strict=True))
         )
-        self._metrics.artifact_moved("get", sum(path.stat().st_size for path in paths), time.monotonic() - begun)
+        self._metrics.artifact_moved("get", sum(sizes), time.monotonic() - begun)
         return paths
 
-    async def _keep(self, task: Task, finished: tuple[Finished, ...]) -> results.Result:
+    async def _keep(self, task: Task, made: results.Made) -> results.Result:
         begun = time.monotonic()
-        result = await results.keep(self._store, task, finished, self._engine.info)
-        self._metrics.artifact_moved("put", sum(made.size for made in result.artifacts), time.monotonic() - begun)
+        result = await results.keep(self._store, task, made)
+        self._metrics.artifact_moved("put", sum(one.size for one in result.artifacts), time.monotonic() - begun)
         return result
 
     def _count_busy(self, seconds: float) -> None:
@@ -440,14 +470,11 @@ class Handler:
                 turn.stop.now(standing, seen.event.at if seen.event else None)
 
 
-@contextlib.asynccontextmanager
-async def _scratch(work_dir: Path | None) -> AsyncIterator[Path]:
-    """A folder for the block. Removed in a thread: a disk that is busy would hold up every task here."""
-    folder = tempfile.TemporaryDirectory(prefix="vidgen-task-", dir=work_dir, ignore_cleanup_errors=True)
-    try:
-        yield Path(folder.name)
-    finally:  # shielded: a cancel that comes before the thread has begun must not leave the folder behind
-        await asyncio.shield(asyncio.get_running_loop().run_in_executor(None, folder.cleanup))
+async def _remove(folder: Path) -> None:
+    """In a thread: a disk that is busy would hold up every task here."""
+    # Shielded: a cancel that comes before the thread has begun must not leave the folder behind.
+    removing = asyncio.get_running_loop().run_in_executor(None, shutil.rmtree, folder, True)
+    await asyncio.shield(removing)
 
 
 async def _all_of(*works: Awaitable[T]) -> list[T]:
@@ -463,17 +490,18 @@ async def _all_of(*works: Awaitable[T]) -> list[T]:
 async def _device(turn: Turn, clocks: Clocks) -> AsyncIterator[None]:
     """The device, or Cancelled if the end is asked for while waiting for it."""
     taken = asyncio.ensure_future(turn.device.acquire())
-    raised = asyncio.ensure_future(turn.stop.raised.wait())
+    turn.stop.wake = taken.cancel
     try:
         with clocks.timed("queued"):
-            await asyncio.wait([taken, raised], return_when=asyncio.FIRST_COMPLETED)
+            turn.stop.check()
+            await asyncio.wait([taken])
             turn.stop.check()
             taken.result()  # raises where the engine could not be woken
         turn.enters("generating")
         yield
         turn.enters("finishing")
     finally:
-        raised.cancel()
+        turn.stop.wake = None
         if not taken.done():
             taken.cancel()
             await asyncio.wait([taken])

@@ -37,6 +37,7 @@ MAX_PIXELS_KEPT = 2048 * 2048  # larger references are scaled down to this area
 MIN_IMAGE_SIDE = 16
 MAX_ASPECT = 100
 MAX_SCANS = 200  # of a progressive JPEG; a camera writes about 10, and each costs a pass over all pixels
+SMALL_READ = 1 << 16  # bytes: not worth asking how many there are
 MARK_SHARE = 0.06  # of the height, at the bottom: where `mark` writes
 
 FORMATS = "PNG, JPEG, WebP or AVIF"
@@ -86,6 +87,8 @@ class _File(io.BufferedReader):
     """A file of which nobody reads more than there is: a chunk that claims to have 2 GB is not given the memory."""
 
     def read(self, size: int | None = -1) -> bytes:
+        if size is not None and 0 <= size <= SMALL_READ:  # nearly all of a decoder's
+            return super().read(size)
         left = max(0, os.fstat(self.fileno()).st_size - self.tell())
         return super().read(left if size is None or size < 0 else min(size, left))
 

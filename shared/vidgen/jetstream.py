@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import re
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
@@ -13,17 +14,16 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import nats
 import nats.errors
 import nats.js.errors as js_errors
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 from nats.js import JetStreamContext, api
-from nats.js.kv import KeyValue
 
 from vidgen import errors, permissions, topology, tracing
-from vidgen.bus import PULL_WAIT, Delivery, Depth, Feed, Held, Records, Stored
+from vidgen.bus import PULL_WAIT, Delivery, Depth, Feed, Held, Records, Stored, Supply
+from vidgen.inboxes import PullInbox, Requester, Sink
 
 log = logging.getLogger("vidgen.bus")
 
@@ -36,11 +36,15 @@ LISTENED_TIMEOUT = 1.0  # for an answer that nobody gives: that nobody is there,
 FEED_MEMORY = 60.0  # seconds that the server keeps the place of a feed nobody reads
 RECORDS_AT_ONCE = 64
 NOT_SECURE = "the bus speaks no TLS, and the settings want it"
+SUPPLY_WAIT = 30.0  # seconds that a pull for several messages stays open
+ASK_AGAIN = 0.5  # seconds after a pull that the bus did not answer
 LAST_CALL = 0.1  # seconds that a pull which was given up still listens
 
 WRONG_LAST_SEQUENCE = frozenset({10071, 10164})  # alone · in a cluster
 SEQUENCE_NOT_FOUND = frozenset({10037, 10043, 10057})  # never was · deleted · past the end
 STORE_FAILED = 10077
+KEY = re.compile(r"(?!\.)[-/_=.a-zA-Z0-9]+(?<!\.)")
+ADDED_BY_SERVER = frozenset({"Nats-Stream", "Nats-Subject", "Nats-Sequence", "Nats-Time-Stamp"})  # to a direct get
 FULL_CODES = frozenset({10023, 10028, 10047, STORE_FAILED})
 
 
@@ -108,9 +112,13 @@ class JetStreamDelivery:
         self.headers = _headers(msg.headers)
         self.settled = False
 
-    async def ack(self) -> None:
+    async def ack(self, heard: bool = True) -> None:
         self.settled = True
-        await self._settle(b"+ACK")
+        if heard:
+            await self._settle(b"+ACK")
+        else:
+            with translated():
+                await self._client.publish(self._msg.reply, b"+ACK")
 
     async def nak(self, delay: float = 0.0) -> None:
         self.settled = True
@@ -122,6 +130,127 @@ class JetStreamDelivery:
     async def _settle(self, verb: bytes) -> None:
         with translated():
             await self._client.request(self._msg.reply, verb, timeout=REQUEST_TIMEOUT)
+
+
+class JetStreamSupply:
+    """One subscription for all pulls, and one pull for several messages: taken singly, each would cost both anew."""
+
+    def __init__(self, bus: JetStreamBus, consumer: topology.Consumer, batch: int) -> None:
+        self._bus, self._consumer, self._batch = bus, consumer, batch
+        self._ready: asyncio.Queue[Msg | errors.BusError | None] = asyncio.Queue()
+        self._number = 0  # of the pull that is open
+        self._owed = 0  # messages that it may still bring
+        self._room, self._over = asyncio.Event(), asyncio.Event()  # of the open pull
+        self._asking: asyncio.Task[None] | None = None
+        self._closed = False
+
+    async def next(self) -> Delivery | None:
+        if self._asking is None and not self._closed:
+            self._asking = asyncio.create_task(self._keep_asking())
+        found = await self._ready.get()
+        if found is None:
+            self._ready.put_nowait(None)  # for the next one who waits
+            return None
+        self._look_for_room()
+        if isinstance(found, errors.BusError):
+            raise found
+        return JetStreamDelivery(self._bus.client, found)
+
+    async def close(self) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        came = [self._ready.get_nowait() for _ in range(self._ready.qsize())]
+        self._ready.put_nowait(None)
+        for msg in came:
+            if isinstance(msg, Msg):
+                await self._hand_back(msg)
+        if self._asking is not None:
+            self._asking.cancel()
+            await asyncio.gather(self._asking, return_exceptions=True)
+
+    def _look_for_room(self) -> None:
+        if self._owed <= 0:
+            self._over.set()
+            if self._ready.qsize() <= self._batch // 2:
+                self._room.set()
+
+    async def _keep_asking(self) -> None:
+        inbox = self._bus.client.new_inbox()
+        subscription: Subscription | None = None
+        try:
+            while True:
+                try:
+                    with translated():
+                        if subscription is None:
+                            subscription = await self._bus.client.subscribe(
+                                f"{inbox}.*",
+                                future=Sink(self._arrived),  # type: ignore[arg-type]
+                            )
+                        await self._ask(inbox)
+                    await self._until_room()
+                except Exception as exc:  # those who wait must hear of it, whatever it is
+                    self._owed = 0
+                    self._ready.put_nowait(
+                        exc if isinstance(exc, errors.BusError) else errors.BusError(f"a pull failed: {exc!r}")
+                    )
+                    await asyncio.sleep(ASK_AGAIN)
+        finally:
+            if subscription is not None:
+                await asyncio.shield(self._leave(subscription))
+
+    async def _ask(self, inbox: str) -> None:
+        self._number += 1
+        self._owed = self._batch - self._ready.qsize()
+        self._room.clear()
+        self._over.clear()
+        ask = json.dumps({"batch": self._owed, "expires": int(SUPPLY_WAIT * 1e9)}).encode()
+        subject = f"$JS.API.CONSUMER.MSG.NEXT.{self._consumer.stream}.{self._consumer.name}"
+        await self._bus.client.publish(subject, ask, reply=f"{inbox}.{self._number}")
+
+    async def _until_room(self) -> None:
+        """Wait until more may be asked for; raises BusError when nothing is to come of what was asked."""
+        room = asyncio.ensure_future(self._room.wait())
+        try:
+            while not room.done():
+                if self._owed <= 0:  # it is over, and who takes is slow
+                    await room
+                    return
+                either: set[asyncio.Future[Any]] = {room, self._bus._lost}
+                limit = SUPPLY_WAIT + REQUEST_TIMEOUT
+                await asyncio.wait(either, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
+                if self._owed > 0 and not room.done():
+                    raise errors.BusError("the bus did not answer a pull")
+        finally:
+            room.cancel()
+
+    def _arrived(self, msg: Msg) -> None:
+        if msg.reply:  # what can be acked is a message, whatever headers its publisher gave it
+            self._owed -= 1
+            if self._closed:
+                self._bus._on_the_side(self._hand_back(msg))
+            else:
+                self._ready.put_nowait(msg)
+        elif msg.subject.rsplit(".", 1)[-1] == str(self._number):  # not of a pull that was given up
+            self._owed = 0
+            try:
+                self._bus._message(msg)
+            except errors.BusError as exc:
+                if not self._closed:
+                    self._ready.put_nowait(exc)
+        self._look_for_room()
+
+    async def _hand_back(self, msg: Msg) -> None:
+        with contextlib.suppress(nats.errors.Error, OSError):
+            await self._bus.client.publish(msg.reply, b"-NAK")
+
+    async def _leave(self, subscription: Subscription) -> None:
+        # As where a single pull is given up: what is there to be taken is given the time to come.
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(LAST_CALL):
+                await self._over.wait()
+        with contextlib.suppress(nats.errors.Error, TimeoutError, OSError):
+            await subscription.drain()  # type: ignore[no-untyped-call]
 
 
 class ListenFeed:
@@ -203,43 +332,59 @@ class FollowFeed:
 
 
 class JetStreamRecords:
-    def __init__(self, js: JetStreamContext, bucket: str) -> None:
-        self._js, self._bucket = js, bucket
-        # By hand: nats-py's `key_value` asks for the stream's state, and who only writes need not be let see all keys.
-        self._kv = KeyValue(bucket, f"KV_{bucket}", f"$KV.{bucket}.", js, direct=True)
+    """A bucket by its stream: nats-py's `KeyValue` takes longer, and asks for the state, which not all may read."""
+
+    def __init__(self, bus: JetStreamBus, bucket: str) -> None:
+        self._bus, self._bucket = bus, bucket
+        self._stream, self._prefix = f"KV_{bucket}", f"$KV.{bucket}."
 
     @contextlib.contextmanager
     def _translated(self) -> Iterator[None]:
         with translated():
             try:
                 yield
-            except (nats.errors.NoRespondersError, js_errors.NoStreamResponseError) as exc:
+            except nats.errors.NoRespondersError as exc:
                 raise errors.BusError(
                     f"the bucket {self._bucket} is not there: start a gateway, it creates what is missing"
                 ) from exc
 
     async def get(self, key: str) -> tuple[bytes, int] | None:
         with self._translated():
-            try:
-                entry = await self._kv.get(key)
-            except js_errors.KeyNotFoundError:
-                return None
-        # A key that expired with a limit marker comes back without a value.
-        return None if entry.value is None else (entry.value, entry.revision or 0)
+            found = await self._find(key)
+        return None if found is None or found[0] is None else (found[0], found[1])
+
+    async def _find(self, key: str) -> tuple[bytes | None, int] | None:
+        """Value and revision; a key that was deleted, or expired with a marker, has a revision and no value."""
+        msg = await self._bus.direct(self._stream, f"{self._prefix}{_checked(key)}")
+        if msg is None:
+            return None
+        told = msg.headers or {}
+        ended = told.get("KV-Operation") in ("DEL", "PURGE") or "Nats-Marker-Reason" in told
+        return None if ended else msg.data, int(told["Nats-Sequence"])
 
     async def put(self, key: str, value: bytes, revision: int | None = None) -> int:
+        subject = f"{self._prefix}{_checked(key)}"
         with self._translated():
+            if revision != 0:
+                return await self._write(subject, value, revision)
             try:
-                if revision is None:
-                    return await self._kv.put(key, value)
-                return await (self._kv.update(key, value, last=revision) if revision else self._kv.create(key, value))
-            except js_errors.KeyWrongLastSequenceError as exc:
-                raise errors.ConflictError from exc
+                return await self._write(subject, value, 0)
+            except errors.ConflictError:
+                found = await self._find(key)
+                if found is None or found[0] is not None:
+                    raise
+                return await self._write(subject, value, found[1])  # it is there no longer, but for its marker
+
+    async def _write(self, subject: str, value: bytes, revision: int | None) -> int:
+        try:
+            return (await self._bus.store(subject, value, _expecting(revision)))[0]
+        except js_errors.APIError as exc:
+            raise _from_api(exc) from exc
 
     async def all(self) -> dict[str, bytes]:
-        prefix = f"$KV.{self._bucket}."
+        prefix = self._prefix
         with translated():
-            state = (await self._js.stream_info(f"KV_{self._bucket}", subjects_filter=f"{prefix}>")).state
+            state = (await self._bus.jetstream.stream_info(self._stream, subjects_filter=f"{prefix}>")).state
         keys = sorted(subject.removeprefix(prefix) for subject in state.subjects or {})
         found: dict[str, bytes] = {}
         for start in range(0, len(keys), RECORDS_AT_ONCE):
@@ -250,6 +395,16 @@ class JetStreamRecords:
         return found
 
 
+def _expecting(revision: int | None) -> dict[str, str]:
+    return {} if revision is None else {"Nats-Expected-Last-Subject-Sequence": str(revision)}
+
+
+def _checked(key: str) -> str:
+    if not KEY.fullmatch(key):
+        raise errors.RejectedError("the bus takes no such name: use letters, digits, - and _ only", code="bad_name")
+    return key
+
+
 class JetStreamBus:
     """The bus on NATS JetStream, over one connection."""
 
@@ -257,6 +412,7 @@ class JetStreamBus:
         self._client = client
         self._js = client.jetstream(timeout=REQUEST_TIMEOUT)
         self._records: dict[str, JetStreamRecords] = {}
+        self._inboxes: list[PullInbox] = []  # of pulls that came to their end
         self._lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._side_tasks: set[asyncio.Task[None]] = set()
 
@@ -282,16 +438,13 @@ class JetStreamBus:
         self, subject: str, body: bytes, *, message_id: str, expect_last: int | None = None,
         headers: dict[str, str] | None = None,
     ) -> int:  # fmt: skip
-        sent = {**tracing.carried(), **(headers or {}), "Nats-Msg-Id": message_id}
-        if expect_last is not None:
-            sent["Nats-Expected-Last-Subject-Sequence"] = str(expect_last)
+        sent = {**tracing.carried(), **(headers or {}), "Nats-Msg-Id": message_id, **_expecting(expect_last)}
         loop = asyncio.get_running_loop()
         give_up, pause = loop.time() + PUBLISH_PATIENCE, 0.05
         while True:
             try:
                 with translated():
-                    ack = await self._js.publish(subject, body, timeout=REQUEST_TIMEOUT, headers=sent)
-                return ack.seq
+                    return (await self.store(subject, body, sent))[0]
             except errors.QueueFullError:
                 raise
             except errors.ConflictError:
@@ -305,6 +458,24 @@ class JetStreamBus:
                 await asyncio.sleep(pause)
                 pause = min(1.0, pause * 2)
 
+    async def store(self, subject: str, body: bytes, headers: dict[str, str]) -> tuple[int, bool]:
+        """Publish as nats-py's JetStream does, without its classes: the sequence, and whether it was there before."""
+        answer = await self._client.request(subject, body, timeout=REQUEST_TIMEOUT, headers=headers)
+        told = json.loads(answer.data)
+        if "error" in told:
+            raise js_errors.APIError.from_error(told["error"])
+        return int(told["seq"]), bool(told.get("duplicate"))
+
+    async def direct(self, stream: str, subject: str) -> Msg | None:
+        """The newest message on a subject, from whichever node has it."""
+        msg = await self._client.request(f"$JS.API.DIRECT.GET.{stream}.{subject}", b"", timeout=REQUEST_TIMEOUT)
+        told = msg.headers or {}
+        if "Nats-Sequence" in told:  # which a message has that is one, whatever else its publisher gave it
+            return msg
+        if told.get("Status") == "404":
+            return None
+        raise errors.BusError(f"the bus did not say: {told.get('Status', '')} {told.get('Description', '')}")
+
     async def _stored_as(self, subject: str, message_id: str) -> int | None:
         # The server compares sequences before it looks for duplicates, so a publish that is repeated because its
         # answer was lost looks like a conflict with itself. Sent again under a condition that no stream fulfils,
@@ -312,10 +483,10 @@ class JetStreamBus:
         impossible = {"Nats-Msg-Id": message_id, "Nats-Expected-Last-Msg-Id": secrets.token_hex(16)}
         try:
             with cancellable():
-                ack = await self._js.publish(subject, b"", timeout=REQUEST_TIMEOUT, headers=impossible)
+                seq, known = await self.store(subject, b"", impossible)
         except (nats.errors.Error, js_errors.Error, TimeoutError, OSError):
             return None
-        return ack.seq if ack.duplicate else None
+        return seq if known else None
 
     async def pull(self, consumer: topology.Consumer, wait: float = PULL_WAIT) -> Delivery | None:
         msg = await self.take(consumer.stream, consumer.name, wait)
@@ -325,25 +496,20 @@ class JetStreamBus:
         """One message from a pull consumer, as nats-py has it; `acked` is whether that consumer waits for acks."""
         ask: dict[str, Any] = {"batch": 1}
         ask |= {"expires": int(wait * 1e9)} if wait >= 0.001 else {"no_wait": True}
-        arrived: asyncio.Future[Msg] = asyncio.get_running_loop().create_future()
-        inbox = self._client.new_inbox()
-        with translated():
-            subscription = await self._client.subscribe(inbox, future=arrived, max_msgs=1)
+        inbox = self._inboxes.pop() if self._inboxes else PullInbox(self._client)
         try:
             with translated():
-                await subscription.unsubscribe(limit=1)
-                await self._client.publish(
-                    f"$JS.API.CONSUMER.MSG.NEXT.{stream}.{consumer}", json.dumps(ask).encode(), reply=inbox
-                )
-            either: set[asyncio.Future[Any]] = {arrived, self._lost}
+                await inbox.ask(f"$JS.API.CONSUMER.MSG.NEXT.{stream}.{consumer}", json.dumps(ask).encode())
+            either: set[asyncio.Future[Any]] = {inbox.arrived, self._lost}
             await asyncio.wait(either, timeout=wait + REQUEST_TIMEOUT, return_when=asyncio.FIRST_COMPLETED)
         except BaseException:
-            self._on_the_side(self._hand_back(subscription, arrived, acked))
+            self._on_the_side(self._hand_back(inbox, acked))
             raise
-        if not arrived.done():
-            self._on_the_side(self._hand_back(subscription, arrived, acked))
+        if not inbox.arrived.done():
+            self._on_the_side(self._hand_back(inbox, acked))
             raise errors.BusError("the bus did not answer a pull")
-        return self._message(arrived.result())
+        self._inboxes.append(inbox)
+        return self._message(inbox.arrived.result())
 
     def _message(self, msg: Msg) -> Msg | None:
         if msg.reply:  # what can be acked is a message, whatever headers its publisher gave it
@@ -355,23 +521,26 @@ class JetStreamBus:
             raise _ConsumerGoneError("the consumer is not there: start a gateway, it creates what is missing")
         raise errors.BusError(f"the bus gave no message: {status} {text}".rstrip())
 
-    async def _hand_back(self, subscription: Subscription, arrived: asyncio.Future[Msg], acked: bool) -> None:
+    async def _hand_back(self, inbox: PullInbox, acked: bool) -> None:
         """Give up a pull: what is already on its way goes back into the queue now, not after `ack_wait`."""
         # A message that the server sends just as nobody listens any more waits for its lease to run out, so what was
         # there to be taken is given the time to come.
-        await asyncio.wait([arrived], timeout=LAST_CALL)
+        await asyncio.wait([inbox.arrived], timeout=LAST_CALL)
         with contextlib.suppress(nats.errors.Error, TimeoutError, OSError):
-            await subscription.drain()  # type: ignore[no-untyped-call]
-        if not arrived.done():
-            arrived.cancel()
-        elif arrived.result().reply and acked:
+            await inbox.close()
+        if not inbox.arrived.done():
+            inbox.arrived.cancel()
+        elif inbox.arrived.result().reply and acked:
             with contextlib.suppress(nats.errors.Error, TimeoutError, OSError):
-                await self._client.publish(arrived.result().reply, b"-NAK")
+                await self._client.publish(inbox.arrived.result().reply, b"-NAK")
 
     def _on_the_side(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
         self._side_tasks.add(task)
         task.add_done_callback(self._side_tasks.discard)
+
+    def supply(self, consumer: topology.Consumer, batch: int) -> Supply:
+        return JetStreamSupply(self, consumer, batch)
 
     async def unsettled(self, consumer: topology.Consumer) -> list[Stored]:
         with translated():
@@ -394,6 +563,16 @@ class JetStreamBus:
 
     async def last(self, stream: str, subject: str) -> Stored | None:
         return await self._get(stream, subject=subject)
+
+    async def latest(self, stream: str, subject: str) -> Stored | None:
+        with translated():
+            msg = await self.direct(stream, subject)
+        if msg is None:
+            return None
+        told = _headers(msg.headers)
+        at = datetime.fromisoformat(told["Nats-Time-Stamp"])
+        own = {name: value for name, value in told.items() if name not in ADDED_BY_SERVER}
+        return Stored(told["Nats-Subject"], msg.data, int(told["Nats-Sequence"]), at, own)
 
     async def get(self, stream: str, seq: int) -> Stored | None:
         return await self._get(stream, seq=seq)
@@ -533,7 +712,7 @@ class JetStreamBus:
         return Held(info.state.messages, info.state.bytes, limit if limit > 0 else None)
 
     def records(self, bucket: str) -> Records:
-        return self._records.setdefault(bucket, JetStreamRecords(self._js, bucket))
+        return self._records.setdefault(bucket, JetStreamRecords(self, bucket))
 
     async def ready(self) -> bool:
         if not self._client.is_connected:
@@ -586,14 +765,15 @@ async def connect(
             on_denied(NOT_SECURE)
         log.info("bus: connected again")
 
-    settings = {
+    settings: dict[str, Any] = {
         "name": name, "error_cb": failed, "disconnected_cb": lost, "reconnected_cb": back, "ping_interval": 10,
         "max_outstanding_pings": 2, "max_reconnect_attempts": FIRST_CONNECT_ATTEMPTS, "reconnect_time_wait": 1,
         "connect_timeout": 5, "inbox_prefix": f"{permissions.INBOX}{name}".encode(),
     }  # fmt: skip
     try:
         async with asyncio.timeout(FIRST_CONNECT_LIMIT):
-            client = await nats.connect(url, **(settings | options))
+            client = Requester()
+            await client.connect(url, **(settings | options))
     except (nats.errors.Error, TimeoutError, OSError) as exc:
         why = "; ".join(heard) or exc
         raise errors.BusError(

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from itertools import product
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from prometheus_client import CONTENT_TYPE_LATEST, CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
@@ -404,6 +404,9 @@ def exposition(parts: Sequence[_Exposed]) -> tuple[bytes, str]:
     return generate_latest(_Merged(part.registry for part in parts)), CONTENT_TYPE_LATEST
 
 
+M = TypeVar("M", Counter, Gauge, Histogram)
+
+
 class _Exposed:
     """The metrics of one process on a registry of their own."""
 
@@ -414,6 +417,7 @@ class _Exposed:
         self._counters: dict[str, Counter] = {}
         self._gauges: dict[str, Gauge] = {}
         self._histograms: dict[str, Histogram] = {}
+        self._children: dict[tuple[object, ...], Any] = {}
         self._fixed = fixed
         for metric in metrics:
             if not metric.snapshot:
@@ -439,20 +443,25 @@ class _Exposed:
                 counter.labels(*combination)
 
     def _inc(self, name: str, amount: float = 1, **labels: str) -> None:
-        self._counters[name].labels(**{**self._fixed, **labels}).inc(amount)
+        self._child(self._counters, name, labels).inc(amount)
 
     def _set(self, name: str, value: float, **labels: str) -> None:
-        gauge = self._gauges[name]
-        labels = {**self._fixed, **labels}
-        (gauge.labels(**labels) if labels else gauge).set(value)
+        self._child(self._gauges, name, labels).set(value)
 
     def _observe(self, name: str, seconds: float, **labels: str) -> None:
-        histogram = self._histograms[name]
-        labels = {**self._fixed, **labels}
-        (histogram.labels(**labels) if labels else histogram).observe(max(0.0, seconds))
+        self._child(self._histograms, name, labels).observe(max(0.0, seconds))
+
+    def _child(self, families: Mapping[str, M], name: str, labels: Mapping[str, str]) -> M:
+        # Finding one by its labels takes longer than counting.
+        key = name, *labels.items()
+        child: M | None = self._children.get(key)
+        if child is None:
+            labels = {**self._fixed, **labels}
+            child = self._children[key] = families[name].labels(**labels) if labels else families[name]
+        return child
 
     def _observe_timings(self, prefix: str, timings: Timings, **labels: str) -> None:
-        phases = timings.model_dump()
+        phases = dict(timings)
         self._observe(f"{prefix}_stage_seconds", sum(phases.values()) - phases["queued"], **labels)
         for phase, seconds in phases.items():
             if seconds or phase != "load":  # a worker loads once, not per task

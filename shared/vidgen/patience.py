@@ -34,8 +34,8 @@ class PatientStore:
     async def put(self, key: str, path: Path, content_type: str, metadata: dict[str, str] | None = None) -> None:
         await self._persist(lambda: self._store.put(key, path, content_type, metadata))
 
-    async def fetch(self, key: str, path: Path, limit: int | None = None) -> None:
-        await self._persist(lambda: self._store.fetch(key, path, limit))
+    async def fetch(self, key: str, path: Path, limit: int | None = None) -> int:
+        return await self._persist(lambda: self._store.fetch(key, path, limit))
 
     async def stat(self, key: str) -> Stat | None:
         return await self._persist(lambda: self._store.stat(key))

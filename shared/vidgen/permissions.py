@@ -23,6 +23,7 @@ STAGES_OF: dict[Role, tuple[Stage, ...]] = {
 INBOX = "_INBOX_"
 OPERATORS_BUCKETS = frozenset({topology.KEYS_BUCKET, topology.TENANTS_BUCKET})
 WRITTEN_BY_WORKERS = frozenset({topology.PROGRESS})
+LOOKED_AT = frozenset({topology.EVENTS, topology.PROGRESS})  # for the newest message on a subject
 COUNTED = frozenset({topology.TASKS, topology.HELD})  # by tenant
 DELETED_FROM = frozenset({topology.TASKS, topology.HELD, topology.DEAD})  # a message at a time; elsewhere it acks
 API = "$JS.API"
@@ -74,6 +75,8 @@ def _gateways_subjects() -> Iterator[str]:
             yield f"{API}.STREAM.MSG.DELETE.{stream.name}"
         if stream.name in COUNTED:
             yield f"{API}.DIRECT.GET.{stream.name}"
+        if stream.name in LOOKED_AT:
+            yield f"{API}.DIRECT.GET.{stream.name}.>"
     for bucket in topology.BUCKETS:
         yield from _made(f"KV_{bucket.name}")
         yield f"{API}.DIRECT.GET.KV_{bucket.name}.>"

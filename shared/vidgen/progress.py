@@ -1,4 +1,7 @@
-"""Progress of one attempt: real steps, seconds per step and ETA, on `vidgen.progress.<job>`, at most five a second."""
+"""Progress of one attempt: real steps, seconds per step and ETA, on `vidgen.progress.<job>`, at most five a second.
+
+Nothing is told of an attempt that is over before anybody could have read it.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,8 @@ from vidgen.metrics import WorkerMetrics
 Phase = Literal["preparing", "denoising", "finishing"]
 Stepped = Callable[[float, float | None], None]
 
+SOON_S = 0.05  # what an attempt is on by then is the first that is told
+
 
 class Reporter:
     """Tells where an attempt is. Nobody waits for it, and it may fail: progress is worth no retry."""
@@ -31,6 +36,9 @@ class Reporter:
         self._step, self._steps = 0, held.task.work.steps
         self._begun = self._counted_to = time.monotonic()
         self._sending: set[asyncio.Task[None]] = set()
+        self._phase: Phase = "preparing"
+        self._tells = False
+        self._begins = asyncio.get_running_loop().call_later(SOON_S, self._begin)
 
     @property
     def seconds_per_step(self) -> float | None:
@@ -44,6 +52,15 @@ class Reporter:
     def phase(self, phase: Phase) -> None:
         """Say that a phase begins."""
         self._send(phase)
+
+    def close(self) -> None:
+        """Say no more: the attempt is over, though its engine may still be at a step."""
+        self._begins.cancel()
+        self._tells = False
+
+    def _begin(self) -> None:
+        self._tells = True
+        self._send(self._phase)
 
     def on_step(self, check: OnStep, stepped: Stepped, done: int = 0) -> OnStep:
         """What the engine calls after each step, in its own thread; `check` raises to end the attempt there.
@@ -77,10 +94,13 @@ class Reporter:
         eta_s = self._clock.eta_s()
         stepped(at - self._counted_to, None if eta_s is None else eta_s - self._finishing_s)
         self._counted_to = at
-        if self._pace.allows(at, last=step >= steps):
+        if not self._tells or self._pace.allows(at, last=step >= steps):
             self._send("denoising")
 
     def _send(self, phase: Phase) -> None:
+        self._phase = phase
+        if not self._tells:
+            return
         task = self._held.task
         now = time.monotonic()
         per_step = self._clock.seconds_per_step

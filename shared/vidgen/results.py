@@ -11,6 +11,7 @@ import base64
 import hashlib
 import zlib
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import pydantic
 
@@ -61,23 +62,35 @@ async def find(store: ArtifactStore, task: Task) -> Result | None:
     return result if result.fingerprint == fingerprint(task) else None
 
 
-async def keep(store: ArtifactStore, task: Task, files: Sequence[Finished], info: EngineInfo) -> Result:
-    """Store a stage's files, the main one last; raises StoreError."""
-    main_name = MAIN_FILE[task.stage]
-    described = await asyncio.to_thread(lambda: [_describe(task, file) for file in files])
+@dataclass(frozen=True)
+class Made:
+    """A result, and the files that are to be stored for it; `manifest` is what the main one carries."""
+
+    result: Result
+    files: tuple[Finished, ...]
+    manifest: str
+
+
+def made(task: Task, files: Sequence[Finished], info: EngineInfo) -> Made:
+    """What a stage made, described; reads the files, so it runs in a thread. Raises OSError."""
     result = Result(
         fingerprint=fingerprint(task), engine=info.name, model=info.model, revision=info.revision,
-        seed=task.work.seed, steps=task.work.steps, artifacts=tuple(described),
+        seed=task.work.seed, steps=task.work.steps, artifacts=tuple(_describe(task, file) for file in files),
     )  # fmt: skip
-    packed = base64.urlsafe_b64encode(zlib.compress(result.to_bytes(), 9)).decode()
-    pairs = list(zip(files, described, strict=True))
-    await asyncio.gather(
-        *(store.put(made.key, file.path, made.content_type) for file, made in pairs if made.name != main_name)
-    )
-    for file, made in pairs:
-        if made.name == main_name:
-            await store.put(made.key, file.path, made.content_type, metadata={MANIFEST: packed})
-    return result
+    return Made(result, tuple(files), base64.urlsafe_b64encode(zlib.compress(result.to_bytes(), 9)).decode())
+
+
+async def keep(store: ArtifactStore, task: Task, made: Made) -> Result:
+    """Store a stage's files, the main one last; raises StoreError."""
+    main_name = MAIN_FILE[task.stage]
+    pairs = list(zip(made.files, made.result.artifacts, strict=True))
+    others = [store.put(one.key, file.path, one.content_type) for file, one in pairs if one.name != main_name]
+    if others:
+        await asyncio.gather(*others)
+    for file, one in pairs:
+        if one.name == main_name:
+            await store.put(one.key, file.path, one.content_type, metadata={MANIFEST: made.manifest})
+    return made.result
 
 
 def _describe(task: Task, file: Finished) -> Artifact:

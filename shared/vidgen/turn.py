@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Literal
@@ -24,13 +24,15 @@ SUSPENDING: tuple[Reason, ...] = ("drained", "preempted")
 class Stop:
     """Why a running task is to end early; read by the engine's thread at each step.
 
-    Where it is drained or preempted an engine that is Resumable leaves its state, for the next attempt.
+    Where it is drained or preempted an engine that is Resumable leaves its state, for the next attempt. `wake` is
+    called where something waits that is to be woken for it.
     """
 
     reason: Reason | None = None
     since: float = 0.0
     asked_at: datetime | None = None
     raised: asyncio.Event = field(default_factory=asyncio.Event)
+    wake: Callable[[], object] | None = None
 
     def now(self, reason: Reason, asked_at: datetime | None = None) -> None:
         """Ask for the end; the first reason stays. `asked_at` is when somebody wished it."""
@@ -38,6 +40,8 @@ class Stop:
             self.since, self.asked_at = time.monotonic(), asked_at
             self.reason = reason
             self.raised.set()
+            if self.wake is not None:
+                self.wake()
 
     def check(self) -> None:
         """Raise Cancelled if the end was asked for."""

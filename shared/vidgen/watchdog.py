@@ -79,27 +79,35 @@ class Watch:
 
     async def over(self, work: Coroutine[Any, Any, T]) -> T:
         """What the engine makes; raises HungError where it is silent for too long, and leaves it to itself."""
-        running = asyncio.ensure_future(work)
-        try:
-            await self._until_done(running)
-        finally:
-            if not running.done():
-                running.cancel()
-                await asyncio.wait([running])
-        made = running.result()
-        self.heard(self._step)
-        self._known[self._shape] = max(self._longest, self._known.get(self._shape, 0.0))
-        return made
-
-    async def _until_done(self, running: asyncio.Future[T]) -> None:
+        loop, task = asyncio.get_running_loop(), asyncio.current_task()
+        assert task is not None
+        before, hangs = task.cancelling(), False
         silent_s, looked_at, seen_at = 0.0, self._clock(), self._at
-        while not (await asyncio.wait([running], timeout=self._look_s))[0]:
+        again = loop.call_later(self._look_s, lambda: look())
+
+        def look() -> None:
+            nonlocal hangs, silent_s, looked_at, seen_at, again
             now = self._clock()
             # A process that was stopped, engine and all, did not stay silent: a look counts as one, however late.
             silent_s = silent_s + min(now - looked_at, 2 * self._look_s) if seen_at == self._at else 0.0
             looked_at, seen_at = now, self._at
             if silent_s > self.bears_s:
+                hangs = task.cancel()
+            else:
+                again = loop.call_later(self._look_s, look)
+
+        try:
+            made = await work
+        except asyncio.CancelledError:
+            # As `asyncio.timeout` does it: where somebody else wants an end as well, it is that one's.
+            if hangs and task.uncancel() <= before:
                 raise errors.HungError(
                     f"the engine was silent for {silent_s:.0f} s while {self._shape[0]}, behind step {self._step}: it "
                     "hangs, or VIDGEN_HANG_* do not fit this model"
-                )
+                ) from None
+            raise
+        finally:
+            again.cancel()
+        self.heard(self._step)
+        self._known[self._shape] = max(self._longest, self._known.get(self._shape, 0.0))
+        return made

@@ -39,9 +39,10 @@ IN_FLIGHT = 4  # one generating, one prepared, two being encoded and stored
 LEAD_S = 3.0  # how long before the device is likely to be free the next task is taken
 CANCEL_WAIT_S = 5.0
 IDLE_WAIT_S = 0.5
+MOMENT_S = 0.05  # how long the batch waits behind an interactive task for the next one
 BUS_PAUSE_S = 0.5
 BATCH_SHARE = 10  # at least one task in ten is a batch task while any waits
-SOON_S = 0.25  # what is not urgent is told in the registry with what comes within that, in one
+SOON_S = 0.5  # what is not urgent is told in the registry with what comes within that, in one
 LOOK_S = 1.0  # how often a worker with a long batch task looks for an interactive one
 MAX_PREEMPTIONS = 3  # of one task: then it runs to its end
 
@@ -62,18 +63,25 @@ class LanePuller:
         self._interactive = topology.consumer_of(stage, "interactive")
         self._batch = topology.consumer_of(stage, "batch")
         self._since_batch = 0
+        self._empty = False  # the interactive lane, a moment ago
 
     async def next(self, wait: float = IDLE_WAIT_S) -> Pulled | None:
         """The next task, None when `wait` seconds brought none; raises BusError."""
-        owed = self._since_batch >= BATCH_SHARE - 1
-        order = (self._batch, self._interactive) if owed else (self._interactive, self._batch)
-        for consumer in order:
-            delivery = await self._bus.pull(consumer, wait=0)
-            if delivery is not None:
-                return self._count(consumer, delivery, gives_way=consumer is self._batch and not owed)
-            if owed:
-                self._since_batch = 0  # nothing was waiting there
-        return await self.interactive(wait)
+        if self._since_batch >= BATCH_SHARE - 1:
+            if (delivery := await self._bus.pull(self._batch, wait=0)) is not None:
+                return self._count(self._batch, delivery)
+            self._since_batch = 0  # nothing was waiting there
+        empty, self._empty = self._empty, False
+        # Behind one another may follow: to wait for it for a moment costs less than a look into both lanes and then to
+        # wait for it all the same.
+        moment = min(MOMENT_S, wait) if self._since_batch else 0
+        if not empty and (pulled := await self.interactive(moment)) is not None:
+            return pulled
+        if (delivery := await self._bus.pull(self._batch, wait=0)) is not None:
+            return self._count(self._batch, delivery, gives_way=True)
+        pulled = await self.interactive(wait)
+        self._empty = pulled is None
+        return pulled
 
     async def interactive(self, wait: float = 0) -> Pulled | None:
         """The next interactive task, None when `wait` seconds brought none; raises BusError."""
@@ -176,10 +184,12 @@ class Worker:
         self._places = asyncio.Semaphore(IN_FLIGHT)
         self._next = asyncio.Semaphore(1)
         self._turns: set[_JustInTimeTurn] = set()
+        self._pulling: set[asyncio.Future[Pulled | None]] = set()
         self._draining = asyncio.Event()
         self._changed = asyncio.Event()  # the registry should know now
         self._soon: asyncio.TimerHandle | None = None  # or with what comes next
         self._fatal: errors.FatalError | None = None
+        self._host = socket.gethostname()
         self._started_at = datetime.now(UTC)
         self._done = 0
 
@@ -198,6 +208,8 @@ class Worker:
     def drain(self) -> None:
         """Take no more tasks, hand back what only waits; what runs is finished, or handed back if that takes long."""
         self._draining.set()
+        for pulling in self._pulling:
+            pulling.cancel()
         for turn in self._turns:
             if turn.phase == "preparing":
                 turn.stop.now("released")
@@ -260,7 +272,10 @@ class Worker:
             told=self._leave_if_long, lose=self.drain, changed=self._change_soon, delivery=delivery,
         )  # fmt: skip
         self._turns.add(turn)
-        self._change_soon()
+        if delivery.num_delivered > 1:  # or a gateway hands it out once more, as long as the log names one who died
+            self._changed.set()
+        else:
+            self._change_soon()
         tasks.create_task(self._see_through(delivery, turn), name=f"task-{delivery.seq}")
 
     def _change_soon(self) -> None:
@@ -306,11 +321,11 @@ class Worker:
     async def _pull(self, pull: Callable[[], Awaitable[Pulled | None]]) -> Pulled | None:
         """The next task, None where there is none or a drain begins; a cancelled pull hands back what it would take."""
         pulling = asyncio.ensure_future(pull())
-        draining = asyncio.ensure_future(self._draining.wait())
+        self._pulling.add(pulling)
         try:
-            await asyncio.wait([pulling, draining], return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait([pulling])
         finally:
-            draining.cancel()
+            self._pulling.discard(pulling)
             if not pulling.done():
                 pulling.cancel()
                 await asyncio.wait([pulling])
@@ -437,7 +452,7 @@ class Worker:
             tasks_done=self._done,
             load_seconds=self._registration.load_seconds,
             version=vidgen.__version__,
-            host=socket.gethostname(),
+            host=self._host,
             started_at=self._started_at,
             at=datetime.now(UTC),
         )

@@ -59,7 +59,7 @@ async def test_files_of_any_size_survive(store: ArtifactStore, key: str, tmp_pat
     (tmp_path / "source").write_bytes(data)
 
     await store.put(key, tmp_path / "source", "video/mp4")
-    await store.fetch(key, tmp_path / "copy")
+    assert await store.fetch(key, tmp_path / "copy") == size
 
     assert (tmp_path / "copy").read_bytes() == data
     assert await whole(store, key) == data

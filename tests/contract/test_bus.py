@@ -14,7 +14,7 @@ from tests.servers import connected_bus, running_nats
 from tests.spans import traced, traceparent
 
 from vidgen import errors, topology, tracing
-from vidgen.bus import Bus, Delivery, Stored
+from vidgen.bus import Bus, Delivery, Stored, Supply
 from vidgen.testing import MemoryBus
 
 QUEUE = topology.consumer_of("edit", "interactive")
@@ -318,6 +318,86 @@ async def test_a_pull_that_is_cancelled_while_a_message_comes_hands_it_back(bus:
         await delivery.nak()
 
     assert (await taken(bus)).body == b"j1"
+
+
+async def supplied(supply: Supply) -> Delivery:
+    async with asyncio.timeout(BOUND):
+        delivery = await supply.next()
+    assert delivery is not None
+    return delivery
+
+
+async def test_a_supply_gives_everything_in_order_what_was_there_and_what_comes(bus: Bus) -> None:
+    supply = bus.supply(QUEUE, 4)
+    for number in range(10):
+        await queued(bus, f"a{number}")
+    found = [(await supplied(supply)).body for _ in range(10)]
+    waiting = asyncio.create_task(supplied(supply))
+    await asyncio.sleep(0)
+    await queued(bus, "b")
+
+    assert found == [f"a{number}".encode() for number in range(10)]
+    assert (await waiting).body == b"b"
+    await supply.close()
+
+
+async def test_a_supply_that_is_closed_ends_those_who_wait_and_keeps_nothing(bus: Bus) -> None:
+    # The lease here is a minute: had it kept a message, nobody would get it in time.
+    supply = bus.supply(QUEUE, 4)
+    for number in range(6):
+        await queued(bus, str(number))
+    first = await supplied(supply)
+    await first.ack()
+    await supply.close()
+    await supply.close()  # harmless
+
+    assert await supply.next() is None
+    assert {(await taken(bus)).body for _ in range(5)} == {b"1", b"2", b"3", b"4", b"5"}
+
+
+async def test_several_wait_at_one_supply_and_all_end_with_it(bus: Bus) -> None:
+    supply = bus.supply(QUEUE, 4)
+    waiting = [asyncio.create_task(supply.next()) for _ in range(3)]
+    await bus.depth(QUEUE)
+    await supply.close()
+
+    async with asyncio.timeout(BOUND):
+        assert await asyncio.gather(*waiting) == [None, None, None]
+    await queued(bus)
+    assert (await taken(bus)).body == b"j1"
+
+
+async def test_two_supplies_share_a_consumer(bus: Bus) -> None:
+    one, other = bus.supply(QUEUE, 2), bus.supply(QUEUE, 2)
+    pulls = [asyncio.create_task(supplied(supply)) for supply in (one, other)]
+    await bus.depth(QUEUE)
+    for number in range(8):
+        await queued(bus, str(number))
+    found = [await pull for pull in pulls]
+    await asyncio.gather(one.close(), other.close())
+
+    left = [await taken(bus) for _ in range(6)]
+    assert len({delivery.body for delivery in (*found, *left)}) == 8
+
+
+async def test_an_ack_that_nobody_waits_for_settles_too(bus: Bus) -> None:
+    seq = await queued(bus)
+    await (await taken(bus)).ack(heard=False)
+
+    async with asyncio.timeout(BOUND):
+        while await bus.get(topology.TASKS, seq) is not None:
+            await asyncio.sleep(0.01)
+
+
+async def test_the_latest_is_the_last_message_on_a_subject(bus: Bus) -> None:
+    subject = topology.subject_of_events("j1")
+    assert await bus.latest(topology.EVENTS, subject) is None
+    await told(bus, "j1", 3)
+    await told(bus, "j2", 1)
+
+    latest = await bus.latest(topology.EVENTS, subject)
+
+    assert latest == await bus.last(topology.EVENTS, subject)
 
 
 async def test_a_message_delivered_too_often_stays_and_an_advisory_tells(open_bus: OpenBus) -> None:

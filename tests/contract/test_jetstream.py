@@ -9,6 +9,7 @@ import socket
 from pathlib import Path
 from typing import Any
 
+import nats.errors
 import pytest
 from nats.js import api
 from tests.servers import connected_bus, running_nats
@@ -89,6 +90,51 @@ async def test_what_was_taken_before_a_restart_is_settled_after_it_or_comes_agai
                     with contextlib.suppress(errors.BusError):
                         delivery = await connected.pull(QUEUE, 0) or delivery
         assert await connected.get(topology.TASKS, delivery.seq) is None
+
+
+async def test_a_supply_goes_on_after_a_restart(nats_server: NatsServer) -> None:
+    async with connected_bus(nats_server) as connected:
+        supply = connected.supply(QUEUE, 4)
+        waiting = asyncio.create_task(supply.next())
+        await connected.depth(QUEUE)
+        await nats_server.kill()
+        with pytest.raises(errors.BusError):
+            await waiting
+        await nats_server.start()
+        async with asyncio.timeout(BOUND):
+            for number in range(6):  # more than one pull brings
+                subject = topology.subject_of_task("edit", "interactive", str(number))
+                await connected.publish(subject, b"x", message_id=str(number))
+            found = 0
+            while found < 6:
+                with contextlib.suppress(errors.BusError):
+                    delivery = await supply.next()
+                    assert delivery is not None
+                    await delivery.ack()
+                    found += 1
+        await supply.close()
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+async def test_a_supply_goes_on_when_its_consumer_is_back(nats_server: NatsServer, batch: int) -> None:
+    async with connected_bus(nats_server) as connected:
+        supply = connected.supply(QUEUE, batch)
+        waiting = asyncio.create_task(supply.next())
+        await connected.depth(QUEUE)
+        await connected.jetstream.delete_consumer(QUEUE.stream, QUEUE.name)
+        with pytest.raises(errors.BusError):
+            await waiting
+        await bootstrap.ensure(connected, topology.Topology())
+        await connected.publish(SUBJECT, b"x", message_id="1")
+        async with asyncio.timeout(BOUND):
+            while True:
+                with contextlib.suppress(errors.BusError):
+                    delivery = await supply.next()
+                    assert delivery is not None
+                    assert delivery.body == b"x"
+                    break
+        await delivery.ack()
+        await supply.close()
 
 
 async def test_a_feed_goes_on_where_it_was_after_a_restart(nats_server: NatsServer) -> None:
@@ -239,6 +285,57 @@ async def test_a_request_named_like_an_answer_of_the_server_is_a_message(nats_se
             assert delivery is not None
             assert delivery.body == b"{}"
             await delivery.ack()
+
+
+# ── answers ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+async def test_each_of_many_requests_gets_its_own_answer(nats_server: NatsServer) -> None:
+    async with connected_bus(nats_server) as connected:
+        heard = await connected.client.subscribe("echo")
+        asked = [asyncio.create_task(connected.client.request("echo", b"%d" % n, timeout=BOUND)) for n in range(9)]
+        came = [await heard.next_msg(timeout=BOUND) for _ in asked]
+        for message in reversed(came):
+            await message.respond(message.data)
+
+        assert [answer.data for answer in await asyncio.gather(*asked)] == [b"%d" % n for n in range(9)]
+
+
+async def test_an_answer_that_comes_too_late_is_let_go(nats_server: NatsServer) -> None:
+    async with connected_bus(nats_server) as connected:
+        heard = await connected.client.subscribe("slow")
+        with pytest.raises(nats.errors.TimeoutError):
+            await connected.client.request("slow", b"first", timeout=0.05)
+        late = await heard.next_msg(timeout=BOUND)
+        asked = asyncio.create_task(connected.client.request("slow", b"second", timeout=BOUND))
+        await late.respond(b"of the first")
+        await (await heard.next_msg(timeout=BOUND)).respond(b"of the second")
+
+        assert (await asked).data == b"of the second"
+
+
+async def test_pulls_that_follow_one_another_share_a_subscription(nats_server: NatsServer) -> None:
+    async with connected_bus(nats_server) as connected:
+        assert await connected.pull(QUEUE, 0) is None
+        await connected.depth(QUEUE)
+        before = set(connected.client._subs)
+        for n in range(5):
+            await connected.publish(SUBJECT, b"%d" % n, message_id=str(n))
+            await (await pulled(connected)).ack()
+            assert await connected.pull(QUEUE, 0.05) is None
+
+        assert set(connected.client._subs) == before
+
+
+async def test_an_ack_that_nobody_waits_for_removes_the_message_too(nats_server: NatsServer) -> None:
+    async with connected_bus(nats_server) as connected:
+        await connected.publish(SUBJECT, b"body", message_id="a")
+        delivery = await pulled(connected)
+        await delivery.ack(heard=False)
+
+        async with asyncio.timeout(BOUND):
+            while await connected.get(topology.TASKS, delivery.seq) is not None:
+                await asyncio.sleep(0.01)
 
 
 # ── bootstrap ────────────────────────────────────────────────────────────────────────────────────────────────────────

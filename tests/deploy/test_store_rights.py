@@ -198,7 +198,7 @@ async def test_a_worker_keeps_its_results_and_its_states_and_the_next_one_finds_
         main = tmp_path / MAIN_FILE[stage]
         main.write_bytes(b"made")
 
-        kept = await results.keep(store, task, [Finished(main, "image/png", 64, 64)], info)
+        kept = await results.keep(store, task, results.made(task, [Finished(main, "image/png", 64, 64)], info))
         state = Suspended(1, 4)
         state.state = (2).to_bytes(8, "little") + b"{}"
         checkpoint = await checkpoints.keep(store, task, 1, info, state, tmp_path)

@@ -27,7 +27,10 @@ router = APIRouter(prefix="/v1/jobs/{job_id}", tags=["artifacts"])
 RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})")
 SHOWN_INLINE = {*EXTENSIONS, "video/mp4"}  # not whatever is called an image: an SVG is a program
 DESCRIPTIONS: dict[int | str, dict[str, object]] = {
-    200: {"description": "The file, with `proxy=1`.", "content": {"application/octet-stream": {}}},
+    200: {
+        "description": "The file, with `proxy=1`.",
+        "content": {kind: {} for kind in (*EXTENSIONS, "video/mp4", "application/octet-stream")},
+    },
     206: {"description": "A part of the file, with `proxy=1` and `Range`."},
     304: {"description": "The file that `If-None-Match` names."},
     307: {"description": "The presigned URL of the file."},

@@ -56,12 +56,12 @@ class JobFeed:
         """Begin to listen; raises JobNotFoundError and BusError. With `forecast` a waiting job's place is told too."""
         # Progress is listened to before anything is read, and the place of the log's end is read before the log: what
         # happens meanwhile comes through one or the other.
-        await jobs.get(job_id)
         progress = await bus.listen(topology.subject_of_progress(job_id))
         try:
+            subject = topology.subject_of_events(job_id)
             job = await jobs.get(job_id)
-            newest = await bus.last(topology.EVENTS, topology.subject_of_events(job_id))
-            log_feed = await bus.follow(topology.EVENTS, topology.subject_of_events(job_id), after)
+            newest = await bus.last(topology.EVENTS, subject)
+            log_feed = await bus.follow(topology.EVENTS, subject, after)
         except BaseException:
             await progress.close()
             raise

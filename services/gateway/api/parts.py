@@ -47,12 +47,13 @@ class Parts:
         return timedelta(minutes=self.settings.presign_minutes)
 
 
-def _parts(request: Request) -> Parts:
+# Coroutines, though they wait for nothing: FastAPI would call a plain function in a thread, for each request.
+async def _parts(request: Request) -> Parts:
     parts: Parts = request.app.state.parts
     return parts
 
 
-def _caller(request: Request) -> Caller:
+async def _caller(request: Request) -> Caller:
     caller: Caller = request.state.caller  # the door put it there; who has not come through it has none
     return caller
 

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Callable
 
 from vidgen import errors, topology, tracing
-from vidgen.bus import PULL_WAIT, Delivery, Depth, Feed, Held, Records, Stored
+from vidgen.bus import PULL_WAIT, Delivery, Depth, Feed, Held, Records, Stored, Supply
 from vidgen.testing.clock import Clock, RealClock
 from vidgen.testing.faults import Faults
 from vidgen.testing.streams import MemoryBucket, MemoryConsumer, MemoryStream, matches
@@ -20,9 +21,9 @@ class MemoryBus(Faults):
     """
 
     METHODS = frozenset({
-        "publish", "pull", "last", "first", "count", "tail", "get", "delete", "purge", "follow", "signal", "listen",
-        "depth", "listened", "held", "ack", "nak", "unsettled", "hand_back", "in_progress", "next", "records.get",
-        "records.put", "records.all",
+        "publish", "pull", "last", "latest", "first", "count", "tail", "get", "delete", "purge", "follow", "signal",
+        "listen", "depth", "listened", "held", "ack", "nak", "unsettled", "hand_back", "in_progress", "next",
+        "records.get", "records.put", "records.all",
     })  # fmt: skip
     OUTAGE = errors.BusError
 
@@ -81,15 +82,26 @@ class MemoryBus(Faults):
             return seq
 
     async def pull(self, consumer: topology.Consumer, wait: float = PULL_WAIT) -> Delivery | None:
+        return await self.pull_unless(consumer, lambda: False, wait)
+
+    async def pull_unless(
+        self, consumer: topology.Consumer, over: Callable[[], bool], wait: float = PULL_WAIT
+    ) -> Delivery | None:
+        """As `pull`, and None once it is over."""
         async with self.call("pull"):
             state = self._consumer(consumer)
             until = self.clock.time() + wait
-            while (taken := state.take()) is None:
+            while not over():
+                if (taken := state.take()) is not None:
+                    return MemoryDelivery(self, state, *taken)
                 if self.clock.time() >= until:
                     return None
                 due = state.next_due()
                 await self.change(until if due is None else min(due, until))
-            return MemoryDelivery(self, state, *taken)
+            return None
+
+    def supply(self, consumer: topology.Consumer, batch: int) -> Supply:
+        return MemorySupply(self, consumer)
 
     async def unsettled(self, consumer: topology.Consumer) -> list[Stored]:
         async with self.call("unsettled"):
@@ -102,6 +114,10 @@ class MemoryBus(Faults):
 
     async def last(self, stream: str, subject: str) -> Stored | None:
         async with self.call("last"):
+            return next(reversed(list(self._stream(stream).on(subject))), None)
+
+    async def latest(self, stream: str, subject: str) -> Stored | None:
+        async with self.call("latest"):
             return next(reversed(list(self._stream(stream).on(subject))), None)
 
     async def first(self, stream: str, subject: str, after: int = 0) -> Stored | None:
@@ -221,7 +237,7 @@ class MemoryDelivery:
         self.headers, self.num_delivered = dict(stored.headers), num_delivered
         self.settled = False
 
-    async def ack(self) -> None:
+    async def ack(self, heard: bool = True) -> None:
         self.settled = True
         async with self._bus.call("ack"):
             self._consumer.ack(self.seq)
@@ -236,6 +252,23 @@ class MemoryDelivery:
     async def in_progress(self) -> None:
         async with self._bus.call("in_progress"):
             self._consumer.in_progress(self.seq)
+
+
+class MemorySupply:
+    """Takes each message when it is wanted: here nothing is gained by taking it before."""
+
+    def __init__(self, bus: MemoryBus, consumer: topology.Consumer) -> None:
+        self._bus, self._consumer, self._closed = bus, consumer, False
+
+    async def next(self) -> Delivery | None:
+        while not self._closed:
+            if (taken := await self._bus.pull_unless(self._consumer, lambda: self._closed)) is not None:
+                return taken
+        return None
+
+    async def close(self) -> None:
+        self._closed = True
+        self._bus.changed()
 
 
 class MemoryFollowFeed:

@@ -39,13 +39,14 @@ class MemoryStore(Faults):
                 raise local_file(exc) from exc
             self.add(key, data, content_type, **(metadata or {}))
 
-    async def fetch(self, key: str, path: Path, limit: int | None = None) -> None:
+    async def fetch(self, key: str, path: Path, limit: int | None = None) -> int:
         async with self.call("fetch"):
             data = self._found(key)
             if limit is not None and len(data) > limit:
                 raise too_large(len(data), limit)
             try:
-                await asyncio.to_thread(path.write_bytes, data)
+                path.parent.mkdir(0o700, exist_ok=True)
+                return await asyncio.to_thread(path.write_bytes, data)
             except OSError as exc:
                 raise local_file(exc) from exc
 

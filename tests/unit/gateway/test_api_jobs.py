@@ -70,6 +70,17 @@ async def test_the_same_job_id_twice_is_one_job_and_wins_over_the_key(gateway: G
     assert first.json()["id"] == second.json()["id"] == "mine"
 
 
+async def test_nobody_looks_for_a_job_whose_id_was_made_for_it(gateway: Gateway) -> None:
+    bus = gateway.parts.bus
+    assert isinstance(bus, MemoryBus)
+    looked = []
+    for headers in ({}, {"Idempotency-Key": "a"}):
+        before = bus.calls["records.get"]
+        assert (await gateway.client.post("/v1/jobs", json=GOOD, headers=headers)).status_code == 202
+        looked.append(bus.calls["records.get"] - before)
+    assert looked == [0, 1]
+
+
 async def test_an_empty_idempotency_key_is_refused(gateway: Gateway) -> None:
     answer = await gateway.client.post("/v1/jobs", json=GOOD, headers={"Idempotency-Key": ""})
     assert answer.status_code == 422

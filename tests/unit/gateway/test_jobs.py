@@ -56,6 +56,59 @@ async def test_the_next_event_of_a_job_costs_no_read() -> None:
     assert bus.calls["records.get"] == before
 
 
+async def test_a_start_is_told_though_it_is_in_the_log_alone_and_no_record_is_written_for_it() -> None:
+    bus = MemoryBus()
+    one, other = Jobs(bus), Jobs(bus)
+    job, _ = await one.create(a_job(i2v={"prompt": "zoom"}))
+    begun = started(job)
+    await bus.publish(topology.subject_of_events(job.id), begun.to_bytes(), message_id="s")
+    writes = bus.calls["records.put"]
+    assert await one.started(begun) is not None
+    assert bus.calls["records.put"] == writes
+
+    for jobs in (one, other):
+        for told in (await jobs.find(job.id), await jobs.get(job.id), *(await jobs.list(None, None, 9)).jobs):
+            assert told is not None
+            assert (told.status, told.stage) == (JobStatus.IN_PROGRESS, "edit")
+            edit = told.stage_record("edit")
+            assert edit is not None
+            assert (edit.state, edit.worker, edit.started_at) == ("running", "w1", begun.at)
+        assert len((await jobs.list(JobStatus.IN_PROGRESS, None, 9)).jobs) == 1
+        assert (await jobs.list(JobStatus.QUEUED, None, 9)).jobs == ()
+
+
+async def test_a_replica_that_never_saw_the_start_knows_of_it_from_the_end() -> None:
+    bus = MemoryBus()
+    one, other = Jobs(bus), Jobs(bus)
+    job, _ = await one.create(a_job())
+    begun = started(job)
+    await one.started(begun)
+    ended = completed(job).model_copy(update={"started_at": begun.at})
+    applied = await other.apply(ended)
+    assert applied is not None
+    edit = applied.job.stage_record("edit")
+    assert edit is not None
+    assert (edit.started_at, applied.job.status) == (begun.at, JobStatus.COMPLETED)
+
+
+async def test_the_start_of_a_stage_that_the_record_does_not_know_yet_changes_nothing_of_what_is_told() -> None:
+    bus = MemoryBus()
+    jobs = Jobs(bus)
+    job, _ = await jobs.create(a_job(i2v={"prompt": "zoom"}))
+    begun = started(job, "i2v")
+    await bus.publish(topology.subject_of_events(job.id), begun.to_bytes(), message_id="s")
+    told = await jobs.find(job.id)
+    assert told == job
+
+
+async def test_what_is_in_the_log_and_cannot_be_read_is_passed_over() -> None:
+    bus = MemoryBus()
+    jobs = Jobs(bus)
+    job, _ = await jobs.create(a_job())
+    await bus.publish(topology.subject_of_events(job.id), b'{"type":"of another version"}', message_id="x")
+    assert await jobs.find(job.id) == job
+
+
 async def test_only_so_many_records_are_remembered() -> None:
     bus = MemoryBus()
     jobs = Jobs(bus)

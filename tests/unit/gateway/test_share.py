@@ -268,7 +268,7 @@ async def test_a_task_that_starts_lets_the_next_move_up() -> None:
     stop = asyncio.Event()
     running = asyncio.create_task(gateway.parts.jobs.share.run(stop))
     taken = await gateway.parts.bus.pull(QUEUE, 0)
-    gateway.parts.jobs.started(started(jobs[0]), jobs[0])
+    await gateway.parts.jobs.started(started(jobs[0]))
     async with asyncio.timeout(BOUND):
         following = await gateway.parts.bus.pull(QUEUE, BOUND)
     stop.set()

@@ -15,7 +15,7 @@ import structlog
 from tests import engines
 from tests.workbench import BOUND, Bench, LoopClock, settled, task_of
 
-from vidgen import contracts, errors, topology
+from vidgen import contracts, errors, results, topology
 from vidgen.contracts import MAX_REFERENCES
 from vidgen.engine import Engine
 from vidgen.eta import Pace
@@ -73,7 +73,8 @@ async def test_a_task_is_settled_by_its_artifact_its_event_and_its_ack(
     assert await bench.run() == "completed"
 
     assert bench.types() == ["stage_started", "stage_completed"]
-    event = bench.events()[-1]
+    begun, event = bench.events()
+    assert event.started_at == begun.at
     assert (event.attempt, event.tries, event.reused, event.seed, event.worker) == (1, 1, False, 7, "w1")
     [artifact] = event.artifacts
     assert (artifact.key, artifact.size) == (f"jobs/j1/{name}", len(bench.store.objects[f"jobs/j1/{name}"]))
@@ -194,6 +195,49 @@ async def test_a_stored_result_is_used_even_where_its_inputs_are_gone(bench_of: 
     del bench.store.objects["uploads/j1.jpg"]
 
     assert await bench.run() == "reused"
+
+
+async def test_a_first_attempt_does_not_ask_the_store_for_a_result(bench_of: MakeBench) -> None:
+    bench = bench_of()
+    await bench.accept()
+    await bench.queue_where_the_log_stands()
+
+    assert await bench.run() == "completed"
+
+    assert bench.store.calls["stat"] == 0
+
+
+async def test_a_result_is_found_where_the_log_went_on_though_the_task_says_otherwise(
+    bench_of: MakeBench, tmp_path: Path
+) -> None:
+    # A bus that was killed may forget that it has delivered the task before; the log does not.
+    clock = FakeClock()
+    engine = engines.Instant()
+    bench = bench_of(engine, clock=clock)
+    await bench.accept()
+    task = await bench.queue_where_the_log_stands()
+    [queued] = bench.bus.messages(topology.TASKS)
+    files = engine.finish(task.work, tmp_path)
+    await results.keep(bench.store, task, results.made(task, files, engine.info))
+    await bench.start_elsewhere(1)
+
+    assert queued.headers[topology.HEADER_LOG_SEQ] == "1"
+    assert await bench.run() == "reused"
+
+    assert "generate" not in engine.calls
+
+
+@pytest.mark.parametrize("how", ["delivered again", "another run"])
+async def test_a_result_is_looked_for_where_it_may_be(bench_of: MakeBench, how: str) -> None:
+    bench = bench_of(clock=FakeClock())
+    await bench.accept()
+    await bench.queue_where_the_log_stands(run=2 if how == "another run" else 1)
+    if how == "delivered again":
+        await (await bench.take()).nak()
+
+    assert await bench.run() == "completed"
+
+    assert bench.store.calls["stat"] == 1
 
 
 async def test_a_passing_fault_hands_the_task_back_with_a_wait_and_then_it_succeeds(bench_of: MakeBench) -> None:
@@ -1031,7 +1075,10 @@ async def test_nothing_renews_the_lease_of_a_task_that_is_done(bench_of: MakeBen
 # ── progress ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_progress_tells_the_first_and_the_last_step_and_at_most_five_a_second(bench_of: MakeBench) -> None:
+async def test_progress_tells_the_first_and_the_last_step_and_at_most_five_a_second(
+    bench_of: MakeBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vidgen.progress.SOON_S", 0.0)
     bench = bench_of(engines.Paced(0.5))
     await bench.queue(steps=100)
     heard = await bench.hear_progress()
@@ -1044,16 +1091,62 @@ async def test_progress_tells_the_first_and_the_last_step_and_at_most_five_a_sec
     assert [said.step for said in steps] == sorted({said.step for said in steps})
 
 
-async def test_progress_tells_each_phase_the_pace_and_what_is_left(bench_of: MakeBench) -> None:
-    engine = engines.Gated()
-    bench = bench_of(engine)
+async def test_of_a_task_that_takes_no_time_no_progress_is_told(
+    bench_of: MakeBench, loop_clock: LoopClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vidgen.progress.SOON_S", 300.0)
+    bench = bench_of()
     await bench.queue()
     heard = await bench.hear_progress()
 
     await bench.run()
+    loop_clock.advance(301)
+    await settled()
+
+    assert heard() == []
+
+
+async def test_an_engine_that_goes_on_behind_its_attempt_tells_no_progress(
+    bench_of: MakeBench, loop_clock: LoopClock
+) -> None:
+    engine = engines.Gated()
+    gate = engine.hold("generate", step=1)
+    bench = bench_of(engine)
+    await bench.queue()
+    heard = await bench.hear_progress()
+    running = await bench.begin()
+    await reached(gate)
+    running.cancel()
+    await asyncio.wait([running], timeout=BOUND)
+    before = heard()
+
+    gate.open()
+    await asyncio.wrap_future(bench.device_thread.submit(lambda: None))
+    loop_clock.advance(10)
+    await settled()
+
+    assert heard() == before
+
+
+async def test_progress_tells_each_phase_the_pace_and_what_is_left(bench_of: MakeBench, loop_clock: LoopClock) -> None:
+    engine = engines.Gated()
+    gates = [engine.hold("prepare"), engine.hold("generate", step=2), engine.hold("finish")]
+    bench = bench_of(engine)
+    await bench.queue()
+    heard = await bench.hear_progress()
+
+    running = await bench.begin()
+    for gate in gates:
+        await reached(gate)
+        await settled()
+        loop_clock.advance(0.3)
+        await settled()
+        gate.open()
+    assert await ended(running) == "completed"
 
     said = heard()
-    assert [said[0].phase, said[1].phase, said[-1].phase] == ["preparing", "denoising", "finishing"]
+    told = [(each.phase, each.step) for each in said]
+    assert told[:2] + told[-2:] == [("preparing", 0), ("denoising", 1), ("denoising", 4), ("finishing", 4)]
     assert (said[0].eta_s, said[0].steps) == (None, 4)
     for each in said[1:]:
         assert each.seconds_per_step is not None
@@ -1075,6 +1168,7 @@ async def test_an_engine_that_lies_about_its_steps_makes_no_nonsense_of_the_prog
 async def test_progress_goes_back_with_an_engine_that_begins_again_and_counts_the_steps_of_its_new_way(
     bench_of: MakeBench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr("vidgen.progress.SOON_S", 0.0)
     monkeypatch.setattr(Pace, "allows", lambda self, now, last=False: True)
     bench = bench_of(engines.ShortOfMemory())
     await bench.queue(candidates=2)
@@ -1321,10 +1415,10 @@ def gone(bench: Bench) -> None:
 def not_now(bench: Bench) -> None:
     fetch = bench.store.fetch
 
-    async def fetch_inputs_only(key: str, path: Path, limit: int | None = None) -> None:
+    async def fetch_inputs_only(key: str, path: Path, limit: int | None = None) -> int:
         if key.startswith("checkpoints/"):
             raise errors.StoreError("the object store did not answer")
-        await fetch(key, path, limit)
+        return await fetch(key, path, limit)
 
     bench.store.fetch = fetch_inputs_only  # type: ignore[method-assign]
 

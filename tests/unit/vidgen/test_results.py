@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import random
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,12 @@ def store() -> JournalStore:
     return JournalStore(Journal())
 
 
+async def keep(
+    store: JournalStore, task: contracts.Task, files: Sequence[Finished], info: EngineInfo
+) -> results.Result:
+    return await results.keep(store, task, results.made(task, files, info))
+
+
 def files(folder: Path, count: int, seed: int = 0) -> list[Finished]:
     """Files of different contents: their hashes do not compress."""
     made = []
@@ -38,7 +45,7 @@ def files(folder: Path, count: int, seed: int = 0) -> list[Finished]:
 async def test_a_result_is_found_as_it_was_kept(store: JournalStore, tmp_path: Path) -> None:
     task = task_of(candidates=2)
 
-    kept = await results.keep(store, task, files(tmp_path, 2), INFO)
+    kept = await keep(store, task, files(tmp_path, 2), INFO)
 
     assert await results.find(store, task) == kept
     assert (kept.engine, kept.model, kept.revision, kept.seed, kept.steps) == (
@@ -48,7 +55,7 @@ async def test_a_result_is_found_as_it_was_kept(store: JournalStore, tmp_path: P
 
 
 async def test_the_main_file_is_stored_last_and_alone_has_the_manifest(store: JournalStore, tmp_path: Path) -> None:
-    await results.keep(store, task_of(candidates=4), files(tmp_path, 4), INFO)
+    await keep(store, task_of(candidates=4), files(tmp_path, 4), INFO)
 
     assert store.journal.entries[-1] == "put jobs/j1/edit-0.png"
     assert len(store.journal.entries) == 4
@@ -61,7 +68,7 @@ async def test_the_main_file_is_stored_last_and_alone_has_the_manifest(store: Jo
 async def test_nothing_is_found_before_the_main_file_is_there(store: JournalStore, tmp_path: Path) -> None:
     store.fail_next("put", times=2)
     with pytest.raises(Exception, match="told to fail"):
-        await results.keep(store, task_of(candidates=2), files(tmp_path, 2), INFO)
+        await keep(store, task_of(candidates=2), files(tmp_path, 2), INFO)
 
     assert await results.find(store, task_of(candidates=2)) is None
 
@@ -72,7 +79,7 @@ async def test_a_retry_asks_for_the_same_and_another_wish_does_not(
 ) -> None:
     task = task_of(stage=stage)
     [finished] = engines.Instant().finish(task.work, tmp_path)
-    await results.keep(store, task, [finished], INFO)
+    await keep(store, task, [finished], INFO)
 
     same = task.model_copy(update={"run": 2, "lane": "batch", "queued_at": task.queued_at.replace(year=2000)})
     assert await results.find(store, same) is not None
@@ -110,7 +117,7 @@ async def test_the_manifest_of_four_candidates_fits_into_the_metadata_of_an_s3_o
 ) -> None:
     task = task_of("j" * 64, candidates=4)
 
-    await results.keep(store, task, files(tmp_path, 4), INFO)
+    await keep(store, task, files(tmp_path, 4), INFO)
 
     stat = await store.stat(results.main_key(task))
     assert stat is not None

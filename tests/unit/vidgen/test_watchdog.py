@@ -83,6 +83,21 @@ async def test_silence_beyond_that_is_a_hang() -> None:
         await looks(clock, dog.watch(work_of("edit")), LOOK_S)
 
 
+async def test_who_is_cancelled_over_an_engine_that_hangs_is_cancelled() -> None:
+    dog = Watchdog(Patience(least_s=0.0, first_s=0.0), look_s=LOOK_S)
+    begun = asyncio.Event()
+
+    async def watches() -> None:
+        begun.set()
+        await dog.watch(work_of("edit")).over(asyncio.Event().wait())
+
+    watching = asyncio.create_task(watches())
+    await begun.wait()
+    watching.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await watching
+
+
 async def test_a_process_that_stood_still_was_not_silent() -> None:
     """After a SIGSTOP, or on a machine that slept, the clock jumps while the engine could not have said anything."""
     clock = Clock()

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import tempfile
+import shutil
 import threading
 from collections.abc import AsyncIterator, Iterator
 from itertools import pairwise
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -233,6 +234,44 @@ async def test_a_batch_that_comes_late_waits_for_nine_at_most() -> None:
         assert "batch" in await pulled(puller, 10)
 
 
+async def test_one_look_is_enough_where_one_task_follows_another() -> None:
+    async with open_shop() as shop:
+        puller = LanePuller(shop.bench.bus, "edit")
+        await shop.queue(1)
+        await pulled(puller, 1)
+        before = shop.bench.bus.calls["pull"]
+        following = asyncio.create_task(puller.next())
+        await settled()
+        await shop.queue(2)
+
+        assert await following is not None
+        assert shop.bench.bus.calls["pull"] == before + 1
+
+
+async def test_who_waits_in_vain_looks_into_each_lane_once_a_round() -> None:
+    async with open_shop() as shop:
+        puller = LanePuller(shop.bench.bus, "edit")
+        assert await puller.next(wait=0.01) is None
+        before = shop.bench.bus.calls["pull"]
+
+        assert await puller.next(wait=0.01) is None
+
+        assert shop.bench.bus.calls["pull"] == before + 2
+
+
+async def test_after_an_outage_what_somebody_waits_for_comes_before_the_batch_again() -> None:
+    async with open_shop() as shop:
+        puller = LanePuller(shop.bench.bus, "edit")
+        assert await puller.next(wait=0.01) is None
+        shop.bench.bus.fail_next("pull")
+        with pytest.raises(errors.BusError):
+            await puller.next(wait=0.01)
+        await shop.queue(1, lane="batch")
+        await shop.queue(2)
+
+        assert await pulled(puller, 2) == ["interactive", "batch"]
+
+
 async def test_an_empty_queue_gives_nothing() -> None:
     async with open_shop() as shop:
         assert await LanePuller(shop.bench.bus, "edit").next(wait=0) is None
@@ -281,7 +320,7 @@ async def test_a_task_that_arrives_with_the_drain_is_handed_back_unseen(monkeypa
 
         async def pull_and_drain(*args: Any, **given: Any) -> Delivery | None:
             delivery = await pull(*args, **given)
-            shop.worker.drain()
+            asyncio.get_running_loop().call_soon(shop.worker.drain)  # before anybody hears of the delivery
             return delivery
 
         monkeypatch.setattr(shop.bench.bus, "pull", pull_and_drain)
@@ -844,28 +883,43 @@ async def test_what_follows_each_other_quickly_is_one_entry(
         assert (told.generating, told.running, told.tasks_done) == (None, (), 1)
 
 
+async def test_a_task_that_comes_again_is_told_in_the_registry_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("vidgen.worker.SOON_S", 300.0)
+    async with open_shop(heartbeat_s=600.0) as shop:
+        await shop.queue(1)
+        await (await shop.bench.take()).nak()
+        gate = shop.engine.hold("generate", 1, 2)
+        shop.start()
+        await reached(gate)
+
+        async with asyncio.timeout(BOUND):
+            while (await shop.registered()).running != ("j1",):
+                await asyncio.sleep(0)
+
+
 async def test_a_task_that_was_handed_back_is_taken_again_though_its_folder_is_not_gone_yet(
     steady: Steady, loop_clock: LoopClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It was taken for one that still ran, and nobody began it until its lease ran out."""
-    removed = tempfile.TemporaryDirectory.cleanup
+    removed = shutil.rmtree
     held, asked = threading.Event(), []
 
-    def cleanup(folder: tempfile.TemporaryDirectory[str]) -> None:
+    def rmtree(folder: Path, *how: Any) -> None:
         asked.append(folder)
         if len(asked) == 1:
             assert held.wait(BOUND)
-        removed(folder)
+        removed(folder, *how)
 
     async with open_shop(engines.Resumes()) as shop:
         gate = await a_long_batch_task(shop, steady)
-        monkeypatch.setattr(tempfile.TemporaryDirectory, "cleanup", cleanup)
+        monkeypatch.setattr(shutil, "rmtree", rmtree)
         await shop.queue(2)
         await looked(shop, loop_clock)
         gate.open()
 
         await shop.until("stage_completed", 2)
 
+        assert asked
         assert not held.is_set()
         assert [event.type for event in shop.bench.events("j1")][-3:] == [
             "stage_released", "stage_started", "stage_completed"
