@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import os
 import signal
 import sys
@@ -45,6 +46,7 @@ async def main(counts: dict[Stage, int]) -> None:
             for stage, count in counts.items()
             for number in range(count)
         ]
+        gc.freeze()  # as the services do
         running = [asyncio.create_task(worker.run()) for worker in workers]
         write_ready_file(settings.ready_file, "ready")
         await asyncio.wait([asyncio.create_task(stop.wait()), *running], return_when=asyncio.FIRST_COMPLETED)
