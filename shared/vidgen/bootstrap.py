@@ -9,7 +9,8 @@ import nats.js.errors as js_errors
 from nats.js import JetStreamContext, api
 
 from vidgen import errors, topology
-from vidgen.jetstream import JetStreamBus, translated
+from vidgen.jetstream import JetStreamBus
+from vidgen.natserrors import translated
 
 log = logging.getLogger("vidgen.bus")
 

@@ -15,6 +15,8 @@ from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 
+REQUEST_TIMEOUT = 5.0
+LAST_CALL = 0.1  # seconds that a pull which was given up still listens
 NO_RESPONDERS = "503"
 
 

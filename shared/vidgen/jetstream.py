@@ -6,10 +6,9 @@ import asyncio
 import contextlib
 import json
 import logging
-import re
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -18,391 +17,27 @@ import nats.errors
 import nats.js.errors as js_errors
 from nats.aio.client import Client
 from nats.aio.msg import Msg
-from nats.aio.subscription import Subscription
-from nats.js import JetStreamContext, api
+from nats.js import JetStreamContext
 
 from vidgen import errors, permissions, topology, tracing
 from vidgen.bus import PULL_WAIT, Delivery, Depth, Feed, Held, Records, Stored, Supply
-from vidgen.inboxes import PullInbox, Requester, Sink
+from vidgen.deliveries import JetStreamDelivery, JetStreamSupply
+from vidgen.feeds import FollowFeed, ListenFeed
+from vidgen.inboxes import LAST_CALL, REQUEST_TIMEOUT, PullInbox, Requester
+from vidgen.natserrors import ConsumerGoneError, cancellable, expecting, headers_of, translated
+from vidgen.records import JetStreamRecords
 
 log = logging.getLogger("vidgen.bus")
 
 PUBLISH_PATIENCE = 20.0  # a leader change in R3 takes 5–8 s (FACTS §4)
-REQUEST_TIMEOUT = 5.0
 READY_TIMEOUT = 2.0
 FIRST_CONNECT_ATTEMPTS = 2  # beyond the first one, a second apart
 FIRST_CONNECT_LIMIT = 30.0  # for all of them: a TLS handshake that fails may leave nats-py waiting for ever
 LISTENED_TIMEOUT = 1.0  # for an answer that nobody gives: that nobody is there, the server says at once
-FEED_MEMORY = 60.0  # seconds that the server keeps the place of a feed nobody reads
-RECORDS_AT_ONCE = 64
 NOT_SECURE = "the bus speaks no TLS, and the settings want it"
-SUPPLY_WAIT = 30.0  # seconds that a pull for several messages stays open
-ASK_AGAIN = 0.5  # seconds after a pull that the bus did not answer
-LAST_CALL = 0.1  # seconds that a pull which was given up still listens
 
-WRONG_LAST_SEQUENCE = frozenset({10071, 10164})  # alone · in a cluster
 SEQUENCE_NOT_FOUND = frozenset({10037, 10043, 10057})  # never was · deleted · past the end
-STORE_FAILED = 10077
-KEY = re.compile(r"(?!\.)[-/_=.a-zA-Z0-9]+(?<!\.)")
 ADDED_BY_SERVER = frozenset({"Nats-Stream", "Nats-Subject", "Nats-Sequence", "Nats-Time-Stamp"})  # to a direct get
-FULL_CODES = frozenset({10023, 10028, 10047, STORE_FAILED})
-
-
-class _ConsumerGoneError(errors.BusError):
-    """The consumer is not there."""
-
-
-@contextlib.contextmanager
-def cancellable() -> Iterator[None]:
-    """Let a cancel through that comes in the same moment as the answer.
-
-    nats-py waits with `asyncio.wait_for`, which before Python 3.12 swallows such a cancel: a loop would go on for ever.
-    """
-    task = asyncio.current_task()
-    before = 0 if task is None else task.cancelling()
-    try:
-        yield
-    finally:
-        if task is not None and task.cancelling() > before:
-            raise asyncio.CancelledError
-
-
-@contextlib.contextmanager
-def translated() -> Iterator[None]:
-    try:
-        with cancellable():
-            yield
-    except js_errors.APIError as exc:
-        raise _from_api(exc) from exc
-    except nats.errors.MaxPayloadError as exc:
-        raise errors.RejectedError(
-            "the message is larger than the bus takes: send object keys, not contents", code="too_large"
-        ) from exc
-    except (nats.errors.BadSubjectError, nats.errors.BadHeaderError, js_errors.InvalidKeyError) as exc:
-        raise errors.RejectedError(
-            "the bus takes no such name: use letters, digits, - and _ only", code="bad_name"
-        ) from exc
-    except (nats.errors.Error, js_errors.Error, TimeoutError, OSError) as exc:
-        raise errors.BusError(f"the bus did not answer: {type(exc).__name__}") from exc
-
-
-def _from_api(exc: js_errors.APIError) -> errors.VidgenError:
-    # nats-py leaves these unset on some of its own errors.
-    code, text = getattr(exc, "err_code", None), getattr(exc, "description", None) or type(exc).__name__
-    if code in WRONG_LAST_SEQUENCE or isinstance(exc, js_errors.KeyWrongLastSequenceError):
-        return errors.ConflictError()
-    if code == STORE_FAILED and "per subject" in text:
-        return errors.ConflictError("a message already waits on this subject", code="already_queued")
-    if code in FULL_CODES:
-        return errors.QueueFullError(f"the bus is full: {text}")
-    return errors.BusError(f"the bus refused: {text}")
-
-
-def _headers(found: Mapping[Any, Any] | None) -> dict[str, str]:
-    return {str(name): str(value) for name, value in (found or {}).items()}
-
-
-class JetStreamDelivery:
-    def __init__(self, client: Client, msg: Msg) -> None:
-        meta = msg.metadata
-        self._client, self._msg = client, msg
-        self.subject, self.body = msg.subject, msg.data
-        self.seq, self.num_delivered = meta.sequence.stream, meta.num_delivered
-        self.at = meta.timestamp
-        self.headers = _headers(msg.headers)
-        self.settled = False
-
-    async def ack(self, heard: bool = True) -> None:
-        self.settled = True
-        if heard:
-            await self._settle(b"+ACK")
-        else:
-            with translated():
-                await self._client.publish(self._msg.reply, b"+ACK")
-
-    async def nak(self, delay: float = 0.0) -> None:
-        self.settled = True
-        await self._settle(b"-NAK" + (json.dumps({"delay": int(delay * 1e9)}).encode() if delay else b""))
-
-    async def in_progress(self) -> None:
-        await self._settle(b"+WPI")
-
-    async def _settle(self, verb: bytes) -> None:
-        with translated():
-            await self._client.request(self._msg.reply, verb, timeout=REQUEST_TIMEOUT)
-
-
-class JetStreamSupply:
-    """One subscription for all pulls, and one pull for several messages: taken singly, each would cost both anew."""
-
-    def __init__(self, bus: JetStreamBus, consumer: topology.Consumer, batch: int) -> None:
-        self._bus, self._consumer, self._batch = bus, consumer, batch
-        self._ready: asyncio.Queue[Msg | errors.BusError | None] = asyncio.Queue()
-        self._number = 0  # of the pull that is open
-        self._owed = 0  # messages that it may still bring
-        self._room, self._over = asyncio.Event(), asyncio.Event()  # of the open pull
-        self._asking: asyncio.Task[None] | None = None
-        self._closed = False
-
-    async def next(self) -> Delivery | None:
-        if self._asking is None and not self._closed:
-            self._asking = asyncio.create_task(self._keep_asking())
-        found = await self._ready.get()
-        if found is None:
-            self._ready.put_nowait(None)  # for the next one who waits
-            return None
-        self._look_for_room()
-        if isinstance(found, errors.BusError):
-            raise found
-        return JetStreamDelivery(self._bus.client, found)
-
-    async def close(self) -> None:
-        if self._closed:
-            return
-        self._closed = True
-        came = [self._ready.get_nowait() for _ in range(self._ready.qsize())]
-        self._ready.put_nowait(None)
-        for msg in came:
-            if isinstance(msg, Msg):
-                await self._hand_back(msg)
-        if self._asking is not None:
-            self._asking.cancel()
-            await asyncio.gather(self._asking, return_exceptions=True)
-
-    def _look_for_room(self) -> None:
-        if self._owed <= 0:
-            self._over.set()
-            if self._ready.qsize() <= self._batch // 2:
-                self._room.set()
-
-    async def _keep_asking(self) -> None:
-        inbox = self._bus.client.new_inbox()
-        subscription: Subscription | None = None
-        try:
-            while True:
-                try:
-                    with translated():
-                        if subscription is None:
-                            subscription = await self._bus.client.subscribe(
-                                f"{inbox}.*",
-                                future=Sink(self._arrived),  # type: ignore[arg-type]
-                            )
-                        await self._ask(inbox)
-                    await self._until_room()
-                except Exception as exc:  # those who wait must hear of it, whatever it is
-                    self._owed = 0
-                    self._ready.put_nowait(
-                        exc if isinstance(exc, errors.BusError) else errors.BusError(f"a pull failed: {exc!r}")
-                    )
-                    await asyncio.sleep(ASK_AGAIN)
-        finally:
-            if subscription is not None:
-                await asyncio.shield(self._leave(subscription))
-
-    async def _ask(self, inbox: str) -> None:
-        self._number += 1
-        self._owed = self._batch - self._ready.qsize()
-        self._room.clear()
-        self._over.clear()
-        ask = json.dumps({"batch": self._owed, "expires": int(SUPPLY_WAIT * 1e9)}).encode()
-        subject = f"$JS.API.CONSUMER.MSG.NEXT.{self._consumer.stream}.{self._consumer.name}"
-        await self._bus.client.publish(subject, ask, reply=f"{inbox}.{self._number}")
-
-    async def _until_room(self) -> None:
-        """Wait until more may be asked for; raises BusError when nothing is to come of what was asked."""
-        room = asyncio.ensure_future(self._room.wait())
-        try:
-            while not room.done():
-                if self._owed <= 0:  # it is over, and who takes is slow
-                    await room
-                    return
-                either: set[asyncio.Future[Any]] = {room, self._bus._lost}
-                limit = SUPPLY_WAIT + REQUEST_TIMEOUT
-                await asyncio.wait(either, timeout=limit, return_when=asyncio.FIRST_COMPLETED)
-                if self._owed > 0 and not room.done():
-                    raise errors.BusError("the bus did not answer a pull")
-        finally:
-            room.cancel()
-
-    def _arrived(self, msg: Msg) -> None:
-        if msg.reply:  # what can be acked is a message, whatever headers its publisher gave it
-            self._owed -= 1
-            if self._closed:
-                self._bus._on_the_side(self._hand_back(msg))
-            else:
-                self._ready.put_nowait(msg)
-        elif msg.subject.rsplit(".", 1)[-1] == str(self._number):  # not of a pull that was given up
-            self._owed = 0
-            try:
-                self._bus._message(msg)
-            except errors.BusError as exc:
-                if not self._closed:
-                    self._ready.put_nowait(exc)
-        self._look_for_room()
-
-    async def _hand_back(self, msg: Msg) -> None:
-        with contextlib.suppress(nats.errors.Error, OSError):
-            await self._bus.client.publish(msg.reply, b"-NAK")
-
-    async def _leave(self, subscription: Subscription) -> None:
-        # As where a single pull is given up: what is there to be taken is given the time to come.
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(LAST_CALL):
-                await self._over.wait()
-        with contextlib.suppress(nats.errors.Error, TimeoutError, OSError):
-            await subscription.drain()  # type: ignore[no-untyped-call]
-
-
-class ListenFeed:
-    def __init__(self, subscription: Subscription) -> None:
-        self._subscription = subscription
-
-    async def next(self, wait: float) -> Stored | None:
-        try:
-            with cancellable():
-                msg = await self._subscription.next_msg(timeout=wait)
-        except TimeoutError:
-            return None
-        except nats.errors.Error as exc:
-            raise errors.BusError(f"the feed broke: {type(exc).__name__}") from exc
-        return Stored(msg.subject, msg.data, 0, datetime.now(UTC), _headers(msg.headers))
-
-    async def close(self) -> None:
-        with contextlib.suppress(nats.errors.Error, TimeoutError):
-            await self._subscription.unsubscribe()
-
-
-class FollowFeed:
-    """A stream read in order through a throw-away pull consumer.
-
-    nats-py's own ordered consumer is a push consumer and breaks on servers with `js_ack_fc_v2` (FACTS §4). Here the
-    place in the stream is ours: whatever goes wrong, the consumer is forgotten and a new one starts behind what was
-    seen last, so nothing is left out and nothing comes twice.
-    """
-
-    def __init__(self, bus: JetStreamBus, stream: str, subject: str, after: int) -> None:
-        self._bus, self._stream, self._subject = bus, stream, subject
-        self._seen = after
-        self._consumer: str | None = None
-        self._delivered = 0
-
-    async def open(self) -> None:
-        config = api.ConsumerConfig(
-            deliver_policy=api.DeliverPolicy.BY_START_SEQUENCE, opt_start_seq=self._seen + 1,
-            filter_subject=self._subject, ack_policy=api.AckPolicy.NONE, mem_storage=True, num_replicas=1,
-            inactive_threshold=FEED_MEMORY,
-        )  # fmt: skip
-        with translated():
-            info = await self._bus.jetstream.add_consumer(self._stream, config)
-        self._consumer, self._delivered = info.name, 0
-
-    async def next(self, wait: float) -> Stored | None:
-        clock = asyncio.get_running_loop().time
-        until = clock() + wait
-        while True:
-            try:
-                if self._consumer is None:
-                    await self.open()
-                wait_left = max(0.0, until - clock())
-                msg = await self._bus.take(self._stream, self._consumer or "", wait_left, acked=False)
-            except _ConsumerGoneError:  # it expired, or the server restarted
-                self._consumer = None
-                if clock() >= until:
-                    return None
-                continue
-            except BaseException:
-                # A message may be on its way to nobody, and this consumer will not send it again.
-                self._consumer = None
-                raise
-            if msg is None:
-                return None
-            meta = msg.metadata
-            self._delivered += 1
-            if meta.sequence.consumer != self._delivered:  # one was lost on the way
-                self._consumer = None
-                continue
-            self._seen = meta.sequence.stream
-            return Stored(msg.subject, msg.data, self._seen, meta.timestamp, _headers(msg.headers))
-
-    async def close(self) -> None:
-        if self._consumer is not None:
-            consumer, self._consumer = self._consumer, None
-            with contextlib.suppress(nats.errors.Error, js_errors.Error, TimeoutError), cancellable():
-                await self._bus.jetstream.delete_consumer(self._stream, consumer)
-
-
-class JetStreamRecords:
-    """A bucket by its stream: nats-py's `KeyValue` takes longer, and asks for the state, which not all may read."""
-
-    def __init__(self, bus: JetStreamBus, bucket: str) -> None:
-        self._bus, self._bucket = bus, bucket
-        self._stream, self._prefix = f"KV_{bucket}", f"$KV.{bucket}."
-
-    @contextlib.contextmanager
-    def _translated(self) -> Iterator[None]:
-        with translated():
-            try:
-                yield
-            except nats.errors.NoRespondersError as exc:
-                raise errors.BusError(
-                    f"the bucket {self._bucket} is not there: start a gateway, it creates what is missing"
-                ) from exc
-
-    async def get(self, key: str) -> tuple[bytes, int] | None:
-        with self._translated():
-            found = await self._find(key)
-        return None if found is None or found[0] is None else (found[0], found[1])
-
-    async def _find(self, key: str) -> tuple[bytes | None, int] | None:
-        """Value and revision; a key that was deleted, or expired with a marker, has a revision and no value."""
-        msg = await self._bus.direct(self._stream, f"{self._prefix}{_checked(key)}")
-        if msg is None:
-            return None
-        told = msg.headers or {}
-        ended = told.get("KV-Operation") in ("DEL", "PURGE") or "Nats-Marker-Reason" in told
-        return None if ended else msg.data, int(told["Nats-Sequence"])
-
-    async def put(self, key: str, value: bytes, revision: int | None = None) -> int:
-        subject = f"{self._prefix}{_checked(key)}"
-        with self._translated():
-            if revision != 0:
-                return await self._write(subject, value, revision)
-            try:
-                return await self._write(subject, value, 0)
-            except errors.ConflictError:
-                found = await self._find(key)
-                if found is None or found[0] is not None:
-                    raise
-                return await self._write(subject, value, found[1])  # it is there no longer, but for its marker
-
-    async def _write(self, subject: str, value: bytes, revision: int | None) -> int:
-        try:
-            return (await self._bus.store(subject, value, _expecting(revision)))[0]
-        except js_errors.APIError as exc:
-            raise _from_api(exc) from exc
-
-    async def all(self) -> dict[str, bytes]:
-        prefix = self._prefix
-        with translated():
-            state = (await self._bus.jetstream.stream_info(self._stream, subjects_filter=f"{prefix}>")).state
-        keys = sorted(subject.removeprefix(prefix) for subject in state.subjects or {})
-        found: dict[str, bytes] = {}
-        for start in range(0, len(keys), RECORDS_AT_ONCE):
-            some = keys[start : start + RECORDS_AT_ONCE]
-            for key, record in zip(some, await asyncio.gather(*map(self.get, some)), strict=True):
-                if record is not None:  # None: it expired in between
-                    found[key] = record[0]
-        return found
-
-
-def _expecting(revision: int | None) -> dict[str, str]:
-    return {} if revision is None else {"Nats-Expected-Last-Subject-Sequence": str(revision)}
-
-
-def _checked(key: str) -> str:
-    if not KEY.fullmatch(key):
-        raise errors.RejectedError("the bus takes no such name: use letters, digits, - and _ only", code="bad_name")
-    return key
 
 
 class JetStreamBus:
@@ -413,7 +48,7 @@ class JetStreamBus:
         self._js = client.jetstream(timeout=REQUEST_TIMEOUT)
         self._records: dict[str, JetStreamRecords] = {}
         self._inboxes: list[PullInbox] = []  # of pulls that came to their end
-        self._lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()  # done when the connection is
         self._side_tasks: set[asyncio.Task[None]] = set()
 
     @property
@@ -426,7 +61,7 @@ class JetStreamBus:
 
     def connection_lost(self) -> None:
         """End the pulls that wait: the server that knew of them is gone."""
-        lost, self._lost = self._lost, asyncio.get_running_loop().create_future()
+        lost, self.lost = self.lost, asyncio.get_running_loop().create_future()
         lost.set_result(None)
 
     async def settle(self) -> None:
@@ -438,7 +73,7 @@ class JetStreamBus:
         self, subject: str, body: bytes, *, message_id: str, expect_last: int | None = None,
         headers: dict[str, str] | None = None,
     ) -> int:  # fmt: skip
-        sent = {**tracing.carried(), **(headers or {}), "Nats-Msg-Id": message_id, **_expecting(expect_last)}
+        sent = {**tracing.carried(), **(headers or {}), "Nats-Msg-Id": message_id, **expecting(expect_last)}
         loop = asyncio.get_running_loop()
         give_up, pause = loop.time() + PUBLISH_PATIENCE, 0.05
         while True:
@@ -500,25 +135,26 @@ class JetStreamBus:
         try:
             with translated():
                 await inbox.ask(f"$JS.API.CONSUMER.MSG.NEXT.{stream}.{consumer}", json.dumps(ask).encode())
-            either: set[asyncio.Future[Any]] = {inbox.arrived, self._lost}
+            either: set[asyncio.Future[Any]] = {inbox.arrived, self.lost}
             await asyncio.wait(either, timeout=wait + REQUEST_TIMEOUT, return_when=asyncio.FIRST_COMPLETED)
         except BaseException:
-            self._on_the_side(self._hand_back(inbox, acked))
+            self.on_the_side(self._hand_back(inbox, acked))
             raise
         if not inbox.arrived.done():
-            self._on_the_side(self._hand_back(inbox, acked))
+            self.on_the_side(self._hand_back(inbox, acked))
             raise errors.BusError("the bus did not answer a pull")
         self._inboxes.append(inbox)
-        return self._message(inbox.arrived.result())
+        return self.message_of(inbox.arrived.result())
 
-    def _message(self, msg: Msg) -> Msg | None:
+    def message_of(self, msg: Msg) -> Msg | None:
+        """What came of a pull: a message, None where there is none; raises BusError as the server tells it."""
         if msg.reply:  # what can be acked is a message, whatever headers its publisher gave it
             return msg
         status, text = (msg.headers or {}).get("Status"), (msg.headers or {}).get("Description", "")
         if status in ("404", "408"):  # nothing there · the wait is over
             return None
         if status == "503" or (status == "409" and "deleted" in text.lower()):
-            raise _ConsumerGoneError("the consumer is not there: start a gateway, it creates what is missing")
+            raise ConsumerGoneError("the consumer is not there: start a gateway, it creates what is missing")
         raise errors.BusError(f"the bus gave no message: {status} {text}".rstrip())
 
     async def _hand_back(self, inbox: PullInbox, acked: bool) -> None:
@@ -534,7 +170,8 @@ class JetStreamBus:
             with contextlib.suppress(nats.errors.Error, TimeoutError, OSError):
                 await self._client.publish(inbox.arrived.result().reply, b"-NAK")
 
-    def _on_the_side(self, work: Coroutine[Any, Any, None]) -> None:
+    def on_the_side(self, work: Coroutine[Any, Any, None]) -> None:
+        """Do something that nobody waits for, before the connection is closed."""
         task = asyncio.get_running_loop().create_task(work)
         self._side_tasks.add(task)
         task.add_done_callback(self._side_tasks.discard)
@@ -569,7 +206,7 @@ class JetStreamBus:
             msg = await self.direct(stream, subject)
         if msg is None:
             return None
-        told = _headers(msg.headers)
+        told = headers_of(msg.headers)
         at = datetime.fromisoformat(told["Nats-Time-Stamp"])
         own = {name: value for name, value in told.items() if name not in ADDED_BY_SERVER}
         return Stored(told["Nats-Subject"], msg.data, int(told["Nats-Sequence"]), at, own)
@@ -586,7 +223,7 @@ class JetStreamBus:
                     return None
                 raise
         at = raw.time if isinstance(raw.time, datetime) else datetime.now(UTC)
-        return Stored(raw.subject or "", raw.data or b"", raw.seq or 0, at, _headers(raw.headers))
+        return Stored(raw.subject or "", raw.data or b"", raw.seq or 0, at, headers_of(raw.headers))
 
     async def first(self, stream: str, subject: str, after: int = 0) -> Stored | None:
         return await self._get(stream, seq=after + 1, subject=subject, next=True)

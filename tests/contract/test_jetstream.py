@@ -14,7 +14,7 @@ import pytest
 from nats.js import api
 from tests.servers import connected_bus, running_nats
 
-from vidgen import bootstrap, bus, errors, jetstream, topology
+from vidgen import bootstrap, bus, deliveries, errors, jetstream, topology
 from vidgen.local import NatsServer
 
 QUEUE = topology.consumer_of("edit", "interactive")
@@ -198,7 +198,8 @@ async def test_every_call_fails_in_an_outage_and_says_so_plainly(
         delivery = await pulled(connected)
         records = connected.records(topology.JOBS_BUCKET)
         await records.put("j1", b"")
-        monkeypatch.setattr(jetstream, "REQUEST_TIMEOUT", 0.3)
+        for module in (jetstream, deliveries):
+            monkeypatch.setattr(module, "REQUEST_TIMEOUT", 0.3)
         monkeypatch.setattr(connected.jetstream, "_timeout", 0.3)
         monkeypatch.setattr(jetstream, "PUBLISH_PATIENCE", 0.3)
         await nats_server.kill()
