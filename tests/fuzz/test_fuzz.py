@@ -8,6 +8,8 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import pytest
+from schemathesis.core.failures import FailureGroup, ServerError
 from tests.fuzz import messages, openapi
 
 ROOT = Path(__file__).parents[2]
@@ -22,6 +24,24 @@ def test_every_address_answers_whatever_is_sent_with_a_status_that_is_documented
     assert {"POST /v1/jobs", "GET /v1/jobs/{job_id}/events", "POST /v1/dead/{seq}/replay"} <= answered
     assert max(openapi.statuses(counts)) < 500
     assert any(status in SUCCESS for status in openapi.statuses(counts))  # it does not only hit the wall
+
+
+def test_an_address_that_answers_wrongly_is_shown_and_the_others_are_tried_all_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def first_is_wrong(*_given: object) -> None:
+        tried.append(None)
+        if len(tried) == 1:
+            raise FailureGroup([ServerError(operation="GET /healthz", status_code=500)])
+
+    tried: list[None] = []
+    monkeypatch.setattr(openapi, "_try", first_is_wrong)
+
+    with pytest.raises(BaseExceptionGroup, match="1 kinds of calls") as raised:
+        openapi.fuzz(1, seed=None)
+
+    assert raised.group_contains(ServerError)
+    assert len(tried) > 2
 
 
 def test_every_message_is_taken_or_refused_by_name() -> None:
