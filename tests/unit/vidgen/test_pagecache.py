@@ -1,8 +1,8 @@
 from __future__ import annotations
 
 import threading
-import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -26,15 +26,20 @@ def files(folder: Path, **sizes: int) -> list[Path]:
     return made
 
 
-def until(seen: list[tuple[str, int]], count: int) -> None:
-    deadline = time.monotonic() + 10
-    while len(seen) < count and time.monotonic() < deadline:
-        time.sleep(0.01)
+def threads() -> list[threading.Thread]:
+    return [thread for thread in threading.enumerate() if thread.name == "page cache"]
+
+
+def wait_for_all() -> None:
+    """The threads end by themselves where there is nothing left to read."""
+    for thread in threads():
+        thread.join(10)
+    assert not threads()
 
 
 def test_every_chunk_of_every_file_is_read_once(tmp_path: Path, fetched: list[tuple[str, int]]) -> None:
     with pagecache.filling([*files(tmp_path, a=250, b=0, c=100), tmp_path / "gone"]):
-        until(fetched, 4)
+        wait_for_all()
     assert sorted(fetched) == [("a", 0), ("a", 100), ("a", 200), ("c", 0)]
 
 
@@ -43,8 +48,7 @@ def test_what_does_not_fit_into_half_of_the_free_memory_is_left(
 ) -> None:
     monkeypatch.setattr(pagecache, "_free", lambda: 800)
     with pagecache.filling(files(tmp_path, a=1000)):
-        until(fetched, 4)
-        time.sleep(0.05)
+        wait_for_all()
     assert sorted(begin for _, begin in fetched) == [0, 100, 200, 300]
 
 
@@ -58,14 +62,20 @@ def test_nothing_is_begun_any_more_when_it_is_left(tmp_path: Path, monkeypatch: 
         begun.release()
         go_on.wait(10)
 
+    class Leaving(threading.Event):
+        def set(self) -> None:
+            super().set()
+            go_on.set()  # not a moment before it is left
+
+    used = SimpleNamespace(Event=Leaving, Lock=threading.Lock, Thread=threading.Thread)
+    monkeypatch.setattr(pagecache, "threading", used)
     monkeypatch.setattr(pagecache, "CHUNK", 1)
     monkeypatch.setattr(pagecache, "_fetch", fetch)
     with pagecache.filling(files(tmp_path, a=1000)):
         for _ in range(pagecache.THREADS):
             assert begun.acquire(timeout=10)
-        threading.Timer(0.1, go_on.set).start()
     assert count == pagecache.THREADS
-    assert not [thread for thread in threading.enumerate() if thread.name == "page cache"]
+    assert not threads()
 
 
 def test_a_file_that_cannot_be_read_stops_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -79,9 +89,7 @@ def test_a_file_that_cannot_be_read_stops_nobody(tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr(pagecache, "_fetch", fetch)
     with pagecache.filling([bad, good]):
-        deadline = time.monotonic() + 10
-        while not seen and time.monotonic() < deadline:
-            time.sleep(0.01)
+        wait_for_all()
     assert seen == ["good"]
 
 
