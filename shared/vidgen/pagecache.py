@@ -15,6 +15,7 @@ from pathlib import Path
 THREADS = 8
 CHUNK = 8 << 20
 SHARE = 0.5  # of the memory that is free: what does not fit beside the program would be read twice
+LEAVE_S = 5.0
 MEMINFO = Path("/proc/meminfo")
 CGROUP = Path("/sys/fs/cgroup")
 
@@ -47,7 +48,7 @@ def filling(files: Sequence[Path]) -> Iterator[None]:
     finally:
         leaving.set()
         for thread in threads:
-            thread.join()
+            thread.join(LEAVE_S)  # a disk that hangs must not hold up whoever would notice
 
 
 def _within(budget: int, files: Sequence[Path]) -> Iterator[tuple[Path, int]]:

@@ -45,7 +45,7 @@ from vidgen.metrics import WorkerMetrics
 from vidgen.patience import PatientStore
 from vidgen.settings import WorkerSettings, read
 from vidgen.settlement import Policy
-from vidgen.watchdog import Patience
+from vidgen.watchdog import Patience, over_setup
 from vidgen.worker import Registration, Worker
 
 log = structlog.get_logger(__name__)
@@ -110,6 +110,8 @@ class _Service:
             stage: WorkerMetrics(stage, gpus, tells_figures=stage == self._stages[0]) for stage in self._stages
         }
         self._stop = asyncio.Event()
+        self._patience = Patience(settings.hang_factor, settings.hang_least_s, settings.hang_first_s)
+        self._waits_for = "its model"
         self._workers: list[Worker] = []
         self._serving: asyncio.Task[None] | None = None
         self._leaving: asyncio.Task[None] | None = None
@@ -127,7 +129,7 @@ class _Service:
             device_thread = ThreadPoolExecutor(1, "device")
             hangs = False
             try:
-                loaded, takes_turns = await self._load(device_thread)
+                loaded, takes_turns = await over_setup(self._load(device_thread), self._patience)
                 await self._serve(loaded, takes_turns, device_thread, url)
             except errors.HungError:
                 hangs = True
@@ -153,6 +155,7 @@ class _Service:
 
     async def _make(self, stage: Stage) -> _Loaded:
         begun = time.monotonic()
+        self._waits_for = f"the packages of its {stage} engine: they are being imported"
         model, revision = self._settings.model_of(stage)
         gpus = gpu.visible()
         reason = await asyncio.to_thread(weights.why_not, model, revision, gpu=bool(gpus))
@@ -175,6 +178,7 @@ class _Service:
 
     async def _set_up(self, stage: Stage, made: _Loaded, device_thread: ThreadPoolExecutor) -> _Loaded:
         begun = time.monotonic()
+        self._waits_for = f"its {stage} engine: the model is being loaded and warmed up"
         engine = made.engine
         phases = await _on(device_thread, engine.setup)
         seconds = made.seconds + time.monotonic() - begun
@@ -242,14 +246,14 @@ class _Service:
             backoff_limit=settings.backoff_limit, gpu_usd_per_hour=settings.gpu_usd_per_hour,
             work_dir=settings.work_dir,
             checkpoint_over_s=settings.checkpoint_over_s if settings.checkpoint == "auto" else None,
-            hang=Patience(settings.hang_factor, settings.hang_least_s, settings.hang_first_s),
+            hang=self._patience,
         )  # fmt: skip
 
     async def _connect(self, stack: contextlib.AsyncExitStack, on_denied: Callable[[str], None]) -> JetStreamBus | None:
         """The bus, None when told to stop: a model takes minutes to load, so a bus that is late is waited for."""
         settings = self._settings
         name = "-".join((*self._stages, settings.worker_id))
-        give_up = time.monotonic() + START_PATIENCE_S
+        give_up, self._waits_for = time.monotonic() + START_PATIENCE_S, "the bus"
         while not self._stop.is_set():
             connection = jetstream.connect(settings.nats_url, name, on_denied=on_denied, **settings.nats_options())
             try:
@@ -268,7 +272,7 @@ class _Service:
 
     async def _wait_for_queues(self, connected: JetStreamBus) -> None:
         """The gateway makes the queues; a worker only binds, and waits for them."""
-        give_up = time.monotonic() + START_PATIENCE_S
+        give_up, self._waits_for = time.monotonic() + START_PATIENCE_S, "its queues: the gateway makes them"
         while not self._stop.is_set():
             try:
                 for stage, lane in itertools.product(self._stages, LANES):
@@ -313,7 +317,7 @@ class _Service:
 
     def _ready(self) -> tuple[bool, str]:
         if not self._workers:
-            return False, "the model is being loaded, or the bus is not there yet"
+            return False, f"the worker waits for {self._waits_for}"
         states = [worker.state for worker in self._workers]
         return all(state in ("ready", "busy") for state in states), f"the worker is {' and '.join(states)}"
 

@@ -236,8 +236,8 @@ class WorkerSettings(Settings):
     hang_least_s: float = Field(60.0, gt=0, description="Silence of an engine that is always borne, in seconds.")
     hang_first_s: float = Field(
         900.0, gt=0,
-        description="The same for the first task of a size, which may compile, for one for which memory ran out, and "
-        "for models that change places.",
+        description="The same for the first task of a size, which may compile, for one for which memory ran out, for "
+        "models that change places, and for a start that reads nothing and is not ready.",
     )  # fmt: skip
     gpu_usd_per_hour: float = Field(
         0.0, ge=0, description="What this worker's GPU costs, or both where it has two; gives cost_usd."

@@ -6,15 +6,15 @@ import contextlib
 import gc
 import shutil
 import threading
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pytest
 from tests import engines
 
-from vidgen import choice, jetstream, manifest, profiles, service
+from vidgen import choice, errors, jetstream, manifest, profiles, service
 from vidgen.contracts import Stage
 from vidgen.engine import Engine
 from vidgen.errors import FatalError
@@ -165,6 +165,41 @@ async def test_the_disk_reads_a_real_model_while_its_engine_is_made(
     assert [{file.parent.name for file in files} for files in filled] == [
         {"text_encoder", "transformer", "transformer_2", "vae"} if engine == "real" else set()
     ]
+
+
+@pytest.mark.parametrize("hangs_in", ["make", "setup"])
+async def test_a_start_that_hangs_is_told_by_the_probes_and_ends(
+    hangs_in: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    released = threading.Event()
+    reasons: list[str] = []
+
+    class Stuck(engines.Instant):
+        def setup(self) -> dict[str, float]:
+            released.wait(60)
+            return {}
+
+    def make(settings: WorkerSettings, chosen: choice.Choice) -> Engine:
+        if hangs_in == "make":
+            released.wait(60)
+        return Stuck()
+
+    @contextlib.asynccontextmanager
+    async def probing(*given: Any, ready: Callable[[], tuple[bool, str]], **more: Any) -> AsyncIterator[str]:
+        try:
+            yield "http://probes"
+        finally:
+            reasons.append(ready()[1])
+
+    monkeypatch.setattr(service.probes, "serve", probing)
+    settings = WorkerSettings(engine="preview", device="cpu", hang_first_s=0.5)
+    try:
+        with pytest.raises(errors.HungError, match="VIDGEN_HANG_FIRST_S") as caught:
+            await service._Service({"edit": make}, settings).run()
+    finally:
+        released.set()
+    assert caught.value.code == "setup_hung"
+    assert ("imported" if hangs_in == "make" else "warmed up") in reasons[0]
 
 
 def test_garbage_is_not_collected_while_a_model_is_loaded_and_is_again_afterwards(

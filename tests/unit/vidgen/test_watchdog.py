@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from tests import engines
@@ -10,7 +12,7 @@ from tests.workbench import BOUND, Bench, work_of
 
 from vidgen import errors
 from vidgen.turn import Phase
-from vidgen.watchdog import Patience, Watch, Watchdog
+from vidgen.watchdog import Patience, Watch, Watchdog, bytes_read, over_setup
 
 LOOK_S = 0.01
 
@@ -134,3 +136,55 @@ async def test_a_task_at_which_the_engine_hangs_is_charged_a_try_and_free_at_onc
     finally:
         engine.released.set()
         bench.close()
+
+
+async def load(clock: Clock, each_s: float, mib: Callable[[], int], patience: Patience) -> None:
+    """Let time pass, look by look, over an engine that is never set up."""
+    setup = over_setup(
+        asyncio.Event().wait(), patience, look_s=LOOK_S, clock=clock, read=lambda: (mib() << 20) + 100
+    )  # fmt: skip
+    watched = asyncio.ensure_future(setup)
+    try:
+        async with asyncio.timeout(BOUND):
+            while not watched.done() and clock.now < 10_000:
+                clock.now += each_s
+                await asyncio.sleep(LOOK_S)
+    finally:
+        watched.cancel()
+        await asyncio.wait([watched])
+    if not watched.cancelled():
+        watched.result()
+
+
+async def test_a_setup_that_reads_nothing_and_is_not_done_hangs() -> None:
+    clock = Clock()
+    with pytest.raises(errors.HungError, match="read nothing") as caught:
+        await load(clock, 0.9 * LOOK_S * 2, lambda: 1, Patience(first_s=0.9))
+    assert caught.value.code == "setup_hung"
+
+
+async def test_a_setup_is_waited_for_while_it_reads_however_slowly_and_where_nothing_is_watched() -> None:
+    clock = Clock()
+    await load(clock, 200.0, lambda: int(clock.now), Patience(first_s=0.05))
+    assert clock.now >= 10_000
+    clock = Clock()
+    await load(clock, 200.0, lambda: 1, Patience(factor=0, first_s=0.05))
+    assert clock.now >= 10_000
+
+
+async def test_a_setup_gives_what_it_made_and_passes_on_what_it_raised() -> None:
+    assert await over_setup(done(), Patience()) == "done"
+
+    async def fails() -> None:
+        raise errors.FatalError("no weights", code="setup_failed")
+
+    with pytest.raises(errors.FatalError, match="no weights"):
+        await over_setup(fails(), Patience())
+
+
+def test_what_a_process_reads_is_counted(tmp_path: Path) -> None:
+    path = tmp_path / "weights"
+    path.write_bytes(b"w" * (3 << 20))
+    before = bytes_read()
+    path.read_bytes()
+    assert bytes_read() - before >= 3 << 20
