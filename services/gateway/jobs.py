@@ -14,7 +14,7 @@ import pydantic
 import structlog
 
 from gateway import pipeline
-from gateway.share import FairShare
+from gateway.share import FairShare, withdraw
 from vidgen import contracts, errors, topology, tracing
 from vidgen.bus import Bus
 from vidgen.contracts import Event, Job, JobStatus
@@ -261,6 +261,9 @@ class Jobs:
         job = await self.get(job_id)
         if job.status.final:
             return job
+        if job.updated_at == job.created_at:
+            # Its record may be there before its log is; nothing must come into that log before `accepted`.
+            await self._log_accepted(job)
         return await self.request(contracts.CancelRequested(job_id=job_id, run=job.run, at=now()))
 
     async def retry(self, job_id: str) -> Job:
@@ -338,17 +341,11 @@ class Jobs:
     async def _withdraw_task(self, command: pipeline.WithdrawTask) -> None:
         where = command.stage, command.lane, command.job_id
         # What is held first: it is in the queue before it is no longer held.
-        await self._withdraw(topology.HELD, topology.subject_of_held(*where, command.tenant), command.run)
-        await self._withdraw(topology.TASKS, topology.subject_of_task(*where, command.tenant), command.run)
+        await withdraw(self._bus, topology.HELD, topology.subject_of_held(*where, command.tenant), command.run)
+        await withdraw(self._bus, topology.TASKS, topology.subject_of_task(*where, command.tenant), command.run)
         if command.tenant == contracts.DEFAULT_TENANT:
-            await self._withdraw(topology.TASKS, topology.subject_of_older_task(*where), command.run)
+            await withdraw(self._bus, topology.TASKS, topology.subject_of_older_task(*where), command.run)
         self.share.freed(command.stage, command.lane, command.tenant)
-
-    async def _withdraw(self, stream: str, subject: str, run: int) -> None:
-        # By its sequence: a purge of the subject could take the task of a retry that another replica just published.
-        stored = await self._bus.last(stream, subject)
-        if stored is not None and contracts.Task.model_validate_json(stored.body).run <= run:
-            await self._bus.delete(stream, stored.seq)
 
     async def _publish_task(self, task: contracts.Task, seq: int | None) -> None:
         # Saves the worker a look at the log: if nothing came after this, nobody has begun the task.

@@ -55,15 +55,11 @@ class FairShare:
         """Queue a task, or hold it until its tenant has room. Raises ConflictError `already_queued`, and BusError."""
         where = task.stage, task.lane, task.job_id, task.tenant
         if not self._waiting or not await self._tenants.several():
-            await self._bus.publish(
-                topology.subject_of_task(*where), task.to_bytes(), message_id=message_id, headers=headers
-            )
+            await self._put(topology.TASKS, topology.subject_of_task(*where), task.to_bytes(), message_id, headers)
             return
         self._shared = True
         # All of them, so that none overtakes those that are held.
-        await self._bus.publish(
-            topology.subject_of_held(*where), task.to_bytes(), message_id=message_id, headers=headers
-        )
+        await self._put(topology.HELD, topology.subject_of_held(*where), task.to_bytes(), message_id, headers)
         self.freed(task.stage, task.lane, task.tenant)
 
     def freed(self, stage: Stage, lane: Lane, tenant: str) -> None:
@@ -148,11 +144,37 @@ class FairShare:
         """
         job_id = held.subject.rsplit(".", 1)[-1]
         headers = {name: value for name, value in held.headers.items() if not name.startswith("Nats-")}
+        subject = topology.subject_of_task(place.stage, place.lane, job_id, place.tenant)
         try:
-            await self._bus.publish(
-                topology.subject_of_task(place.stage, place.lane, job_id, place.tenant), held.body,
-                message_id=held.headers["Nats-Msg-Id"], headers=headers,
-            )  # fmt: skip
+            await self._put(topology.TASKS, subject, held.body, held.headers["Nats-Msg-Id"], headers)
         except errors.ConflictError as exc:
             if exc.code != "already_queued":
                 raise
+
+    async def _put(
+        self, stream: str, subject: str, body: bytes, message_id: str, headers: dict[str, str] | None
+    ) -> None:
+        """Publish a task. In place of one of a run before: whoever cancelled that may have died before withdrawing it.
+
+        Left there it would be taken for this one, and then be dropped. Raises ConflictError `already_queued` where it
+        is this one.
+        """
+        while True:
+            try:
+                await self._bus.publish(subject, body, message_id=message_id, headers=headers)
+            except errors.ConflictError as exc:
+                before = contracts.Task.model_validate_json(body).run - 1
+                if exc.code != "already_queued" or not await withdraw(self._bus, stream, subject, before):
+                    raise
+            else:
+                return
+
+
+async def withdraw(bus: Bus, stream: str, subject: str, run: int) -> bool:
+    """Take a task of `run`, or of one before, from where it waits; whether there was one."""
+    # By its sequence: a purge of the subject could take the task of a retry that another replica just published.
+    stored = await bus.last(stream, subject)
+    if stored is None or contracts.Task.model_validate_json(stored.body).run > run:
+        return False
+    await bus.delete(stream, stored.seq)
+    return True

@@ -30,6 +30,7 @@ from tests.fault import (
     test_killer_tasks,
     test_partition,
     test_random_orders,
+    test_real_orders,
     test_sick_gpu,
     test_store_down,
     test_store_errors,
@@ -70,6 +71,7 @@ ROWS = (
     Row("clock-steps", test_clock_steps.campaign, {"steps": 40, "jobs": 100}),
     Row("cluster", test_cluster.campaign, {"kills": 5, "stepdowns": 10, "jobs": 100}),
     Row("random-orders", test_random_orders.campaign, {"orders": 1000}),
+    Row("real-orders", test_real_orders.campaign, {"orders": 60}),
     Row("drained", test_drained.campaign, {"rounds": 20}),
 )
 

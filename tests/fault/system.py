@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -65,7 +66,7 @@ class System:
         self.events: list[contracts.AnyEvent] = []
         self.ended: set[str] = set()
         self.store = S3Store(self.s3.endpoint, self.s3.access_key, self.s3.secret_key, self.s3.bucket)
-        self._count = 0
+        self._count, self._seeds = 0, itertools.count(1)
 
     # ── its processes ────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -119,6 +120,17 @@ class System:
 
     # ── its jobs ─────────────────────────────────────────────────────────────────────────────────────────────────
 
+    def request(
+        self, *, steps: int = 4, stages: Sequence[contracts.Stage] = ("edit", "i2v"), told: str = "work", **more: Any
+    ) -> tuple[Asked, bytes]:
+        """The next request, and its bytes; it is asked for once it is sent."""
+        seed = next(self._seeds)
+        asked = Asked(f"{self.prefix}-{seed}", seed, steps, tuple(stages), told)
+        shape = {"steps": steps, "seed": seed, "width": 320, "height": 192}
+        parts: dict[str, Any] = {"edit": {"prompt": told, **shape}} if "edit" in stages else {}
+        parts |= {"i2v": {"prompt": "zoom", **shape, "num_frames": 5, "fps": 8}} if "i2v" in stages else {}
+        return asked, json.dumps({"job_id": asked.job_id, "references": [PHOTO], **parts, **more}).encode()
+
     async def submit(
         self, count: int = 1, *, steps: int = 4, stages: Sequence[contracts.Stage] = ("edit", "i2v"),
         told: str = "work",
@@ -127,12 +139,7 @@ class System:
         """Publish requests as any NATS client does, each until the bus acknowledged it; `copies` times each."""
         made = []
         for _ in range(count):
-            seed = len(self.asked) + 1
-            asked = Asked(f"{self.prefix}-{seed}", seed, steps, tuple(stages), told)
-            shape = {"steps": steps, "seed": seed, "width": 320, "height": 192}
-            parts: dict[str, Any] = {"edit": {"prompt": told, **shape}} if "edit" in stages else {}
-            parts |= {"i2v": {"prompt": "zoom", **shape, "num_frames": 5, "fps": 8}} if "i2v" in stages else {}
-            body = json.dumps({"job_id": asked.job_id, "references": [PHOTO], **parts, **more}).encode()
+            asked, body = self.request(steps=steps, stages=stages, told=told, **more)
             for copy in range(copies()):
                 await self._publish(body, f"{asked.job_id}:{copy}", give_up_s)
             self.asked[asked.job_id] = asked

@@ -9,7 +9,8 @@ from tests.gateways import EDIT, KEY, Gateway, completed, now, started
 
 from gateway import pipeline, plan
 from gateway.jobs import REMEMBERED, Jobs, parse_event
-from vidgen import contracts, topology
+from gateway.share import FairShare, Place
+from vidgen import contracts, errors, tenants, topology
 from vidgen.bus import Stored
 from vidgen.contracts import Job, JobStatus
 from vidgen.testing import MemoryBus
@@ -145,6 +146,48 @@ async def test_a_creation_that_was_interrupted_is_made_good_by_the_next(lost: bo
     assert (job.status, new) == (JobStatus.QUEUED, not lost)
     assert log_of(bus, "j1") == ["accepted"]
     assert len(tasks(bus)) == len(bus.messages(topology.HISTORY)) == 1
+
+
+@pytest.mark.parametrize("waiting", [0, 8])
+async def test_a_retry_is_queued_though_the_task_of_the_run_before_was_never_withdrawn(waiting: int) -> None:
+    # Found by random orders: a gateway that died behind the record of a cancel left the old task in the queue, and it
+    # was taken for the new one; then it was dropped as overtaken, and the job waited for ever.
+    bus = MemoryBus()
+    await tenants.change(bus.records(topology.TENANTS_BUCKET), "acme", {})
+    share = FairShare(bus, tenants.Tenants(bus), waiting)
+    jobs = Jobs(bus, share)
+    job, _ = await jobs.create(a_job())
+    await settle(share, job)
+    [first] = tasks(bus)
+    bus.fail_next("last")
+    with pytest.raises(errors.BusError):
+        await jobs.cancel(job.id)
+    assert tasks(bus) == [first]
+
+    await jobs.retry(job.id)
+    await settle(share, job)
+
+    assert [contracts.Task.model_validate_json(stored.body).run for stored in tasks(bus)] == [2]
+    assert bus.messages(topology.HELD) == []
+
+
+async def settle(share: FairShare, job: Job) -> None:
+    """Move up what is held of a job's tenant."""
+    await share.fill(Place("edit", "interactive", job.tenant))
+
+
+async def test_a_cancel_that_comes_before_the_log_has_begun_begins_it() -> None:
+    # Found by random orders: the record was written, the log was not, and the cancel became the first thing in it.
+    bus = MemoryBus()
+    jobs, job = Jobs(bus), a_job()
+    bus.fail_next("publish")
+    with pytest.raises(errors.BusError):
+        await jobs.create(job)
+    assert await jobs.find(job.id)
+    assert log_of(bus, job.id) == []
+
+    await jobs.cancel(job.id)
+    assert log_of(bus, job.id) == ["accepted", "cancel_requested", "cancelled"]
 
 
 async def test_a_task_tells_where_the_log_stood_when_it_was_queued() -> None:
