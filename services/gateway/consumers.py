@@ -11,7 +11,7 @@ import structlog
 
 from gateway.intake import Intake
 from gateway.jobs import Jobs, now, parse_event
-from vidgen import attempts, contracts, dead, errors, topology, tracing
+from vidgen import attempts, contracts, dead, errors, eventlog, topology, tracing
 from vidgen.bus import Bus, Delivery, Supply
 from vidgen.metrics import GatewayMetrics
 
@@ -134,13 +134,25 @@ class Consumers:
             self._metrics.job_finished(job)
 
     async def _on_advisory(self, delivery: Delivery) -> None:
-        """A task whose deliveries ran out stays in its queue and is never given again: give it up, aloud."""
+        """A task whose deliveries ran out stays in its queue and is never given again: look after it.
+
+        One that was begun lost them to others: to workers that were drained, or died with several tasks. It gets new
+        ones; its tries are counted by its log. What nobody could ever begin is given up, aloud.
+        """
         advisory = json.loads(delivery.body)
         seq = int(advisory["stream_seq"])
         stored = await self._bus.get(topology.TASKS, seq)
         if stored is None:
             return
         task = contracts.Task.model_validate_json(stored.body)
+        newest = await eventlog.newest(self._bus, task.job_id)
+        verdict = attempts.judge(task, newest.event, max_attempts=1 << 30)
+        if not isinstance(verdict, attempts.Drop) and verdict.attempt > 1:
+            await self._jobs.share.queue_again(task, stored)
+            log.warning(
+                "a task had many hands: it is queued anew", _event="requeued", job=task.job_id, stage=task.stage
+            )
+            return
         error = contracts.JobError(
             code="deliveries_exhausted", stage=task.stage, retryable=True,
             message="the task was handed out too often without an end: see the workers' logs, then retry the job",

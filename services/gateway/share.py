@@ -6,6 +6,7 @@ Why so: docs/decisions/0012-fair-share.md.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from dataclasses import dataclass
 
 import structlog
@@ -60,6 +61,20 @@ class FairShare:
         self._shared = True
         # All of them, so that none overtakes those that are held.
         await self._put(topology.HELD, topology.subject_of_held(*where), task.to_bytes(), message_id, headers)
+        self.freed(task.stage, task.lane, task.tenant)
+
+    async def queue_again(self, task: contracts.Task, spent: Stored) -> None:
+        """Queue a task anew whose deliveries ran out, in its own place; harmless to repeat. Raises BusError.
+
+        By way of what is held, so that it is never in neither: whoever dies on the way leaves it to the next sweep.
+        """
+        subject = topology.subject_of_held(task.stage, task.lane, task.job_id, task.tenant)
+        with contextlib.suppress(errors.ConflictError):  # it is held already
+            await self._bus.publish(
+                subject, spent.body, message_id=f"{task.job_id}:{task.stage}:{task.run}:{spent.seq}",
+                headers={topology.HEADER_REPLACES: str(spent.seq)},
+            )  # fmt: skip
+        self._shared = True
         self.freed(task.stage, task.lane, task.tenant)
 
     def freed(self, stage: Stage, lane: Lane, tenant: str) -> None:
@@ -145,6 +160,8 @@ class FairShare:
         job_id = held.subject.rsplit(".", 1)[-1]
         headers = {name: value for name, value in held.headers.items() if not name.startswith("Nats-")}
         subject = topology.subject_of_task(place.stage, place.lane, job_id, place.tenant)
+        if (spent := headers.pop(topology.HEADER_REPLACES, None)) is not None:
+            await self._bus.delete(topology.TASKS, int(spent))
         try:
             await self._put(topology.TASKS, subject, held.body, held.headers["Nats-Msg-Id"], headers)
         except errors.ConflictError as exc:

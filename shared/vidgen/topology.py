@@ -134,6 +134,7 @@ def consumer_of_held(stage: Stage, lane: Lane) -> Consumer:
 
 
 HEADER_LOG_SEQ = "Vidgen-Log-Seq"  # of a task: where the job's log stood when it was queued
+HEADER_REPLACES = "Vidgen-Replaces"  # of a held task: the one whose deliveries ran out, which goes before it is queued
 
 SUBJECT_REQUESTS = "vidgen.requests"
 DEAD_WEBHOOKS = "vidgen.dead.webhooks"

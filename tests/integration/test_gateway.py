@@ -110,6 +110,30 @@ async def test_a_gateway_is_killed_in_the_middle_of_a_job_and_another_goes_on(
     assert [artifact.name for artifact in last.artifacts] == ["edit-0.png", "video.mp4"]
 
 
+async def test_a_begun_task_gets_new_deliveries_where_it_had_all_of_them(gateway: Service, bus: JetStreamBus) -> None:
+    queue = topology.consumer_of("edit", "interactive")
+    async with AsyncClient(gateway.url) as client:
+        job = await client.submit(images=[photo()], edit=EditParams(prompt="x"))
+        begun = contracts.StageStarted(
+            job_id=job.id, run=1, at=job.created_at, stage="edit", attempt=1, tries=1, worker="by-hand",
+            engine="preview", model="none",
+        )  # fmt: skip
+        await bus.publish(topology.subject_of_events(job.id), begun.to_bytes(), message_id="begun")
+        seqs: set[int] = set()
+        async with asyncio.timeout(BOUND_S):
+            while len(seqs) < 2:
+                delivery = await bus.pull(queue, 1.0)
+                if delivery is not None:
+                    seqs.add(delivery.seq)
+                    await delivery.nak()
+
+        assert (await client.get(job.id)).status is JobStatus.IN_PROGRESS
+        assert (await taken(bus, "edit")).job_id == job.id
+        assert await bus.get(topology.TASKS, min(seqs)) is None
+        assert await bus.tail(topology.HELD, None, 9) == []
+        assert (await client.dead_list()).dead == ()
+
+
 async def test_sigterm_ends_the_streams_and_leaves_with_zero(gateways: list[Service]) -> None:
     first, second = gateways
     async with httpx.AsyncClient(base_url=first.url, timeout=BOUND_S) as http, AsyncClient(second.url) as other:

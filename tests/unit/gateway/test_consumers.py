@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator
 
 import pytest
-from tests.gateways import BOUND, EDIT, KEY, Gateway, completed
+from tests.gateways import BOUND, EDIT, KEY, Gateway, completed, started
 
 from gateway.consumers import Consumers
 from vidgen import contracts, dead, topology
@@ -126,6 +126,33 @@ async def test_an_exhausted_task_fails_its_job_and_leaves_the_queue(loops: Loops
     [letter] = await loops.bus.tail(topology.DEAD, None, 1)
     assert contracts.DeadLetter.model_validate_json(letter.body).error.code == "deliveries_exhausted"
     assert (await loops.gateway.client.post(f"/v1/dead/{letter.seq}/replay")).json()["run"] == 2
+
+
+@pytest.mark.parametrize("dies", [None, "publish", "delete", "first"])
+async def test_a_begun_task_whose_deliveries_ran_out_is_queued_anew_whatever_fails_meanwhile(
+    loops: Loops, dies: str | None
+) -> None:
+    job = await loops.gateway.submit()
+    await say(loops, started(job))
+    [task] = await loops.bus.tail(topology.TASKS, None, 1)
+    advisory = b'{"stream_seq": %d}' % task.seq
+    await loops.bus.publish(
+        f"$JS.EVENT.ADVISORY.CONSUMER.MAX_DELIVERIES.{topology.TASKS}.edit-interactive", advisory, message_id="advice"
+    )
+    if dies is not None:
+        loops.bus.fail_next(dies)
+    async with asyncio.timeout(BOUND):
+        while [held.seq for held in await loops.bus.tail(topology.TASKS, None, 9)] in ([task.seq], []):
+            loops.gateway.parts.jobs.share.freed(job.stage or "edit", "interactive", job.tenant)
+            await asyncio.sleep(0.01)
+
+    [again] = await loops.bus.tail(topology.TASKS, None, 9)
+    assert (again.subject, again.body) == (task.subject, task.body)
+    assert topology.HEADER_REPLACES not in again.headers
+    assert topology.HEADER_LOG_SEQ not in again.headers
+    assert await loops.gateway.count(topology.HELD) == 0
+    assert await loops.gateway.count(topology.DEAD) == 0
+    assert not (await loops.gateway.parts.jobs.get(job.id)).status.final
 
 
 def test_a_letter_too_large_for_a_message_keeps_its_beginning() -> None:
