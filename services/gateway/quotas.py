@@ -1,21 +1,37 @@
-"""How much a tenant may ask for: requests a second at this gateway, and jobs that are not done."""
+"""How much a tenant may ask for: requests a second, and jobs that are not done.
+
+Each replica counts by itself and tells the others a moment later, so no request waits for anybody.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 import math
+import secrets
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
+from typing import Annotated
+
+import pydantic
+from pydantic import Field
 
 from vidgen import errors, topology
-from vidgen.bus import Bus
-from vidgen.contracts import DEFAULT_TENANT
+from vidgen.bus import Bus, Feed
+from vidgen.contracts import DEFAULT_TENANT, Message
 from vidgen.settings import GatewaySettings
 from vidgen.tenants import Tenant, Tenants
 
 RETRY_JOBS_S = 10
+TELL_S = 0.5
+
+
+class Usage(Message):
+    """HTTP requests that a gateway let in since it told last, by tenant; between gateways alone."""
+
+    gateway: str
+    requests: dict[str, Annotated[int, Field(ge=0)]]
 
 
 class LimitError(errors.VidgenError):
@@ -36,26 +52,76 @@ class Quotas:
         self._usual = {
             "rate": settings.tenant_rate, "burst": settings.tenant_burst, "jobs": settings.tenant_jobs
         }  # fmt: skip
+        self._id = secrets.token_hex(4)
         self._left: dict[str, tuple[float, float]] = {}  # requests that a tenant has left, and when that was so
+        self._used: Counter[str] = Counter()  # requests that were let in here, and that nobody was told of yet
         self._entering: Counter[str] = Counter()  # jobs that are being let in here
 
     async def admit(self, tenant: str) -> None:
         """Count an HTTP request; raises LimitError `rate_limited` where it is one too many, and BusError."""
-        told = await self._tenants.get(tenant)
-        rate = self._limit(told, "rate")
-        if not rate:
-            return
-        most = max(1.0, self._limit(told, "burst"))
-        now = self._clock()
-        left, at = self._left.get(tenant, (most, now))
-        left = min(most, left + (now - at) * rate)
+        rate, left = await self._left_of(tenant)
         if left < 1:
-            self._left[tenant] = left, now
             raise LimitError(
                 f"more than {rate:g} requests a second: send fewer, or ask the operator for a higher limit",
                 math.ceil((1 - left) / rate), code="rate_limited",
             )  # fmt: skip
-        self._left[tenant] = left - 1, now
+        if rate:
+            self._take(tenant, 1)
+            self._used[tenant] += 1
+
+    async def _left_of(self, tenant: str) -> tuple[float, float]:
+        """A tenant's rate, 0 for none, and how many requests it has left."""
+        told = await self._tenants.get(tenant)
+        rate = self._limit(told, "rate")
+        if not rate:
+            return 0.0, math.inf
+        most = max(1.0, self._limit(told, "burst"))
+        now = self._clock()
+        left, at = self._left.get(tenant, (most, now))
+        left = min(most, left + (now - at) * rate)
+        self._left[tenant] = left, now
+        return rate, left
+
+    def _take(self, tenant: str, requests: int) -> None:
+        left, at = self._left[tenant]
+        self._left[tenant] = left - requests, at  # below nothing where others let more in than there was
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Tell the other replicas what was let in here, and count what was let in there, until `stop`.
+
+        A tenant that comes by several of them has its burst at each, and then its rate over all together. What cannot
+        be told for want of the bus is not told later: the rate is exceeded for as long.
+        """
+        while not stop.is_set():
+            try:
+                feed = await self._bus.listen(topology.SUBJECT_USAGE)
+                try:
+                    while not stop.is_set():
+                        await self._hear(feed)
+                        await self._tell()
+                finally:
+                    await feed.close()
+            except errors.BusError:  # whoever needs the bus says so aloud
+                self._used.clear()
+                await asyncio.sleep(TELL_S)
+
+    async def _hear(self, feed: Feed) -> None:
+        loop = asyncio.get_running_loop()
+        until = loop.time() + TELL_S
+        while (left_s := until - loop.time()) > 0 and (stored := await feed.next(left_s)) is not None:
+            with contextlib.suppress(pydantic.ValidationError):  # of a gateway of another version
+                await self._hear_of(Usage.model_validate_json(stored.body))
+
+    async def _hear_of(self, usage: Usage) -> None:
+        for tenant, requests in usage.requests.items() if usage.gateway != self._id else ():
+            rate, _ = await self._left_of(tenant)
+            if rate:
+                self._take(tenant, requests)
+
+    async def _tell(self) -> None:
+        if used := dict(self._used):
+            self._used.clear()
+            await self._bus.signal(topology.SUBJECT_USAGE, Usage(gateway=self._id, requests=used).to_bytes())
 
     @contextlib.asynccontextmanager
     async def room(self, tenant: str) -> AsyncIterator[None]:

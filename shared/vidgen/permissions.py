@@ -63,7 +63,8 @@ def _gateway() -> Rights:
     # What `Bus.follow` reads a job's log through has a name that the server chose; of the durable ones, nothing.
     durable = [c.name for c in topology.CONSUMERS if c.stream == topology.EVENTS]
     never = tuple(f"{API}.CONSUMER.DELETE.{topology.EVENTS}.{name}" for name in durable)
-    return Rights(tuple(_gateways_subjects()), hear=(topology.subject_of_progress("*"),), never=never)
+    hear = topology.subject_of_progress("*"), topology.SUBJECT_USAGE
+    return Rights(tuple(_gateways_subjects()), hear=hear, never=never)
 
 
 def _gateways_subjects() -> Iterator[str]:
@@ -94,6 +95,7 @@ def _gateways_subjects() -> Iterator[str]:
     yield f"{API}.CONSUMER.MSG.NEXT.{topology.EVENTS}.*"
     yield f"{API}.CONSUMER.DELETE.{topology.EVENTS}.*"
     yield topology.SUBJECT_CONTROL_ALL
+    yield topology.SUBJECT_USAGE
     yield from (topology.subject_of_worker(stage, "*") for stage in STAGES)  # is anybody there
 
 

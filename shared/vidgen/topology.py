@@ -139,6 +139,7 @@ HEADER_REPLACES = "Vidgen-Replaces"  # of a held task: the one whose deliveries 
 SUBJECT_REQUESTS = "vidgen.requests"
 DEAD_WEBHOOKS = "vidgen.dead.webhooks"
 SUBJECT_CONTROL_ALL = "vidgen.control.*"
+SUBJECT_USAGE = "vidgen.usage"  # what one gateway let in of each tenant's requests, for the others
 
 STREAMS = (
     Stream(REQUESTS, ("vidgen.requests", "vidgen.requests.*"), "workqueue", discard="new", max_bytes=1 << 30),
