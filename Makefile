@@ -55,7 +55,7 @@ constraints: | $(VENV)/.uv
 
 # Strict: what could not be looked up is a failure, or a mirror without advisories would pass for a clean bill.
 audit: | $(VENV)/.uv
-	$(BIN)/uv tool run pip-audit==2.10.1 --strict --no-deps --disable-pip -r constraints.txt
+	$(BIN)/uv tool run pip-audit==2.10.1 --strict --no-deps --disable-pip -r constraints.txt $(ARGS)
 
 clean:
 	rm -rf $(VENV) out build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -106,6 +106,7 @@ class _Gateway:
             events=own.keep_events * DAY, jobs=own.keep_jobs * DAY, dead=own.keep_dead * DAY
         )
         await self._persist("the bus", lambda: bootstrap.ensure(connected, wanted))
+        self._keeper = bootstrap.Keeper(connected, wanted)
         return connected
 
     async def _serve(self, connected: JetStreamBus, store: S3Store) -> None:
@@ -121,7 +122,7 @@ class _Gateway:
         consumers = Consumers(connected, jobs, intake, metrics, own.intake_concurrency)
         sweeper = Sweeper(connected, store, jobs, Keep.from_settings(own), metrics)
         orphans = Orphans(connected, fleet, metrics, own.worker_silence_s)
-        working = self._work(consumers, orphans, quotas, *([hooks] if hooks else []))
+        working = self._work(self._keeper, consumers, orphans, quotas, *([hooks] if hooks else []))
         consuming = asyncio.create_task(working, name="consumers")
         sweeping = asyncio.create_task(sweeper.run(self._stop), name="sweeper")
         stopped = asyncio.create_task(self._stop.wait(), name="stop")
@@ -155,7 +156,7 @@ class _Gateway:
             give_up_after=own.webhook_give_up_s, concurrency=own.webhook_concurrency, renew_every=own.ack_wait / 4,
         )  # fmt: skip
 
-    async def _work(self, *parts: Consumers | Orphans | Quotas | Webhooks) -> None:
+    async def _work(self, *parts: bootstrap.Keeper | Consumers | Orphans | Quotas | Webhooks) -> None:
         async with asyncio.TaskGroup() as group:
             for part in parts:
                 group.create_task(part.run(self._stop))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from typing import Any
 
@@ -14,8 +15,38 @@ from vidgen.natserrors import translated
 
 log = logging.getLogger("vidgen.bus")
 
+PAUSE_S = 0.5
 FIXED = ("retention", "storage", "discard", "discard_new_per_subject", "max_msgs_per_subject")
 TUNABLE = ("max_age", "max_bytes", "duplicate_window", "allow_direct")
+
+
+class Keeper:
+    """Makes anew what a bus forgot: a server that is started again, and is alone, has lost what it had in memory."""
+
+    def __init__(self, bus: JetStreamBus, wanted: topology.Topology) -> None:
+        self._bus, self._wanted = bus, wanted
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Look behind each reconnection until `stop`; raises FatalError as `ensure` does."""
+        stopping = asyncio.ensure_future(stop.wait())
+        try:
+            while not stop.is_set():
+                back = asyncio.ensure_future(self._bus.back.wait())
+                await asyncio.wait((back, stopping), return_when=asyncio.FIRST_COMPLETED)
+                back.cancel()
+                if self._bus.back.is_set():
+                    self._bus.back.clear()
+                    await self._ensure()
+        finally:
+            stopping.cancel()
+
+    async def _ensure(self) -> None:
+        try:
+            await ensure(self._bus, self._wanted)
+        except errors.BusError as exc:
+            log.warning("bus: %s: looking again", exc.message)
+            await asyncio.sleep(PAUSE_S)
+            self._bus.back.set()
 
 
 async def ensure(bus: JetStreamBus, wanted: topology.Topology) -> None:

@@ -48,6 +48,7 @@ class JetStreamBus:
         self._js = client.jetstream(timeout=REQUEST_TIMEOUT)
         self._records: dict[str, JetStreamRecords] = {}
         self._inboxes: list[PullInbox] = []  # of pulls that came to their end
+        self.back = asyncio.Event()  # behind a reconnection, until somebody has looked after what may be missing
         self.lost: asyncio.Future[None] = asyncio.get_running_loop().create_future()  # done when the connection is
         self._side_tasks: set[asyncio.Task[None]] = set()
 
@@ -63,6 +64,10 @@ class JetStreamBus:
         """End the pulls that wait: the server that knew of them is gone."""
         lost, self.lost = self.lost, asyncio.get_running_loop().create_future()
         lost.set_result(None)
+
+    def connected_again(self) -> None:
+        """Tell who waits for it that there is a server again, which may be another one."""
+        self.back.set()
 
     async def settle(self) -> None:
         """Wait for the hand-backs of cancelled pulls, before the connection is closed."""
@@ -401,6 +406,8 @@ async def connect(
         if secure and not _is_secure(client) and on_denied is not None:
             on_denied(NOT_SECURE)
         log.info("bus: connected again")
+        if made is not None:
+            made.connected_again()
 
     settings: dict[str, Any] = {
         "name": name, "error_cb": failed, "disconnected_cb": lost, "reconnected_cb": back, "ping_interval": 10,

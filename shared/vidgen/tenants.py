@@ -24,7 +24,7 @@ class Tenant(Message):
 
     schema_version: Literal[1] = 1
     id: TenantId
-    rate: Rate | None = Field(None, description="HTTP requests a second, at each gateway.")
+    rate: Rate | None = Field(None, description="HTTP requests a second.")
     burst: Count | None = Field(None, description="HTTP requests at once.")
     jobs: Count | None = Field(None, description="Jobs with a task that waits or runs.")
     share: Annotated[int, Field(ge=1, le=1000)] | None = Field(

@@ -218,6 +218,29 @@ async def test_every_call_fails_in_an_outage_and_says_so_plainly(
         assert all(str(answer).startswith("the bus did not answer") for answer in answers)
 
 
+async def test_what_a_server_had_in_memory_is_made_anew_behind_its_restart(nats_server: NatsServer) -> None:
+    # Found by random orders: nobody did, so that running jobs could neither be asked for nor be cancelled.
+    wanted = topology.Topology()
+    async with connected_bus(nats_server, wanted) as connected:
+        stop = asyncio.Event()
+        keeping = asyncio.create_task(bootstrap.Keeper(connected, wanted).run(stop))
+        for _ in range(2):
+            await nats_server.kill()
+            await asyncio.sleep(0.2)
+            await nats_server.start()
+            async with asyncio.timeout(BOUND):
+                while True:
+                    try:
+                        assert await connected.latest(topology.PROGRESS, topology.subject_of_progress("j1")) is None
+                        assert await connected.records(topology.WORKERS_BUCKET).all() == {}
+                        break
+                    except errors.BusError:
+                        await asyncio.sleep(0.05)
+        stop.set()
+        async with asyncio.timeout(BOUND):
+            await keeping
+
+
 async def test_connecting_to_nothing_fails_soon_and_names_the_place_without_its_credentials() -> None:
     with socket.socket() as held:  # bound and not listening: nobody answers, and nobody else can take the port
         held.bind(("127.0.0.1", 0))

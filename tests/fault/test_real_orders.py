@@ -26,6 +26,7 @@ from vidgen.contracts import Event, Job, Stage
 LEASE = {"VIDGEN_ACK_WAIT": "10"}  # what a dead gateway held comes back when it has run out
 WITHIN_S = 90.0  # an order comes to its end, once it is left alone
 ANSWER_S = 15.0
+AWAY_S = 10.0  # from the restart of the bus until each gateway answers again
 LOG_LENGTH = 500
 
 Fate = Literal["worker", "gateway", "bus"]
@@ -41,6 +42,7 @@ class RealParts:
         self.kills: Counter[str] = Counter()
         self.asked: Counter[str] = Counter()  # what was asked of gateways, and what they said
         self._doom: tuple[Fate, int, float] | None = None
+        self._bus_back = float("-inf")
         self._sent = 0
 
     def request(self, stages: Sequence[Stage], review: bool) -> tuple[str, bytes]:
@@ -81,6 +83,8 @@ class RealParts:
             return None
         self.asked[f"{of} {answer.status_code}"] += 1
         assert answer.status_code in (*ok, 503, *((404, 409) if path else ())), answer.text
+        away = asyncio.get_running_loop().time() - self._bus_back
+        assert answer.status_code != 503 or away < AWAY_S, f"{away:.0f} s behind the bus's restart: {answer.text}"
         return None if answer.status_code == 503 else answer
 
     async def _meanwhile(self, asking: Coroutine[Any, Any, T]) -> T:
@@ -108,6 +112,7 @@ class RealParts:
             await self.system.nats.kill()
             await asyncio.sleep(0.1 * which)
             await self.system.nats.start()
+            self._bus_back = asyncio.get_running_loop().time()
         else:
             alive = self.system.of(what)
             await self.system.kill(alive[which % len(alive)])

@@ -19,7 +19,7 @@ from tests.servers import connected_bus, running_gateways
 from gateway import main
 from vidgen import contracts, errors, topology
 from vidgen.artifacts import artifact_key
-from vidgen.client import AsyncClient
+from vidgen.client import AsyncClient, GatewayError
 from vidgen.contracts import EditParams, I2VParams, Job, JobStatus, StageState
 from vidgen.jetstream import JetStreamBus
 from vidgen.local import NatsServer, S3Server
@@ -132,6 +132,28 @@ async def test_a_begun_task_gets_new_deliveries_where_it_had_all_of_them(gateway
         assert await bus.get(topology.TASKS, min(seqs)) is None
         assert await bus.tail(topology.HELD, None, 9) == []
         assert (await client.dead_list()).dead == ()
+
+
+async def test_a_running_job_is_shown_and_cancelled_behind_a_restart_of_the_bus(
+    gateway: Service, bus: JetStreamBus, nats_server: NatsServer
+) -> None:
+    async with AsyncClient(gateway.url) as client:
+        job = await client.submit(images=[photo()], edit=EditParams(prompt="x"), i2v=I2VParams(prompt="zoom"))
+        await tell(bus, job, "edit", "edit-0.png")
+        async with asyncio.timeout(BOUND_S):
+            while (await client.get(job.id)).status is not JobStatus.IN_PROGRESS:
+                await asyncio.sleep(0.05)
+        await nats_server.kill()
+        await nats_server.start()
+        async with asyncio.timeout(30):
+            while True:
+                try:
+                    assert (await client.get(job.id)).status is JobStatus.IN_PROGRESS
+                    assert await client.workers() is not None
+                    assert (await client.cancel(job.id)).status is JobStatus.CANCELLED
+                    break
+                except GatewayError:  # 503, until the gateway is connected again
+                    await asyncio.sleep(0.1)
 
 
 async def test_sigterm_ends_the_streams_and_leaves_with_zero(gateways: list[Service]) -> None:

@@ -122,7 +122,7 @@ def set_limits(
 ) -> None:  # fmt: skip
     """Set how much a tenant may ask for; what is not named stays as it is.
 
-    --rate: HTTP requests a second, at each gateway. --burst: how many at once. --jobs: jobs with a task that waits or
+    --rate: HTTP requests a second. --burst: how many at once, at each gateway. --jobs: jobs with a task that waits or
     runs. --share: tasks that may wait in one lane's queue; twice the share is twice the turns.
     """
 
