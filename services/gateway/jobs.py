@@ -94,8 +94,7 @@ class Jobs:
         """A job as its record and its log tell, without the progress of the moment."""
         job = await self._look(job_id)
         if job is None or job.status not in MOVING:
-            # A look at the log may have to wait for what is written into it: not where it cannot tell more.
-            return job
+            return job  # its log cannot tell more
         return _with_start(job, await self._newest_event(job_id))
 
     async def get(self, job_id: str) -> Job:
@@ -123,7 +122,7 @@ class Jobs:
         return job.model_copy(update={"progress": progress}) if current else job
 
     async def _look(self, job_id: str) -> Job | None:
-        found = await self._looks.records(topology.JOBS_BUCKET).get(job_id)
+        found = await self._looks.records(topology.JOBS_BUCKET).latest(job_id)
         return Job.model_validate_json(found[0]) if found else None
 
     async def _newest_progress(self, job_id: str) -> contracts.Progress | None:

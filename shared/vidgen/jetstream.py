@@ -30,6 +30,7 @@ from vidgen.records import JetStreamRecords
 log = logging.getLogger("vidgen.bus")
 
 PUBLISH_PATIENCE = 20.0  # a leader change in R3 takes 5–8 s (FACTS §4)
+LEADER_PATIENCE = 0.5  # seconds; from then on any node may say what it has
 READY_TIMEOUT = 2.0
 FIRST_CONNECT_ATTEMPTS = 2  # beyond the first one, a second apart
 FIRST_CONNECT_LIMIT = 30.0  # for all of them: a TLS handshake that fails may leave nats-py waiting for ever
@@ -203,7 +204,16 @@ class JetStreamBus:
 
     async def latest(self, stream: str, subject: str) -> Stored | None:
         with translated():
-            msg = await self.direct(stream, subject)
+            return await self.newest(stream, subject)
+
+    async def newest(self, stream: str, subject: str) -> Stored | None:
+        """What `latest` gives; raises what nats-py does."""
+        # A direct get is answered from the stream's own loop, behind whatever it writes and syncs just then; this is
+        # not. But only a leader answers, and while another is elected there is none.
+        with contextlib.suppress(errors.BusError, TimeoutError):
+            async with asyncio.timeout(LEADER_PATIENCE):
+                return await self.last(stream, subject)
+        msg = await self.direct(stream, subject)
         if msg is None:
             return None
         told = headers_of(msg.headers)
