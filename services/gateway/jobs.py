@@ -99,25 +99,21 @@ class Jobs:
 
     async def get(self, job_id: str) -> Job:
         """A job with its newest progress; raises JobNotFoundError."""
-        # All at once, for on a busy machine it is the way there and back that takes long. An event that is older than
+        # Both at once, for on a busy machine it is the way there and back that takes long. An event that is older than
         # the record changes nothing: a fold does not mind the order.
-        beside = asyncio.gather(self._newest_event(job_id), self._newest_progress(job_id), return_exceptions=True)
+        log_read = asyncio.create_task(self._newest_event(job_id))
         try:
             job = await self._look(job_id)
             if job is None:
                 raise no_such_job(job_id)
-            if job.status not in MOVING:
-                return job
-            newest, progress = await beside
+            if job.status in MOVING:
+                job = _with_start(job, await log_read)
         finally:
-            beside.cancel()
-        if isinstance(newest, BaseException):
-            raise newest
-        job = _with_start(job, newest)
+            if not log_read.cancel():
+                log_read.exception()  # it came to an end unasked: how does not matter
         if job.status is not JobStatus.IN_PROGRESS:
             return job
-        if isinstance(progress, BaseException):
-            raise progress
+        progress = await self._newest_progress(job_id)
         current = progress is not None and progress.stage == job.stage and progress.run == job.run
         return job.model_copy(update={"progress": progress}) if current else job
 

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import json
 import socket
 from pathlib import Path
 from typing import Any
 
 import nats.errors
 import pytest
+from nats.aio.msg import Msg
 from nats.js import api
 from tests.servers import connected_bus, running_nats
 
@@ -501,22 +503,29 @@ async def test_the_latest_comes_from_any_node_where_no_leader_says_it(
     nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch, leader: str
 ) -> None:
     """As while a leader is elected: records and logs can be read meanwhile."""
-    monkeypatch.setattr(jetstream, "LEADER_PATIENCE", 0.05)
-
-    async def last(*_: object) -> bus.Stored | None:
-        if leader == "refuses":
-            raise errors.BusError("no leader")
-        return await asyncio.get_running_loop().create_future()
-
     async with connected_bus(nats_server) as connected:
+        ask = connected.client.request
+        asked: list[str] = []
+
+        async def request(subject: str, payload: bytes = b"", timeout: float = 0.5, **options: Any) -> Msg:
+            asked.append(subject)
+            if not subject.startswith("$JS.API.STREAM.MSG.GET."):
+                return await ask(subject, payload, timeout=timeout, **options)
+            if leader == "refuses":
+                error = {"code": 503, "err_code": 10008, "description": "JetStream system temporarily unavailable"}
+                return Msg(connected.client, data=json.dumps({"error": error}).encode())
+            assert timeout < 1
+            raise nats.errors.TimeoutError
+
         records, subject = connected.records(topology.JOBS_BUCKET), topology.subject_of_events("j1")
         revision = await records.put("j1", b"record")
-        await connected.publish(subject, b"event", message_id="e")
+        await connected.publish(subject, b"event", message_id="e", headers={"traceparent": "00-a: b"})
         said = await connected.latest(topology.EVENTS, subject)
-        monkeypatch.setattr(connected, "last", last)
+        monkeypatch.setattr(connected.client, "request", request)
         assert await records.latest("j1") == (b"record", revision)
         assert await records.latest("j2") is None
         assert await connected.latest(topology.EVENTS, subject) == said
+        assert len(asked) == 6
 
 
 async def test_a_record_that_was_deleted_is_not_the_latest_either(nats_server: NatsServer) -> None:

@@ -114,7 +114,7 @@ async def test_a_job_goes_through_where_one_gateway_answers_and_another_moves_it
     nats_server: NatsServer, s3_server: S3Server, tmp_path: Path, bus: JetStreamBus
 ) -> None:
     own = {"VIDGEN_ACK_WAIT": str(ACK_WAIT_S)}
-    one, other = tmp_path / "api", tmp_path / "pipeline"
+    one, other, moving = tmp_path / "api", tmp_path / "pipeline", {"VIDGEN_GATEWAY_ROLES": "pipeline"}
     async with (
         running_gateways(1, nats_server, s3_server, one, VIDGEN_GATEWAY_ROLES="api", **own) as [api],
         AsyncClient(api.url) as client,
@@ -127,7 +127,7 @@ async def test_a_job_goes_through_where_one_gateway_answers_and_another_moves_it
         await tell(bus, job, "edit", "edit-0.png")
         events = topology.Consumer(topology.EVENTS, topology.GATEWAY)
         assert (await bus.depth(events)).ack_pending == 0  # the one that answers takes no events
-        async with running_gateways(1, nats_server, s3_server, other, VIDGEN_GATEWAY_ROLES="pipeline", **own) as [moves]:
+        async with running_gateways(1, nats_server, s3_server, other, **moving, **own) as [moves]:
             assert (await taken(bus, "i2v")).job_id == job.id
             await tell(bus, job, "i2v", "video.mp4")
             async with asyncio.timeout(BOUND_S):
