@@ -1,7 +1,7 @@
 """Ten thousand jobs at once: what goes in, what gets through, and how soon the gateway answers meanwhile.
 
     python benchmarks/load.py [--jobs 10000] [--readers 50] [--workers 20] [--processes 4]
-                              [--peers celery taskiq taskiq-nats]
+                              [--split] [--peers celery taskiq taskiq-nats]
 
 Real nats-server (synced), real S3 server, gateway and workers as processes on this machine, engines of zero cost.
 Beside it, in the same run, the same jobs by others: an object in S3, two stages, an object out, the status by HTTP.
@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 import uuid
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol
@@ -54,7 +54,6 @@ class Side(Protocol):
     name: str
     url: str
     sse: bool
-    pid: int  # of the process that answers by HTTP
     folders: dict[str, Path]  # what its servers keep
     pids: dict[str, list[int]]  # of its processes, by what they are
 
@@ -123,16 +122,19 @@ class Vidgen:
 
     def __init__(self, system: System, gateways: list[Service], finals: Finals) -> None:
         self._system, self._gateways, self._finals = system, gateways, finals
-        self.url, self.pid = gateways[0].url, gateways[0].pid
+        self.url = gateways[0].url
         self.folders = {"bus": system.nats.folder / "data", "S3": system.s3.folder / "data"}
         self.pids = {"gateway": [one.pid for one in gateways], "bus": [system.nats.pid], "S3": [system.s3.pid]}
 
     @classmethod
     @contextlib.asynccontextmanager
-    async def start(cls, folder: Path, s3: S3Server, replicas: int) -> AsyncIterator[Vidgen]:
+    async def start(cls, folder: Path, s3: S3Server, roles: Sequence[str]) -> AsyncIterator[Vidgen]:
         async with NatsServer(folder / "nats") as nats:
             system = System(folder, nats, s3)
-            gateways = [Service(f"gateway-{number}", "gateway.main", folder, system.env) for number in range(replicas)]
+            gateways = [
+                Service(f"gateway-{number}", "gateway.main", folder, {**system.env, "VIDGEN_GATEWAY_ROLES": role})
+                for number, role in enumerate(roles)
+            ]
             try:
                 for gateway in gateways:
                     await gateway.start()
@@ -179,7 +181,7 @@ class Peer:
         self, kind: str, server: Redis | Nats, api: Service, env: dict[str, str], folder: Path, s3: S3Server
     ) -> None:
         self.name, self._kind, self._server, self._env, self._folder = PEERS[kind], kind, server, env, folder
-        self.url, self.pid = api.url, api.pid
+        self.url = api.url
         self.folders = {server.name: server.data, "S3": s3.folder / "data"}
         self.pids = {"gateway": [api.pid], server.name: [server.pid], "S3": [s3.pid]}
 
@@ -347,8 +349,9 @@ def _shares(count: int, parts: int) -> list[int]:
     return [count // parts + (number < count % parts) for number in range(parts)]
 
 
-def memory_mb(pid: int) -> float:
-    return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") / 1e6
+def memory_mb(pids: Sequence[int]) -> float:
+    pages = sum(int(Path(f"/proc/{pid}/statm").read_text().split()[1]) for pid in pids)
+    return pages * os.sysconf("SC_PAGE_SIZE") / 1e6
 
 
 def cpu_s(pids: list[int]) -> float:
@@ -398,7 +401,7 @@ async def drain(side: Side, jobs: int, memory: list[tuple[int, float]]) -> float
         done, at = await side.done(), time.perf_counter()
         if done > (memory[-1][0] if memory else 0):
             moved = at
-        memory.append((done, memory_mb(side.pid)))
+        memory.append((done, memory_mb(side.pids["gateway"])))
         if done >= jobs:
             return (done - first[0]) / max(at - first[1], SAMPLE_S)
         if at - moved > STALL_S:
@@ -461,12 +464,14 @@ async def main() -> None:
     parser.add_argument("--workers", type=int, default=20, help="half of them for each stage")
     parser.add_argument("--processes", type=int, default=4, help="that our workers, and taskiq's, share")
     parser.add_argument("--gateways", type=int, default=1)
+    parser.add_argument("--split", action="store_true", help="one more gateway, which alone moves the jobs on")
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
     options = parser.parse_args()
     print(environment())
+    roles = ["api" if options.split else "api,pipeline"] * options.gateways + ["pipeline"] * options.split
     busy = " ".join(f"{one:.1f}" for one in os.getloadavg())
     print(f"load average {busy}; {options.jobs:,} jobs, {options.readers} readers, {options.workers} workers in"
-          f" {options.processes} processes, {options.gateways} gateway(s)", flush=True)  # fmt: skip
+          f" {options.processes} processes, gateways of ours: {' + '.join(roles)}", flush=True)  # fmt: skip
     ours: Figures | None = None
     with tempfile.TemporaryDirectory(prefix="vidgen-load-") as name:
         for kind in ("vidgen", *options.peers):
@@ -474,7 +479,7 @@ async def main() -> None:
             folder.mkdir()
             async with store(folder) as s3:
                 if kind == "vidgen":
-                    starting: contextlib.AbstractAsyncContextManager[Side] = Vidgen.start(folder, s3, options.gateways)
+                    starting: contextlib.AbstractAsyncContextManager[Side] = Vidgen.start(folder, s3, roles)
                 else:
                     starting = Peer.start(kind, folder, s3)
                 async with starting as side:

@@ -53,6 +53,8 @@ class Watch:
         return self._ids[self._chance.randrange(self._known)]
 
     async def _follow(self) -> None:
+        while self._known < self._readers:  # else all of them would follow the first job  # noqa: ASYNC110
+            await asyncio.sleep(0.05)
         while True:
             connection = Connection(self._url)
             try:

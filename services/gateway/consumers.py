@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 
 import pydantic
 import structlog
@@ -23,15 +23,24 @@ GIVE_UP_AFTER = 20  # deliveries of a message that this gateway cannot digest
 ENDS = (contracts.JobCompleted, contracts.JobFailed, contracts.JobCancelled, contracts.Rejected)
 OWN = (contracts.Accepted, *ENDS)  # what gateways write themselves: nothing is to be done about them
 
+# What comes in belongs to those who answer HTTP: what a replica lets in itself comes back to it, and is known there.
+TAKEN_IN = (topology.REQUESTS,)
+MOVING_ON = (topology.EVENTS, topology.ADVISORIES)
+STREAMS = (*TAKEN_IN, *MOVING_ON)
+
 Handler = Callable[[Delivery], Awaitable[None]]
 
 
 class Consumers:
     """The loops that move jobs on; `run` ends when `stop` is set and what was taken is settled."""
 
-    def __init__(self, bus: Bus, jobs: Jobs, intake: Intake, metrics: GatewayMetrics, concurrency: int) -> None:
+    def __init__(
+        self, bus: Bus, jobs: Jobs, intake: Intake, metrics: GatewayMetrics, concurrency: int,
+        streams: Collection[str] = STREAMS,
+    ) -> None:  # fmt: skip
+        """`streams` are those that this replica consumes; others must see to the rest."""
         self._bus, self._jobs, self._intake, self._metrics = bus, jobs, intake, metrics
-        self._concurrency = concurrency
+        self._concurrency, self._streams = concurrency, streams
 
     async def run(self, stop: asyncio.Event) -> None:
         """Consume until `stop`."""
@@ -42,7 +51,8 @@ class Consumers:
                 (topology.EVENTS, self._on_event, self._concurrency),
                 (topology.ADVISORIES, self._on_advisory, 1),
             ):
-                group.create_task(self._consume(by_stream[stream], handle, at_once, stop))
+                if stream in self._streams:
+                    group.create_task(self._consume(by_stream[stream], handle, at_once, stop))
             group.create_task(self._jobs.share.run(stop))
 
     async def _consume(self, consumer: topology.Consumer, handle: Handler, at_once: int, stop: asyncio.Event) -> None:

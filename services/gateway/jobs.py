@@ -77,38 +77,56 @@ def now() -> datetime:
 class Jobs:
     """The records of all jobs, on the bus; any number of gateways may share them."""
 
-    def __init__(self, bus: Bus, share: FairShare | None = None) -> None:
-        self._bus = bus
+    def __init__(self, bus: Bus, share: FairShare | None = None, looks: Bus | None = None) -> None:
+        """`looks` is the bus for those who only want to know: on a connection of its own, nothing is in their way."""
+        self._bus, self._looks = bus, looks or bus
         self.share = share or FairShare(bus, Tenants(bus), waiting=0)
         self._records = bus.records(topology.JOBS_BUCKET)
-        # What this replica wrote last, with the start of a task where that has come since, and at which revision.
+        # What this replica wrote or read last, and at which revision, with the start of a task that has come since.
         # Another may have written since: only a write that succeeds proves that it was the newest.
         self._written: OrderedDict[str, tuple[Job, int]] = OrderedDict()
 
+    async def ready(self) -> bool:
+        """Whether the bus can be reached, by each of its connections."""
+        return all(await asyncio.gather(*(bus.ready() for bus in {self._bus, self._looks})))
+
     async def find(self, job_id: str) -> Job | None:
         """A job as its record and its log tell, without the progress of the moment."""
-        found = await self._read(job_id)
-        if found is None or found[0].status not in MOVING:
-            # A look at the log may have to wait for what is written into it: not where it cannot tell more.
-            return found[0] if found else None
-        return _with_start(found[0], await self._newest_event(job_id))
+        job = await self._look(job_id)
+        if job is None or job.status not in MOVING:
+            return job  # its log cannot tell more
+        return _with_start(job, await self._newest_event(job_id))
 
     async def get(self, job_id: str) -> Job:
         """A job with its newest progress; raises JobNotFoundError."""
-        job = await self.find(job_id)
-        if job is None:
-            raise no_such_job(job_id)
+        # Both at once, for on a busy machine it is the way there and back that takes long. An event that is older than
+        # the record changes nothing: a fold does not mind the order.
+        log_read = asyncio.create_task(self._newest_event(job_id))
+        try:
+            job = await self._look(job_id)
+            if job is None:
+                raise no_such_job(job_id)
+            if job.status in MOVING:
+                job = _with_start(job, await log_read)
+        finally:
+            if not log_read.cancel():
+                log_read.exception()  # it came to an end unasked: how does not matter
         if job.status is not JobStatus.IN_PROGRESS:
             return job
-        stored = await self._bus.latest(topology.PROGRESS, topology.subject_of_progress(job_id))
-        if stored is None:
-            return job
-        progress = contracts.Progress.model_validate_json(stored.body)
-        current = progress.stage == job.stage and progress.run == job.run
+        progress = await self._newest_progress(job_id)
+        current = progress is not None and progress.stage == job.stage and progress.run == job.run
         return job.model_copy(update={"progress": progress}) if current else job
 
+    async def _look(self, job_id: str) -> Job | None:
+        found = await self._looks.records(topology.JOBS_BUCKET).latest(job_id)
+        return Job.model_validate_json(found[0]) if found else None
+
+    async def _newest_progress(self, job_id: str) -> contracts.Progress | None:
+        stored = await self._looks.latest(topology.PROGRESS, topology.subject_of_progress(job_id))
+        return contracts.Progress.model_validate_json(stored.body) if stored is not None else None
+
     async def _newest_event(self, job_id: str) -> contracts.AnyEvent | None:
-        stored = await self._bus.latest(topology.EVENTS, topology.subject_of_events(job_id))
+        stored = await self._looks.latest(topology.EVENTS, topology.subject_of_events(job_id))
         try:
             return parse_event(stored.body) if stored is not None else None
         except pydantic.ValidationError:  # of another version
@@ -224,10 +242,9 @@ class Jobs:
         found = kept or await self._read(event.job_id)
         if found is None:
             return None
-        job, revision = found
-        if kept is not None:
-            job = pipeline.fold(job, event)
-            self._written[job.id] = job, revision
+        job, revision = pipeline.fold(found[0], event), found[1]
+        if job.id not in self._written:  # what was written meanwhile is newer
+            self._keep(job, revision)
         self.share.freed(event.stage, pipeline.lane_of(job), job.tenant)
         return job
 
@@ -236,7 +253,10 @@ class Jobs:
         return (Job.model_validate_json(found[0]), found[1]) if found else None
 
     async def _write(self, job: Job, revision: int) -> None:
-        self._written[job.id] = job, await self._records.put(job.id, job.to_bytes(), revision=revision)
+        self._keep(job, await self._records.put(job.id, job.to_bytes(), revision=revision))
+
+    def _keep(self, job: Job, revision: int) -> None:
+        self._written[job.id] = job, revision
         if len(self._written) > REMEMBERED:
             self._written.popitem(last=False)
 
@@ -295,7 +315,7 @@ class Jobs:
         found: list[Job] = []
         scanned = 0
         while True:
-            batch = await self._bus.tail(topology.HISTORY, before, limit + 1, subject)
+            batch = await self._looks.tail(topology.HISTORY, before, limit + 1, subject)
             for position, entry in enumerate(batch):
                 job = await self.find(entry.subject.rsplit(".", 1)[-1])
                 if job is not None and (status is None or job.status is status):

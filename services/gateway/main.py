@@ -9,7 +9,7 @@ import os
 import secrets
 import signal
 import sys
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 from typing import TypeVar
 
 import structlog
@@ -17,7 +17,7 @@ import uvloop
 
 from gateway.api.app import create_app
 from gateway.api.parts import Parts
-from gateway.consumers import Consumers
+from gateway.consumers import MOVING_ON, TAKEN_IN, Consumers
 from gateway.fleet import Fleet
 from gateway.forecast import Forecast
 from gateway.intake import Intake
@@ -46,6 +46,7 @@ DRAIN_S = 10.0
 COLLECT_EVERY = 10_000, 20, 20  # by the usual 700 it takes 3 % of the time, and finds hardly anything
 
 T = TypeVar("T")
+Works = bootstrap.Keeper | Consumers | Orphans | Quotas | Sweeper | Webhooks
 
 
 class StoppedError(Exception):
@@ -81,10 +82,13 @@ class _Gateway:
         self._take_signals()
         try:
             async with contextlib.AsyncExitStack() as stack:
-                connected = await self._connect(stack)
+                name = f"gateway-{secrets.token_hex(4)}"
+                connected = await self._connect(stack, name)
+                await self._bootstrap(connected)
+                looks = await self._connect(stack, f"{name}-looks")
                 store = S3Store.from_settings(self._settings)
                 await self._persist("the object store", store.ensure_bucket)
-                await self._serve(connected, store)
+                await self._serve(connected, looks, store)
         except StoppedError:
             pass
         if self._denied is not None:
@@ -93,38 +97,43 @@ class _Gateway:
             )
         log.info("drained", _event="drained")
 
-    async def _connect(self, stack: contextlib.AsyncExitStack) -> JetStreamBus:
+    async def _connect(self, stack: contextlib.AsyncExitStack, name: str) -> JetStreamBus:
         own = self._settings
-        name = f"gateway-{secrets.token_hex(4)}"
 
         async def attempt() -> JetStreamBus:
             connection = jetstream.connect(own.nats_url, name, on_denied=self._on_denied, **own.nats_options())
             return await stack.enter_async_context(connection)
 
-        connected = await self._persist("the bus", attempt)
+        return await self._persist("the bus", attempt)
+
+    async def _bootstrap(self, connected: JetStreamBus) -> None:
+        own = self._settings
         wanted = Topology(own.stream_replicas, own.ack_wait).keeping(
             events=own.keep_events * DAY, jobs=own.keep_jobs * DAY, dead=own.keep_dead * DAY
         )
         await self._persist("the bus", lambda: bootstrap.ensure(connected, wanted))
         self._keeper = bootstrap.Keeper(connected, wanted)
-        return connected
 
-    async def _serve(self, connected: JetStreamBus, store: S3Store) -> None:
+    async def _serve(self, connected: JetStreamBus, looks: JetStreamBus, store: S3Store) -> None:
+        """`looks` is the connection of those who look on: what they ask does not wait behind what moves jobs on."""
         own, metrics, tenants = self._settings, GatewayMetrics(), Tenants(connected)
-        jobs = Jobs(connected, FairShare(connected, tenants, own.tenant_waiting))
+        jobs = Jobs(connected, FairShare(connected, tenants, own.tenant_waiting), looks)
         quotas = Quotas(connected, tenants, own)
         hooks = self._webhooks(connected, metrics)
         intake = Intake(connected, store, jobs, quotas, own.max_upload_bytes, hooks.allowed if hooks else None)
         fleet = Fleet(connected)
         forecast = Forecast(connected, jobs, fleet)
         keyring = Keyring(connected)
-        parts = Parts(own, connected, store, jobs, intake, fleet, forecast, metrics, keyring, quotas, self._stop)
-        consumers = Consumers(connected, jobs, intake, metrics, own.intake_concurrency)
-        sweeper = Sweeper(connected, store, jobs, Keep.from_settings(own), metrics)
-        orphans = Orphans(connected, fleet, metrics, own.worker_silence_s)
-        working = self._work(self._keeper, consumers, orphans, quotas, *([hooks] if hooks else []))
-        consuming = asyncio.create_task(working, name="consumers")
-        sweeping = asyncio.create_task(sweeper.run(self._stop), name="sweeper")
+        parts = Parts(own, looks, store, jobs, intake, fleet, forecast, metrics, keyring, quotas, self._stop)
+        streams = (*(TAKEN_IN if own.serves_api else ()), *(MOVING_ON if own.moves_jobs else ()))
+        consumers = Consumers(connected, jobs, intake, metrics, own.intake_concurrency, streams)
+        working: list[Works] = [self._keeper, quotas, consumers]
+        background: list[Works] = []
+        if own.moves_jobs:
+            working += [Orphans(connected, fleet, metrics, own.worker_silence_s), *([hooks] if hooks else [])]
+            background.append(Sweeper(connected, store, jobs, Keep.from_settings(own), metrics))
+        consuming = asyncio.create_task(self._work(working), name="consumers")
+        sweeping = asyncio.create_task(self._work(background), name="sweeper")
         stopped = asyncio.create_task(self._stop.wait(), name="stop")
         try:
             async with probes.run_app(create_app(parts), own.http_host, own.http_port, grace=HTTP_GRACE_S) as url:
@@ -156,7 +165,7 @@ class _Gateway:
             give_up_after=own.webhook_give_up_s, concurrency=own.webhook_concurrency, renew_every=own.ack_wait / 4,
         )  # fmt: skip
 
-    async def _work(self, *parts: bootstrap.Keeper | Consumers | Orphans | Quotas | Webhooks) -> None:
+    async def _work(self, parts: Iterable[Works]) -> None:
         async with asyncio.TaskGroup() as group:
             for part in parts:
                 group.create_task(part.run(self._stop))

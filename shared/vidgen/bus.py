@@ -107,7 +107,10 @@ class Records(Protocol):
     """A KV bucket, written by compare-and-set."""
 
     async def get(self, key: str) -> tuple[bytes, int] | None:
-        """Value and revision."""
+        """Value and revision, from whichever node has it: on a bus of several they may be a moment old."""
+
+    async def latest(self, key: str) -> tuple[bytes, int] | None:
+        """As `get`, from the leader if it answers soon. Costs the bus more, and does not wait for what is written."""
 
     async def put(self, key: str, value: bytes, revision: int | None = None) -> int:
         """Write if the record is at `revision` (0: must not exist; None: whatever); raises ConflictError."""
@@ -154,7 +157,7 @@ class Bus(Protocol):
         """The newest message on `subject`, read from the stream's leader."""
 
     async def latest(self, stream: str, subject: str) -> Stored | None:
-        """As `last`, from whichever node has it: on a bus of several it may be a moment old. Waits for no writes."""
+        """As `last`; where the leader does not answer soon, from whichever node has it, maybe a moment old."""
 
     async def first(self, stream: str, subject: str, after: int = 0) -> Stored | None:
         """The oldest message past sequence `after` on a subject or a pattern."""

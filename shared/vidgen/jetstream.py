@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import json
 import logging
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
-from datetime import UTC, datetime
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,7 @@ from vidgen.records import JetStreamRecords
 log = logging.getLogger("vidgen.bus")
 
 PUBLISH_PATIENCE = 20.0  # a leader change in R3 takes 5–8 s (FACTS §4)
+LEADER_PATIENCE = 0.5  # seconds; from then on any node may say what it has
 READY_TIMEOUT = 2.0
 FIRST_CONNECT_ATTEMPTS = 2  # beyond the first one, a second apart
 FIRST_CONNECT_LIMIT = 30.0  # for all of them: a TLS handshake that fails may leave nats-py waiting for ever
@@ -204,11 +206,19 @@ class JetStreamBus:
             await self._client.request(reply, b"-NAK", timeout=REQUEST_TIMEOUT)
 
     async def last(self, stream: str, subject: str) -> Stored | None:
-        return await self._get(stream, subject=subject)
+        return await self._get(stream, last_by_subj=subject)
 
     async def latest(self, stream: str, subject: str) -> Stored | None:
         with translated():
-            msg = await self.direct(stream, subject)
+            return await self.newest(stream, subject)
+
+    async def newest(self, stream: str, subject: str) -> Stored | None:
+        """What `latest` gives; raises what nats-py does."""
+        # A direct get is answered from the stream's own loop, behind whatever it writes and syncs just then; this is
+        # not. But only a leader answers, and while another is elected there is none.
+        with contextlib.suppress(errors.BusError):
+            return await self._get(stream, LEADER_PATIENCE, last_by_subj=subject)
+        msg = await self.direct(stream, subject)
         if msg is None:
             return None
         told = headers_of(msg.headers)
@@ -219,19 +229,22 @@ class JetStreamBus:
     async def get(self, stream: str, seq: int) -> Stored | None:
         return await self._get(stream, seq=seq)
 
-    async def _get(self, stream: str, **query: Any) -> Stored | None:
+    async def _get(self, stream: str, patience: float | None = None, **query: Any) -> Stored | None:
+        ask, limit = json.dumps(query).encode(), patience or REQUEST_TIMEOUT
         with translated():
-            try:
-                raw = await self._js.get_msg(stream, **query)
-            except js_errors.APIError as exc:
-                if exc.err_code in SEQUENCE_NOT_FOUND:
+            answer = await self._client.request(f"$JS.API.STREAM.MSG.GET.{stream}", ask, timeout=limit)
+            told = json.loads(answer.data)
+            if "error" in told:
+                if told["error"].get("err_code") in SEQUENCE_NOT_FOUND:
                     return None
-                raise
-        at = raw.time if isinstance(raw.time, datetime) else datetime.now(UTC)
-        return Stored(raw.subject or "", raw.data or b"", raw.seq or 0, at, headers_of(raw.headers))
+                raise js_errors.APIError.from_error(told["error"])
+        found = told["message"]
+        headers = _parsed(base64.b64decode(found.get("hdrs", "")))
+        body = base64.b64decode(found.get("data", ""))
+        return Stored(found["subject"], body, found["seq"], datetime.fromisoformat(found["time"]), headers)
 
     async def first(self, stream: str, subject: str, after: int = 0) -> Stored | None:
-        return await self._get(stream, seq=after + 1, subject=subject, next=True)
+        return await self._get(stream, seq=after + 1, next_by_subj=subject)
 
     async def count(self, stream: str, subject: str, after: int = 0) -> int:
         # A batch of one comes with the number of those behind it; what else is sent for it is let go.
@@ -345,7 +358,7 @@ class JetStreamBus:
         return found.at if found else None
 
     async def _next(self, consumer: topology.Consumer, seq: int) -> Stored | None:
-        return await self._get(consumer.stream, seq=seq + 1, subject=consumer.filter_subject or ">", next=True)
+        return await self.first(consumer.stream, consumer.filter_subject or ">", seq)
 
     async def held(self, stream: str) -> Held:
         with translated():
@@ -437,6 +450,12 @@ async def connect(
         if not client.is_closed:
             with contextlib.suppress(OSError):  # with no server there, its last flush fails
                 await client.close()
+
+
+def _parsed(headers: bytes) -> dict[str, str]:
+    """Headers as they are stored: a line with the protocol's version, then one for each."""
+    lines = (line.partition(":") for line in headers.decode(errors="replace").split("\r\n")[1:])
+    return {name: value.strip() for name, colon, value in lines if colon}
 
 
 def _is_secure(client: Client) -> bool:

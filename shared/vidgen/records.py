@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import nats.errors
@@ -43,14 +43,18 @@ class JetStreamRecords:
             found = await self._find(key)
         return None if found is None or found[0] is None else (found[0], found[1])
 
+    async def latest(self, key: str) -> tuple[bytes, int] | None:
+        with self._translated():
+            stored = await self._bus.newest(self._stream, f"{self._prefix}{_checked(key)}")
+        return None if stored is None or _ended(stored.headers) else (stored.body, stored.seq)
+
     async def _find(self, key: str) -> tuple[bytes | None, int] | None:
         """Value and revision; a key that was deleted, or expired with a marker, has a revision and no value."""
         msg = await self._bus.direct(self._stream, f"{self._prefix}{_checked(key)}")
         if msg is None:
             return None
         told = msg.headers or {}
-        ended = told.get("KV-Operation") in ("DEL", "PURGE") or "Nats-Marker-Reason" in told
-        return None if ended else msg.data, int(told["Nats-Sequence"])
+        return None if _ended(told) else msg.data, int(told["Nats-Sequence"])
 
     async def put(self, key: str, value: bytes, revision: int | None = None) -> int:
         subject = f"{self._prefix}{_checked(key)}"
@@ -83,6 +87,10 @@ class JetStreamRecords:
                 if record is not None:  # None: it expired in between
                     found[key] = record[0]
         return found
+
+
+def _ended(headers: Mapping[str, str]) -> bool:
+    return headers.get("KV-Operation") in ("DEL", "PURGE") or "Nats-Marker-Reason" in headers
 
 
 def _checked(key: str) -> str:

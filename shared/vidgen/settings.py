@@ -115,6 +115,11 @@ KeptDays = Days | Literal["off"]
 class GatewaySettings(Settings):
     """The gateway's own."""
 
+    gateway_roles: Literal["api,pipeline", "api", "pipeline"] = Field(
+        "api,pipeline",
+        description="What this gateway does. api: answers HTTP, and lets in what is published on the bus; pipeline: "
+        "moves jobs on, and of HTTP has probes and metrics only. At least one of each must run.",
+    )  # fmt: skip
     http_host: str = Field("127.0.0.1", description="The address to listen on.")
     http_port: int = Field(8080, ge=0, le=65535, description="0: a port that the OS chooses.")
     max_upload_bytes: int = Field(32 << 20, gt=0, description="The largest reference image, in bytes.")
@@ -175,6 +180,16 @@ class GatewaySettings(Settings):
     webhook_concurrency: int = Field(
         64, ge=1, le=512, description="Webhooks delivered at once, at most an eighth of them to one receiver."
     )
+
+    @property
+    def serves_api(self) -> bool:
+        """Whether clients may ask this gateway."""
+        return "api" in self.gateway_roles
+
+    @property
+    def moves_jobs(self) -> bool:
+        """Whether this gateway takes events from the bus, and sees to what goes on in the background."""
+        return "pipeline" in self.gateway_roles
 
     @property
     def asks_for_keys(self) -> bool:

@@ -708,6 +708,7 @@ async def test_a_signal_on_a_streams_subject_is_stored(bus: Bus) -> None:
 async def test_records_are_written_by_compare_and_set(bus: Bus) -> None:
     records = bus.records(topology.JOBS_BUCKET)
     assert await records.get("j1") is None
+    assert await records.latest("j1") is None
 
     first = await records.put("j1", b"one", 0)
     assert await records.get("j1") == (b"one", first)
@@ -719,6 +720,7 @@ async def test_records_are_written_by_compare_and_set(bus: Bus) -> None:
     with pytest.raises(errors.ConflictError):
         await records.put("j1", b"no", first)
     assert await records.get("j1") == (b"two", second)
+    assert await records.latest("j1") == (b"two", second)
 
 
 async def test_a_record_that_must_be_at_a_revision_must_be_there(bus: Bus) -> None:
@@ -757,6 +759,7 @@ async def test_a_record_ends_with_the_buckets_ttl(open_bus: OpenBus) -> None:
             await bus.pull(QUEUE, 0.2)  # passes the time
 
     assert await workers.get("edit.w") is None
+    assert await workers.latest("edit.w") is None
     await workers.put("edit.w", b"b", 0)
 
 

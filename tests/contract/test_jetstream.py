@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import json
 import socket
 from pathlib import Path
 from typing import Any
 
 import nats.errors
 import pytest
+from nats.aio.msg import Msg
 from nats.js import api
 from tests.servers import connected_bus, running_nats
 
@@ -210,7 +212,8 @@ async def test_every_call_fails_in_an_outage_and_says_so_plainly(
             connected.get(topology.TASKS, 1), connected.purge(topology.TASKS, SUBJECT), connected.depth(QUEUE),
             connected.held(topology.TASKS),
             connected.delete(topology.EVENTS, 1), connected.follow(topology.EVENTS, "vidgen.events.*"),
-            records.get("j1"), records.put("j1", b"", 7), records.all(), delivery.ack(), delivery.in_progress(),
+            records.get("j1"), records.latest("j1"), connected.latest(topology.EVENTS, SUBJECT),
+            records.put("j1", b"", 7), records.all(), delivery.ack(), delivery.in_progress(),
         ]  # fmt: skip
         answers = await asyncio.wait_for(asyncio.gather(*calls, return_exceptions=True), BOUND)
 
@@ -512,6 +515,46 @@ async def test_the_bootstrap_refuses_a_bucket_in_another_storage(nats_server: Na
 async def test_a_bucket_that_is_not_there_is_named(nats_server: NatsServer) -> None:
     async with jetstream.connect(nats_server.url, "test") as connected:
         records = connected.records("elsewhere")
-        for call in (records.get("key"), records.put("key", b"value"), records.put("key", b"value", revision=0)):
+        put = records.put
+        for call in (records.get("key"), records.latest("key"), put("key", b"value"), put("key", b"value", revision=0)):
             with pytest.raises(errors.BusError, match="the bucket elsewhere is not there: start a gateway"):
                 await call
+
+
+@pytest.mark.parametrize("leader", ["refuses", "is silent"])
+async def test_the_latest_comes_from_any_node_where_no_leader_says_it(
+    nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch, leader: str
+) -> None:
+    """As while a leader is elected: records and logs can be read meanwhile."""
+    async with connected_bus(nats_server) as connected:
+        ask = connected.client.request
+        asked: list[str] = []
+
+        async def request(subject: str, payload: bytes = b"", timeout: float = 0.5, **options: Any) -> Msg:
+            asked.append(subject)
+            if not subject.startswith("$JS.API.STREAM.MSG.GET."):
+                return await ask(subject, payload, timeout=timeout, **options)
+            if leader == "refuses":
+                error = {"code": 503, "err_code": 10008, "description": "JetStream system temporarily unavailable"}
+                return Msg(connected.client, data=json.dumps({"error": error}).encode())
+            assert timeout < 1
+            raise nats.errors.TimeoutError
+
+        records, subject = connected.records(topology.JOBS_BUCKET), topology.subject_of_events("j1")
+        revision = await records.put("j1", b"record")
+        await connected.publish(subject, b"event", message_id="e", headers={"traceparent": "00-a: b"})
+        said = await connected.latest(topology.EVENTS, subject)
+        monkeypatch.setattr(connected.client, "request", request)
+        assert await records.latest("j1") == (b"record", revision)
+        assert await records.latest("j2") is None
+        assert await connected.latest(topology.EVENTS, subject) == said
+        assert len(asked) == 6
+
+
+async def test_a_record_that_was_deleted_is_not_the_latest_either(nats_server: NatsServer) -> None:
+    async with connected_bus(nats_server) as connected:
+        records = connected.records(topology.JOBS_BUCKET)
+        await records.put("j1", b"record")
+        await (await connected.jetstream.key_value(topology.JOBS_BUCKET)).delete("j1")
+        assert await records.latest("j1") is None
+        assert await records.get("j1") is None

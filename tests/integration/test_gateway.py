@@ -156,6 +156,35 @@ async def test_a_running_job_is_shown_and_cancelled_behind_a_restart_of_the_bus(
                     await asyncio.sleep(0.1)
 
 
+async def test_a_job_goes_through_where_one_gateway_answers_and_another_moves_it_on(
+    nats_server: NatsServer, s3_server: S3Server, tmp_path: Path, bus: JetStreamBus
+) -> None:
+    own = {"VIDGEN_ACK_WAIT": str(ACK_WAIT_S)}
+    one, other, moving = tmp_path / "api", tmp_path / "pipeline", {"VIDGEN_GATEWAY_ROLES": "pipeline"}
+    async with (
+        running_gateways(1, nats_server, s3_server, one, VIDGEN_GATEWAY_ROLES="api", **own) as [api],
+        AsyncClient(api.url) as client,
+    ):
+        job = await client.submit(images=[photo()], edit=EditParams(prompt="x"), i2v=I2VParams(prompt="zoom"))
+        assert (await taken(bus, "edit")).job_id == job.id
+        asked = {"job_id": "by-the-bus", "references": list(job.inputs), "edit": {"prompt": "x"}}
+        await bus.publish(topology.SUBJECT_REQUESTS, json.dumps(asked).encode(), message_id="by-the-bus")
+        assert (await taken(bus, "edit")).job_id == "by-the-bus"
+        await tell(bus, job, "edit", "edit-0.png")
+        events = topology.Consumer(topology.EVENTS, topology.GATEWAY)
+        assert (await bus.depth(events)).ack_pending == 0  # the one that answers takes no events
+        async with running_gateways(1, nats_server, s3_server, other, **moving, **own) as [moves]:
+            assert (await taken(bus, "i2v")).job_id == job.id
+            await tell(bus, job, "i2v", "video.mp4")
+            async with asyncio.timeout(BOUND_S):
+                updates = [update async for update in client.watch(job.id)]
+            assert isinstance(updates[-1], Job)
+            assert updates[-1].status is JobStatus.COMPLETED
+            assert (await client.get(job.id)).status is JobStatus.COMPLETED
+            moves.process.signal(signal.SIGTERM)
+            assert await moves.process.wait(BOUND_S) == 0
+
+
 async def test_sigterm_ends_the_streams_and_leaves_with_zero(gateways: list[Service]) -> None:
     first, second = gateways
     async with httpx.AsyncClient(base_url=first.url, timeout=BOUND_S) as http, AsyncClient(second.url) as other:

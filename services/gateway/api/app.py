@@ -74,7 +74,7 @@ def create_app(parts: Parts) -> FastAPI:
     app.state.parts = parts
     app.state.references = References(parts.store)
     problems.install(app)
-    for router in ROUTERS:
+    for router in ROUTERS if parts.settings.serves_api else (ops.router,):
         app.include_router(router)
     app.add_middleware(Door, keyring=parts.keyring, quotas=parts.quotas, wanted=parts.settings.asks_for_keys)
     app.add_middleware(BodyLimit, max_image_bytes=parts.settings.max_upload_bytes)

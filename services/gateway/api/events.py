@@ -12,7 +12,8 @@ from starlette.types import Receive, Scope, Send
 
 from gateway.api import problems
 from gateway.api.feed import JobFeed
-from gateway.api.parts import CallerHere, JobHere, PartsHere
+from gateway.api.parts import CallerHere, JobIdHere, PartsHere, seen
+from vidgen.contracts import Job
 
 router = APIRouter(prefix="/v1/jobs/{job_id}/events", tags=["events"])
 
@@ -60,7 +61,7 @@ class EventStream(Response):
 
 @router.get("", response_class=Response, responses=EVENTS_DOC | problems.responses(404, 422, 503))
 async def events(
-    job: JobHere,
+    job_id: JobIdHere,
     parts: PartsHere,
     caller: CallerHere,
     place: Annotated[bool, Query(description="While the job waits, tell its place in the queue, as `queue`.")] = False,
@@ -69,7 +70,11 @@ async def events(
     """Everything that happened to a job, and what happens, as server-sent events."""
     after = int(last_event_id) if last_event_id.isdecimal() and len(last_event_id) <= 18 else 0
     forecast = parts.forecast if place else None
-    feed = await JobFeed.open(parts.bus, parts.jobs, job.id, after, parts.stopping, forecast)
+
+    async def look() -> Job:
+        return await seen(job_id, parts.jobs, caller)
+
+    feed = await JobFeed.open(parts.bus, parts.jobs, job_id, after, parts.stopping, forecast, look)
     return EventStream(feed, parts.keyring.ended(caller))
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 
 import structlog
 
@@ -51,15 +51,19 @@ class JobFeed:
 
     @classmethod
     async def open(
-        cls, bus: Bus, jobs: Jobs, job_id: str, after: int, stopping: asyncio.Event, forecast: Forecast | None = None
+        cls, bus: Bus, jobs: Jobs, job_id: str, after: int, stopping: asyncio.Event, forecast: Forecast | None = None,
+        look: Callable[[], Awaitable[Job]] | None = None,
     ) -> JobFeed:  # fmt: skip
-        """Begin to listen; raises JobNotFoundError and BusError. With `forecast` a waiting job's place is told too."""
+        """Begin to listen; raises JobNotFoundError and BusError. With `forecast` a waiting job's place is told too.
+
+        `look` finds the job, and raises where it may not be seen.
+        """
         # Progress is listened to before anything is read, and the place of the log's end is read before the log: what
         # happens meanwhile comes through one or the other.
         progress = await bus.listen(topology.subject_of_progress(job_id))
         try:
             subject = topology.subject_of_events(job_id)
-            job = await jobs.get(job_id)
+            job = await (look() if look is not None else jobs.get(job_id))
             newest = await bus.last(topology.EVENTS, subject)
             log_feed = await bus.follow(topology.EVENTS, subject, after)
         except BaseException:

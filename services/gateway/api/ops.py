@@ -46,7 +46,7 @@ async def healthz() -> Health:
 )
 async def readyz(parts: PartsHere) -> Response:
     """Ready: the bus and the object store can be reached, and the process is not about to leave."""
-    bus, store = await asyncio.gather(_reach(parts.bus.ready()), _reach(parts.store.ready()))
+    bus, store = await asyncio.gather(_reach(parts.jobs.ready()), _reach(parts.store.ready()))
     lost = [name for name, reach in (("the bus", bus), ("the object store", store)) if reach != "ok"]
     if parts.stopping.is_set():
         found = Readiness(status="stopping", detail="this gateway is about to leave", bus=bus, store=store)

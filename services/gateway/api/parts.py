@@ -62,14 +62,26 @@ PartsHere = Annotated[Parts, Depends(_parts)]
 CallerHere = Annotated[Caller, Depends(_caller)]
 
 
-async def _job(job_id: str, parts: PartsHere, caller: CallerHere) -> Job:
+async def _job_id(job_id: str) -> str:
     # Nothing else may become part of a subject or a key; such a job cannot be, so 404 tells the truth.
     if not JOB_ID.fullmatch(job_id):
         raise JobNotFoundError("there is no such job: an id has letters, digits, - and _ only, at most 64")
-    job = await parts.jobs.get(job_id)
+    return job_id
+
+
+JobIdHere = Annotated[str, Depends(_job_id)]
+
+
+async def seen(job_id: str, jobs: Jobs, caller: Caller) -> Job:
+    """A job, as far as a caller may see it; raises JobNotFoundError."""
+    job = await jobs.get(job_id)
     if not caller.sees(job.tenant):
         raise no_such_job(job_id)
     return job
+
+
+async def _job(job_id: JobIdHere, parts: PartsHere, caller: CallerHere) -> Job:
+    return await seen(job_id, parts.jobs, caller)
 
 
 JobHere = Annotated[Job, Depends(_job)]

@@ -23,7 +23,7 @@ class MemoryBus(Faults):
     METHODS = frozenset({
         "publish", "pull", "last", "latest", "first", "count", "tail", "get", "delete", "purge", "follow", "signal",
         "listen", "depth", "listened", "held", "ack", "nak", "unsettled", "hand_back", "in_progress", "next",
-        "records.get", "records.put", "records.all",
+        "records.get", "records.latest", "records.put", "records.all",
     })  # fmt: skip
     OUTAGE = errors.BusError
 
@@ -312,6 +312,11 @@ class MemoryRecords:
 
     async def get(self, key: str) -> tuple[bytes, int] | None:
         async with self._bus.call("records.get"):
+            found = self._bucket.get(key)
+            return None if found is None else (found.value, found.revision)
+
+    async def latest(self, key: str) -> tuple[bytes, int] | None:
+        async with self._bus.call("records.latest"):
             found = self._bucket.get(key)
             return None if found is None else (found.value, found.revision)
 

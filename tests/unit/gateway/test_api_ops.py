@@ -49,6 +49,15 @@ async def test_a_gateway_that_is_about_to_leave_is_not_ready(gateway: Gateway) -
     assert (ready.status_code, ready.json()["status"]) == (503, "stopping")
 
 
+async def test_a_gateway_that_only_moves_jobs_on_answers_machines_and_nobody_else() -> None:
+    gateway = await Gateway.open(gateway_roles="pipeline")
+    async with gateway.client:
+        for path in ("/healthz", "/readyz", "/metrics"):
+            assert (await gateway.client.get(path)).status_code == 200
+        for path in ("/v1/jobs", "/v1/workers", "/"):
+            assert (await gateway.client.get(path)).status_code == 404
+
+
 async def test_requests_are_measured_by_route_and_not_by_path(gateway: Gateway) -> None:
     await gateway.client.get("/v1/jobs/some-id")
     await gateway.client.get("/v1/jobs/some-id/artifacts/a.png")

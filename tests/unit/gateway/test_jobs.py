@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from datetime import timedelta
 
 import pytest
-from tests.gateways import EDIT, KEY, Gateway, completed, now, started
+from tests.gateways import BOUND, EDIT, KEY, Gateway, completed, now, started
 
 from gateway import pipeline, plan
-from gateway.jobs import REMEMBERED, Jobs, parse_event
+from gateway.jobs import REMEMBERED, JobNotFoundError, Jobs, parse_event
 from gateway.share import FairShare, Place
 from vidgen import contracts, errors, tenants, topology
 from vidgen.bus import Stored
@@ -108,6 +109,96 @@ async def test_what_is_in_the_log_and_cannot_be_read_is_passed_over() -> None:
     job, _ = await jobs.create(a_job())
     await bus.publish(topology.subject_of_events(job.id), b'{"type":"of another version"}', message_id="x")
     assert await jobs.find(job.id) == job
+
+
+class Beside(MemoryBus):
+    """The same bus by another connection; `gate` holds up what asks for the newest on a subject."""
+
+    def __init__(self, other: MemoryBus) -> None:
+        super().__init__()
+        self._streams, self._buckets = other._streams, other._buckets
+        self.gate = asyncio.Event()
+        self.gate.set()
+
+    async def latest(self, stream: str, subject: str) -> Stored | None:
+        found = await super().latest(stream, subject)
+        await self.gate.wait()
+        return found
+
+
+async def test_who_only_looks_does_so_by_the_connection_for_that() -> None:
+    bus = MemoryBus()
+    looks = Beside(bus)
+    jobs = Jobs(bus, looks=looks)
+    job, _ = await jobs.create(a_job())
+    before = dict(bus.calls)
+    for told in (await jobs.find(job.id), await jobs.get(job.id), *(await jobs.list(None, None, 9)).jobs):
+        assert told == job
+    assert dict(bus.calls) == before
+    assert await jobs.ready()
+
+
+async def test_a_look_waits_for_nothing_that_its_record_makes_needless() -> None:
+    bus = MemoryBus()
+    looks = Beside(bus)
+    jobs = Jobs(bus, looks=looks)
+    job, _ = await jobs.create(a_job())
+    looks.gate.clear()
+    looking = asyncio.create_task(jobs.get(job.id))
+    async with asyncio.timeout(BOUND):
+        while not (looks.calls["records.latest"] and looks.calls["latest"]):  # both are asked before one has answered
+            await asyncio.sleep(0)
+    assert not looking.done()  # of a job that waits or runs the log may tell more
+    looks.gate.set()
+    assert await looking == job
+
+    await jobs.apply(completed(job))
+    looks.gate.clear()
+    async with asyncio.timeout(BOUND):
+        assert (await jobs.get(job.id)).status is JobStatus.COMPLETED
+        with pytest.raises(JobNotFoundError):
+            await jobs.get("nobody")
+
+
+async def test_what_else_was_asked_for_may_fail_where_it_is_not_needed_and_only_there() -> None:
+    bus = MemoryBus()
+    jobs = Jobs(bus)
+    job, _ = await jobs.create(a_job())
+    bus.fail_next("latest")
+    with pytest.raises(errors.BusError):
+        await jobs.get(job.id)
+    await jobs.apply(completed(job))
+    bus.fail_next("latest")
+    assert (await jobs.get(job.id)).status is JobStatus.COMPLETED
+
+
+async def test_a_record_that_is_newer_than_the_event_read_beside_it_is_told_as_it_is() -> None:
+    """Both are read at once, so the start of a run may come with the record of the next."""
+    bus = MemoryBus()
+    jobs = Jobs(bus)
+    job, _ = await jobs.create(a_job())
+    begun = started(job)
+    await bus.publish(topology.subject_of_events(job.id), begun.to_bytes(), message_id="s")
+    error = contracts.JobError(code="broken", message="it broke")
+    failed = contracts.StageFailed(
+        job_id=job.id, run=1, at=now(), stage="edit", attempt=1, tries=1, worker="w1", error=error, final=True
+    )
+    await jobs.apply(failed)
+    await jobs.apply(contracts.RetryRequested(job_id=job.id, run=2, at=now()))
+    told = await jobs.get(job.id)
+    assert (told.run, told.status) == (2, JobStatus.QUEUED)
+
+
+async def test_what_was_read_for_a_start_is_remembered_for_the_end() -> None:
+    bus = MemoryBus()
+    one, other = Jobs(bus), Jobs(bus)
+    job, _ = await one.create(a_job())
+    await other.started(started(job))
+    before = bus.calls["records.get"]
+    applied = await other.apply(completed(job))
+    assert applied is not None
+    assert applied.changed
+    assert bus.calls["records.get"] == before
 
 
 async def test_only_so_many_records_are_remembered() -> None:
