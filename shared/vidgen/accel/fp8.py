@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from vidgen import gpu
-from vidgen.accel import kernels
+from vidgen.accel.kernels import e4m3
 
 # The matrix units take both sides in sixteens.
 MULTIPLE = 16
@@ -39,7 +39,7 @@ class Fp8Linear(nn.Module):
     @classmethod
     def of(cls, linear: nn.Linear, *, arithmetic: bool, through: torch.device | None = None) -> Fp8Linear:
         """Quantise a layer on the device `through`, by default where its weight is; the new layer is there."""
-        weight, scale = kernels.rows_in_e4m3(linear.weight.detach().to(through))
+        weight, scale = e4m3.rows_in_e4m3(linear.weight.detach().to(through))
         bias = linear.bias.detach().to(through) if linear.bias is not None else None
         return cls(weight, scale, bias, arithmetic=arithmetic)
 
@@ -47,7 +47,7 @@ class Fp8Linear(nn.Module):
         if not self.arithmetic:
             weight = self.weight.to(x.dtype) * self.weight_scale.to(x.dtype)
             return nn.functional.linear(x, weight, self.bias)
-        rows, scale = kernels.quantise_rows(x.reshape(-1, self.in_features), False)
+        rows, scale = e4m3.quantise_rows(x.reshape(-1, self.in_features), False)
         return self.multiply(rows, scale, x.dtype).reshape(*x.shape[:-1], self.out_features)
 
     def multiply(self, rows: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
