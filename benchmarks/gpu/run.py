@@ -541,6 +541,7 @@ SECTIONS: dict[str, Callable[[Bench, Path], None]] = {
     **{f"{kind.kind}-{gib}": card(kind, gib) for gib in CARDS for kind in (Edit, Video)},
     "turns": turns.section(None), **{f"turns-{gib}": turns.section(gib) for gib in CARDS},
     "turns-80-fp8": turns.section(80, "resident-fp8"),
+    "turns-fp8": turns.snapshots,
 }  # fmt: skip
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from vidgen.accel import convolution, kernels
+from vidgen.accel import convolution, fp8, kernels
 from vidgen.accel.kernels import e4m3, flash3, projections
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
@@ -76,6 +76,18 @@ def test_what_is_normalised_is_quantised_as_torch_does_it(columns: int, added: s
         total = found
     # A number between two of e4m3 may go to either.
     assert error(rows.float() * row_scale, e4m3.plain_modulated(total, *given)) < 0.03
+
+
+@pytest.mark.parametrize(("out", "columns"), [(3072, 12288), (3072, 14336), (5120, 13824), (3072, 3072)])
+def test_any_number_of_rows_is_multiplied_in_fp8_and_gets_its_bias(out: int, columns: int) -> None:
+    linear = nn.Linear(columns, out, device="cuda", dtype=torch.bfloat16).requires_grad_(False)
+    linear.bias.normal_()
+    layer = fp8.Fp8Linear.of(linear, arithmetic=True)
+    for rows in (*range(1, 80), 127, 128, 129, 214, 300):
+        x = drawn(rows, columns)
+        found, scale = e4m3.rows_in_e4m3(x)
+        wanted = (found.float() * scale) @ (layer.weight.float() * layer.weight_scale).t() + layer.bias.float()
+        assert error(layer(x), wanted) < 5e-3, rows
 
 
 @pytest.mark.parametrize("spreads", [True, False])

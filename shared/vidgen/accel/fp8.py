@@ -18,6 +18,9 @@ from vidgen.accel.kernels import e4m3
 MULTIPLE = 16
 # Smaller layers cost nothing either way: time and image-position embeddings, the last projection.
 LEAST_FEATURES = 512
+# Of so few rows cuBLAS splits long sums, in kernels that have scales of rows or a bias but not both, and refuses: on an
+# H200 below 44 rows with sums of 12288, of 13824 at least up to 20.
+FEW_ROWS = 128
 
 
 class Fp8Linear(nn.Module):
@@ -52,11 +55,12 @@ class Fp8Linear(nn.Module):
 
     def multiply(self, rows: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
         """The (rows, out) product with rows that are quantised already."""
+        apart = self.bias is not None and rows.shape[0] < FEW_ROWS
         made: Tensor = torch._scaled_mm(
-            rows, self.weight.t(), scale_a=scale, scale_b=self.weight_scale.t(), bias=self.bias, out_dtype=dtype,
-            use_fast_accum=True,
+            rows, self.weight.t(), scale_a=scale, scale_b=self.weight_scale.t(), bias=None if apart else self.bias,
+            out_dtype=dtype, use_fast_accum=True,
         )  # fmt: skip
-        return made
+        return made + self.bias if apart else made
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Fp8Linear:
         before = self.weight.data, self.weight_scale.data

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -67,3 +69,24 @@ def test_what_an_fp8_layer_holds_are_parameters() -> None:
     assert set(dict(layer.named_parameters())) == {"weight", "weight_scale", "bias"}
     assert not list(layer.buffers())
     assert not any(parameter.requires_grad for parameter in layer.parameters())
+
+
+def test_few_rows_get_their_bias_apart_because_cublas_has_no_kernel_for_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    biases: dict[int, bool] = {}
+
+    def product(rows: torch.Tensor, weight: torch.Tensor, **given: Any) -> torch.Tensor:
+        biases[len(rows)] = given["bias"] is not None
+        if given["bias"] is not None and len(rows) < 44:
+            raise RuntimeError("CUDA error: CUBLAS_STATUS_NOT_SUPPORTED when calling `cublasLtMatmulAlgoGetHeuristic`")
+        made = (rows.float() * given["scale_a"]) @ (weight.float() * given["scale_b"])
+        return (made if given["bias"] is None else made + given["bias"]).to(given["out_dtype"])
+
+    monkeypatch.setattr(torch, "_scaled_mm", product)
+    linear = nn.Linear(64, 32)
+    layer = fp8.Fp8Linear.of(linear, arithmetic=True)
+    for rows in (1, 40, 127, 128, 300):
+        x = torch.randn(rows, 64)
+        assert (layer(x) - linear(x)).norm() / linear(x).norm() < 0.05
+    assert biases == {1: False, 40: False, 127: False, 128: True, 300: True}
+    bare = fp8.Fp8Linear.of(nn.Linear(64, 32, bias=False), arithmetic=True)
+    assert bare(torch.randn(3, 64)).shape == (3, 32)
