@@ -81,7 +81,7 @@ def section(gib: int | None, wanted: str = "auto") -> Callable[[Bench, Path], No
 
 
 def snapshots(bench: Bench, folder: Path) -> None:
-    """GPUs of several sizes one after another, for FP8 snapshots of both models: laid out once for all that hold them."""
+    """GPUs of several sizes one after another, for FP8 snapshots of both models: laid out once."""
     try:
         asyncio.run(_through_sizes(bench, folder))
     finally:
