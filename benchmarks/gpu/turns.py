@@ -107,8 +107,10 @@ async def _through_sizes(bench: Bench, folder: Path) -> None:
                 cap(bench.device, None)
                 if asleep:
                     await _on(thread, engines[STAGES[1]].wake)
-                for stage in engines:
-                    as_built(pipes[stage])
+                for stage, pipe in pipes.items():
+                    as_built(pipe)
+                    if plan.profiles[STAGES.index(stage)].startswith("offload"):
+                        pipe.to("cpu")
                 engines, laid_out, asleep = asked, plan.profiles, False
                 gc.collect()
                 loader.give_back(bench.device)  # the homes of those that slept
