@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib.util
 import json
 import re
@@ -19,7 +20,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from vidgen import weights
+from vidgen import diffusion, profiles, weights
+from vidgen.accel import blocks, fp8, graphs
 from vidgen.accel.engine import Layout
 
 PROMPT = "turn the car bright red, golden hour light"
@@ -39,6 +41,8 @@ class Bench:
     dtype: torch.dtype
     long: int = 40  # steps of a long run
     rows: list[dict[str, Any]] = field(default_factory=list)
+    keep: bool = False  # a model for the next section
+    kept: dict[str, Any] = field(default_factory=dict)  # the pipelines, by their models
 
     def layouts(self) -> list[tuple[str, Layout]]:
         """The variants to measure, in an order in which one pipeline can take them all."""
@@ -132,7 +136,7 @@ def phases(pipe: Any) -> Iterator[dict[str, float]]:
     watch(pipe.text_encoder, "forward", "text")
     watch(pipe.vae, "encode", "vae encode")
     watch(pipe.vae, "decode", "vae decode")
-    for transformer in filter(None, (pipe.transformer, getattr(pipe, "transformer_2", None))):
+    for transformer in transformers_of(pipe):
         watch(transformer, "forward", "transformer")
     try:
         yield spent
@@ -241,7 +245,33 @@ def engine_of(kind: str, pipe: Any, layout: Layout, **options: Any) -> Any:
         def _load(self, found: weights.Weights, place: torch.device, dtypes: Any) -> Any:
             return pipe
 
+        def profile_on(self, total: int) -> str:
+            """What would be chosen for a GPU of so many bytes."""
+            return profiles.choose("auto", total, self._sizes(self._find()), self.WORK)
+
     return Made("random", layout=layout, **options)
+
+
+def in_fp8(pipe: Any, device: torch.device) -> None:
+    """Have a pipeline's transformers as an FP8 snapshot has them, on the device."""
+    for model in transformers_of(pipe):
+        blocks.fuse_projections(model.to(device))
+        fp8.quantise(model, arithmetic=fp8.has_arithmetic(device))
+        gc.collect()
+        diffusion.free(device)
+
+
+def as_built(pipe: Any) -> None:
+    """Take off what an engine that was resident had compiled and recorded."""
+    for model in transformers_of(pipe):
+        for module in model.modules():
+            module._compiled_call_impl = None
+        graphs.predict(None, model)
+    graphs.encode(None, pipe.text_encoder)
+
+
+def transformers_of(pipe: Any) -> list[Any]:
+    return [model for model in (pipe.transformer, getattr(pipe, "transformer_2", None)) if model is not None]
 
 
 def partner_engine(tiny: bool, layout: Layout) -> Any:

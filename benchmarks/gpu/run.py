@@ -51,9 +51,11 @@ from bench import (
     Encoded,
     Final,
     Plain,
+    as_built,
     cap,
     engine_of,
     error,
+    in_fp8,
     measured,
     partner_engine,
     peak,
@@ -65,6 +67,7 @@ from bench import (
     through,
 )
 
+from vidgen import profiles
 from vidgen.accel import fp8, loader, stepcache
 from vidgen.accel.engine import Layout
 from vidgen.accel.guidance import Partner
@@ -80,14 +83,20 @@ class Subject(abc.ABC):
     """A model that is measured: its pipeline, a picture for it, and how plain diffusers is called."""
 
     kind: str
+    model: str
     pipe: Any
 
     def __init__(self, bench: Bench, folder: Path) -> None:
         self.bench, self.folder = bench, folder
+        kept = bench.kept.pop(self.model, None)
+        bench.kept.clear()  # there is room for one model at a time
         begun = time.perf_counter()
-        self.pipe = self.made()
+        self.pipe = self.made() if kept is None else kept
         sync()
-        bench.row(self.kind, "built", seconds=time.perf_counter() - begun, gib=peak())
+        if kept is None:
+            bench.row(self.kind, "built", seconds=time.perf_counter() - begun, gib=peak())
+        if bench.keep:
+            bench.kept[self.model] = self.pipe
         self.source = folder / f"{self.kind}.png"
         self.picture = picture(*self.size)
         self.picture.save(self.source)
@@ -141,7 +150,7 @@ class Subject(abc.ABC):
 class Edit(Subject):
     """Qwen-Image-Edit-2511, a megapixel with one reference."""
 
-    kind = "edit"
+    kind = model = "edit"
 
     @property
     def size(self) -> tuple[int, int]:
@@ -185,7 +194,7 @@ class Edit(Subject):
 class Video(Subject):
     """Wan2.2-I2V-A14B, 81 frames of 832 × 480."""
 
-    kind = "i2v"
+    kind = model = "i2v"
 
     @property
     def size(self) -> tuple[int, int]:
@@ -214,6 +223,8 @@ class Video(Subject):
 
 class Small5B(Video):
     """Wan2.2-TI2V-5B, 121 frames of 1280 × 704, its VAE in float32 as the service has it."""
+
+    model = "5b"
 
     @property
     def size(self) -> tuple[int, int]:
@@ -279,8 +290,8 @@ def candidates(bench: Bench, folder: Path) -> None:
     subject = Edit(bench, folder)
     engine = subject.engine(Layout() if bench.tiny else Layout(profile="resident-fp8"))
     for count in (1, 4):
-        work = subject.work(8, 4.0, candidates=count)
-        measured(bench, "candidates", f"{count} of 8 steps, CFG 4", engine, work, subject.source, brief=True)
+        work = subject.work(4, 1.0, candidates=count)
+        measured(bench, "candidates", f"{count} of 4 steps, CFG off", engine, work, subject.source, brief=True)
 
 
 def i2v(bench: Bench, folder: Path) -> None:
@@ -308,10 +319,16 @@ def i2v(bench: Bench, folder: Path) -> None:
 
 
 def i2v_40_plain(bench: Bench, folder: Path) -> None:
-    """40 steps with guidance in plain diffusers: minutes, so a section of its own."""
+    """40 steps with guidance in plain diffusers: minutes, so a section of its own; of fewer they are worked out."""
     subject = Video(bench, folder)
-    subject.call(2, 1.0)
-    bench.row("i2v-40", "plain diffusers: 40 steps, CFG 3.5", plain_s=subject.plain(40, 3.5).seconds)
+    subject.call(1, 1.0)
+    taken = subject.plain(bench.long, 3.5).seconds
+    found = {"plain_s": taken}
+    if bench.long < 40:
+        short = subject.plain(2, 3.5).seconds
+        step = (taken - short) / (bench.long - 2)
+        found |= {"steps": bench.long, "two_steps_s": short, "step_s": step, "forty_s": short + 38 * step}
+    bench.row("i2v-40", "plain diffusers: 40 steps, CFG 3.5", **found)
 
 
 def i2v_40(bench: Bench, folder: Path) -> None:
@@ -398,37 +415,43 @@ def ti2v_5b(bench: Bench, folder: Path) -> None:
     measured(bench, "5b", "fp8, compiled: 4 steps, CFG off", engine, work, subject.source, short, brief=True)
 
 
-def resumed(bench: Bench, folder: Path) -> None:
+def resumed(bench: Bench, folder: Path, *, kind: type[Subject]) -> None:
     """A run that is left in the middle and gone on with, beside one that is not: the pixels are to be the same."""
-    for kind in (Edit, SmallVideo):
-        subject = kind(bench, folder)
-        engine = subject.engine(Layout() if bench.tiny else Layout(profile="resident-fp8"))
-        inputs = engine.prepare(subject.work(6, 3.0), [subject.source])
-        whole = engine.generate(inputs, lambda step, steps: None)
-        left = Suspended(3, 6)
+    subject = kind(bench, folder)
+    engine = subject.engine(Layout() if bench.tiny else Layout(profile="resident-fp8"))
+    inputs = engine.prepare(subject.work(6, 3.0), [subject.source])
+    whole = engine.generate(inputs, lambda step, steps: None)
+    left = Suspended(3, 6)
 
-        def leave(step: int, steps: int, left: Suspended = left) -> None:
-            if step == left.step:
-                raise left
+    def leave(step: int, steps: int) -> None:
+        if step == left.step:
+            raise left
 
-        with contextlib.suppress(Suspended):
-            engine.generate(inputs, leave)
-        again = engine.resume(inputs, lambda step, steps: None, left.state)
-        pixels = [getattr(made.output, "pixels", getattr(made.output, "frames", None)) for made in (whole, again)]
-        bench.row(
-            "resume", f"{subject.kind}: 6 steps, left behind the third", same=bool(np.array_equal(*pixels)),
-            state_mib=len(left.state or b"") / 2**20, whole_s=whole.denoise_s, rest_s=again.denoise_s,
-        )  # fmt: skip
-        del subject, engine
-        gc.collect()
+    with contextlib.suppress(Suspended):
+        engine.generate(inputs, leave)
+    again = engine.resume(inputs, lambda step, steps: None, left.state)
+    pixels = [getattr(made.output, "pixels", getattr(made.output, "frames", None)) for made in (whole, again)]
+    bench.row(
+        "resume", f"{subject.kind}: 6 steps, left behind the third", same=bool(np.array_equal(*pixels)),
+        state_mib=len(left.state or b"") / 2**20, whole_s=whole.denoise_s, rest_s=again.denoise_s,
+    )  # fmt: skip
 
 
 def card(kind: type[Subject], gib: int) -> Callable[[Bench, Path], None]:
-    """A section: one model on a GPU of which so much may be used; the profile that is chosen, its speed, its peak."""
+    """A section: one model on a GPU of which so much may be used; the profile that is chosen, its speed, its peak.
+
+    What is laid out in FP8 there is in FP8 before, as an FP8 snapshot is; what streams, on the host.
+    """
 
     def section(bench: Bench, folder: Path) -> None:
         subject = kind(bench, folder)
-        subject.pipe.to("cpu")
+        engine = engine_of(subject.kind, subject.pipe, Layout())
+        profile = profiles.NAMES[CARDS.index(gib)] if bench.tiny else engine.profile_on(gib * GIB)
+        if profile.endswith("fp8"):
+            in_fp8(subject.pipe, bench.device)
+        if profile.startswith("offload"):
+            as_built(subject.pipe)
+            subject.pipe.to("cpu")
         gc.collect()
         cap(bench.device, gib)
         try:
@@ -512,11 +535,13 @@ def drop(model: Path) -> None:
 
 SECTIONS: dict[str, Callable[[Bench, Path], None]] = {
     "edit": edit, "i2v": i2v, "candidates": candidates, "i2v-40": i2v_40, "i2v-40-plain": i2v_40_plain,
-    "step-cache": step_cache, "ti2v-5b": ti2v_5b, "resume": resumed, "start": start,
+    "step-cache": step_cache, "ti2v-5b": ti2v_5b, "start": start,
+    **{f"resume-{kind.kind}": functools.partial(resumed, kind=kind) for kind in (Edit, SmallVideo)},
     "start-fp8": functools.partial(start, in_fp8=True), "i2v-2": i2v_two,
     **{f"{kind.kind}-{gib}": card(kind, gib) for gib in CARDS for kind in (Edit, Video)},
     "turns": turns.section(None), **{f"turns-{gib}": turns.section(gib) for gib in CARDS},
     "turns-80-fp8": turns.section(80, "resident-fp8"),
+    "turns-fp8": turns.snapshots,
 }  # fmt: skip
 
 
@@ -526,6 +551,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("gpu-results.jsonl"))
     parser.add_argument("--variants", default="", help="only those in whose name this regular expression is found")
     parser.add_argument("--long", type=int, default=40, help="steps of which the 40 of a long run are worked out")
+    parser.add_argument(
+        "--keep",
+        action="store_true",
+        help="sections of one model that follow one another share it as "
+        "it is then: plain diffusers must come first, then bf16, FP8, and what is offloaded",
+    )
     parser.add_argument("--tiny", action="store_true", help="rehearse with tiny models, on the CPU")
     options = parser.parse_args()
     if unknown := set(options.sections) - set(SECTIONS):
@@ -539,6 +570,7 @@ def main() -> None:
         device,
         torch.float32 if options.tiny else torch.bfloat16,
         options.long,
+        keep=options.keep,
     )
     done = (
         {json.loads(line)["name"] for line in options.out.read_text().splitlines()} if options.out.exists() else set()

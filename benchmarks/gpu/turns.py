@@ -7,23 +7,24 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import gc
 import shutil
 import statistics
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import models
 import torch
-from bench import GIB, PROMPT, Bench, cap, engine_of, peak, picture, rounded
+from bench import GIB, PROMPT, Bench, as_built, cap, engine_of, in_fp8, peak, picture, rounded
 
-from vidgen import artifacts, contracts, device, gpu, profiles, topology
-from vidgen.accel import residency
+from vidgen import artifacts, contracts, device, gpu, profiles, topology, weights
+from vidgen.accel import loader, residency
 from vidgen.accel.engine import Layout
 from vidgen.contracts import EditWork, Event, I2VWork, Stage, Task, Work
 from vidgen.metrics import WorkerMetrics
@@ -36,6 +37,13 @@ MAKE: Mapping[Stage, Callable[..., Any]] = {"edit": models.qwen, "i2v": models.w
 JOBS = 5
 ACK_WAIT_S = 60.0
 HOST = 100 * GIB
+SIZES = (None, 80, 48, 24)  # GiB, each with no more room than the one before
+FEWER = 3  # jobs, where nothing moves
+# Bytes of the models' components as FP8 snapshots have them.
+SNAPSHOTS: Mapping[Stage, Mapping[str, int]] = {
+    "edit": {"transformer": 20 * GIB, "text_encoder": 31 * GIB // 2, "vae": GIB // 4},
+    "i2v": {"transformer": 14 * GIB, "transformer_2": 14 * GIB, "text_encoder": 21 * GIB // 2, "vae": GIB // 4},
+}
 
 # Memory at full size (GiB; edit 54 in bf16 and 35 in FP8, i2v 64 and 39), on a host of 128:
 #   all of an H200: both stay in bf16, 118 on the device; then the edit alone sleeps, 54 pinned.
@@ -47,7 +55,8 @@ HOST = 100 * GIB
 #       edit's 54; in the end 74 pinned.
 #   24: no turns, both stream from the host. torch gives each pinned tensor a power of two: 56 + 59 = 115, where
 #       the weights are 38 + 35. PYTORCH_ALLOC_CONF=pinned_max_round_threshold_mb:1,pinned_max_cached_size_mb:1 in the
-#       environment ends that where torch has it; then the most is 38 and the edit's 54 before it is quantised.
+#       environment ends that from torch 2.13 on (2.11 refuses it); then the most is 38 and the edit's 54 before it is
+#       quantised. As FP8 snapshots: 73, on a host of 128 without that setting too much.
 
 
 @dataclass(frozen=True)
@@ -70,6 +79,67 @@ def section(gib: int | None, wanted: str = "auto") -> Callable[[Bench, Path], No
             cap(bench.device, None)
 
     return turns
+
+
+def snapshots(bench: Bench, folder: Path) -> None:
+    """GPUs of several sizes one after another, for FP8 snapshots of both models: laid out once."""
+    try:
+        asyncio.run(_through_sizes(bench, folder))
+    finally:
+        cap(bench.device, None)
+
+
+async def _through_sizes(bench: Bench, folder: Path) -> None:
+    spans: list[Span] = []
+    pipes: dict[Stage, Any] = {}
+    engines: dict[Stage, Any] = {}
+    laid_out: tuple[profiles.Name, ...] = ()
+    asleep = False
+    if not bench.tiny:
+        _have_the_host_grow()
+    with ThreadPoolExecutor(1, "device") as thread:
+        for gib in SIZES:
+            name = f"FP8 snapshots, {gib or 'all'} GiB"
+            cap(bench.device, gib)
+            asked = {stage: _engine(bench, stage, gib, folder, spans, pipes) for stage in STAGES}
+            plan = await _on(thread, functools.partial(device.share, asked, "auto"))
+            bench.row("turns", f"{name}: plan", profiles=plan.profiles, takes_turns=plan.takes_turns)
+            if plan.profiles != laid_out:
+                cap(bench.device, None)
+                if asleep:
+                    await _on(thread, engines[STAGES[1]].wake)
+                for stage, pipe in pipes.items():
+                    as_built(pipe)
+                    if plan.profiles[STAGES.index(stage)].startswith("offload"):
+                        pipe.to("cpu")
+                engines, laid_out, asleep = asked, plan.profiles, False
+                gc.collect()
+                loader.give_back(bench.device)  # the homes of those that slept
+                for stage in reversed(STAGES):
+                    cap(bench.device, gib)
+                    phases = await _on(thread, engines[stage].setup)
+                    told = engines[stage].info.profile
+                    bench.row("turns", f"{name}: {stage} ready", profile=told, phases=rounded(phases), peak_gib=peak())
+            before = len(spans)
+            if plan.takes_turns and not asleep:
+                cap(bench.device, None)
+                await _on(thread, engines[STAGES[1]].sleep)
+                asleep = True
+            cap(bench.device, gib)
+            async with _Queue.of(bench, folder, engines, thread, takes_turns=plan.takes_turns) as queue:
+                if gib in SIZES[:2]:  # compiles, and has each of them asleep once
+                    await queue.through(["warm"])
+                    await queue.turn_to(STAGES[0])
+                jobs = JOBS if gib is not None else FEWER
+                peak()
+                moved, begun = len(spans), time.perf_counter()
+                await queue.through([f"job-{number}" for number in range(jobs)])
+                taken = time.perf_counter() - begun
+                _tell_queue(bench, f"{name}: {jobs} jobs", spans[moved:], taken)
+                await queue.turn_to(STAGES[0])
+            for stage in STAGES:
+                mine = [span for span in spans[before:] if span.stage == stage]
+                _tell_moves(bench, f"{name}: {stage}", mine, engines[stage])
 
 
 async def _measured(bench: Bench, folder: Path, gib: int | None, wanted: str) -> None:
@@ -112,8 +182,13 @@ async def _measured(bench: Bench, folder: Path, gib: int | None, wanted: str) ->
 # ── the engines ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _engine(bench: Bench, stage: Stage, gib: int | None, folder: Path, spans: list[Span]) -> Any:
-    """The service's engine, with random weights that are not made before its setup; it writes down what it does."""
+def _engine(
+    bench: Bench, stage: Stage, gib: int | None, folder: Path, spans: list[Span], pipes: dict[Stage, Any] | None = None
+) -> Any:
+    """The service's engine, with random weights that are not made before its setup; it writes down what it does.
+
+    With `pipes` they are those of an FP8 snapshot, and are there for the next engine of the stage.
+    """
     shape = MAKE[stage](torch.device("meta"), bench.dtype, tiny=bench.tiny)
     base: Any = type(engine_of(stage, shape, Layout()))
 
@@ -122,11 +197,25 @@ def _engine(bench: Bench, stage: Stage, gib: int | None, folder: Path, spans: li
             if not bench.tiny:
                 return base.demand(self)  # type: ignore[no-any-return]
             self._device = self._open_device()
+            if pipes is not None:
+                return profiles.Demand(stage, (gib or 140) * GIB, SNAPSHOTS[stage], base.WORK, stored_fp8=True)
             return profiles.Demand(stage, GIB + profiles.RESERVE, {"vae": GIB}, 0)  # there is room for one of two
+
+        def _find(self) -> weights.Weights:
+            return base._find(self) if pipes is None else replace(base._find(self), profile="fp8")
+
+        def _sizes(self, found: weights.Weights) -> Mapping[str, int]:
+            return base._sizes(self, found) if pipes is None else SNAPSHOTS[stage]
 
         def _load(self, found: Any, place: torch.device, dtypes: Any) -> Any:
             cap(bench.device, None)
-            pipe = MAKE[stage](bench.device, bench.dtype, tiny=bench.tiny).to(place)
+            pipe = None if pipes is None else pipes.get(stage)
+            if pipe is None:
+                pipe = MAKE[stage](bench.device, bench.dtype, tiny=bench.tiny)
+                if pipes is not None:
+                    in_fp8(pipe, bench.device)
+                    pipes[stage] = pipe
+            pipe = pipe.to(place)
             gc.collect()
             cap(bench.device, gib)
             peak()  # of the random weights: a service reads its own

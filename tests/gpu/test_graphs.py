@@ -12,8 +12,9 @@ import torch
 from PIL import Image
 from torch import nn
 
-from vidgen.accel import graphs, kernels, speed
+from vidgen.accel import graphs, speed
 from vidgen.accel.engine import DiffusersEngine, Layout
+from vidgen.accel.kernels import flash3, projections
 from vidgen.contracts import EditWork
 from vidgen.errors import Suspended
 from vidgen.profiles import GIB
@@ -42,9 +43,9 @@ def test_attention_sees_so_many_keys_as_it_is_told_and_nothing_of_those_behind(t
     if narrow:
         if not speed.has_eight_bits():
             pytest.skip("this FlashAttention 3 is not ours")
-        assert error(kernels.attended(query, key, value, lengths), wanted) < 0.06
+        assert error(flash3.attended(query, key, value, lengths), wanted) < 0.06
     else:
-        assert error(kernels.attended_within(query, key, value, lengths), wanted) < 5e-3
+        assert error(flash3.attended_within(query, key, value, lengths), wanted) < 5e-3
 
 
 def test_the_joint_inputs_of_padded_text_are_those_of_torch() -> None:
@@ -54,8 +55,8 @@ def test_the_joint_inputs_of_padded_text_are_those_of_torch() -> None:
     image, text, norms = drawn(2, 60, 3 * 24 * 128), drawn(2, 14, 3 * 24 * 128), [drawn(128) for _ in range(4)]
     freqs = drawn(60, 64, 2, dtype=torch.float32), drawn(14, 64, 2, dtype=torch.float32)
     lengths = torch.tensor([61, 74], dtype=torch.int32, device="cuda")
-    found = kernels.joint_qkv(image, text, *norms, *freqs, 1e-6, lengths)
-    wanted = kernels.plain_joint_qkv(image, text, (norms[0], norms[1]), (norms[2], norms[3]), *freqs, 1e-6, lengths)
+    found = projections.joint_qkv(image, text, *norms, *freqs, 1e-6, lengths)
+    wanted = projections.plain_joint_qkv(image, text, (norms[0], norms[1]), (norms[2], norms[3]), *freqs, 1e-6, lengths)
     assert not found[2][0, 61:].any()
     for one, other in zip(found, wanted, strict=True):
         assert error(one, other) < 2e-3
@@ -67,7 +68,7 @@ def make(tiny_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> Make:
 
     monkeypatch.setattr(DiffusersEngine, "_memory", lambda self: 200 * GIB)
     # The tiny model's heads are too small for FlashAttention 3.
-    monkeypatch.setattr(kernels, "_flash3", lambda query, key, value, lengths, scale=None: kernels._plain_attended(
+    monkeypatch.setattr(flash3, "_flash3", lambda query, key, value, lengths, scale=None: flash3._plain_attended(
         query, key, value, lengths))  # fmt: skip
 
     def made(**changes: Any) -> Any:

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from vidgen.accel import convolution, kernels
+from vidgen.accel import convolution, fp8, kernels
+from vidgen.accel.kernels import e4m3, flash3, projections
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
 
@@ -24,8 +25,8 @@ def drawn(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
 def test_rows_are_quantised_as_torch_does_it(columns: int, gelu: bool) -> None:
     x = drawn(300, columns) * torch.logspace(-3, 2, 300, device="cuda").bfloat16()[:, None]
     x[7] = 0
-    found, scale = kernels.quantise_rows(x, gelu)
-    wanted, wanted_scale = kernels.rows_in_e4m3(nn.functional.gelu(x.float(), approximate="tanh") if gelu else x)
+    found, scale = e4m3.quantise_rows(x, gelu)
+    wanted, wanted_scale = e4m3.rows_in_e4m3(nn.functional.gelu(x.float(), approximate="tanh") if gelu else x)
     assert error(scale, wanted_scale) < 1e-5
     assert error(found.float() * scale, wanted.float() * wanted_scale) < 1e-3
 
@@ -39,8 +40,8 @@ def test_the_joint_inputs_of_attention_are_those_of_torch() -> None:
     image, text = drawn(2, 60, 3 * heads * dimension), drawn(2, 14, 3 * heads * dimension)
     norms = [drawn(dimension) for _ in range(4)]
     freqs = drawn(60, dimension // 2, 2, dtype=torch.float32), drawn(14, dimension // 2, 2, dtype=torch.float32)
-    found = kernels.joint_qkv(image, text, *norms, *freqs, 1e-6)
-    wanted = kernels.plain_joint_qkv(image, text, (norms[0], norms[1]), (norms[2], norms[3]), *freqs, 1e-6)
+    found = projections.joint_qkv(image, text, *norms, *freqs, 1e-6)
+    wanted = projections.plain_joint_qkv(image, text, (norms[0], norms[1]), (norms[2], norms[3]), *freqs, 1e-6)
     for one, other in zip(widened(found), widened(wanted), strict=True):
         assert error(one, other) < 2e-3
 
@@ -49,8 +50,8 @@ def test_queries_and_keys_are_normalised_and_turned_as_torch_does_it() -> None:
     heads, dimension = 40, 128
     qkv, norms = drawn(2, 50, 3 * heads * dimension), [drawn(heads * dimension) for _ in range(2)]
     cos, sin = (drawn(50, dimension, dtype=torch.float32) for _ in range(2))
-    found = kernels.turned_qk(qkv, *norms, cos, sin, heads, 1e-6)
-    wanted = kernels.plain_turned_qk(qkv, *norms, cos, sin, heads, 1e-6)
+    found = projections.turned_qk(qkv, *norms, cos, sin, heads, 1e-6)
+    wanted = projections.plain_turned_qk(qkv, *norms, cos, sin, heads, 1e-6)
     for one, other in zip(widened(found), widened(wanted), strict=True):
         assert error(one, other) < 2e-3
 
@@ -67,30 +68,42 @@ def test_what_is_normalised_is_quantised_as_torch_does_it(columns: int, added: s
     given = (shift, scale, place, 1e-6)
     total = x
     if added == "nothing":
-        rows, row_scale = kernels.modulated_rows(x, *given)
+        rows, row_scale = e4m3.modulated_rows(x, *given)
     else:
         total = x + more * gate[place] if added == "gated" else x + more
-        found, rows, row_scale = kernels.added_modulated_rows(x, more, gate if added == "gated" else None, *given)
+        found, rows, row_scale = e4m3.added_modulated_rows(x, more, gate if added == "gated" else None, *given)
         assert error(found, total) < 5e-3
         total = found
     # A number between two of e4m3 may go to either.
-    assert error(rows.float() * row_scale, kernels.plain_modulated(total, *given)) < 0.03
+    assert error(rows.float() * row_scale, e4m3.plain_modulated(total, *given)) < 0.03
+
+
+@pytest.mark.parametrize(("out", "columns"), [(3072, 12288), (3072, 14336), (5120, 13824), (3072, 3072)])
+def test_any_number_of_rows_is_multiplied_in_fp8_and_gets_its_bias(out: int, columns: int) -> None:
+    linear = nn.Linear(columns, out, device="cuda", dtype=torch.bfloat16).requires_grad_(False)
+    linear.bias.normal_()
+    layer = fp8.Fp8Linear.of(linear, arithmetic=True)
+    for rows in (*range(1, 80), 127, 128, 129, 214, 300):
+        x = drawn(rows, columns)
+        found, scale = e4m3.rows_in_e4m3(x)
+        wanted = (found.float() * scale) @ (layer.weight.float() * layer.weight_scale).t() + layer.bias.float()
+        assert error(layer(x), wanted) < 5e-3, rows
 
 
 @pytest.mark.parametrize("spreads", [True, False])
 @pytest.mark.parametrize("kind", [torch.int8, kernels.E4M3])
 def test_heads_are_narrowed_as_torch_does_it(spreads: bool, kind: torch.dtype) -> None:
     heads = drawn(2, 1100, 3 * 5 * 128).chunk(3, dim=-1)[2].unflatten(2, (5, -1))
-    wide = kernels.plain_spread(heads.float()) if spreads else heads.float()
+    wide = flash3.plain_spread(heads.float()) if spreads else heads.float()
     few = torch.tensor([700, 1], dtype=torch.int32, device="cuda")
-    for found in kernels.spans(heads, spreads, few):
+    for found in flash3.spans(heads, spreads, few):
         assert error(found[1], wide[1, 0]) < 1e-5  # of one token all three are the token
-    total, low, high = kernels.spans(heads, spreads)
+    total, low, high = flash3.spans(heads, spreads)
     for found, wanted in ((total, wide.sum(1)), (low, wide.amin(1)), (high, wide.amax(1))):
         assert error(found, wanted) < 1e-5
     mean = total / 1100
     scale = torch.maximum(high - mean, mean - low).amax(-1) / (127 if kind == torch.int8 else 448)
-    found = kernels.narrowed(heads, scale, mean, spreads, kind).float() * scale[:, None, :, None]
+    found = flash3.narrowed(heads, scale, mean, spreads, kind).float() * scale[:, None, :, None]
     centred = wide - mean[:, None]
     # Rounding to whole steps is off by anything up to half a step; to four digits by a share of the number.
     step = float(scale.square().mean().sqrt())
@@ -99,8 +112,8 @@ def test_heads_are_narrowed_as_torch_does_it(spreads: bool, kind: torch.dtype) -
 
 def test_queries_are_narrowed_one_by_one_as_torch_does_it() -> None:
     query = drawn(2, 1100, 5, 128) * drawn(2, 1100, 5, 1).exp()
-    found, scale = kernels.narrowed_by_token(query)
-    wanted = kernels.plain_spread(query.float())
+    found, scale = flash3.narrowed_by_token(query)
+    wanted = flash3.plain_spread(query.float())
     assert error(scale, wanted.abs().amax(-1).transpose(1, 2) / 127) < 1e-5
     assert error(found.float() * scale.transpose(1, 2)[..., None], wanted) < 0.01
 
@@ -112,12 +125,12 @@ def test_attention_in_8_bits_is_close_to_attention(size: float) -> None:
         pytest.skip("this FlashAttention 3 is not ours")
     query, key, value = (drawn(1, 4100, 24, 128) for _ in range(3))
     query, key = query * size, key * size + drawn(128)
-    found = kernels.attended(query, key, value)
+    found = flash3.attended(query, key, value)
     given = (part.transpose(1, 2) for part in (query, key, value))
     wanted = nn.functional.scaled_dot_product_attention(*given).transpose(1, 2)
     assert error(found, wanted) < 0.05
     # A mean costs nothing but its rounding to bf16.
-    assert error(kernels.attended(query, key, value + 4), wanted + 4) < 1e-2
+    assert error(flash3.attended(query, key, value + 4), wanted + 4) < 1e-2
 
 
 @pytest.mark.parametrize(("channels", "filters"), [(96, 96), (192, 192), (384, 384), (192, 96), (96, 3), (160, 320)])

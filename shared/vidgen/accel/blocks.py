@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vidgen.accel import kernels
 from vidgen.accel.fp8 import Fp8Linear
+from vidgen.accel.kernels import e4m3, flash3, projections
 
 
 class Fp8FeedForward(nn.Module):
@@ -31,7 +31,7 @@ class Fp8FeedForward(nn.Module):
         return self._down(self.up.multiply(rows, scale, dtype), dtype)
 
     def _down(self, hidden: Tensor, dtype: torch.dtype) -> Tensor:
-        rows, scale = kernels.quantise_rows(hidden, True)
+        rows, scale = e4m3.quantise_rows(hidden, True)
         return self.down.multiply(rows, scale, dtype)
 
 
@@ -54,9 +54,9 @@ class Attention:
         if self.narrow:
             if mask is not None:
                 raise ValueError("attention in 8 bits takes no mask")
-            return kernels.attended(query, key, value, lengths).flatten(2, 3)
+            return flash3.attended(query, key, value, lengths).flatten(2, 3)
         if lengths is not None:
-            return kernels.attended_within(query, key, value, lengths).flatten(2, 3)
+            return flash3.attended_within(query, key, value, lengths).flatten(2, 3)
         made: Tensor = dispatch_attention_fn(
             query, key, value, attn_mask=mask, dropout_p=0.0, is_causal=False, backend=self._attention_backend,
             parallel_config=self._parallel_config,
@@ -102,7 +102,7 @@ class JointAttention(Attention):
             seen = torch.ones(image.shape[:2], dtype=torch.bool, device=image.device)
             mask = torch.cat([text_mask.bool(), seen], dim=1)[:, None, None, :]
         image_freqs, text_freqs = (torch.view_as_real(one) for one in freqs)
-        query, key, value = kernels.joint_qkv(
+        query, key, value = projections.joint_qkv(
             image, text, attn.norm_q.weight, attn.norm_k.weight, attn.norm_added_q.weight, attn.norm_added_k.weight,
             image_freqs, text_freqs, attn.norm_q.eps, lengths,
         )  # fmt: skip
@@ -133,7 +133,7 @@ class SelfAttention(Attention):
         """The attention's output for its projection, (batch, tokens, 3 · width)."""
         assert rotary_emb is not None
         cos, sin = (one.reshape(-1, one.shape[-1]) for one in rotary_emb)
-        query, key = kernels.turned_qk(
+        query, key = projections.turned_qk(
             qkv, attn.norm_q.weight, attn.norm_k.weight, cos, sin, attn.heads, attn.norm_q.eps
         )
         value = qkv.chunk(3, dim=-1)[2].unflatten(2, (attn.heads, -1))
@@ -270,12 +270,12 @@ class _Stream:
 
     def first_rows(self) -> tuple[Tensor, Tensor]:
         shift, scale, _ = self._first
-        made: tuple[Tensor, Tensor] = kernels.modulated_rows(self._x, shift, scale, self._place, self._first_eps)
+        made: tuple[Tensor, Tensor] = e4m3.modulated_rows(self._x, shift, scale, self._place, self._first_eps)
         return made
 
     def ended(self, attended: Tensor, feed_forward: Fp8FeedForward) -> Tensor:
         shift, scale, gate = self._second
-        x, rows, row_scale = kernels.added_modulated_rows(
+        x, rows, row_scale = e4m3.added_modulated_rows(
             self._x, attended.flatten(0, 1), self._first[2], shift, scale, self._place, self._second_eps
         )
         x = x + gate[self._place] * feed_forward.of_rows(rows, row_scale, x.dtype)
@@ -296,17 +296,17 @@ def _wan_block(
     place = _places(hidden_states)
     shift, scale, gate, end_shift, end_scale, end_gate = (block.scale_shift_table + temb.float()).unbind(1)
     x = hidden_states.flatten(0, 1)
-    rows, row_scale = kernels.modulated_rows(x, shift, scale, place, block.norm1.eps)
+    rows, row_scale = e4m3.modulated_rows(x, shift, scale, place, block.norm1.eps)
     qkv = block.attn1.to_qkv.multiply(rows, row_scale, dtype).unflatten(0, (batch, -1))
     attended = block.attn1.processor.of_projection(block.attn1, qkv, rotary_emb).flatten(0, 1)
 
     # Its weight and bias are a modulation that is the same for all.
     weight, bias = (one.float().expand(batch, -1) for one in (block.norm2.weight, block.norm2.bias))
-    x, rows, row_scale = kernels.added_modulated_rows(x, attended, gate, bias, weight - 1, place, block.norm2.eps)
+    x, rows, row_scale = e4m3.added_modulated_rows(x, attended, gate, bias, weight - 1, place, block.norm2.eps)
     query = block.attn2.to_q.multiply(rows, row_scale, dtype).unflatten(0, (batch, -1))
     attended = _cross_attended(block.attn2, query, encoder_hidden_states).flatten(0, 1)
 
-    x, rows, row_scale = kernels.added_modulated_rows(x, attended, None, end_shift, end_scale, place, block.norm3.eps)
+    x, rows, row_scale = e4m3.added_modulated_rows(x, attended, None, end_shift, end_scale, place, block.norm3.eps)
     made = block.ffn.of_rows(rows, row_scale, dtype)
     return (x.float() + made.float() * end_gate[place]).to(dtype).unflatten(0, hidden_states.shape[:2])
 

@@ -12,12 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from vidgen import gpu
-from vidgen.accel import kernels
+from vidgen.accel.kernels import e4m3
 
 # The matrix units take both sides in sixteens.
 MULTIPLE = 16
 # Smaller layers cost nothing either way: time and image-position embeddings, the last projection.
 LEAST_FEATURES = 512
+# Of so few rows cuBLAS splits long sums, in kernels that have scales of rows or a bias but not both, and refuses: on an
+# H200 below 44 rows with sums of 12288, of 13824 at least up to 20.
+FEW_ROWS = 128
 
 
 class Fp8Linear(nn.Module):
@@ -39,7 +42,7 @@ class Fp8Linear(nn.Module):
     @classmethod
     def of(cls, linear: nn.Linear, *, arithmetic: bool, through: torch.device | None = None) -> Fp8Linear:
         """Quantise a layer on the device `through`, by default where its weight is; the new layer is there."""
-        weight, scale = kernels.rows_in_e4m3(linear.weight.detach().to(through))
+        weight, scale = e4m3.rows_in_e4m3(linear.weight.detach().to(through))
         bias = linear.bias.detach().to(through) if linear.bias is not None else None
         return cls(weight, scale, bias, arithmetic=arithmetic)
 
@@ -47,16 +50,17 @@ class Fp8Linear(nn.Module):
         if not self.arithmetic:
             weight = self.weight.to(x.dtype) * self.weight_scale.to(x.dtype)
             return nn.functional.linear(x, weight, self.bias)
-        rows, scale = kernels.quantise_rows(x.reshape(-1, self.in_features), False)
+        rows, scale = e4m3.quantise_rows(x.reshape(-1, self.in_features), False)
         return self.multiply(rows, scale, x.dtype).reshape(*x.shape[:-1], self.out_features)
 
     def multiply(self, rows: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
         """The (rows, out) product with rows that are quantised already."""
+        apart = self.bias is not None and rows.shape[0] < FEW_ROWS
         made: Tensor = torch._scaled_mm(
-            rows, self.weight.t(), scale_a=scale, scale_b=self.weight_scale.t(), bias=self.bias, out_dtype=dtype,
-            use_fast_accum=True,
+            rows, self.weight.t(), scale_a=scale, scale_b=self.weight_scale.t(), bias=None if apart else self.bias,
+            out_dtype=dtype, use_fast_accum=True,
         )  # fmt: skip
-        return made
+        return made + self.bias if apart else made
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Fp8Linear:
         before = self.weight.data, self.weight_scale.data

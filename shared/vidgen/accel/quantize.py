@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from vidgen import __version__, diffusion, manifest, weights
 from vidgen.accel import fp8, kernels, loader
 from vidgen.accel.assemble import SCALE, Part, is_model, parts_of, skeleton
+from vidgen.accel.kernels import e4m3
 from vidgen.errors import FatalError
 
 COMPONENTS = ("transformer", "transformer_2")
@@ -173,7 +174,7 @@ class _Component:
         scales: dict[str, Tensor] = {}
         for stored in shard:
             if stored.name in self._quantised:
-                weight, scale = kernels.rows_in_e4m3(self._tensor(stored.name))
+                weight, scale = e4m3.rows_in_e4m3(self._tensor(stored.name))
                 scales[stored.name.removesuffix(".weight") + SCALE] = scale
                 yield weight
             elif stored.name in scales:

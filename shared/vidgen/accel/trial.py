@@ -23,7 +23,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vidgen.accel import blocks, kernels
+from vidgen.accel import blocks
+from vidgen.accel.kernels import flash3
 
 # Of a prediction, against the same with attention in bf16. What else is in FP8 costs 2.1 % (docs/performance.md): even
 # if both added up in full a forward stays within 5 %, over which nothing is on by default.
@@ -127,7 +128,7 @@ def _both_ways(stock: Callable[..., Tensor], errors: list[Tensor]) -> Callable[.
         query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None, lengths: Tensor | None = None
     ) -> Tensor:
         wide = stock(query, key, value, mask, lengths)
-        errors.append(_error(kernels.attended(query, key, value, lengths).flatten(2, 3), wide))
+        errors.append(_error(flash3.attended(query, key, value, lengths).flatten(2, 3), wide))
         return wide
 
     return attend

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.attention import SDPBackend
 
 from vidgen.accel import blocks, fp8, kernels, speed
+from vidgen.accel.kernels import e4m3, flash3, projections
 
 
 def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
@@ -206,29 +207,29 @@ def test_attention_in_8_bits_takes_no_mask(transformer: Callable[[str], Any]) ->
 
 def test_the_operators_agree_with_their_declared_shapes() -> None:
     checks = ("test_schema", "test_faketensor")
-    torch.library.opcheck(kernels.quantise_rows, (torch.randn(4, 32), True), test_utils=checks)
+    torch.library.opcheck(e4m3.quantise_rows, (torch.randn(4, 32), True), test_utils=checks)
     weights = [torch.ones(16) for _ in range(4)]
     freqs = torch.randn(6, 8, 2), torch.randn(3, 8, 2)
     joint = (torch.randn(1, 6, 3 * 2 * 16), torch.randn(1, 3, 3 * 2 * 16), *weights, *freqs, 1e-6)
     place, table = torch.zeros(4, dtype=torch.int32), torch.randn(1, 96)
     shift, scale, gate = table.chunk(3, dim=-1)
-    torch.library.opcheck(kernels.joint_qkv, joint, test_utils=checks)
+    torch.library.opcheck(projections.joint_qkv, joint, test_utils=checks)
     turned = (torch.randn(1, 6, 96), torch.ones(32), torch.ones(32), torch.randn(6, 16), torch.randn(6, 16))
-    torch.library.opcheck(kernels.turned_qk, (*turned, 2, 1e-6), test_utils=checks)
+    torch.library.opcheck(projections.turned_qk, (*turned, 2, 1e-6), test_utils=checks)
     rows = torch.randn(4, 32), torch.randn(4, 32)
-    torch.library.opcheck(kernels.modulated_rows, (rows[0], shift, scale, place, 1e-6), test_utils=checks)
+    torch.library.opcheck(e4m3.modulated_rows, (rows[0], shift, scale, place, 1e-6), test_utils=checks)
     for one in (gate, None):
         given = (*rows, one, shift, scale, place, 1e-6)
-        torch.library.opcheck(kernels.added_modulated_rows, given, test_utils=checks)
+        torch.library.opcheck(e4m3.added_modulated_rows, given, test_utils=checks)
     heads, scale = torch.randn(1, 5, 2, 16), torch.ones(1, 2)
     for mean, lengths in ((torch.randn(1, 2, 16), None), (None, torch.tensor([3], dtype=torch.int32))):
-        torch.library.opcheck(kernels.spans, (heads, mean is None, lengths), test_utils=checks)
+        torch.library.opcheck(flash3.spans, (heads, mean is None, lengths), test_utils=checks)
         for kind in (torch.int8, kernels.E4M3):
-            torch.library.opcheck(kernels.narrowed, (heads, scale, mean, True, kind), test_utils=checks)
+            torch.library.opcheck(flash3.narrowed, (heads, scale, mean, True, kind), test_utils=checks)
     parts = [heads.to(kind) for kind in (torch.int8, torch.int8, kernels.E4M3)]
-    torch.library.opcheck(kernels.narrowed_by_token, (heads,), test_utils=checks)
+    torch.library.opcheck(flash3.narrowed_by_token, (heads,), test_utils=checks)
     given = (*parts, torch.ones(1, 2, 5), scale, scale, torch.bfloat16)
-    torch.library.opcheck(kernels.attended_narrow, given, test_utils=("test_faketensor",))
+    torch.library.opcheck(flash3.attended_narrow, given, test_utils=("test_faketensor",))
 
 
 def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -250,7 +251,7 @@ def test_what_all_keys_or_all_values_share_costs_attention_in_8_bits_nothing(siz
     def lost(key: torch.Tensor, value: torch.Tensor) -> float:
         wanted = attention(query, key, value)
         less = wanted - wanted.mean(1, keepdim=True)  # so that a large mean hides no error
-        return float((kernels.attended(query, key, value) - wanted).norm() / less.norm())
+        return float((flash3.attended(query, key, value) - wanted).norm() / less.norm())
 
     plain = lost(key, value)
     for shifted in ((key + bias, value), (key, value + bias)):
@@ -262,12 +263,12 @@ def test_peaks_cost_attention_in_8_bits_less_than_in_e4m3() -> None:
     query, key = query * 2.5, key * 2.5
     wanted = attention(query, key, value)
     in_e4m3 = attention(query.to(kernels.E4M3), key.to(kernels.E4M3), value)
-    assert error(kernels.attended(query, key, value), wanted) < 0.5 * error(in_e4m3, wanted)
+    assert error(flash3.attended(query, key, value), wanted) < 0.5 * error(in_e4m3, wanted)
 
 
 def test_a_turn_that_spreads_what_is_large_leaves_products_as_they_are() -> None:
     query, key = drawn(2, 1, 40, 2, 128).unbind(0)
     query[..., 5] *= 30
-    turned = [kernels.plain_spread(one) for one in (query, key)]
+    turned = [flash3.plain_spread(one) for one in (query, key)]
     assert error((turned[0] * turned[1]).sum(-1), (query * key).sum(-1)) < 1e-5
     assert turned[0].abs().max() < 0.5 * query.abs().max()

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
-from vidgen.accel import fp8, kernels
+from vidgen.accel import fp8
+from vidgen.accel.kernels import e4m3
 
 
 def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
@@ -14,14 +17,14 @@ def error(found: torch.Tensor, wanted: torch.Tensor) -> float:
 
 def test_each_row_keeps_its_own_precision() -> None:
     x = torch.randn(8, 64) * torch.logspace(-6, 6, 8)[:, None]
-    q, scale = kernels.rows_in_e4m3(x)
+    q, scale = e4m3.rows_in_e4m3(x)
     assert (q.dtype, scale.shape, scale.dtype) == (torch.float8_e4m3fn, (8, 1), torch.float32)
     for row in range(8):
         assert error(q[row].float() * scale[row], x[row]) < 0.04
 
 
 def test_a_row_of_zeros_stays_zero() -> None:
-    q, scale = kernels.rows_in_e4m3(torch.zeros(2, 16))
+    q, scale = e4m3.rows_in_e4m3(torch.zeros(2, 16))
     assert torch.equal(q.float() * scale, torch.zeros(2, 16))
 
 
@@ -66,3 +69,24 @@ def test_what_an_fp8_layer_holds_are_parameters() -> None:
     assert set(dict(layer.named_parameters())) == {"weight", "weight_scale", "bias"}
     assert not list(layer.buffers())
     assert not any(parameter.requires_grad for parameter in layer.parameters())
+
+
+def test_few_rows_get_their_bias_apart_because_cublas_has_no_kernel_for_both(monkeypatch: pytest.MonkeyPatch) -> None:
+    biases: dict[int, bool] = {}
+
+    def product(rows: torch.Tensor, weight: torch.Tensor, **given: Any) -> torch.Tensor:
+        biases[len(rows)] = given["bias"] is not None
+        if given["bias"] is not None and len(rows) < 44:
+            raise RuntimeError("CUDA error: CUBLAS_STATUS_NOT_SUPPORTED when calling `cublasLtMatmulAlgoGetHeuristic`")
+        made = (rows.float() * given["scale_a"]) @ (weight.float() * given["scale_b"])
+        return (made if given["bias"] is None else made + given["bias"]).to(given["out_dtype"])
+
+    monkeypatch.setattr(torch, "_scaled_mm", product)
+    linear = nn.Linear(64, 32)
+    layer = fp8.Fp8Linear.of(linear, arithmetic=True)
+    for rows in (1, 40, 127, 128, 300):
+        x = torch.randn(rows, 64)
+        assert (layer(x) - linear(x)).norm() / linear(x).norm() < 0.05
+    assert biases == {1: False, 40: False, 127: False, 128: True, 300: True}
+    bare = fp8.Fp8Linear.of(nn.Linear(64, 32, bias=False), arithmetic=True)
+    assert bare(torch.randn(3, 64)).shape == (3, 32)

@@ -19,7 +19,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from vidgen.accel import blocks, fp8, graphs, kernels, speed
+from vidgen.accel import blocks, fp8, graphs, speed
+from vidgen.accel.kernels import flash3
 
 PICTURES = ((1, 4, 6), (1, 4, 6))
 Make = Callable[..., Any]
@@ -133,7 +134,7 @@ def test_attention_sees_so_many_keys_as_it_is_told(seen: int, behind: int) -> No
     torch.manual_seed(seen)
     query, key, value = (torch.randn(2, seen + behind, 3, 8) for _ in range(3))
     lengths = torch.tensor([seen, 1], dtype=torch.int32)
-    found = kernels.attended_within(query, key, value, lengths)
+    found = flash3.attended_within(query, key, value, lengths)
     for index, length in enumerate(lengths):
         short = (part[index : index + 1, :length].transpose(1, 2) for part in (key, value))
         wanted = torch.nn.functional.scaled_dot_product_attention(query[index : index + 1].transpose(1, 2), *short)

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from tests import checkpoints
 
 from vidgen import diffusion, manifest, weights
-from vidgen.accel import fp8, kernels
+from vidgen.accel import fp8
+from vidgen.accel.kernels import e4m3
 from vidgen.errors import FatalError
 
 CPU = torch.device("cpu")
@@ -105,7 +106,7 @@ def test_both_experts_are_quantised_and_what_is_kept_in_float32_stays(wan: Path,
         assert {name for name in after if not name.endswith("_scale")} == before.keys()
         for name, tensor in before.items():
             if name in scaled:
-                weight, scale = kernels.rows_in_e4m3(tensor)
+                weight, scale = e4m3.rows_in_e4m3(tensor)
                 assert torch.equal(after[name].view(torch.uint8), weight.view(torch.uint8))
                 assert torch.equal(after[f"{name}_scale"], scale)
             else:
@@ -164,7 +165,7 @@ def test_a_lora_is_fused_before_the_weights_are_quantised(wan: Path, tmp_path: P
     found = quantized(wan, tmp_path / "fp8", loras={component: str(lora)})
 
     after = tensors_of(found.folder, component)
-    weight, scale = kernels.rows_in_e4m3(fused.weight)
+    weight, scale = e4m3.rows_in_e4m3(fused.weight)
     assert torch.equal(after["blocks.1.attn2.to_q.weight"].view(torch.uint8), weight.view(torch.uint8))
     assert torch.equal(after["blocks.1.attn2.to_q.weight_scale"], scale)
     assert torch.equal(after["blocks.1.attn2.to_q.bias"].float(), fused.bias)
@@ -199,7 +200,7 @@ def test_what_breaks_half_way_leaves_nothing(qwen: Path, tmp_path: Path, monkeyp
     def full(*args: Any) -> Any:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(kernels, "rows_in_e4m3", full)
+    monkeypatch.setattr(e4m3, "rows_in_e4m3", full)
     with pytest.raises(FatalError, match="No space left on device") as caught:
         quantized(qwen, tmp_path / "fp8")
     assert caught.value.code == "not_written"

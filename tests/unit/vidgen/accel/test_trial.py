@@ -11,7 +11,8 @@ import structlog
 import torch
 from torch import Tensor
 
-from vidgen.accel import blocks, kernels, speed, trial
+from vidgen.accel import blocks, speed, trial
+from vidgen.accel.kernels import flash3
 from vidgen.errors import FatalError
 
 GIVEN = {"timestep": torch.tensor([900]), "return_dict": False}
@@ -42,7 +43,7 @@ def narrow(model: Any) -> list[bool]:
 
 def spoilt(monkeypatch: pytest.MonkeyPatch, model: Any, *layers: int, by: float) -> None:
     """Let attention in 8 bits be off by a share of itself in some layers, told by their projections."""
-    stock = kernels.attended
+    stock = flash3.attended
     seen: list[Tensor] = []
     for layer in layers:
         model.blocks[layer].attn1.to_qkv.register_forward_hook(lambda module, args, made: seen.append(made))
@@ -52,7 +53,7 @@ def spoilt(monkeypatch: pytest.MonkeyPatch, model: Any, *layers: int, by: float)
         mine = any(value.untyped_storage().data_ptr() == one.untyped_storage().data_ptr() for one in seen)
         return made * (1 + by) if mine else made
 
-    monkeypatch.setattr(kernels, "attended", attended)
+    monkeypatch.setattr(flash3, "attended", attended)
 
 
 def test_layers_that_lose_little_are_narrowed_and_what_a_forward_loses_is_told(model: Any) -> None:
@@ -84,7 +85,7 @@ def test_the_forward_decides_and_the_worst_layer_goes_first(model: Any, monkeypa
 
 
 def test_what_is_not_a_number_proves_nothing(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "attended", lambda query, key, value, lengths: torch.full_like(value, float("nan")))
+    monkeypatch.setattr(flash3, "attended", lambda query, key, value, lengths: torch.full_like(value, float("nan")))
     [found] = trial.tried([model], run(model))
     assert (found.narrow, found.error) == ((), 0.0)
 
