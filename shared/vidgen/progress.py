@@ -22,7 +22,7 @@ from vidgen.metrics import WorkerMetrics
 Phase = Literal["preparing", "denoising", "finishing"]
 Stepped = Callable[[float, float | None], None]
 
-SOON_S = 0.05  # what an attempt is on by then is the first that is told
+SOON_S = 0.25  # what an attempt is on by then is the first that is told
 
 
 class Reporter:
