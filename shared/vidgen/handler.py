@@ -179,7 +179,10 @@ class Handler:
             try:
                 return await self._hold(delivery, task, turn, clocks, gathering)
             finally:
-                await asyncio.gather(gathering, return_exceptions=True)
+                if not gathering.done():
+                    await asyncio.gather(gathering, return_exceptions=True)
+                elif not gathering.cancelled():
+                    gathering.exception()  # nobody may have needed it
 
     async def _hold(
         self, delivery: Delivery, task: Task, turn: Turn, clocks: Clocks, gathering: asyncio.Future[_Gathered]
@@ -488,6 +491,8 @@ def remove_folder(folder: Path) -> None:
 
 async def _all_of(*works: Awaitable[T]) -> list[T]:
     """Let all come to their ends, then raise the first failure: none goes on behind the caller's back."""
+    if len(works) == 1:
+        return [await works[0]]
     found = await asyncio.gather(*works, return_exceptions=True)
     for each in found:
         if isinstance(each, BaseException):

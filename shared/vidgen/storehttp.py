@@ -7,7 +7,7 @@ times as many, and as long again to read the headers.
 from __future__ import annotations
 
 import contextlib
-import select
+import os
 import socket
 import ssl
 import struct
@@ -20,6 +20,7 @@ from urllib.parse import SplitResult, urlsplit
 import httptools
 import urllib3
 from urllib3 import exceptions
+from urllib3.util import wait_for_read
 
 FIRST, MANY = 1 << 16, 1 << 18  # what is read at once: of what may be short, and of what goes on
 TOGETHER = 1 << 18  # a body up to this goes out with its headers
@@ -37,7 +38,7 @@ class _Connection:
             self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             if context is not None:
                 self._socket = context.wrap_socket(self._socket, server_hostname=host)
-            if isinstance(self._socket, ssl.SSLSocket):
+            if context is not None or os.name != "posix":
                 self._socket.settimeout(read_s)
             else:  # the kernel's own clock: Python's takes another call before each
                 limit = struct.pack("ll", int(read_s), int(read_s % 1 * 1e6))
@@ -66,9 +67,7 @@ class _Connection:
         """Whether the server has neither closed it nor said something that nobody asked for."""
         if time.monotonic() - self.idle_since > IDLE_S:
             return False
-        poll = select.poll()
-        poll.register(self._socket, select.POLLIN)
-        return not poll.poll(0)
+        return not wait_for_read(self._socket, 0)
 
     def close(self) -> None:
         with contextlib.suppress(OSError):
