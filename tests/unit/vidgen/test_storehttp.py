@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import socket
+import ssl
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
+from tests.certificates import signed_by_itself
 from urllib3 import exceptions
 
 from vidgen.storehttp import Pool
@@ -17,13 +20,14 @@ OK = b"HTTP/1.1 200 OK\r\n"
 class Server:
     """Gives the next of `answers` to each request; None: it closes instead. `heads` is what was asked."""
 
-    def __init__(self) -> None:
+    def __init__(self, tls: ssl.SSLContext | None = None) -> None:
+        self._tls = tls
         self.answers: list[bytes | None] = []
         self.heads: list[bytes] = []
         self.bodies: list[bytes] = []
         self.connections = 0
         self._listening = socket.create_server(("127.0.0.1", 0))
-        self.url = f"http://127.0.0.1:{self._listening.getsockname()[1]}/bucket/key"
+        self.url = f"{'https' if tls else 'http'}://127.0.0.1:{self._listening.getsockname()[1]}/bucket/key"
         threading.Thread(target=self._accept, daemon=True).start()
 
     def close(self) -> None:
@@ -39,6 +43,11 @@ class Server:
             threading.Thread(target=self._serve, args=(connection,), daemon=True).start()
 
     def _serve(self, connection: socket.socket) -> None:
+        if self._tls is not None:
+            try:
+                connection = self._tls.wrap_socket(connection, server_side=True)
+            except OSError:  # turned away
+                return
         with connection, connection.makefile("rb") as reader:
             while line := reader.readline():
                 head = line
@@ -180,3 +189,27 @@ def test_a_line_break_in_a_header_is_not_sent(server: Server, pool: Pool) -> Non
         pool.urlopen("GET", server.url, headers={"X-A": "b\r\nX-C: d"})
 
     assert server.connections == 0
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["an authority that is known", "one that nobody knows"])
+def test_over_tls_only_a_server_whose_authority_is_known_is_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, known: bool
+) -> None:
+    certificate = signed_by_itself(tmp_path)
+    tls = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    tls.load_cert_chain(certificate.file, certificate.key)
+    if known:
+        monkeypatch.setenv("SSL_CERT_FILE", str(certificate.file))
+    server, pool = Server(tls), Pool(connect_s=2, read_s=5, kept=4)
+    server.answers = [OK + b"Content-Length: 3\r\n\r\none", OK + b"Content-Length: 3\r\n\r\ntwo"]
+
+    if known:
+        assert pool.urlopen("GET", server.url).data == b"one"
+        assert pool.urlopen("GET", server.url).data == b"two"
+        assert server.connections == 1
+    else:
+        with pytest.raises(exceptions.HTTPError):
+            pool.urlopen("GET", server.url)
+        assert server.heads == []
+    pool.clear()
+    server.close()
