@@ -131,6 +131,9 @@ class Intake:
         self._max_bytes, self._receivers = max_upload_bytes, receivers
         # What this replica lets in by HTTP comes back to it from the bus, byte for byte: nothing is left to do then.
         self._submitted: OrderedDict[tuple[str, bytes], asyncio.Future[Job | None]] = OrderedDict()
+        # Plain references that were looked at: who makes ten videos of one photograph has it looked at twice, not ten
+        # times. The first time nothing is asked of the store that would be in vain for a photograph that comes once.
+        self._plain: OrderedDict[str, tuple[str, images.ImageFacts]] = OrderedDict()
         self._folder, self._files = Path(tempfile.mkdtemp(prefix="vidgen-intake-")), itertools.count()
         weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
 
@@ -264,10 +267,20 @@ class Intake:
     async def _check(self, key: str, index: int, job_id: str, tenant: str) -> tuple[str, images.ImageFacts]:
         """A reference that every engine can read: itself where it is plain, else a normalised copy of the job's own."""
         check_reference(key, job_id, tenant)
+        tag = ""
+        if (known := self._plain.get(key)) is not None:
+            stat = await self._store.stat(key)
+            tag = stat.tag if stat is not None else ""
+            if tag and tag == known[0]:
+                return key, known[1]
         async with self._file() as source:
             await self._store.fetch(key, source, limit=self._max_bytes)
             facts = await asyncio.to_thread(_looked_at, source)
             if facts.normal:
+                # The tag is that of before, so if the object was replaced meanwhile no other tag stands for its facts.
+                self._plain[key] = tag, facts
+                if len(self._plain) > REMEMBERED:
+                    self._plain.popitem(last=False)
                 return key, facts
             async with self._file(".png") as target:
                 facts = await asyncio.to_thread(images.normalise, source, target)

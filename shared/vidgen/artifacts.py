@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import io
 import itertools
+import os
 import re
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,7 +21,7 @@ from minio import Minio
 from minio.deleteobjects import DeleteObject
 from minio.error import MinioException, S3Error
 
-from vidgen import contracts, errors, presign
+from vidgen import contracts, errors, presign, storehttp
 from vidgen.settings import Settings
 
 UPLOADS, JOBS, CHECKPOINTS = "uploads/", "jobs/", "checkpoints/"
@@ -33,13 +35,14 @@ MISSING = frozenset({"NoSuchKey", "NoSuchObject", "NoSuchBucket", "NoSuchUpload"
 
 @dataclass(frozen=True)
 class Stat:
-    """What the store knows of an object."""
+    """What the store knows of an object; `tag` is another one for other content, "" where the store gives none."""
 
     key: str
     size: int
     content_type: str
     modified: datetime | None = None
     metadata: dict[str, str] | None = None
+    tag: str = ""
 
 
 @dataclass(frozen=True)
@@ -120,7 +123,7 @@ def upload_headers(content_type: str, size: int) -> dict[str, str]:
 
 
 def sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
+    with path.open("rb", buffering=0) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -138,6 +141,13 @@ def local_file(exc: OSError) -> errors.StoreError:
     return errors.StoreError(
         f"a local file could not be read or written: {exc.strerror or type(exc).__name__}", code="local_file"
     )
+
+
+def _write(file: io.FileIO, chunk: bytes) -> int:
+    left = memoryview(chunk)
+    while left:
+        left = left[file.write(left) :]
+    return len(chunk)
 
 
 @contextlib.contextmanager
@@ -163,9 +173,7 @@ class S3Store:
         self, endpoint: str, access_key: str, secret_key: str, bucket: str, *, region: str = "us-east-1",
         public_endpoint: str | None = None,
     ) -> None:  # fmt: skip
-        pool = urllib3.PoolManager(
-            timeout=urllib3.Timeout(connect=2, read=30), retries=False, maxsize=32, cert_reqs="CERT_REQUIRED"
-        )
+        pool = storehttp.Pool(connect_s=2, read_s=30, kept=32)
 
         def client(url: str) -> Minio:
             parts = urlsplit(url)
@@ -193,9 +201,10 @@ class S3Store:
 
     async def put(self, key: str, path: Path, content_type: str, metadata: dict[str, str] | None = None) -> None:
         def call() -> None:
-            with _translated(key):
-                self._client.fput_object(
-                    self.bucket, key, str(path), content_type=content_type, metadata=dict(metadata or {})
+            with _translated(key), path.open("rb", buffering=0) as file:
+                size = os.fstat(file.fileno()).st_size
+                self._client.put_object(
+                    self.bucket, key, file, size, content_type=content_type, metadata=dict(metadata or {})
                 )
 
         await asyncio.to_thread(call)
@@ -209,13 +218,14 @@ class S3Store:
                     if limit is not None and size > limit:
                         raise too_large(size, limit)
                     path.parent.mkdir(0o700, exist_ok=True)
-                    with path.open("wb") as file:
+                    written = 0
+                    with path.open("wb", buffering=0) as file:
                         for chunk in response.stream(CHUNK):
-                            file.write(chunk)
+                            written += _write(file, chunk)
                 finally:
                     response.close()
                     response.release_conn()
-                if path.stat().st_size != size:
+                if written != size:
                     raise errors.StoreError("the object store cut a download short")
                 return size
 
@@ -233,7 +243,8 @@ class S3Store:
                 for name, value in (found.metadata or {}).items()
                 if name.lower().startswith("x-amz-meta-")
             }
-            return Stat(key, found.size or 0, found.content_type or "", found.last_modified, metadata)
+            tag = found.etag or ""
+            return Stat(key, found.size or 0, found.content_type or "", found.last_modified, metadata, tag)
 
         return await asyncio.to_thread(call)
 

@@ -179,7 +179,10 @@ class Handler:
             try:
                 return await self._hold(delivery, task, turn, clocks, gathering)
             finally:
-                await asyncio.gather(gathering, return_exceptions=True)
+                if not gathering.done():
+                    await asyncio.gather(gathering, return_exceptions=True)
+                elif not gathering.cancelled():
+                    gathering.exception()  # nobody may have needed it
 
     async def _hold(
         self, delivery: Delivery, task: Task, turn: Turn, clocks: Clocks, gathering: asyncio.Future[_Gathered]
@@ -208,7 +211,9 @@ class Handler:
             )  # fmt: skip
         with structlog.contextvars.bound_contextvars(attempt=held.attempt):
             try:
-                reporter = Reporter(self._bus, held, self._metrics, self._finishing.value or 0.0)
+                finishing_s = self._finishing.value or 0.0
+                likely_s = None if self._pace is None else self._pace * task.work.steps + finishing_s
+                reporter = Reporter(self._bus, held, self._metrics, finishing_s, likely_s)
                 with contextlib.closing(reporter):
                     async with self._lease(delivery, held, turn):
                         return await self._run(delivery, held, turn, clocks, gathering, reporter)
@@ -473,12 +478,23 @@ class Handler:
 async def _remove(folder: Path) -> None:
     """In a thread: a disk that is busy would hold up every task here."""
     # Shielded: a cancel that comes before the thread has begun must not leave the folder behind.
-    removing = asyncio.get_running_loop().run_in_executor(None, shutil.rmtree, folder, True)
-    await asyncio.shield(removing)
+    await asyncio.shield(asyncio.get_running_loop().run_in_executor(None, remove_folder, folder))
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a task's folder, in as few calls as it takes where there are only files in it."""
+    try:
+        for file in folder.iterdir():
+            file.unlink()
+        folder.rmdir()
+    except OSError:  # an engine made folders of its own, or there is nothing
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 async def _all_of(*works: Awaitable[T]) -> list[T]:
     """Let all come to their ends, then raise the first failure: none goes on behind the caller's back."""
+    if len(works) == 1:
+        return [await works[0]]
     found = await asyncio.gather(*works, return_exceptions=True)
     for each in found:
         if isinstance(each, BaseException):

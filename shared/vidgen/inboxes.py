@@ -1,4 +1,5 @@
 """Answers over subscriptions that stay: nats-py's own `request` takes a queue, a task and two random names for each.
+What is published in one turn of the loop goes out in one write, without a task that is woken for it.
 
 nats-py puts a message for a subscription that has a future straight into it, from its reading loop. A `Sink` passes for
 one that is never done.
@@ -7,7 +8,8 @@ one that is never done.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import nats.errors
@@ -18,6 +20,9 @@ from nats.aio.subscription import Subscription
 REQUEST_TIMEOUT = 5.0
 LAST_CALL = 0.1  # seconds that a pull which was given up still listens
 NO_RESPONDERS = "503"
+BACKLOG = 1 << 18  # bytes that go out before nats-py's own flusher looks whether the server takes them
+BLANK = re.compile(r"[ \t\r\n]")
+HEADER = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
 
 
 class Sink:
@@ -38,6 +43,8 @@ class Requester(Client):
         self._answers: dict[str, asyncio.Future[Msg]] = {}
         self._answers_at = ""
         self._asked = 0
+        self._writes_soon = False
+        self._unlooked = 0  # bytes written since the flusher looked last
 
     async def request(
         self, subject: str, payload: bytes = b"", timeout: float = 0.5, old_style: bool = False,
@@ -62,10 +69,59 @@ class Requester(Client):
             raise nats.errors.NoRespondersError
         return msg
 
+    async def publish(
+        self, subject: str, payload: bytes = b"", reply: str = "", headers: dict[str, str] | None = None
+    ) -> None:
+        # What is out of the ordinary nats-py does, or refuses.
+        head = _head(headers) if headers else b""
+        if (
+            self._status != Client.CONNECTED or head is None or not subject or BLANK.search(subject)
+            or BLANK.search(reply) or len(payload) > self._max_payload
+            or self._unlooked + self._pending_data_size > BACKLOG
+        ):  # fmt: skip
+            self._unlooked = 0
+            await super().publish(subject, payload, reply=reply, headers=headers)
+            return
+        if head:
+            line = f"HPUB {subject} {reply} {len(head)} {len(head) + len(payload)}\r\n"
+            command = b"".join((line.encode(), head, payload, b"\r\n"))
+        else:
+            command = b"".join((f"PUB {subject} {reply} {len(payload)}\r\n".encode(), payload, b"\r\n"))
+        self.stats["out_msgs"] += 1
+        self.stats["out_bytes"] += len(payload)
+        self._pending.append(command)
+        self._pending_data_size += len(command)
+        if not self._writes_soon:
+            self._writes_soon = True
+            asyncio.get_running_loop().call_soon(self._write_pending)
+
+    def _write_pending(self) -> None:
+        self._writes_soon = False
+        if self._status != Client.CONNECTED or not self._pending or self._transport is None:
+            return  # it goes out with the next connection, or has gone
+        try:
+            self._transport.writelines(self._pending)
+        except Exception:  # the flusher sees the same, and knows what to do about it
+            if self._flush_queue is not None:
+                self._flush_queue.put_nowait(asyncio.get_running_loop().create_future())
+            return
+        self._unlooked += self._pending_data_size
+        self._pending, self._pending_data_size = [], 0
+
     def _answered(self, msg: Msg) -> None:
         answer = self._answers.get(msg.subject)
         if answer is not None and not answer.done():
             answer.set_result(msg)
+
+
+def _head(headers: Mapping[str, str]) -> bytes | None:
+    """Headers as they go over the wire, None for those that are not plain."""
+    lines = ["NATS/1.0"]
+    for name, value in headers.items():
+        if not HEADER.fullmatch(name) or "\r" in value or "\n" in value:
+            return None
+        lines.append(f"{name}: {value.strip()}")
+    return "\r\n".join([*lines, "", ""]).encode()
 
 
 def _give_up(answer: asyncio.Future[Msg]) -> None:

@@ -42,7 +42,7 @@ IDLE_WAIT_S = 0.5
 MOMENT_S = 0.05  # how long the batch waits behind an interactive task for the next one
 BUS_PAUSE_S = 0.5
 BATCH_SHARE = 10  # at least one task in ten is a batch task while any waits
-SOON_S = 0.5  # what is not urgent is told in the registry with what comes within that, in one
+SOON_S = 1.0  # what is not urgent is told in the registry with what comes within that, in one
 LOOK_S = 1.0  # how often a worker with a long batch task looks for an interactive one
 MAX_PREEMPTIONS = 3  # of one task: then it runs to its end
 

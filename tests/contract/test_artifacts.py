@@ -108,6 +108,19 @@ async def test_stat_tells_size_type_time_and_metadata(store: ArtifactStore, key:
     assert found.modified.tzinfo is not None
 
 
+async def test_other_content_has_another_tag(store: ArtifactStore, key: str, file: Path) -> None:
+    await store.put(key, file, "image/png")
+    first = await store.stat(key)
+    file.write_bytes(b"9876543210" * 10)
+    await store.put(key, file, "image/png")
+    second = await store.stat(key)
+
+    assert first is not None
+    assert second is not None
+    assert first.tag
+    assert second.tag not in ("", first.tag)
+
+
 async def test_an_object_without_metadata_has_none(store: ArtifactStore, key: str, file: Path) -> None:
     await store.put(key, file, "image/png")
 

@@ -328,6 +328,30 @@ async def test_each_of_many_requests_gets_its_own_answer(nats_server: NatsServer
         assert [answer.data for answer in await asyncio.gather(*asked)] == [b"%d" % n for n in range(9)]
 
 
+async def test_what_is_published_at_once_comes_whole_and_in_order(nats_server: NatsServer) -> None:
+    async with connected_bus(nats_server) as connected:
+        feed = await connected.listen("bench.order")
+        bodies = [bytes([number % 251]) * (number * 400) for number in range(300)]
+        for body in bodies:
+            await connected.signal("bench.order", body)
+
+        async with asyncio.timeout(BOUND):
+            heard = [await feed.next(BOUND) for _ in bodies]
+        assert [one.body for one in heard if one is not None] == bodies
+        await feed.close()
+
+
+@pytest.mark.parametrize("value", ["a\r\nNats-Rollup: all", "a\nb"])
+async def test_a_line_break_in_a_header_does_not_become_one_on_the_wire(nats_server: NatsServer, value: str) -> None:
+    async with connected_bus(nats_server) as connected:
+        await connected.publish(SUBJECT, b"body", message_id="a", headers={"x-note": value})
+
+        stored = await connected.last(topology.TASKS, SUBJECT)
+        assert stored is not None
+        assert stored.headers["x-note"] == " ".join(value.split("\n")).replace("\r", " ")
+        assert "Nats-Rollup" not in stored.headers
+
+
 async def test_an_answer_that_comes_too_late_is_let_go(nats_server: NatsServer) -> None:
     async with connected_bus(nats_server) as connected:
         heard = await connected.client.subscribe("slow")

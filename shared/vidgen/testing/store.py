@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 from collections.abc import AsyncIterator, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -29,7 +30,8 @@ class MemoryStore(Faults):
     def add(self, key: str, data: bytes, content_type: str = "application/octet-stream", **metadata: str) -> None:
         """Store bytes directly, as somebody with a presigned URL would."""
         self.objects[key] = data
-        self._stats[key] = Stat(key, len(data), content_type, self._clock.now(), metadata)
+        tag = hashlib.sha256(data).hexdigest()
+        self._stats[key] = Stat(key, len(data), content_type, self._clock.now(), metadata, tag)
 
     async def put(self, key: str, path: Path, content_type: str, metadata: dict[str, str] | None = None) -> None:
         async with self.call("put"):

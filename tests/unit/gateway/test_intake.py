@@ -69,6 +69,35 @@ async def door() -> Door:
     return door
 
 
+async def test_a_reference_that_comes_again_and_again_is_not_fetched_each_time(door: Door) -> None:
+    for number in range(5):
+        await door.publish(GOOD | {"job_id": f"j{number}"})
+        assert (await door.handle_one()).status is JobStatus.QUEUED
+
+    assert door.store.calls["fetch"] == 2  # the first time nobody knows that it will come again
+    assert door.store.calls["stat"] == 4
+
+
+async def test_a_reference_that_was_replaced_is_looked_at_again(door: Door) -> None:
+    for number in range(3):
+        await door.publish(GOOD | {"job_id": f"j{number}"})
+        await door.handle_one()
+    await put(door.store, KEY, b"no image")
+    await door.publish(GOOD | {"job_id": "j3"})
+
+    assert (await door.handle_one()).status is JobStatus.REJECTED
+
+
+async def test_a_reference_that_is_gone_is_refused_though_it_was_looked_at(door: Door) -> None:
+    for number in range(3):
+        await door.publish(GOOD | {"job_id": f"j{number}"})
+        await door.handle_one()
+    await door.store.remove([KEY])
+    await door.publish(GOOD | {"job_id": "j3"})
+
+    assert (await door.handle_one()).status is JobStatus.REJECTED
+
+
 async def test_a_request_becomes_a_job_with_its_first_task_queued(door: Door) -> None:
     await door.publish(GOOD | {"i2v": {"prompt": "zoom"}})
     job = await door.handle_one()

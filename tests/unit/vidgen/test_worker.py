@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import shutil
 import threading
 from collections.abc import AsyncIterator, Iterator
 from itertools import pairwise
@@ -17,7 +16,7 @@ import structlog
 from tests import engines
 from tests.workbench import BOUND, Bench, LoopClock, settled
 
-from vidgen import errors, topology
+from vidgen import errors, handler, topology
 from vidgen.bus import Delivery
 from vidgen.contracts import Checkpoint, WorkerInfo
 from vidgen.testing import FakeClock
@@ -901,18 +900,18 @@ async def test_a_task_that_was_handed_back_is_taken_again_though_its_folder_is_n
     steady: Steady, loop_clock: LoopClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It was taken for one that still ran, and nobody began it until its lease ran out."""
-    removed = shutil.rmtree
+    removed = handler.remove_folder
     held, asked = threading.Event(), []
 
-    def rmtree(folder: Path, *how: Any) -> None:
+    def remove_folder(folder: Path) -> None:
         asked.append(folder)
         if len(asked) == 1:
             assert held.wait(BOUND)
-        removed(folder, *how)
+        removed(folder)
 
     async with open_shop(engines.Resumes()) as shop:
         gate = await a_long_batch_task(shop, steady)
-        monkeypatch.setattr(shutil, "rmtree", rmtree)
+        monkeypatch.setattr(handler, "remove_folder", remove_folder)
         await shop.queue(2)
         await looked(shop, loop_clock)
         gate.open()
