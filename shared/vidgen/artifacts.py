@@ -21,7 +21,7 @@ from minio import Minio
 from minio.deleteobjects import DeleteObject
 from minio.error import MinioException, S3Error
 
-from vidgen import contracts, errors, presign, storehttp
+from vidgen import contracts, errors, presign
 from vidgen.settings import Settings
 
 UPLOADS, JOBS, CHECKPOINTS = "uploads/", "jobs/", "checkpoints/"
@@ -173,7 +173,9 @@ class S3Store:
         self, endpoint: str, access_key: str, secret_key: str, bucket: str, *, region: str = "us-east-1",
         public_endpoint: str | None = None,
     ) -> None:  # fmt: skip
-        pool = storehttp.Pool(connect_s=2, read_s=30, kept=32)
+        pool = urllib3.PoolManager(
+            timeout=urllib3.Timeout(connect=2, read=30), retries=False, maxsize=32, cert_reqs="CERT_REQUIRED"
+        )
 
         def client(url: str) -> Minio:
             parts = urlsplit(url)
