@@ -32,7 +32,7 @@ class Reporter:
     def __init__(
         self, bus: Bus, held: Claim, metrics: WorkerMetrics, finishing_s: float, likely_s: float | None = None
     ) -> None:
-        """`finishing_s` is what an attempt takes behind its steps, `likely_s` what all of it takes, if that is known."""
+        """`finishing_s` is what an attempt takes behind its steps, `likely_s` what all of it takes if known."""
         self._bus, self._held, self._metrics = bus, held, metrics
         self._finishing_s = finishing_s
         self._clock = StepClock(finishing_s=finishing_s)
