@@ -77,6 +77,15 @@ def test_what_is_normalised_is_quantised_as_torch_does_it(columns: int, added: s
     assert error(rows.float() * row_scale, kernels.plain_modulated(total, *given)) < 0.03
 
 
+@pytest.mark.parametrize("columns", [3072, 96])
+def test_a_gated_sum_is_rounded_once(columns: int) -> None:
+    x, more = drawn(300, columns), drawn(300, columns)
+    gate = drawn(2, 3 * columns).chunk(3, dim=-1)[2]
+    place = torch.arange(300, device="cuda", dtype=torch.int32) % 2
+    wanted = (x.float() + more.float() * gate.float()[place]).to(x.dtype)
+    assert error(kernels.added_rows(x, more, gate, place), wanted) < 1e-5
+
+
 @pytest.mark.parametrize("spreads", [True, False])
 @pytest.mark.parametrize("kind", [torch.int8, kernels.E4M3])
 def test_heads_are_narrowed_as_torch_does_it(spreads: bool, kind: torch.dtype) -> None:
