@@ -25,6 +25,10 @@ if "--tiny" in sys.argv:
     checkpoints.install_shim()
     os.environ |= {"VIDGEN_EDIT_REFERENCE_AREA": str(64 * 64), "VIDGEN_EDIT_CONDITION_AREA": str(56 * 56)}
 
+from vidgen import native
+
+native.load_ahead()
+
 from edit_service.main import make_engine
 from vidgen import service, telemetry
 from vidgen.settings import WorkerSettings

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import sys
+from typing import TYPE_CHECKING
 
-from edit_service.engine.preview import PreviewEditEngine
-from vidgen import choice, profiles, service, weights
-from vidgen.engine import Engine
-from vidgen.settings import WorkerSettings
+from vidgen import native
+
+if TYPE_CHECKING:
+    from vidgen.choice import Choice
+    from vidgen.engine import Engine
+    from vidgen.settings import WorkerSettings
 
 
-def make_engine(settings: WorkerSettings, chosen: choice.Choice) -> Engine:
+def make_engine(settings: WorkerSettings, chosen: Choice) -> Engine:
     """The engine that was chosen, not set up yet."""
     if chosen.kind == "preview":
+        from edit_service.engine.preview import PreviewEditEngine
+
         return PreviewEditEngine(seconds_per_step=settings.preview_seconds_per_step)
+    from vidgen import profiles, weights
     from vidgen.accel import ahead
 
-    reading = (
-        ahead.begin_for(
+    begun = (
+        ahead.beginning_for(
             settings.edit_model,
             settings.edit_revision,
             settings.layout(),
@@ -38,11 +44,14 @@ def make_engine(settings: WorkerSettings, chosen: choice.Choice) -> Engine:
         condition_area=settings.edit_condition_area,
         layout=Layout(**settings.layout()),
     )
-    engine.go_on_with(reading)
+    engine.go_on_with(None if begun is None else begun())
     return engine
 
 
 def main() -> None:
+    native.load_ahead()
+    from vidgen import service  # what takes long to import comes behind that
+
     sys.exit(service.run("edit", make_engine))
 
 

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import sys
+from typing import TYPE_CHECKING
 
-from i2v_service.engine.preview import PreviewI2VEngine
-from vidgen import choice, profiles, service, weights
-from vidgen.engine import Engine
-from vidgen.settings import WorkerSettings
+from vidgen import native
+
+if TYPE_CHECKING:
+    from vidgen.choice import Choice
+    from vidgen.engine import Engine
+    from vidgen.settings import WorkerSettings
 
 
-def make_engine(settings: WorkerSettings, chosen: choice.Choice) -> Engine:
+def make_engine(settings: WorkerSettings, chosen: Choice) -> Engine:
     """The engine that was chosen, not set up yet."""
     if chosen.kind == "preview":
+        from i2v_service.engine.preview import PreviewI2VEngine
+
         return PreviewI2VEngine(seconds_per_step=settings.preview_seconds_per_step)
+    from vidgen import profiles, weights
     from vidgen.accel import ahead
 
-    reading = (
-        ahead.begin_for(
+    begun = (
+        ahead.beginning_for(
             settings.i2v_model, settings.i2v_revision, settings.layout(), weights.I2V_PIPELINES, profiles.WORK["i2v"]
         )
         if chosen.alone
@@ -34,11 +40,14 @@ def make_engine(settings: WorkerSettings, chosen: choice.Choice) -> Engine:
         guidance_device=settings.i2v_guidance_device,
         layout=Layout(**settings.layout()),
     )
-    engine.go_on_with(reading)
+    engine.go_on_with(None if begun is None else begun())
     return engine
 
 
 def main() -> None:
+    native.load_ahead()
+    from vidgen import service  # what takes long to import comes behind that
+
     sys.exit(service.run("i2v", make_engine))
 
 

@@ -90,6 +90,15 @@ def test_any_number_of_rows_is_multiplied_in_fp8_and_gets_its_bias(out: int, col
         assert error(layer(x), wanted) < 5e-3, rows
 
 
+@pytest.mark.parametrize("columns", [3072, 96])
+def test_a_gated_sum_is_rounded_once(columns: int) -> None:
+    x, more = drawn(300, columns), drawn(300, columns)
+    gate = drawn(2, 3 * columns).chunk(3, dim=-1)[2]
+    place = torch.arange(300, device="cuda", dtype=torch.int32) % 2
+    wanted = (x.float() + more.float() * gate.float()[place]).to(x.dtype)
+    assert error(e4m3.added_rows(x, more, gate, place), wanted) < 1e-5
+
+
 @pytest.mark.parametrize("spreads", [True, False])
 @pytest.mark.parametrize("kind", [torch.int8, kernels.E4M3])
 def test_heads_are_narrowed_as_torch_does_it(spreads: bool, kind: torch.dtype) -> None:

@@ -16,7 +16,7 @@ from PIL import Image
 
 from edit_service.engine.references import Processors, Ready
 from vidgen import diffusion, images, profiles, weights
-from vidgen.accel import graphs, resume, vision
+from vidgen.accel import fp8, graphs, resume, speed, vision
 from vidgen.accel.engine import DiffusersEngine, Layout
 from vidgen.accel.resume import Part
 from vidgen.contracts import MAX_REFERENCES, EditWork, Work
@@ -200,6 +200,14 @@ class QwenEditEngine(DiffusersEngine):
             images.write_png(picture, path, diffusion.provenance(self.info, work.seed) | {"candidate": str(index)})
             finished.append(Finished(path, "image/png", work.width, work.height))
         return tuple(finished)
+
+    def _compiles(self, profile: profiles.Name) -> bool:
+        # Two seconds of every start, and many more of the first, for what the kernels of `fuse_norms` do already.
+        replays = self.layout.cuda_graphs != "off" and speed.takes_lengths(
+            speed.attention_of(self.layout.attention, self._device)
+        )
+        fused = profile == "resident-fp8" and fp8.has_arithmetic(self._device)
+        return super()._compiles(profile) and not (self.layout.compile == "auto" and fused and replays)
 
     def _made_with(self) -> dict[str, object]:
         areas = {"reference_area": self.reference_area, "condition_area": self.condition_area}

@@ -8,7 +8,8 @@ from __future__ import annotations
 import contextlib
 import importlib
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -40,6 +41,16 @@ def begin_for(
     if not chosen.startswith("resident") or (chosen.endswith("fp8") and found.profile != "fp8"):
         return None
     return begin(found, target, {"default": diffusion.dtype_of(layout["dtype"], target)})
+
+
+def beginning_for(
+    model: str, revision: str | None, layout: Mapping[str, Any], pipelines: frozenset[str], work: int
+) -> Callable[[], loader.Reading | None]:
+    """Do what `begin_for` does in a thread, for the context takes time too; what is returned waits for its result."""
+    pool = ThreadPoolExecutor(1, "ahead")
+    begun = pool.submit(begin_for, model, revision, layout, pipelines, work)
+    pool.shutdown(wait=False)
+    return begun.result
 
 
 def begin(found: weights.Weights, device: torch.device, dtypes: Mapping[str, torch.dtype]) -> loader.Reading:

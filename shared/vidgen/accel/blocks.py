@@ -278,7 +278,7 @@ class _Stream:
         x, rows, row_scale = e4m3.added_modulated_rows(
             self._x, attended.flatten(0, 1), self._first[2], shift, scale, self._place, self._second_eps
         )
-        x = x + gate[self._place] * feed_forward.of_rows(rows, row_scale, x.dtype)
+        x = e4m3.added_rows(x, feed_forward.of_rows(rows, row_scale, x.dtype), gate, self._place)
         if x.dtype == torch.float16:  # overflows in some pictures
             x = x.clip(-65504, 65504)
         return x.unflatten(0, self._shape[:2])

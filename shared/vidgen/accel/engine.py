@@ -30,7 +30,8 @@ class Layout:
     `dtype` auto is bfloat16 on a GPU and float32 on the CPU. `profile` auto follows the GPU's memory; on the CPU there
     is none. `attention` auto is FlashAttention 3 where it is installed and the GPU is a Hopper, else torch's own; an
     engine that can rehearse narrows with it what `vidgen.accel.trial` proves.
-    `compile` auto compiles the transformer's blocks on a GPU that holds them all, `full` the VAE too, `off` nothing.
+    `compile` auto compiles the transformer's blocks on a GPU that holds them all, but the edit's where our kernels
+    leave nothing to fuse and graphs launch them; `blocks` compiles these too, `full` the VAE too, `off` nothing.
     `cuda_graphs` auto records the forwards of the edit's text encoder, and with FlashAttention 3 of its transformer
     (`vidgen.accel.graphs`) on a GPU that holds their weights, `off` none.
     `vae` auto lets the VAE do less for the same result (`vidgen.accel.autoencoder`) where it is not compiled, `stock`
@@ -90,7 +91,7 @@ class DiffusersEngine(abc.ABC):
         profile = self._profile(self._sizes(found), stored_fp8=found.profile == "fp8")
         resident = profile is None or profile.startswith("resident")
         quantises = profile is not None and profile.endswith("fp8") and found.profile != "fp8"
-        if resident and profile is not None and self.layout.compile != "off":
+        if resident and profile is not None and self._compiles(profile):
             self._timed("compiler", speed.import_compiler)
         # What is quantised or offloaded must never be on the device as a whole.
         place = self._device if resident and not quantises else torch.device("cpu")
@@ -188,6 +189,10 @@ class DiffusersEngine(abc.ABC):
     @abc.abstractmethod
     def _adopt(self) -> None:
         """Look at the pipeline that was loaded, before the warm-up."""
+
+    def _compiles(self, profile: profiles.Name) -> bool:
+        """Whether the transformer's blocks are compiled in a profile that keeps them on the GPU."""
+        return self.layout.compile != "off"
 
     def _made_with(self) -> dict[str, object]:
         """What decides over the numbers besides model, profile and task: of a checkpoint, too, it must be the same."""
@@ -325,7 +330,7 @@ class DiffusersEngine(abc.ABC):
             return
         if self.layout.compile_cache is not None:
             speed.keep_compiled(self.layout.compile_cache)
-        if self.layout.compile != "off":
+        if self._compiles(profile):
             speed.compile_blocks(transformers)
         if self.layout.compile == "full":
             speed.compile_vae(self._pipe.vae)

@@ -33,10 +33,7 @@ ROUND = {
 
 def choose_attention(transformers: Sequence[nn.Module], wanted: str, device: torch.device) -> str:
     """Set the attention kernels of the transformers, and say which; raises FatalError for one that is not here."""
-    name = wanted
-    if wanted == "auto":
-        hopper = torch.cuda.get_device_capability(device) == HOPPER
-        name = "flash3" if hopper and importlib.util.find_spec(PACKAGES["flash3"]) is not None else "torch"
+    name = attention_of(wanted, device)
     if name not in ATTENTION:
         raise FatalError(
             f"attention {wanted} is unknown: use auto, {', '.join(ATTENTION)} for VIDGEN_ATTENTION", code="settings"
@@ -58,6 +55,14 @@ def choose_attention(transformers: Sequence[nn.Module], wanted: str, device: tor
     return name
 
 
+def attention_of(wanted: str, device: torch.device) -> str:
+    """The attention that a setting means on a device."""
+    if wanted != "auto":
+        return wanted
+    hopper = torch.cuda.get_device_capability(device) == HOPPER
+    return "flash3" if hopper and importlib.util.find_spec(PACKAGES["flash3"]) is not None else "torch"
+
+
 def set_attention(model: Any, backend: str) -> None:
     """Set the attention kernels of this model, by diffusers' name, and of no other."""
     from diffusers.models.attention_dispatch import attention_backend
@@ -72,10 +77,14 @@ def graph_predictions(transformers: Sequence[nn.Module], attention: str, found: 
 
     `attention` is what `choose_attention` said.
     """
-    # The other kernels of attention have to be told on the host how many tokens there are.
-    told = PACKAGES.get(attention) == PACKAGES["flash3"] and (_flag("VIDGEN_LENGTHS") or not _left_out("VARLEN"))
+    told = takes_lengths(attention)
     for model in transformers:
         graphs.predict(found if told and graphs.predicts(model) else None, model)
+
+
+def takes_lengths(attention: str) -> bool:
+    """Whether an attention can be told on the device how many tokens there are; the others are told on the host."""
+    return PACKAGES.get(attention) == PACKAGES["flash3"] and (_flag("VIDGEN_LENGTHS") or not _left_out("VARLEN"))
 
 
 def keep_compiled(folder: Path) -> None:

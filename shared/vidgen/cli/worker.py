@@ -23,7 +23,10 @@ def worker(
     """Serve one stage, or several on one GPU; where their models do not fit together they take turns."""
     with output.speaking(as_json):
         wanted = _stages(stages)
-    from vidgen import service
+    from vidgen import native
+
+    native.load_ahead()
+    from vidgen import service  # what takes long to import comes behind that
 
     raise typer.Exit(service.run_stages({stage: _maker(stage) for stage in wanted}, "worker"))
 

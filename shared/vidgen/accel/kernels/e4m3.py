@@ -1,4 +1,4 @@
-"""Rows in e4m3, made so in the one pass that applies GELU or norm and modulation to them."""
+"""Rows in e4m3, made so in the one pass that applies GELU or norm and modulation to them; and the sum that ends a block."""
 
 from __future__ import annotations
 
@@ -113,6 +113,21 @@ if HAS_TRITON:
             _stored(q_ptr + row * columns, at + part * block, scaled, columns, whole)
         tl.store(s_ptr + row, scale)
 
+    @triton.jit
+    def _added_kernel(  # type: ignore[no-untyped-def]
+        x_ptr, added_ptr, gate_ptr, place_ptr, sum_ptr, columns, gate_stride, block: tl.constexpr, parts: tl.constexpr,
+        whole: tl.constexpr,
+    ):  # fmt: skip
+        row = tl.program_id(0).to(tl.int64)
+        at = tl.arange(0, block)
+        place = tl.load(place_ptr + row).to(tl.int64)
+        for part in tl.static_range(parts):
+            here = at + part * block
+            x = _loaded(x_ptr + row * columns, here, columns, whole)
+            more = _loaded(added_ptr + row * columns, here, columns, whole).to(tl.float32)
+            more *= _loaded(gate_ptr + place * gate_stride, here, columns, whole).to(tl.float32)
+            _stored(sum_ptr + row * columns, here, (x.to(tl.float32) + more).to(x.dtype), columns, whole)
+
 
 def rows_in_e4m3(x: Tensor) -> tuple[Tensor, Tensor]:
     """The rows of a (rows, columns) matrix in e4m3, and their scales as (rows, 1) float32: x ≈ q · scale."""
@@ -172,6 +187,23 @@ def added_modulated_rows(
         total = (x.float() + more).to(x.dtype)
         return total, *rows_in_e4m3(plain_modulated(total, shift, scale, place, eps))
     return _modulated(x, added, gate, shift, scale, place, eps)
+
+
+@torch.library.triton_op("vidgen::added_rows", mutates_args=())
+def added_rows(x: Tensor, added: Tensor, gate: Tensor, place: Tensor) -> Tensor:
+    """`x + gate · added` for (rows, columns), rounded once; row i has row `place[i]` of the (any, columns) gates."""
+    if not fused(x):
+        return (x.float() + added.float() * gate.float()[place]).to(x.dtype)
+    rows, columns = x.shape
+    x, added, place = x.contiguous(), added.contiguous(), place.contiguous()
+    gate = gate if gate.stride(-1) == 1 else gate.contiguous()
+    total = torch.empty_like(x)
+    block, parts = _parts(columns)
+    wrap_triton(_added_kernel)[(rows,)](
+        x, added, gate, place, total, columns, gate.stride(0), block=block, parts=parts,
+        whole=block * parts == columns, num_warps=_warps(columns),
+    )  # fmt: skip
+    return total
 
 
 def plain_modulated(x: Tensor, shift: Tensor, scale: Tensor, place: Tensor, eps: float) -> Tensor:

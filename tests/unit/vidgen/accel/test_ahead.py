@@ -66,6 +66,14 @@ def test_a_gpu_that_is_too_small_is_told_of_before_anything_is_read(
         begin_for(tiny_models["wan2.2-a14b-i2v"])
 
 
+@pytest.mark.usefixtures("gpu")
+def test_what_is_begun_in_a_thread_tells_its_result_to_whoever_asks(tiny_models: dict[str, Path]) -> None:
+    model, layout = str(tiny_models["wan2.2-a14b-i2v"]), WorkerSettings(profile="resident-bf16").layout()
+    begun = ahead.beginning_for(model, None, layout, weights.I2V_PIPELINES, profiles.WORK["i2v"])
+    with pytest.raises(BegunError, match=r"to cuda:0"):
+        begun()
+
+
 def test_all_weights_come_and_the_text_encoders_first(tiny_models: dict[str, Path]) -> None:
     found = weights.require(str(tiny_models["wan2.2-a14b-i2v"]))
     reading = ahead.begin(found, CPU, {"default": torch.float32})

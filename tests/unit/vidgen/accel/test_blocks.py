@@ -221,6 +221,7 @@ def test_the_operators_agree_with_their_declared_shapes() -> None:
     for one in (gate, None):
         given = (*rows, one, shift, scale, place, 1e-6)
         torch.library.opcheck(e4m3.added_modulated_rows, given, test_utils=checks)
+    torch.library.opcheck(e4m3.added_rows, (*rows, gate, place), test_utils=checks)
     heads, scale = torch.randn(1, 5, 2, 16), torch.ones(1, 2)
     for mean, lengths in ((torch.randn(1, 2, 16), None), (None, torch.tensor([3], dtype=torch.int32))):
         torch.library.opcheck(flash3.spans, (heads, mean is None, lengths), test_utils=checks)

@@ -143,6 +143,34 @@ def test_a_reading_to_another_place_is_left_and_the_weights_are_read_to_where_th
     assert engine._pipe.transformer.device.type == "cpu"
 
 
+@pytest.mark.parametrize(
+    ("compiles", "profile", "changes"),
+    [
+        (False, "resident-fp8", {}),
+        (True, "resident-fp8", {"compile": "blocks"}),
+        (True, "resident-fp8", {"compile": "full"}),
+        (False, "resident-bf16", {"compile": "off"}),
+        (True, "resident-bf16", {}),  # its norms are diffusers' own
+        (True, "resident-fp8", {"cuda_graphs": "off"}),
+        (True, "resident-fp8", {"attention": "torch"}),
+    ],
+)
+def test_the_edit_is_compiled_only_where_that_fuses_something_or_no_graph_launches_its_kernels(
+    monkeypatch: pytest.MonkeyPatch, compiles: bool, profile: Any, changes: dict[str, Any]
+) -> None:
+    import torch
+
+    from edit_service.engine.qwen import QwenEditEngine
+    from vidgen.accel import fp8, speed
+    from vidgen.accel.engine import Layout
+
+    monkeypatch.setattr(fp8, "has_arithmetic", lambda device: True)
+    monkeypatch.setattr(speed, "_flag", lambda name: name == "VIDGEN_LENGTHS")
+    engine = QwenEditEngine("a model", layout=Layout(**{"attention": "flash3"} | changes))
+    engine._device = torch.device("cpu")
+    assert engine._compiles(profile) is compiles
+
+
 @pytest.mark.parametrize("name", ["qwen-edit", "wan2.2-a14b-i2v"])
 def test_one_graph_serves_all_blocks_and_all_sizes_and_lengths(tiny_models: dict[str, Path], name: str) -> None:
     """Once the first block was compiled apart, and the first task of another size compiled in its middle."""

@@ -1,0 +1,45 @@
+"""Has torch's libraries loaded, and the driver set up, while the packages of a service are still being imported.
+
+Importing holds the interpreter, and takes one processor; the dynamic linker and the driver need neither. On a machine
+that has no torch or no GPU nothing happens.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+import threading
+from pathlib import Path
+
+LIBRARIES = (("libtorch_global_deps.so", os.RTLD_GLOBAL), ("libtorch.so", os.RTLD_LOCAL))  # as torch's own import does
+DRIVER = "libcuda.so.1"
+DEVICE = Path("/dev/nvidiactl")
+
+
+def load_ahead() -> threading.Thread | None:
+    """Begin, in a thread; a fault is for whoever needs the library to meet. None where there is nothing to load."""
+    torch = importlib.util.find_spec("torch")
+    if torch is None or not torch.submodule_search_locations or not DEVICE.exists():
+        return None
+    folder = Path(torch.submodule_search_locations[0]) / "lib"
+    thread = threading.Thread(target=_load, args=(folder,), name="libraries", daemon=True)
+    thread.start()
+    return thread
+
+
+def _load(folder: Path) -> None:
+    # Called as any function of C is, without the interpreter's lock; `ctypes.CDLL` would keep it.
+    load = ctypes.CDLL(None).dlopen
+    load.argtypes, load.restype = (ctypes.c_char_p, ctypes.c_int), ctypes.c_void_p
+    driver = load(DRIVER.encode(), os.RTLD_LOCAL | os.RTLD_NOW)
+    setting_up = threading.Thread(target=_set_up, name="driver", daemon=True)
+    if driver:
+        setting_up.start()
+    for name, how in LIBRARIES:
+        if not load(str(folder / name).encode(), how | os.RTLD_NOW):
+            return
+
+
+def _set_up() -> None:
+    ctypes.CDLL(DRIVER).cuInit(0)
