@@ -214,8 +214,8 @@ class JetStreamBus:
 
     async def newest(self, stream: str, subject: str) -> Stored | None:
         """What `latest` gives; raises what nats-py does."""
-        # A direct get is answered from the stream's own loop, behind whatever it writes and syncs just then; this is
-        # not. But only a leader answers, and while another is elected there is none.
+        # A direct get waits for what the stream writes and syncs just then, this hardly does (decision 0019). But only
+        # a leader answers, and while another is elected there is none.
         with contextlib.suppress(errors.BusError):
             return await self._get(stream, LEADER_PATIENCE, last_by_subj=subject)
         msg = await self.direct(stream, subject)
