@@ -1,4 +1,4 @@
-"""Rows in e4m3, made so in the one pass that applies GELU or norm and modulation to them; and the sum that ends a block."""
+"""Rows in e4m3, made so in the pass that applies GELU or norm and modulation to them; and the sum that ends a block."""
 
 from __future__ import annotations
 
