@@ -320,6 +320,8 @@ class DiffusersEngine(abc.ABC):
         self._attention = speed.choose_attention(transformers, self.layout.attention, self._device)
         streams = profile == "offload-fp8"
         if streams:
+            if (said := residency.no_room_to_pin(speed.offloadable(self._pipe).values())) is not None:
+                raise FatalError(f"{said}, or a GPU that holds them all", code="host_memory")
             speed.offload(self._pipe, self._device)
         else:
             self._pipe.to(self._device)

@@ -20,12 +20,9 @@ from vidgen import diffusion
 from vidgen.accel import loader, residency, speed
 from vidgen.engine import Generated, Rung
 from vidgen.errors import FatalError, RetryableError, VidgenError
-from vidgen.profiles import GIB
 
 log = structlog.get_logger(__name__)
 
-# What the rest of the process and of the machine may need beside the weights.
-HOST_RESERVE = 2 << 30
 # What diffusers puts onto a module that streams.
 HOOKS = ("lazy_prefetch_group_offloading", "layer_execution_tracker", "group_offloading")
 MARKS = ("forward", "_diffusers_hook")
@@ -93,7 +90,8 @@ def streamed(pipe: Any, device: torch.device) -> Iterator[None]:
     Raises RetryableError where the host has no room for them, and FatalError where they cannot be brought back.
     """
     models = speed.offloadable(pipe).values()
-    _refuse_without_room(models)
+    if (said := residency.no_room_to_pin(models)) is not None:
+        raise RetryableError(f"the device ran out of memory, and {said}", code="out_of_memory")
     unmarked = [
         (module, mark) for model in models for module in model.modules() for mark in MARKS if mark not in vars(module)
     ]
@@ -122,20 +120,6 @@ LOWER: dict[Rung, Callable[[Any, torch.device], AbstractContextManager[None]]] =
     "vae_tiling": tiled,
     "offload": streamed,
 }
-
-
-def _refuse_without_room(models: Iterable[nn.Module]) -> None:
-    """Raise RetryableError where the weights would take the last of the host's memory, and the worker with it."""
-    tensors = {id(tensor): tensor for model in models for tensor in (*model.parameters(), *model.buffers())}
-    # Pinned memory comes in powers of two.
-    needed = HOST_RESERVE + sum(1 << (max(1, tensor.nbytes) - 1).bit_length() for tensor in tensors.values())
-    free = residency.host_memory()
-    if free is not None and free < needed:
-        raise RetryableError(
-            f"the device ran out of memory, and the host has {free / GIB:.0f} GiB left, where streaming the "
-            f"weights takes {needed / GIB:.0f} GiB: give the worker more memory",
-            code="out_of_memory",
-        )
 
 
 def _bring_back(models: Iterable[nn.Module], unmarked: Iterable[tuple[nn.Module, str]], device: torch.device) -> None:

@@ -2,6 +2,8 @@
 
 They are copied there once, at the first sleep. To sleep is then to let go of the device's tensors, and to wake is to
 copy them back: modules, compiled blocks and hooks stay as they are, and so does every bit of the weights.
+
+And where they are while they stream: side by side in pinned host memory.
 """
 
 from __future__ import annotations
@@ -22,14 +24,17 @@ from torch import Tensor, nn
 
 from vidgen import diffusion
 from vidgen.accel import loader
+from vidgen.profiles import GIB
 
 Home = Literal["memory", "disk"]
 
 CHUNK = 256 << 20  # pinned memory is given in powers of two
+SLAB = 1 << 30  # the same, where the next ones are copied while these work
 ALIGNED = 512  # as torch's allocator aligns tensors
 # What is smaller may be a table or a counter that a run changes: it is kept anew at each sleep, always in memory.
 SMALL = 1 << 20
 SPARE = 4 << 30  # of the host's memory: for inputs, outputs and encoders
+RESERVE = 2 << 30  # the same where weights stream, which leave it less
 
 
 def home_for(wanted: str, size: int, available: int | None) -> Home:
@@ -54,6 +59,65 @@ def _number(file: Path, pattern: str) -> int | None:
     except OSError:
         return None
     return int(found[1]) if found else None
+
+
+def pin(modules: Iterable[nn.Module], *, pinned: bool = True) -> None:
+    """Move all weights into pinned host memory, side by side; what is moved is let go of where it was.
+
+    Pinned by itself each would take a power of two, by half as much again and more.
+    """
+    lies_in: dict[int, list[Tensor]] = {}
+    for tensor in _tensors(modules):
+        lies_in.setdefault(tensor.untyped_storage().data_ptr(), []).append(tensor)
+    shared = list(lies_in.values())
+    for size, held in _slabs([_rounded(tensors[0].untyped_storage().nbytes()) for tensors in shared]):
+        slab = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
+        for number, begin in held:
+            (whole,) = _storages(shared[number][:1])
+            slab[begin : begin + whole.numel()].copy_(whole)
+            for tensor in shared[number]:
+                tensor.data = _Place.at(tensor, 0, begin).of([slab])
+
+
+def no_room_to_pin(modules: Iterable[nn.Module]) -> str | None:
+    """What to say where `pin` would take the last of the host's memory, and the worker with it; None where not."""
+    storages = {one.data_ptr(): one for one in (tensor.untyped_storage() for tensor in _tensors(modules))}
+    needed = RESERVE + sum(size for size, _ in _slabs([_rounded(one.nbytes()) for one in storages.values()]))
+    free = host_memory()
+    if free is None:
+        return None
+    left = free + sum(one.nbytes() for one in storages.values() if one.device.type == "cpu")  # is let go of meanwhile
+    if left >= needed + SLAB:
+        return None
+    return (
+        f"the host has {left / GIB:.0f} GiB for weights that stream, which take {(needed + SLAB) / GIB:.0f} GiB: "
+        "give the worker more memory"
+    )
+
+
+def _slabs(sizes: Sequence[int]) -> list[tuple[int, list[tuple[int, int]]]]:
+    """Powers of two that hold so many bytes each: of each the size, and which lie in it at which byte; pure.
+
+    The largest first, each where there is still room.
+    """
+    limits: list[int] = []
+    filled: list[int] = []
+    held: list[list[tuple[int, int]]] = []
+    for number in sorted(range(len(sizes)), key=lambda number: -sizes[number]):
+        size = sizes[number]
+        slab = next((slab for slab, limit in enumerate(limits) if filled[slab] + size <= limit), len(limits))
+        if slab == len(limits):
+            limits.append(max(SLAB, _power(size)))
+            filled.append(0)
+            held.append([])
+        held[slab].append((number, filled[slab]))
+        filled[slab] += size
+    return [(_power(size), those) for size, those in zip(filled, held, strict=True)]
+
+
+def _power(size: int) -> int:
+    """The power of two that pinned memory of `size` bytes takes."""
+    return 1 << (max(1, size) - 1).bit_length()
 
 
 class Residency:
@@ -239,12 +303,12 @@ def _close(files: Sequence[IO[bytes]]) -> None:
         file.close()
 
 
-def _tensors(modules: Iterable[nn.Module], device: torch.device) -> Iterator[Tensor]:
-    """Every parameter and buffer on the device, once however many modules have it."""
+def _tensors(modules: Iterable[nn.Module], device: torch.device | None = None) -> Iterator[Tensor]:
+    """Every parameter and buffer on the device, or anywhere, once however many modules have it."""
     seen: set[int] = set()
     for module in itertools.chain.from_iterable(module.modules() for module in modules):
         for tensor in (*module.parameters(recurse=False), *module.buffers(recurse=False)):
-            if tensor.device == device and tensor.numel() and id(tensor) not in seen:
+            if device in (None, tensor.device) and tensor.numel() and id(tensor) not in seen:
                 seen.add(id(tensor))
                 yield tensor
 

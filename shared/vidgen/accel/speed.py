@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from vidgen import profiles
-from vidgen.accel import autoencoder, blocks, graphs, kernels
+from vidgen.accel import autoencoder, blocks, graphs, kernels, residency
 from vidgen.errors import FatalError
 
 # diffusers' names of the attention kernels, by ours.
@@ -165,13 +165,16 @@ def offload(pipe: Any, device: torch.device) -> None:
     from diffusers.hooks import apply_group_offloading
 
     pipe.vae.to(device)
+    streams = device.type == "cuda"
+    if streams:  # what is pinned already, diffusers takes as it is
+        residency.pin(offloadable(pipe).values())
     for name, model in offloadable(pipe).items():
         # A transformer by its blocks: our kernels read weights of layers in them without calling those.
         blocks = name in profiles.TRANSFORMERS
         apply_group_offloading(
             model, onload_device=device, offload_device=torch.device("cpu"),
             offload_type="block_level" if blocks else "leaf_level", num_blocks_per_group=1 if blocks else None,
-            use_stream=device.type == "cuda",
+            use_stream=streams,
         )  # fmt: skip
 
 

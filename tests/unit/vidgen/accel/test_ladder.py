@@ -333,7 +333,7 @@ def test_weights_that_the_host_has_no_room_for_do_not_stream(
     monkeypatch.setattr(residency, "host_memory", lambda: 1 << 30)
     run = Run(engine, work_of(QWEN), picture)
     assert (run.raised.code, run.rungs) == ("out_of_memory", ("vae_tiling", "offload"))
-    assert "the host has 1 GiB left" in run.raised.message
+    assert "the host has 1 GiB for weights that stream" in run.raised.message
     assert not streams(engine._pipe.transformer)
 
 

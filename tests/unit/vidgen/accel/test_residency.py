@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -270,3 +271,39 @@ def test_a_home_on_disk_that_is_left_closes_its_files(tmp_path: Path) -> None:
     assert len(list(Path("/proc/self/fd").iterdir())) > before
     del kept
     assert len(list(Path("/proc/self/fd").iterdir())) == before
+
+
+def test_weights_are_pinned_side_by_side_and_stay_what_they_are() -> None:
+    model = Odd()
+    before, shared = model.bits(), {name: tensor for name, tensor in model.all().items() if tensor.numel()}
+    residency.pin([model, model.head], pinned=False)
+    assert model.bits() == before
+    assert model.head.weight is model.embedding.weight
+    assert len({tensor.untyped_storage().data_ptr() for tensor in shared.values()}) == 1
+    model.left.data.fill_(7.0)  # they lie beside one another, not in one another
+    assert {name for name, bits in model.bits().items() if bits != before[name]} == {"left"}
+
+
+def test_what_is_pinned_takes_little_more_than_it_is() -> None:
+    # A block of Wan2.2-A14B in FP8, forty of them twice, and its text encoder's table.
+    block = [5120 * 5120] * 8 + [5120 * 13824] * 2 + [5120 * 4] * 12
+    sizes = [residency._rounded(size) for size in [256384 * 4096 * 2, *(block * 80)]]
+    slabs = residency._slabs(sizes)
+    assert sorted(number for _, held in slabs for number, _ in held) == list(range(len(sizes)))
+    for size, held in slabs:
+        assert size == 1 << size.bit_length() - 1
+        ends = [(begin, begin + sizes[number]) for number, begin in held]
+        assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(ends))
+        assert ends[-1][1] <= size
+    assert sum(size for size, _ in slabs) < 1.05 * sum(sizes) < sum(residency._power(size) for size in sizes) / 1.3
+
+
+def test_a_host_without_room_for_what_streams_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Odd()
+    monkeypatch.setattr(residency, "host_memory", lambda: 2 * GIB)
+    said = residency.no_room_to_pin([model])
+    assert said is not None
+    assert "the host has 2 GiB for weights that stream, which take 3 GiB" in said
+    for enough in (4 * GIB, None):
+        monkeypatch.setattr(residency, "host_memory", lambda enough=enough: enough)
+        assert residency.no_room_to_pin([model]) is None
