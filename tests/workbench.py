@@ -221,12 +221,12 @@ class Bench:
         await self.say(contracts.CancelRequested(job_id=job, run=run, at=at or datetime.now(UTC)))
 
     async def start_elsewhere(
-        self, attempt: int, tries: int | None = None, job: str = "j1", *, alone: bool = False
+        self, attempt: int, tries: int | None = None, job: str = "j1", *, alone: bool = False, worker: str = "another"
     ) -> None:
         await self.say(
             contracts.StageStarted(
                 job_id=job, at=datetime.now(UTC), stage=self.stage, attempt=attempt, tries=tries or attempt,
-                worker="another", engine="e", model="m", alone=alone,
+                worker=worker, engine="e", model="m", alone=alone,
             )
         )  # fmt: skip
 

@@ -41,6 +41,11 @@ class Drop:
     reason: Literal["settled", "cancelled", "superseded"]
 
 
+@dataclass(frozen=True)
+class Leave:
+    """Another worker has it: neither run it nor settle it."""
+
+
 Verdict = Run | Exhausted | Drop
 
 SETTLED = (contracts.JobCompleted, contracts.JobFailed, contracts.Rejected)
@@ -78,6 +83,16 @@ def judge(task: contracts.Task, newest: contracts.AnyEvent | None, max_attempts:
     if isinstance(newest, contracts.StageFailed):  # of whatever it went on from, too: it starts over
         return Run(attempt, tries, alone=alone)
     return Run(attempt, tries, newest.checkpoint, newest.preempted, alone)
+
+
+def is_elsewhere(newest: contracts.AnyEvent | None, worker: str, deliveries: int) -> bool:
+    """Whether a task that is to be run, given out for the `deliveries`-th time, runs at another worker by its log.
+
+    A bus that was killed may forget that it gave a task away, and gives it for the first time once more. What that
+    worker says of it, by the message, settles it here as well; if it has died, the lease runs out or the gateway hands
+    the task out again: for the second time.
+    """
+    return deliveries == 1 and isinstance(newest, contracts.StageStarted) and newest.worker != worker
 
 
 def standing(

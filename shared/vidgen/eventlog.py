@@ -115,7 +115,7 @@ async def wants_alone(bus: Bus, task: Task, max_attempts: int) -> bool:
 async def claim(
     bus: Bus, task: Task, worker: str, max_attempts: int, *, engine: str, model: str, deliveries: int,
     alone: bool = False, queued_at_seq: int | None = None,
-) -> Claim | attempts.Drop | attempts.Exhausted:  # fmt: skip
+) -> Claim | attempts.Drop | attempts.Exhausted | attempts.Leave:  # fmt: skip
     """Start an attempt, or learn that there is none to start. Two workers with the same task: one of them wins.
 
     The start is in the log before this returns, so a task that kills its process is counted all the same.
@@ -128,6 +128,8 @@ async def claim(
         verdict = attempts.judge(task, seen.event, max_attempts)
         if isinstance(verdict, attempts.Drop | attempts.Exhausted):
             return verdict
+        if verdict.attempt > 1 and attempts.is_elsewhere(seen.event, worker, deliveries):
+            return attempts.Leave()
         held = Claim(
             bus, task, verdict.attempt, verdict.tries, worker, seen.seq, verdict.checkpoint, verdict.preempted, alone,
             first=known is not None,

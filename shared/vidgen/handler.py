@@ -198,6 +198,9 @@ class Handler:
             return "dropped"
         if isinstance(held, attempts.Exhausted):
             return await self._settlement.exhausted(delivery, task, held)
+        if isinstance(held, attempts.Leave):
+            log.warning("a task that runs at another worker came here", _event="held_elsewhere", seq=delivery.seq)
+            return "elsewhere"
         turn.preempted = held.preempted
         tracing.about(
             attempt=held.attempt, tries=held.tries, alone=held.alone or None, engine=info.name,

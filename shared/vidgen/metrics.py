@@ -22,8 +22,9 @@ from vidgen import bus, contracts, engine, reference, topology
 from vidgen.contracts import LANES, STAGES, GpuFigures, Lane, Stage, Timings, WorkerInfo
 
 Outcome = Literal[
-    "completed", "reused", "rejected", "retried", "cancelled", "released", "fenced", "dead", "dropped", "lost"
-]
+    "completed", "reused", "rejected", "retried", "cancelled", "released", "fenced", "dead", "dropped", "elsewhere",
+    "lost",
+]  # fmt: skip
 GatewayOutcome = Literal["completed", "reused", "failed", "retried", "cancelled", "released"]
 RequestOutcome = Literal["accepted", "rejected", "duplicate"]
 WebhookOutcome = Literal["delivered", "retried", "given_up"]
@@ -90,7 +91,8 @@ WORKER = (
         "vidgen_worker_tasks_total", "counter", "tasks",
         "Tasks settled. retried: handed back with back-off; released: handed back unharmed by a drain or to make way; "
         "fenced: a newer attempt held the task; rejected: it can never succeed; dead: its attempts were used up; "
-        "dropped: it was settled or cancelled already; lost: the bus went away before it was settled.",
+        "dropped: it was settled or cancelled already; elsewhere: it ran at another worker; lost: the bus went away "
+        "before it was settled.",
         (STAGE, LANE, Label("outcome", get_args(Outcome))),
     ),
     Metric(

@@ -23,8 +23,9 @@ from vidgen.watchdog import Patience
 log = structlog.get_logger(__name__)
 
 Outcome = Literal[
-    "completed", "reused", "rejected", "retried", "cancelled", "released", "fenced", "dead", "dropped", "lost"
-]
+    "completed", "reused", "rejected", "retried", "cancelled", "released", "fenced", "dead", "dropped", "elsewhere",
+    "lost",
+]  # fmt: skip
 SUBJECT = re.compile(r"vidgen\.tasks\.\w+\.(?P<lane>interactive|batch)\.(?:[a-z0-9-]+\.)?(?P<job>[^.]+)")
 JOB_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 

@@ -46,7 +46,7 @@ class Ledger:
         ends = self._one_end_each(log, records)
         for asked in self.system.asked.values():
             await self._artifacts(asked, records[asked.job_id])
-        self._computed_once(records)
+        self._computed_once(log, records)
         if self.counters:
             await self._metrics(log)
         assert not self.wrong, f"{len(self.wrong)} things are wrong:\n" + "\n".join(self.wrong[:30])
@@ -125,12 +125,13 @@ class Ledger:
             if stat is None or results.MANIFEST not in (stat.metadata or {}):
                 self.wrong.append(f"{artifact.key}: stored without its manifest")
 
-    def _computed_once(self, records: dict[str, Job | None]) -> None:
+    def _computed_once(self, log: dict[str, list[Any]], records: dict[str, Job | None]) -> None:
         """No task comes to its end twice but for a worker that died, or was cut off, behind the end of its engine.
 
         A retry may compute again what was cancelled behind it: then once a run.
         """
-        runs = {asked.seed: record.run for asked in self.system.asked.values() if (record := records[asked.job_id])}
+        by_seed = {asked.seed: asked.job_id for asked in self.system.asked.values()}
+        runs = {seed: record.run for seed, job_id in by_seed.items() if (record := records[job_id])}
         died = {child.pid for child in self.system.dead}
         done: dict[tuple[str, int], list[Any]] = defaultdict(list)
         for entry in entries(self.system.journals):
@@ -139,7 +140,8 @@ class Ledger:
         for task, times in done.items():
             excused = [e for e in times if e.pid in died or e.worker in self.overtaken]
             if len(times) - len(excused) > runs.get(task[1], 1):
-                self.wrong.append(f"{task}: computed to its end by {[e.worker for e in times]}")
+                workers = [entry.worker for entry in times]
+                self.wrong.append(f"{task}: computed to its end by {workers}; {_story(log[by_seed[task[1]]])}")
 
     async def _metrics(self, log: dict[str, list[Any]]) -> None:
         """What the gateways counted is what the logs say."""
@@ -189,3 +191,10 @@ def _samples(text: str) -> Iterator[tuple[str, float]]:
         for sample in family.samples:
             if sample.labels.get("outcome") != "duplicate":
                 yield sample.name, sample.value
+
+
+def _story(events: list[Any]) -> str:
+    """What a job's log says, in short."""
+    names = ("type", "attempt", "worker", "deliveries")
+    told = [[*(str(getattr(event, name, "")) for name in names), f"{event.at:%M:%S.%f}"] for event in events]
+    return "its log: " + ", ".join(" ".join(part for part in parts if part) for parts in told)

@@ -19,9 +19,9 @@ async def accepted(bus: MemoryBus) -> int:
 
 
 async def claim(
-    bus: MemoryBus, task: Task = TASK, worker: str = "w1", seq: int | None = None
-) -> eventlog.Claim | attempts.Drop | attempts.Exhausted:
-    return await eventlog.claim(bus, task, worker, 3, engine="e", model="m", deliveries=1, queued_at_seq=seq)
+    bus: MemoryBus, task: Task = TASK, worker: str = "w1", seq: int | None = None, deliveries: int = 1
+) -> eventlog.Claim | attempts.Drop | attempts.Exhausted | attempts.Leave:
+    return await eventlog.claim(bus, task, worker, 3, engine="e", model="m", deliveries=deliveries, queued_at_seq=seq)
 
 
 async def test_a_fresh_task_is_claimed_without_a_look_at_the_log() -> None:
@@ -32,10 +32,23 @@ async def test_a_fresh_task_is_claimed_without_a_look_at_the_log() -> None:
     assert bus.calls["last"] == 0
 
 
-async def test_of_two_that_know_the_same_place_one_gets_the_first_attempt_and_one_the_second() -> None:
+async def test_of_two_that_know_the_same_place_one_gets_the_first_attempt_and_one_nothing() -> None:
     bus = MemoryBus()
     seq = await accepted(bus)
-    first, second = await claim(bus, seq=seq), await claim(bus, worker="w2", seq=seq)
+    first = await claim(bus, seq=seq)
+    assert isinstance(first, eventlog.Claim)
+    assert await claim(bus, worker="w2", seq=seq) == attempts.Leave()
+    await first.check()
+
+
+@pytest.mark.parametrize(("worker", "deliveries"), [("w2", 2), ("w1", 1)])
+async def test_who_has_a_task_for_the_second_time_or_began_it_before_gets_the_second_attempt(
+    worker: str, deliveries: int
+) -> None:
+    bus = MemoryBus()
+    seq = await accepted(bus)
+    first = await claim(bus, seq=seq)
+    second = await claim(bus, worker=worker, seq=seq, deliveries=deliveries)
     assert isinstance(first, eventlog.Claim)
     assert isinstance(second, eventlog.Claim)
     assert (first.attempt, second.attempt) == (1, 2)

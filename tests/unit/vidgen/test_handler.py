@@ -219,7 +219,7 @@ async def test_a_result_is_found_where_the_log_went_on_though_the_task_says_othe
     [queued] = bench.bus.messages(topology.TASKS)
     files = engine.finish(task.work, tmp_path)
     await results.keep(bench.store, task, results.made(task, files, engine.info))
-    await bench.start_elsewhere(1)
+    await bench.start_elsewhere(1, worker=bench.policy.worker_id)
 
     assert queued.headers[topology.HEADER_LOG_SEQ] == "1"
     assert await bench.run() == "reused"
@@ -355,9 +355,25 @@ async def test_two_deaths_still_leave_a_third_try(bench_of: MakeBench) -> None:
     bench = bench_of()
     await bench.queue()
     await bench.start_elsewhere(1, alone=True)
-    await bench.start_elsewhere(2, alone=True)
+    await bench.start_elsewhere(2, alone=True, worker=bench.policy.worker_id)
 
     assert await bench.run() == "completed"
+
+
+async def test_what_runs_at_another_worker_and_comes_as_if_it_never_had_is_left_alone(bench_of: MakeBench) -> None:
+    """A bus that was killed may forget that it gave a task away; it goes by the message, so nobody may settle it."""
+    engine = engines.Instant()
+    bench = bench_of(engine, clock=FakeClock())
+    await bench.accept()
+    await bench.queue_where_the_log_stands()
+    await bench.start_elsewhere(1)
+    before = bench.types()
+
+    assert await bench.run() == "elsewhere"
+
+    assert (bench.types(), bench.queued()) == (before, 1)
+    assert "generate" not in engine.calls
+    assert (await bench.bus.depth(topology.consumer_of(bench.stage, "interactive"))).ack_pending == 1
 
 
 async def test_deaths_beside_others_use_up_no_try_and_the_next_attempt_is_alone(bench_of: MakeBench) -> None:
@@ -365,7 +381,7 @@ async def test_deaths_beside_others_use_up_no_try_and_the_next_attempt_is_alone(
     bench = bench_of()
     await bench.queue()
     for attempt in (1, 2, 3):
-        await bench.start_elsewhere(attempt, tries=1)
+        await bench.start_elsewhere(attempt, tries=1, worker=bench.policy.worker_id)
 
     assert await bench.run() == "completed"
 
@@ -380,7 +396,7 @@ async def test_an_attempt_that_must_be_alone_waits_for_the_others_and_lets_none_
         await bench.queue(job=f"j{number}", seed=number)
     others = [await bench.begin()]
     await reached(first)
-    await bench.start_elsewhere(1, job="j2")
+    await bench.start_elsewhere(1, job="j2", worker=bench.policy.worker_id)
     suspect, held = bench.turn(), engine.hold("finish", 2)
     waiting = await bench.begin(suspect)
     others.append(await bench.begin())

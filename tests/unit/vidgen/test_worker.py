@@ -946,7 +946,7 @@ async def test_while_a_task_is_alone_no_other_is_taken_and_once_it_has_left_the_
     async with open_shop() as shop:
         held, finishing = shop.engine.hold("generate", 1, 2), shop.engine.hold("finish", 1)
         await shop.queue(1)
-        await shop.bench.start_elsewhere(1, job="j1")
+        await shop.bench.start_elsewhere(1, job="j1", worker=shop.bench.policy.worker_id)
         await shop.queue(2)
         shop.start()
         await reached(held)
