@@ -7,11 +7,10 @@ import asyncio
 from tests.fault.ledger import Ledger
 from tests.fault.system import Lab
 
-LEASE = {"VIDGEN_ACK_WAIT": "10"}  # what was on its way as the bus died comes back when it has run out
 
-
-async def campaign(lab: Lab, *, kills: int, jobs: int) -> str:
-    async with lab.system(workers=2, env=LEASE) as system:
+async def campaign(lab: Lab, *, kills: int, jobs: int, lease_s: int = 60) -> str:
+    """What was on its way as the bus died comes back when its lease has run out."""
+    async with lab.system(workers=2, env={"VIDGEN_ACK_WAIT": str(lease_s)}) as system:
         for number in range(kills):
             share = jobs * (number + 1) // kills - len(system.asked)
             asking = asyncio.create_task(system.submit(share))
@@ -27,4 +26,4 @@ async def campaign(lab: Lab, *, kills: int, jobs: int) -> str:
 
 
 async def test_the_bus_is_killed_and_no_acknowledged_request_is_lost(lab: Lab) -> None:
-    await campaign(lab, kills=2, jobs=12)
+    await campaign(lab, kills=2, jobs=12, lease_s=10)
