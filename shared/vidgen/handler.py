@@ -214,9 +214,7 @@ class Handler:
             )  # fmt: skip
         with structlog.contextvars.bound_contextvars(attempt=held.attempt):
             try:
-                finishing_s = self._finishing.value or 0.0
-                likely_s = None if self._pace is None else self._pace * task.work.steps + finishing_s
-                reporter = Reporter(self._bus, held, self._metrics, finishing_s, likely_s)
+                reporter = Reporter(self._bus, held, self._metrics, self._finishing.value or 0.0)
                 with contextlib.closing(reporter):
                     async with self._lease(delivery, held, turn):
                         return await self._run(delivery, held, turn, clocks, gathering, reporter)

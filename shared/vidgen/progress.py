@@ -23,16 +23,12 @@ Phase = Literal["preparing", "denoising", "finishing"]
 Stepped = Callable[[float, float | None], None]
 
 SOON_S = 0.05  # what an attempt is on by then is the first that is told
-SHORT_S = 0.25  # or by then, where it is likely to be over
 
 
 class Reporter:
     """Tells where an attempt is. Nobody waits for it, and it may fail: progress is worth no retry."""
 
-    def __init__(
-        self, bus: Bus, held: Claim, metrics: WorkerMetrics, finishing_s: float, likely_s: float | None = None
-    ) -> None:
-        """`finishing_s` is what an attempt takes behind its steps, `likely_s` what all of it takes if known."""
+    def __init__(self, bus: Bus, held: Claim, metrics: WorkerMetrics, finishing_s: float) -> None:
         self._bus, self._held, self._metrics = bus, held, metrics
         self._finishing_s = finishing_s
         self._clock = StepClock(finishing_s=finishing_s)
@@ -42,8 +38,7 @@ class Reporter:
         self._sending: set[asyncio.Task[None]] = set()
         self._phase: Phase = "preparing"
         self._tells = False
-        soon = SOON_S if likely_s is None or likely_s > SHORT_S else SHORT_S
-        self._begins = asyncio.get_running_loop().call_later(soon, self._begin)
+        self._begins = asyncio.get_running_loop().call_later(SOON_S, self._begin)
 
     @property
     def seconds_per_step(self) -> float | None:

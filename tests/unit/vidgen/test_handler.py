@@ -1122,30 +1122,6 @@ async def test_of_a_task_that_takes_no_time_no_progress_is_told(
     assert heard() == []
 
 
-async def test_where_the_one_before_was_soon_over_progress_is_told_once_this_one_is_not(
-    bench_of: MakeBench, loop_clock: LoopClock
-) -> None:
-    engine = engines.Gated()
-    bench = bench_of(engine)
-    await bench.queue(job="j0")
-    assert await bench.run() == "completed"
-    gate = engine.hold("prepare")
-    await bench.queue(job="j1")
-    heard = await bench.hear_progress()
-    running = await bench.begin()
-    await reached(gate)
-
-    loop_clock.advance(0.2)
-    await settled()
-    assert heard() == []
-
-    loop_clock.advance(0.1)
-    await settled()
-    assert [(said.phase, said.step) for said in heard()] == [("preparing", 0)]
-    gate.open()
-    assert await ended(running) == "completed"
-
-
 async def test_an_engine_that_goes_on_behind_its_attempt_tells_no_progress(
     bench_of: MakeBench, loop_clock: LoopClock
 ) -> None:
