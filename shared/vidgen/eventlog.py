@@ -126,10 +126,13 @@ async def claim(
         known = queued_at_seq or None if number == 0 else None
         seen = Newest(None, known) if known else await newest(bus, task.job_id)
         verdict = attempts.judge(task, seen.event, max_attempts)
-        if isinstance(verdict, attempts.Drop | attempts.Exhausted):
+        if isinstance(verdict, attempts.Drop):
             return verdict
+        # First of all: its last try may be the one that is under way.
         if verdict.attempt > 1 and attempts.is_elsewhere(seen.event, worker, deliveries):
             return attempts.Leave()
+        if isinstance(verdict, attempts.Exhausted):
+            return verdict
         held = Claim(
             bus, task, verdict.attempt, verdict.tries, worker, seen.seq, verdict.checkpoint, verdict.preempted, alone,
             first=known is not None,

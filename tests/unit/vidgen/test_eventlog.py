@@ -41,6 +41,17 @@ async def test_of_two_that_know_the_same_place_one_gets_the_first_attempt_and_on
     await first.check()
 
 
+async def test_a_last_try_that_runs_elsewhere_is_not_given_up() -> None:
+    bus = MemoryBus()
+    await accepted(bus)
+    started = contracts.StageStarted(
+        job_id="j1", at=TASK.queued_at, stage="edit", attempt=3, tries=3, worker="w1", engine="e", model="m", alone=True
+    )
+    await bus.publish(LOG, started.to_bytes(), message_id="third")
+    assert await claim(bus, worker="w2") == attempts.Leave()
+    assert isinstance(await claim(bus, worker="w2", deliveries=2), attempts.Exhausted)
+
+
 @pytest.mark.parametrize(("worker", "deliveries"), [("w2", 2), ("w1", 1)])
 async def test_who_has_a_task_for_the_second_time_or_began_it_before_gets_the_second_attempt(
     worker: str, deliveries: int

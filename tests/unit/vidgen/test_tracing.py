@@ -351,7 +351,7 @@ async def test_an_attempt_that_goes_on_in_the_middle_is_in_the_same_trace(
 async def test_a_task_that_is_given_up_says_so_in_its_trace(bench_of: Callable[..., Bench], seen: Traced) -> None:
     bench = bench_of(engines.Instant())
     await queue(bench)
-    await bench.start_elsewhere(attempt=3, alone=True)
+    await bench.start_elsewhere(attempt=3, alone=True, worker=bench.policy.worker_id)
 
     assert await bench.run() == "dead"
 
