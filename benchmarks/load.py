@@ -33,7 +33,6 @@ from PIL import Image
 
 from lean import Connection
 from overhead import Finals, System, environment
-from vidgen import jetstream
 from vidgen.local import NatsServer, S3Server
 from vidgen.local.process import Process
 from vidgen.local.stack import Service
@@ -138,12 +137,11 @@ class Vidgen:
             try:
                 for gateway in gateways:
                     await gateway.start()
-                async with jetstream.connect(nats.url, "bench") as connected:
-                    finals = Finals(connected)
-                    watching = asyncio.create_task(finals.watch())
-                    yield cls(system, gateways, finals)
-                    watching.cancel()
-                    await asyncio.wait([watching])
+                finals = Finals(nats.url)
+                watching = asyncio.create_task(finals.watch())
+                yield cls(system, gateways, finals)
+                watching.cancel()
+                await asyncio.wait([watching])
             finally:
                 for gateway in gateways:
                     await gateway.terminate()
@@ -328,21 +326,21 @@ class Nats:
 async def _children(commands: list[list[str]], env: dict[str, str], folder: Path) -> AsyncIterator[dict[int, float]]:
     """Processes that run for the block, all of them ready: the CPU seconds that each took for that, by its id."""
     folder.mkdir(exist_ok=True)  # noqa: ASYNC240
-    processes = [Process(f"workers-{number}", folder / f"{number}.log") for number in range(len(commands))]
-    marks = [folder / f"{number}.ready" for number in range(len(commands))]
+    together = Process("workers", folder / "log")
     started: dict[int, float] = {}
+    waited = set(range(len(commands)))
     try:
-        for process, command, mark in zip(processes, commands, marks, strict=True):
-            process.start(command, {**env, "VIDGEN_READY_FILE": str(mark)})
-        while len(started) < len(processes):
-            for process, mark in zip(processes, marks, strict=True):
-                process.check()
-                if process.pid not in started and mark.exists():
-                    started[process.pid] = cpu_s([process.pid])
+        together.start([sys.executable, str(HERE / "together.py"), str(folder), json.dumps(commands)], env)
+        while waited:
+            together.check()
+            for number in [one for one in waited if (folder / f"{one}.ready").exists()]:
+                waited.remove(number)
+                pid = int((folder / f"{number}.pid").read_text())
+                started[pid] = cpu_s([pid])
             await asyncio.sleep(0.02)
         yield started
     finally:
-        await asyncio.gather(*(process.stop(20) for process in processes))
+        await together.stop(20)
 
 
 def _shares(count: int, parts: int) -> list[int]:

@@ -24,7 +24,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent))
 
+import nats
 import uvloop
+from nats.aio.msg import Msg
 from PIL import Image
 
 import vidgen
@@ -116,23 +118,28 @@ def a_request(reference: str) -> VideoRequest:
 class Finals:
     """The time at which each job's final event went past, and what it was."""
 
-    def __init__(self, connected: JetStreamBus) -> None:
-        self._bus = connected
+    def __init__(self, url: str) -> None:
+        self._url = url
         self.at: dict[str, float] = {}
         self._waiting: dict[str, asyncio.Future[None]] = {}
         self.failed = 0
 
     async def watch(self) -> None:
-        feed = await self._bus.listen("vidgen.events.*")
-        while True:
-            message = await feed.next(wait=5)
-            if message is None or not any(end in message.body for end in ENDS):
-                continue
-            job_id = message.subject.rsplit(".", 1)[-1]
-            self.failed += ENDS[1] in message.body
-            self.at.setdefault(job_id, time.perf_counter())
-            if (future := self._waiting.pop(job_id, None)) and not future.done():
-                future.set_result(None)
+        client = await nats.connect(self._url)
+        try:
+            await client.subscribe("vidgen.events.*", cb=self._heard)
+            await asyncio.Event().wait()
+        finally:
+            await client.close()
+
+    async def _heard(self, message: Msg) -> None:
+        if not any(end in message.data for end in ENDS):
+            return
+        job_id = message.subject.rsplit(".", 1)[-1]
+        self.failed += ENDS[1] in message.data
+        self.at.setdefault(job_id, time.perf_counter())
+        if (future := self._waiting.pop(job_id, None)) and not future.done():
+            future.set_result(None)
 
     async def wait_for(self, job_id: str) -> float:
         if job_id not in self.at:
@@ -246,7 +253,7 @@ async def measure(
 ) -> None:
     key = "uploads/bench/reference.png"
     await system.store().put(key, reference, "image/png")
-    finals = Finals(connected)
+    finals = Finals(system.nats.url)
     watching = asyncio.create_task(finals.watch())
 
     print("\nlatency: publish → completed, two stages, engines of zero cost, one job at a time")

@@ -157,7 +157,7 @@ def compare(name: str, system: list[float], simulated: list[float]) -> None:
 
 
 async def measure(system: System, connected: JetStreamBus, chosen: argparse.Namespace) -> None:
-    finals, charged = Finals(connected), Charged(connected)
+    finals, charged = Finals(system.nats.url), Charged(connected)
     watching = [asyncio.create_task(finals.watch()), asyncio.create_task(charged.watch())]
     shapes: dict[Stage, Shape] = {
         "edit": Shape(chosen.edit, STEPS, FRAME_BYTES),
