@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
@@ -19,7 +20,9 @@ from vidgen.bus import Bus, Depth
 from vidgen.contracts import Estimate, I2VWork, Lane, QueuePlace, Stage, StageEstimate, StageRecord, StageState, Work
 
 KEEP_RECORDS_S = 5.0  # that long what recent jobs took is not read again
-KEEP_FLEET_S = 0.5  # and queues and workers
+KEEP_FLEET_S = 1.0  # and queues and workers
+PLACES_KEPT = 10_000  # tasks whose place in the stream is kept in mind, some 200 bytes each
+HELD = 0  # instead of a place: held back by its tenant's limit
 LOOK_BACK = 40  # jobs
 ALIKE = 5  # tasks of which the median is taken
 SAME = 0.02  # what differs by less is of the same size
@@ -145,6 +148,7 @@ class Forecast:
         self._records: list[StageRecord] = []
         self._records_until = self._known_until = -math.inf
         self._newest: Known | None = None
+        self._places: OrderedDict[tuple[str, int, Stage], int] = OrderedDict()  # where tasks lie in their stream
 
     async def estimate(self, work: Sequence[Work], lane: Lane) -> Estimate:
         """What the work would take if it were queued now. Raises BusError."""
@@ -157,22 +161,38 @@ class Forecast:
             return None
         stage: Stage = record.stage
         lane: Lane = job.request.lane if job.request else "interactive"
-        where = stage, lane, job.id, job.tenant
-        held = await self._bus.last(topology.HELD, topology.subject_of_held(*where))
-        task = held or await self._bus.last(topology.TASKS, topology.subject_of_task(*where))
-        if task is None:
-            return None
         known = await self._known()
         depth = known.depths[stage, lane]
+        seq = await self._seq(job, stage, lane, depth.delivered)
+        if seq is None:
+            return None
         # Of what lies between the two places some belongs to other lanes, and what is held may pass others that are:
         # hence at most that many.
-        ahead = depth.pending if held else min(depth.pending, task.seq - depth.delivered)
+        ahead = depth.pending if seq == HELD else min(depth.pending, seq - depth.delivered)
         ahead = max(0, ahead - 1)
         if lane == "batch":
             ahead += known.depths[stage, "interactive"].pending
         return QueuePlace(
             job_id=job.id, stage=stage, ahead=ahead, workers=known.workers[stage], wait_s=_clear_s(stage, ahead, known)
         )
+
+    async def _seq(self, job: contracts.Job, stage: Stage, lane: Lane, delivered: int) -> int | None:
+        """Where the job's task lies in its stream, or HELD, or None where there is none."""
+        # What waits stays where it is, so whoever watches a long queue need not ask for it again and again.
+        key = job.id, job.run, stage
+        seq = self._places.pop(key, HELD)
+        if seq <= delivered:  # not known, or gone: given out, or queued anew
+            where = stage, lane, job.id, job.tenant
+            if await self._bus.last(topology.HELD, topology.subject_of_held(*where)) is not None:
+                return HELD
+            task = await self._bus.last(topology.TASKS, topology.subject_of_task(*where))
+            if task is None:
+                return None
+            seq = task.seq
+        self._places[key] = seq
+        if len(self._places) > PLACES_KEPT:
+            self._places.popitem(last=False)
+        return seq
 
     async def _known(self) -> Known:
         async with self._lock:

@@ -16,7 +16,7 @@ from vidgen.contracts import Job, JobStatus
 log = structlog.get_logger(__name__)
 
 KEEP_ALIVE_S = 10.0
-PLACE_S = 2.0  # between two looks at the queue, each of which reads the bus twice
+PLACE_S = 2.0  # between two looks at the queue
 READ_S = 5.0
 PAUSE_S = 0.5
 RECORD_PATIENCE_S = 5.0
@@ -41,6 +41,7 @@ class JobFeed:
         self._jobs, self._job_id, self._forecast = jobs, job.id, forecast
         self._waits = True  # as far as the log tells: no worker has begun the stage that is due
         self._place: contracts.QueuePlace | None = None
+        self._waiting: Job | None = None  # as it was found in its queue; whatever ends that is in the log
         self._feeds = (log_feed, progress)
         self._queue: asyncio.Queue[Stored | None] = asyncio.Queue(BACKLOG)
         self._pumps: list[asyncio.Task[None]] = []
@@ -134,7 +135,7 @@ class JobFeed:
         if event.run >= self._run:
             self._ended = isinstance(event, ENDS) or (self._ended and event.run == self._run)
             self._run = event.run
-            self._waits, self._place = not isinstance(event, contracts.StageStarted), None
+            self._waits, self._place, self._waiting = not isinstance(event, contracts.StageStarted), None, None
         told = frame(event.type, message.body, message.seq)
         return [told, *self._when_caught_up()] if behind else [told]
 
@@ -149,10 +150,11 @@ class JobFeed:
             return None
         before = self._place
         try:
-            job = await self._jobs.find(self._job_id)
+            job = self._waiting or await self._jobs.find(self._job_id)
             self._place = await self._forecast.place(job) if job is not None else None
         except errors.BusError:
             return None
+        self._waiting = job if self._place is not None else None
         # Its task may not be queued yet; one that waits for a person says in the log when it goes on.
         self._waits = job is not None and job.status in (JobStatus.QUEUED, JobStatus.IN_PROGRESS)
         return self._place if self._place != before else None

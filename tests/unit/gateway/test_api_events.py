@@ -234,11 +234,15 @@ async def test_whoever_asks_for_the_place_hears_of_it_until_the_stage_begins(
     accepted, queued = await call.frames(2)
     assert (accepted[0], queued[0], queued[1]) == ("accepted", "queue", None)
     assert contracts.QueuePlace.model_validate(queued[2]).ahead == 1
+    bus = gateway.parts.bus
+    assert isinstance(bus, MemoryBus)
+    looked = bus.calls["records.latest"]
 
-    await gateway.parts.bus.purge(topology.TASKS, topology.subject_of_task("edit", "interactive", first.id))
-    await gateway.parts.bus.pull(topology.consumer_of("edit", "interactive"), 0)
+    await bus.purge(topology.TASKS, topology.subject_of_task("edit", "interactive", first.id))
+    await bus.pull(topology.consumer_of("edit", "interactive"), 0)
     ((kind, _, place),) = await call.frames(1)
     assert (kind, place["ahead"]) == ("queue", 0)
+    assert bus.calls["records.latest"] == looked  # the job that was found in its queue is known
 
     await gateway.tell(started(job))
     assert [kind for kind, _, _ in await call.frames(1)] == ["stage_started"]

@@ -12,6 +12,7 @@ from gateway.forecast import Known
 from vidgen import contracts, topology
 from vidgen.bus import Depth
 from vidgen.contracts import EditParams, I2VParams, I2VWork, Lane, Stage, StageRecord, Timings, Work
+from vidgen.testing import MemoryBus
 
 CLIP = I2VParams(quality="draft", num_frames=81, width=832, height=480)
 EMPTY = {(stage, lane): Depth(0, 0, 0, None) for stage in contracts.STAGES for lane in contracts.LANES}
@@ -169,6 +170,34 @@ async def test_a_place_counts_down_and_ends_when_the_task_begins() -> None:
     assert (await place(gateway, jobs[2])).ahead == 1  # type: ignore[union-attr]
     await gateway.tell(started(jobs[2]))
     assert await place(gateway, jobs[2]) is None
+
+
+async def test_who_watches_a_long_queue_asks_where_a_task_lies_once() -> None:
+    gateway = await Gateway.open()
+    jobs = [await gateway.submit() for _ in range(3)]
+    bus, forecast = gateway.parts.bus, gateway.parts.forecast
+    assert isinstance(bus, MemoryBus)
+    assert (await forecast.place(jobs[2])).ahead == 2  # type: ignore[union-attr]
+    before = dict(bus.calls)
+    assert (await forecast.place(jobs[2])).ahead == 2  # type: ignore[union-attr]
+    assert bus.calls == before
+    await work_off(gateway)
+    forecast._known_until = 0
+    assert (await forecast.place(jobs[2])).ahead == 1  # type: ignore[union-attr]
+
+
+async def test_a_task_that_was_queued_anew_is_found_where_it_is_now() -> None:
+    gateway = await Gateway.open()
+    jobs = [await gateway.submit() for _ in range(2)]
+    bus, forecast = gateway.parts.bus, gateway.parts.forecast
+    assert (await forecast.place(jobs[0])).ahead == 0  # type: ignore[union-attr]
+    subject = topology.subject_of_task("edit", "interactive", jobs[0].id)
+    task = await bus.last(topology.TASKS, subject)
+    assert task is not None
+    await work_off(gateway)
+    await bus.publish(subject, task.body, message_id="again")
+    forecast._known_until = 0
+    assert (await forecast.place(jobs[0])).ahead == 1  # type: ignore[union-attr]
 
 
 async def test_a_batch_job_has_the_interactive_ones_before_it() -> None:
