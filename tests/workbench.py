@@ -21,8 +21,8 @@ from vidgen.company import Company
 from vidgen.contracts import Event, Lane, Stage, Task
 from vidgen.engine import Engine
 from vidgen.handler import Handler
-from vidgen.metrics import WorkerMetrics
-from vidgen.settlement import Outcome, Policy
+from vidgen.metrics import Outcome, WorkerMetrics
+from vidgen.settlement import Policy
 from vidgen.testing import Clock, FakeClock, MemoryBus, MemoryStore
 from vidgen.turn import Turn
 

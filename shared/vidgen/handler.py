@@ -32,9 +32,9 @@ from vidgen.contracts import Task
 from vidgen.engine import Engine, Generated, OnStep, Resumable
 from vidgen.eta import Recent
 from vidgen.eventlog import Claim, FencedError
-from vidgen.metrics import WorkerMetrics
+from vidgen.metrics import Outcome, WorkerMetrics
 from vidgen.progress import Reporter
-from vidgen.settlement import Outcome, Policy, Settlement
+from vidgen.settlement import Policy, Settlement
 from vidgen.turn import SUSPENDING, Clocks, Stop, Turn
 from vidgen.watchdog import Watchdog
 

@@ -7,7 +7,7 @@ import time
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import pydantic
 import structlog
@@ -16,16 +16,12 @@ from vidgen import attempts, contracts, dead, errors, eventlog, tracing
 from vidgen.bus import Bus, Delivery
 from vidgen.contracts import Task
 from vidgen.eventlog import Claim, FencedError
-from vidgen.metrics import WorkerMetrics
+from vidgen.metrics import Outcome, WorkerMetrics
 from vidgen.turn import SUSPENDING, Clocks, Stop
 from vidgen.watchdog import Patience
 
 log = structlog.get_logger(__name__)
 
-Outcome = Literal[
-    "completed", "reused", "rejected", "retried", "cancelled", "released", "fenced", "dead", "dropped", "elsewhere",
-    "lost",
-]  # fmt: skip
 SUBJECT = re.compile(r"vidgen\.tasks\.\w+\.(?P<lane>interactive|batch)\.(?:[a-z0-9-]+\.)?(?P<job>[^.]+)")
 JOB_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
