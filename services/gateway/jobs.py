@@ -316,8 +316,9 @@ class Jobs:
         scanned = 0
         while True:
             batch = await self._looks.tail(topology.HISTORY, before, limit + 1, subject)
-            for position, entry in enumerate(batch):
-                job = await self.find(entry.subject.rsplit(".", 1)[-1])
+            # All at once: on a busy machine it is the way to the bus and back that takes long.
+            looks = (self.find(entry.subject.rsplit(".", 1)[-1]) for entry in batch)
+            for position, (entry, job) in enumerate(zip(batch, await asyncio.gather(*looks), strict=True)):
                 if job is not None and (status is None or job.status is status):
                     found.append(job)
                 before = entry.seq
