@@ -510,15 +510,15 @@ def card(kind: type[Subject], gib: int) -> Callable[[Bench, Path], None]:
     return section
 
 
-def start(bench: Bench, folder: Path, *, in_fp8: bool = False) -> None:
+def start(bench: Bench, folder: Path, *, stage: str = "edit", in_fp8: bool = False) -> None:
     """From process start to an engine that is warm, from a model on this disk: as it lies in the page cache, and cold.
 
     The second start finds what the first one compiled. Dropping the page cache of a file needs no rights. The raw rate
     is that of reading the same files into memory, just before and in the same state.
     """
-    section = "start-fp8" if in_fp8 else "start"
+    section = ("start" if stage == "edit" else f"start-{stage}") + ("-fp8" if in_fp8 else "")
     model = folder / "model"
-    shape = models.qwen(torch.device("meta"), torch.bfloat16, tiny=bench.tiny)
+    shape = (models.qwen if stage == "edit" else models.wan)(torch.device("meta"), torch.bfloat16, tiny=bench.tiny)
     begun = time.perf_counter()
     size = snapshots.write(shape, model, in_fp8=in_fp8, least=16 if bench.tiny else fp8.LEAST_FEATURES)
     bench.row(section, "written", seconds=time.perf_counter() - begun, gib=size / GIB)
@@ -532,7 +532,7 @@ def start(bench: Bench, folder: Path, *, in_fp8: bool = False) -> None:
             drop(model)
         begun = time.perf_counter()
         with subprocess.Popen(
-            [sys.executable, str(STARTED), str(model), "--leave", *(["--tiny"] if bench.tiny else [])],
+            [sys.executable, str(STARTED), stage, str(model), "--leave", *(["--tiny"] if bench.tiny else [])],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         ) as process:  # fmt: skip
             assert process.stdout is not None
@@ -582,7 +582,8 @@ SECTIONS: dict[str, Callable[[Bench, Path], None]] = {
     "candidates": candidates, "i2v-40": i2v_40, "i2v-40-plain": i2v_40_plain,
     "step-cache": step_cache, "ti2v-5b": ti2v_5b, "start": start,
     **{f"resume-{kind.kind}": functools.partial(resumed, kind=kind) for kind in (Edit, SmallVideo)},
-    "start-fp8": functools.partial(start, in_fp8=True), "i2v-2": i2v_two,
+    "start-fp8": functools.partial(start, in_fp8=True), "start-i2v": functools.partial(start, stage="i2v"),
+    "start-i2v-fp8": functools.partial(start, stage="i2v", in_fp8=True), "i2v-2": i2v_two,
     **{f"{kind.kind}-{gib}": card(kind, gib) for gib in CARDS for kind in (Edit, Video)},
     "turns": turns.section(None), **{f"turns-{gib}": turns.section(gib) for gib in CARDS},
     "turns-80-fp8": turns.section(80, "resident-fp8"),
