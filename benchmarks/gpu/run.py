@@ -55,7 +55,9 @@ from bench import (
     cap,
     engine_of,
     error,
+    have_the_host_grow,
     in_fp8,
+    left_gib,
     measured,
     partner_engine,
     peak,
@@ -66,6 +68,7 @@ from bench import (
     sync,
     through,
 )
+from diffusers.hooks import HookRegistry
 
 from vidgen import profiles
 from vidgen.accel import fp8, loader, stepcache
@@ -294,6 +297,32 @@ def candidates(bench: Bench, folder: Path) -> None:
         measured(bench, "candidates", f"{count} of 4 steps, CFG off", engine, work, subject.source, brief=True)
 
 
+def edit_behind_change(bench: Bench, folder: Path) -> None:
+    """The first edits behind a change of models, and what recording their graphs anew takes of them."""
+    subject = Edit(bench, folder)
+    engine = subject.engine(Layout() if bench.tiny else Layout(profile="resident-fp8"))
+    recorded: list[float] = []
+    record = engine._graphs._record if engine._graphs is not None else None
+
+    def timed(forward: Any) -> None:
+        begun = time.perf_counter()
+        record(forward)
+        recorded.append(time.perf_counter() - begun)
+
+    if record is not None:
+        engine._graphs._record = timed
+    for name in ("awake all along", "behind the first change", "behind the second"):
+        if name != "awake all along":
+            engine.sleep()
+            engine.wake()
+        for which in ("first", "second", "third"):
+            recorded.clear()
+            taken = through(engine, subject.work(4, 1.0), subject.source, folder)["generate"]
+            bench.row(
+                "change", f"{name}: {which} edit", generate_s=taken, recorded=len(recorded), recording_s=sum(recorded)
+            )
+
+
 def i2v(bench: Bench, folder: Path) -> None:
     """Speed and error of each variant at 4 steps."""
     subject = Video(bench, folder)
@@ -332,24 +361,33 @@ def i2v_40_plain(bench: Bench, folder: Path) -> None:
 
 
 def i2v_40(bench: Bench, folder: Path) -> None:
-    """40 steps with guidance in ours, every step computed (worked out of a shorter run) and one in 3 of the middle."""
+    """40 steps with guidance in ours: one in 3 of the middle, and every one (worked out where `--long` is less)."""
     subject = Video(bench, folder)
     layout = Layout() if bench.tiny else Layout(profile="resident-fp8")
-    exact = worked_out(bench, subject, subject.engine(layout))
-    bench.row("i2v-40", "40 steps, CFG 3.5, every step", **exact)
     engine = subject.engine(replace(layout, step_cache=3))
-    taken = through(engine, subject.work(40, 3.5), subject.source, folder)["generate"]
+    through(engine, subject.work(2, 3.5), subject.source, folder)  # compiles
+    peak()
+    cached = through(engine, subject.work(40, 3.5), subject.source, folder)["generate"]
     bench.row(
-        "i2v-40", "40 steps, CFG 3.5, one step in 3", generate_s=taken, ratio=exact["forty_s"] / taken,
-        computed=sum(stepcache.computed(40, 3)),
+        "i2v-40", "40 steps, CFG 3.5, one step in 3", generate_s=cached, computed=sum(stepcache.computed(40, 3)),
+        peak_gib=peak(),
     )  # fmt: skip
+    for model in engine.transformers():
+        HookRegistry.check_if_exists_or_initialize(model).remove_hook(stepcache.HOOK, recurse=False)
+    exact = worked_out(bench, subject, subject.engine(layout), compiled=True)
+    bench.row(
+        "i2v-40", "40 steps, CFG 3.5, every step", **exact, ratio_of_cached=exact["forty_s"] / cached, peak_gib=peak()
+    )
 
 
-def worked_out(bench: Bench, subject: Video, engine: Any) -> dict[str, float]:
-    """What 40 steps take, of a run of `--long` steps and one of 2."""
-    short = 0.0
-    for _ in range(2):  # the first one compiles
-        short = through(engine, subject.work(2, 3.5), subject.source, subject.folder)["generate"]
+def worked_out(bench: Bench, subject: Video, engine: Any, *, compiled: bool = False) -> dict[str, float]:
+    """What 40 steps take, of a run of `--long` steps and one of 2; of all 40 nothing has to be worked out."""
+    if not compiled:
+        through(engine, subject.work(2, 3.5), subject.source, subject.folder)
+    if bench.long >= 40:
+        taken = through(engine, subject.work(40, 3.5), subject.source, subject.folder)["generate"]
+        return {"steps": 40, "generate_s": taken, "forty_s": taken}
+    short = through(engine, subject.work(2, 3.5), subject.source, subject.folder)["generate"]
     taken = through(engine, subject.work(bench.long, 3.5), subject.source, subject.folder)["generate"]
     step = (taken - short) / (bench.long - 2)
     return {
@@ -449,6 +487,9 @@ def card(kind: type[Subject], gib: int) -> Callable[[Bench, Path], None]:
         profile = profiles.NAMES[CARDS.index(gib)] if bench.tiny else engine.profile_on(gib * GIB)
         if profile.endswith("fp8"):
             in_fp8(subject.pipe, bench.device)
+        if profile.startswith("offload") and not bench.tiny:
+            have_the_host_grow()
+        free = left_gib()
         if profile.startswith("offload"):
             as_built(subject.pipe)
             subject.pipe.to("cpu")
@@ -457,7 +498,10 @@ def card(kind: type[Subject], gib: int) -> Callable[[Bench, Path], None]:
         try:
             engine = subject.engine(Layout())
             name = f"{subject.kind} on {gib} GiB"
-            bench.row("cards", f"{name}: ready", seconds=subject.ready_s, phases=rounded(engine.load_seconds))
+            bench.row(
+                "cards", f"{name}: ready", seconds=subject.ready_s, phases=rounded(engine.load_seconds),
+                host_taken_gib=free - left_gib(), host_left_gib=left_gib(),
+            )  # fmt: skip
             work = subject.work(4, 1.0)
             measured(bench, "cards", f"{name}: 4 steps, CFG off", engine, work, subject.source, brief=True)
         finally:
@@ -466,15 +510,15 @@ def card(kind: type[Subject], gib: int) -> Callable[[Bench, Path], None]:
     return section
 
 
-def start(bench: Bench, folder: Path, *, in_fp8: bool = False) -> None:
+def start(bench: Bench, folder: Path, *, stage: str = "edit", in_fp8: bool = False) -> None:
     """From process start to an engine that is warm, from a model on this disk: as it lies in the page cache, and cold.
 
     The second start finds what the first one compiled. Dropping the page cache of a file needs no rights. The raw rate
     is that of reading the same files into memory, just before and in the same state.
     """
-    section = "start-fp8" if in_fp8 else "start"
+    section = ("start" if stage == "edit" else f"start-{stage}") + ("-fp8" if in_fp8 else "")
     model = folder / "model"
-    shape = models.qwen(torch.device("meta"), torch.bfloat16, tiny=bench.tiny)
+    shape = (models.qwen if stage == "edit" else models.wan)(torch.device("meta"), torch.bfloat16, tiny=bench.tiny)
     begun = time.perf_counter()
     size = snapshots.write(shape, model, in_fp8=in_fp8, least=16 if bench.tiny else fp8.LEAST_FEATURES)
     bench.row(section, "written", seconds=time.perf_counter() - begun, gib=size / GIB)
@@ -488,7 +532,7 @@ def start(bench: Bench, folder: Path, *, in_fp8: bool = False) -> None:
             drop(model)
         begun = time.perf_counter()
         with subprocess.Popen(
-            [sys.executable, str(STARTED), str(model), "--leave", *(["--tiny"] if bench.tiny else [])],
+            [sys.executable, str(STARTED), stage, str(model), "--leave", *(["--tiny"] if bench.tiny else [])],
             stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
         ) as process:  # fmt: skip
             assert process.stdout is not None
@@ -534,14 +578,16 @@ def drop(model: Path) -> None:
 
 
 SECTIONS: dict[str, Callable[[Bench, Path], None]] = {
-    "edit": edit, "i2v": i2v, "candidates": candidates, "i2v-40": i2v_40, "i2v-40-plain": i2v_40_plain,
+    "edit": edit, "edit-behind-change": edit_behind_change, "i2v": i2v,
+    "candidates": candidates, "i2v-40": i2v_40, "i2v-40-plain": i2v_40_plain,
     "step-cache": step_cache, "ti2v-5b": ti2v_5b, "start": start,
     **{f"resume-{kind.kind}": functools.partial(resumed, kind=kind) for kind in (Edit, SmallVideo)},
-    "start-fp8": functools.partial(start, in_fp8=True), "i2v-2": i2v_two,
+    "start-fp8": functools.partial(start, in_fp8=True), "start-i2v": functools.partial(start, stage="i2v"),
+    "start-i2v-fp8": functools.partial(start, stage="i2v", in_fp8=True), "i2v-2": i2v_two,
     **{f"{kind.kind}-{gib}": card(kind, gib) for gib in CARDS for kind in (Edit, Video)},
     "turns": turns.section(None), **{f"turns-{gib}": turns.section(gib) for gib in CARDS},
     "turns-80-fp8": turns.section(80, "resident-fp8"),
-    "turns-fp8": turns.snapshots,
+    "turns-fp8": turns.snapshots(*turns.SIZES), "turns-fp8-24": turns.snapshots(24),
 }  # fmt: skip
 
 

@@ -1,8 +1,8 @@
 """The process that the sections `start` time: a service from its first line to an engine that is warm.
 
-    started.py MODEL [--tiny]
+    started.py edit|i2v MODEL [--tiny] [--leave]
 
-It does what `edit-service` does before it connects to the bus, and prints the seconds of each phase.
+It does what that service does before it connects to the bus, and prints the seconds of each phase.
 """
 
 import sys
@@ -12,13 +12,15 @@ BEGUN = time.perf_counter()
 
 import asyncio
 import gc
+import importlib
 import json
 import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parents[2])]
-os.environ |= {"VIDGEN_ENGINE": "real", "VIDGEN_EDIT_MODEL": sys.argv[1]}
+STAGE = sys.argv[1]
+os.environ |= {"VIDGEN_ENGINE": "real", f"VIDGEN_{STAGE.upper()}_MODEL": sys.argv[2]}
 if "--tiny" in sys.argv:
     from tests import checkpoints
 
@@ -29,21 +31,21 @@ from vidgen import native
 
 native.load_ahead()
 
-from edit_service.main import make_engine
+make_engine = importlib.import_module(f"{STAGE}_service.main").make_engine
 from vidgen import service, telemetry
 from vidgen.settings import WorkerSettings
 
 core = time.perf_counter() - BEGUN
 settings = WorkerSettings()
-telemetry.configure(settings, "edit-service")
+telemetry.configure(settings, f"{STAGE}-service")
 gc.disable()
 
 
 async def load() -> dict[str, float]:
-    made = service._Service({"edit": make_engine}, settings)
+    made = service._Service({STAGE: make_engine}, settings)
     with ThreadPoolExecutor(1, "device") as device_thread:
         loaded, _ = await made._load(device_thread)
-    return dict(loaded["edit"].phases)
+    return dict(loaded[STAGE].phases)
 
 
 phases = asyncio.run(load())

@@ -21,7 +21,21 @@ from typing import Any
 
 import models
 import torch
-from bench import GIB, PROMPT, Bench, as_built, cap, engine_of, in_fp8, peak, picture, rounded
+from bench import (
+    GIB,
+    PROMPT,
+    Bench,
+    as_built,
+    cap,
+    engine_of,
+    have_the_host_grow,
+    in_fp8,
+    left_gib,
+    measured,
+    peak,
+    picture,
+    rounded,
+)
 
 from vidgen import artifacts, contracts, device, gpu, profiles, topology, weights
 from vidgen.accel import loader, residency
@@ -36,8 +50,7 @@ STAGES: tuple[Stage, ...] = ("edit", "i2v")
 MAKE: Mapping[Stage, Callable[..., Any]] = {"edit": models.qwen, "i2v": models.wan}
 JOBS = 5
 ACK_WAIT_S = 60.0
-HOST = 100 * GIB
-SIZES = (None, 80, 48, 24)  # GiB, each with no more room than the one before
+SIZES: tuple[int | None, ...] = (None, 80, 48, 24)  # GiB, each with no more room than the one before
 FEWER = 3  # jobs, where nothing moves
 # Bytes of the models' components as FP8 snapshots have them.
 SNAPSHOTS: Mapping[Stage, Mapping[str, int]] = {
@@ -53,10 +66,8 @@ SNAPSHOTS: Mapping[Stage, Mapping[str, int]] = {
 #   48: turns in FP8. Built on the device in bf16 (the cap is lifted for that) and moved to the host, from where setup
 #       quantises layer by layer through the device: 64 on the host at the most for i2v, then its home of 39 and the
 #       edit's 54; in the end 74 pinned.
-#   24: no turns, both stream from the host. torch gives each pinned tensor a power of two: 56 + 59 = 115, where
-#       the weights are 38 + 35. PYTORCH_ALLOC_CONF=pinned_max_round_threshold_mb:1,pinned_max_cached_size_mb:1 in the
-#       environment ends that from torch 2.13 on (2.11 refuses it); then the most is 38 and the edit's 54 before it is
-#       quantised. As FP8 snapshots: 73, on a host of 128 without that setting too much.
+#   24: no turns, both stream from the host, side by side in pinned memory: 38 and the edit's 54 before it is quantised.
+#       As FP8 snapshots: 73.
 
 
 @dataclass(frozen=True)
@@ -81,24 +92,28 @@ def section(gib: int | None, wanted: str = "auto") -> Callable[[Bench, Path], No
     return turns
 
 
-def snapshots(bench: Bench, folder: Path) -> None:
-    """GPUs of several sizes one after another, for FP8 snapshots of both models: laid out once."""
-    try:
-        asyncio.run(_through_sizes(bench, folder))
-    finally:
-        cap(bench.device, None)
+def snapshots(*sizes: int | None) -> Callable[[Bench, Path], None]:
+    """A section: GPUs of several sizes one after another, for FP8 snapshots of both models, laid out once."""
+
+    def through(bench: Bench, folder: Path) -> None:
+        try:
+            asyncio.run(_through_sizes(bench, folder, sizes))
+        finally:
+            cap(bench.device, None)
+
+    return through
 
 
-async def _through_sizes(bench: Bench, folder: Path) -> None:
+async def _through_sizes(bench: Bench, folder: Path, sizes: Sequence[int | None]) -> None:
     spans: list[Span] = []
     pipes: dict[Stage, Any] = {}
     engines: dict[Stage, Any] = {}
     laid_out: tuple[profiles.Name, ...] = ()
     asleep = False
     if not bench.tiny:
-        _have_the_host_grow()
+        have_the_host_grow()
     with ThreadPoolExecutor(1, "device") as thread:
-        for gib in SIZES:
+        for gib in sizes:
             name = f"FP8 snapshots, {gib or 'all'} GiB"
             cap(bench.device, gib)
             asked = {stage: _engine(bench, stage, gib, folder, spans, pipes) for stage in STAGES}
@@ -117,9 +132,15 @@ async def _through_sizes(bench: Bench, folder: Path) -> None:
                 loader.give_back(bench.device)  # the homes of those that slept
                 for stage in reversed(STAGES):
                     cap(bench.device, gib)
+                    free = left_gib()
                     phases = await _on(thread, engines[stage].setup)
                     told = engines[stage].info.profile
-                    bench.row("turns", f"{name}: {stage} ready", profile=told, phases=rounded(phases), peak_gib=peak())
+                    bench.row(
+                        "turns", f"{name}: {stage} ready", profile=told, phases=rounded(phases), peak_gib=peak(),
+                        host_taken_gib=free - left_gib(), host_left_gib=left_gib(),
+                    )  # fmt: skip
+                    if plan.profiles[STAGES.index(stage)].startswith("offload"):
+                        await _on(thread, functools.partial(_alone, bench, stage, engines[stage], gib, folder))
             before = len(spans)
             if plan.takes_turns and not asleep:
                 cap(bench.device, None)
@@ -130,7 +151,7 @@ async def _through_sizes(bench: Bench, folder: Path) -> None:
                 if gib in SIZES[:2]:  # compiles, and has each of them asleep once
                     await queue.through(["warm"])
                     await queue.turn_to(STAGES[0])
-                jobs = JOBS if gib is not None else FEWER
+                jobs = JOBS if plan.takes_turns else FEWER
                 peak()
                 moved, begun = len(spans), time.perf_counter()
                 await queue.through([f"job-{number}" for number in range(jobs)])
@@ -147,7 +168,7 @@ async def _measured(bench: Bench, folder: Path, gib: int | None, wanted: str) ->
     name += "" if wanted == "auto" else f", {wanted}"
     spans: list[Span] = []
     if not bench.tiny:
-        _have_the_host_grow()
+        have_the_host_grow()
     cap(bench.device, gib)
     engines = {stage: _engine(bench, stage, gib, folder, spans) for stage in STAGES}
     with ThreadPoolExecutor(1, "device") as thread:
@@ -250,11 +271,14 @@ def _held(pipe: Any, place: torch.device) -> int:
     return sum({one.untyped_storage().data_ptr(): one.untyped_storage().nbytes() for one in tensors}.values())
 
 
-def _have_the_host_grow() -> None:
-    """Use the host's memory once: virtual machines that are given it as they use it tell of too little before."""
-    filled: list[torch.Tensor] = []
-    while len(filled) < HOST // GIB and (residency.host_memory() or 0) > 6 * GIB:
-        filled.append(torch.ones(GIB, dtype=torch.uint8))
+def _alone(bench: Bench, stage: Stage, engine: Any, gib: int | None, folder: Path) -> None:
+    """A row of `run.py`'s cards: the other model is not in the way of one that streams."""
+    source = folder / f"{stage}-alone.png"
+    picture(*((64, 64) if bench.tiny else (1024, 1024) if stage == "edit" else (832, 480))).save(source)
+    work = _work(stage, 0, tiny=bench.tiny)
+    if stage == "edit" and not bench.tiny:
+        work = work.model_copy(update={"width": 1024, "height": 1024})
+    measured(bench, "cards", f"{stage} on {gib} GiB: 4 steps, CFG off", engine, work, source, brief=True)
 
 
 def _refuse_without_room(engines: Mapping[Stage, Any], plan: profiles.Plan, folder: Path) -> None:
@@ -347,27 +371,27 @@ class _Queue:
 
     async def _publish(self, stage: Stage, job: str, key: str, seed: int) -> None:
         task = Task(
-            job_id=job, stage=stage, lane="interactive", inputs=(key,), work=self._work(stage, seed),
-            queued_at=datetime.now(UTC),
+            job_id=job, stage=stage, lane="interactive", inputs=(key,), queued_at=datetime.now(UTC),
+            work=_work(stage, seed, tiny=self._bench.tiny),
         )  # fmt: skip
         subject = topology.subject_of_task(stage, task.lane, job)
         await self._bus.publish(subject, task.to_bytes(), message_id=f"{job}:{stage}")
 
-    def _work(self, stage: Stage, seed: int) -> Work:
-        """Four steps without guidance: an edit of a megapixel in the shape of the video, and 81 frames of 832 × 480."""
-        tiny = self._bench.tiny
-        steps = 2 if tiny else 4
-        if stage == "edit":
-            width, height = (64, 64) if tiny else (1344, 768)
-            return EditWork(
-                prompt=PROMPT, user_prompt=PROMPT, negative_prompt=" ", steps=steps, true_cfg_scale=1.0,
-                guidance_scale=1.0, seed=seed, width=width, height=height, candidates=1,
-            )  # fmt: skip
-        width, height = (64, 64) if tiny else (832, 480)
-        return I2VWork(
-            prompt=PROMPT, negative_prompt="", steps=steps, guidance_scale=1.0, seed=seed,
-            num_frames=5 if tiny else 81, fps=16, width=width, height=height,
+
+def _work(stage: Stage, seed: int, *, tiny: bool) -> Work:
+    """Four steps without guidance: an edit of a megapixel in the shape of the video, and 81 frames of 832 × 480."""
+    steps = 2 if tiny else 4
+    if stage == "edit":
+        width, height = (64, 64) if tiny else (1344, 768)
+        return EditWork(
+            prompt=PROMPT, user_prompt=PROMPT, negative_prompt=" ", steps=steps, true_cfg_scale=1.0,
+            guidance_scale=1.0, seed=seed, width=width, height=height, candidates=1,
         )  # fmt: skip
+    width, height = (64, 64) if tiny else (832, 480)
+    return I2VWork(
+        prompt=PROMPT, negative_prompt="", steps=steps, guidance_scale=1.0, seed=seed,
+        num_frames=5 if tiny else 81, fps=16, width=width, height=height,
+    )  # fmt: skip
 
 
 # ── the rows ─────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -381,6 +405,7 @@ def _tell_queue(bench: Bench, name: str, spans: Sequence[Span], taken: float) ->
     bench.row(
         "turns", name, seconds=taken, generate_s=alone, ratio=taken / alone, order=" ".join(s.stage for s in tasks),
         **{f"{stage}_s": statistics.median(seconds) for stage, seconds in each.items()},
+        **{f"{stage}_all_s": [round(one, 2) for one in seconds] for stage, seconds in each.items()},
         switches=sum(span.what == "wake" for span in spans),
         moving_s=sum(span.seconds for span in spans if span.what != "generate"), peak_gib=peak(),
     )  # fmt: skip

@@ -11,7 +11,11 @@ from torch import nn
 from vidgen.accel.fp8 import Fp8Linear
 from vidgen.accel.residency import Residency
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here"),
+    # torch 2.11's own, of what it imports to compile.
+    pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning"),
+]
 
 MIB = 1 << 20
 

@@ -204,6 +204,7 @@ def fuse_norms(model: nn.Module) -> int:
             and block.attn2.add_k_proj is None
             and isinstance(block.norm2, nn.LayerNorm)
         ):
+            block.stock_forward = types.MethodType(type(block).forward, block)
             block.forward = types.MethodType(_wan_block, block)
             fused += 1
     return fused
@@ -289,8 +290,9 @@ def _wan_block(
 ) -> Tensor:
     """`WanTransformerBlock.forward`, each norm in one pass over memory with the sum before and what follows."""
     if temb.ndim == 4:
-        # A modulation per token (TI2V-5B): as tables they would be larger than what they modulate.
-        stock: Tensor = type(block).forward(block, hidden_states, encoder_hidden_states, temb, rotary_emb)
+        # A modulation per token (TI2V-5B): as tables they would be larger than what they modulate. Of the class it is
+        # nothing that dynamo looks into.
+        stock: Tensor = block.stock_forward(hidden_states, encoder_hidden_states, temb, rotary_emb)
         return stock
     batch, dtype = hidden_states.shape[0], hidden_states.dtype
     place = _places(hidden_states)

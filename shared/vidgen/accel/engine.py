@@ -307,6 +307,8 @@ class DiffusersEngine(abc.ABC):
     def _lay_out(self, profile: profiles.Name | None) -> None:
         if profile is None:
             return
+        if self.layout.compile_cache is not None:
+            speed.keep_compiled(self.layout.compile_cache)  # Triton's kernels, too, which serve what streams as well
         transformers = self.transformers()
         for model in transformers:
             blocks.fuse_projections(model)
@@ -330,8 +332,6 @@ class DiffusersEngine(abc.ABC):
             speed.fuse_vae(self._pipe.vae, self._device)
         if streams:
             return
-        if self.layout.compile_cache is not None:
-            speed.keep_compiled(self.layout.compile_cache)
         if self._compiles(profile):
             speed.compile_blocks(transformers)
         if self.layout.compile == "full":

@@ -144,6 +144,11 @@ def _parts(columns: int) -> tuple[int, int]:
     return 1 << (columns - 1).bit_length(), 1
 
 
+def _width(x: Tensor) -> int:
+    """The columns of a matrix; of the second model that a process compiles torch says them as a symbol."""
+    return int(x.shape[1])
+
+
 def _warps(columns: int) -> int:
     return 4 if columns <= 8192 else 8  # as measured on a Hopper
 
@@ -153,7 +158,7 @@ def quantise_rows(x: Tensor, gelu: bool) -> tuple[Tensor, Tensor]:
     """The rows of a (rows, columns) matrix in e4m3 with their (rows, 1) float32 scales, after GELU (tanh) if asked."""
     if not fused(x):
         return rows_in_e4m3(torch.nn.functional.gelu(x.float(), approximate="tanh") if gelu else x)
-    rows, columns = x.shape
+    rows, columns = x.shape[0], _width(x)
     x = x if x.stride(-1) == 1 else x.contiguous()
     made = torch.empty((rows, columns), dtype=E4M3, device=x.device)
     scale = torch.empty((rows, 1), dtype=torch.float32, device=x.device)
@@ -194,7 +199,7 @@ def added_rows(x: Tensor, added: Tensor, gate: Tensor, place: Tensor) -> Tensor:
     """`x + gate · added` for (rows, columns), rounded once; row i has row `place[i]` of the (any, columns) gates."""
     if not fused(x):
         return (x.float() + added.float() * gate.float()[place]).to(x.dtype)
-    rows, columns = x.shape
+    rows, columns = x.shape[0], _width(x)
     x, added, place = x.contiguous(), added.contiguous(), place.contiguous()
     gate = gate if gate.stride(-1) == 1 else gate.contiguous()
     total = torch.empty_like(x)
@@ -215,7 +220,7 @@ def plain_modulated(x: Tensor, shift: Tensor, scale: Tensor, place: Tensor, eps:
 def _modulated(
     x: Tensor, added: Tensor | None, gate: Tensor | None, shift: Tensor, scale: Tensor, place: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    rows, columns = x.shape
+    rows, columns = x.shape[0], _width(x)
     x = x.contiguous()
     total = torch.empty_like(x) if added is not None else x
     made = torch.empty((rows, columns), dtype=E4M3, device=x.device)

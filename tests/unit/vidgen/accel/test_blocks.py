@@ -187,6 +187,49 @@ def test_a_block_that_is_modulated_per_token_stays_as_it_is(
     assert error(model(**given)[0], wanted) < 1e-6
 
 
+def test_a_block_that_is_modulated_per_token_can_be_compiled_too(
+    transformer: Callable[[str], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stock forward was called by its class, which torch 2.13's dynamo refuses."""
+    monkeypatch.setattr(fp8.Fp8Linear, "multiply", in_float32)
+    model, given = transformer("wan"), wan_inputs(36)
+    given["timestep"] = torch.full((1, 3 * 4 * 4), 900)
+    blocks.fuse_projections(model)
+    fp8.quantise(model, arithmetic=True, least=16)
+    blocks.fuse_feed_forwards(model)
+    assert blocks.fuse_norms(model) == 2
+    wanted = model(**given)[0]
+    torch._dynamo.reset()
+    model.compile_repeated_blocks(fullgraph=True, dynamic=True, backend="eager")
+    assert error(model(**given)[0], wanted) < 1e-4
+    torch._dynamo.reset()
+
+
+def test_a_kernel_is_told_numbers_where_the_compiler_holds_all_sizes_open(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the second model that one process compiled the widths came as symbols, which no kernel's constants can be."""
+    told: list[Any] = []
+
+    class Kernel:
+        def __getitem__(self, grid: tuple[int]) -> Callable[..., None]:
+            def launch(x: Any, made: Any, scale: Any, columns: Any, stride: Any, **constants: Any) -> None:
+                told.extend((columns, *constants.values()))
+                rows, row_scale = e4m3.rows_in_e4m3(x)
+                made.copy_(rows)
+                scale.copy_(row_scale)
+
+            return launch
+
+    monkeypatch.setattr(e4m3, "fused", lambda x: True)
+    monkeypatch.setattr(e4m3, "wrap_triton", lambda kernel: Kernel())
+    monkeypatch.setattr(e4m3, "_quantise_kernel", None, raising=False)
+    torch._dynamo.reset()
+    quantised = torch.compile(lambda x: e4m3.quantise_rows(x, False), dynamic=True, backend="eager")
+    for rows, columns in ((3, 96), (5, 64)):
+        assert quantised(torch.randn(rows, columns))[0].shape == (rows, columns)
+    assert {type(one) for one in told} == {int, float, bool}
+    torch._dynamo.reset()
+
+
 @pytest.mark.parametrize(("name", "given"), [("qwen-edit", qwen_inputs()), ("wan2.2-a14b-i2v", wan_inputs(36))])
 def test_attention_in_8_bits_comes_close(transformer: Callable[[str], Any], name: str, given: dict[str, Any]) -> None:
     model = transformer(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,21 @@ def test_an_fp8_snapshot_is_served_as_it_is_stored(make: Callable[..., Any], sna
     engine = make(snapshot)
     assert any(isinstance(module, Fp8Linear) for module in engine._pipe.transformer.modules())
     assert {"verify", "weights", "read", "build"} <= set(engine.load_seconds)
+
+
+def test_kernels_are_kept_for_the_next_start_where_weights_stream_too(
+    make: Callable[..., Any], snapshot: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing is compiled by torch there; Triton's kernels were compiled anew at each start of a container."""
+    from vidgen.accel.engine import DiffusersEngine, Layout
+
+    monkeypatch.setattr(DiffusersEngine, "_memory", lambda self: 200 << 30)
+    monkeypatch.setenv("TRITON_CACHE_DIR", "")
+    monkeypatch.delenv("TRITON_CACHE_DIR")
+    layout = Layout(device="cpu", profile="offload-fp8", attention="torch", vae="stock", compile_cache=tmp_path)
+    engine = make(snapshot, layout=layout)
+    assert engine.info.profile.startswith("offload-fp8")
+    assert os.environ["TRITON_CACHE_DIR"] == str(tmp_path / "triton")
 
 
 def test_no_lora_can_be_fused_into_an_fp8_snapshot(
