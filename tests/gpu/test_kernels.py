@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -44,6 +46,24 @@ def test_the_joint_inputs_of_attention_are_those_of_torch() -> None:
     wanted = projections.plain_joint_qkv(image, text, (norms[0], norms[1]), (norms[2], norms[3]), *freqs, 1e-6)
     for one, other in zip(widened(found), widened(wanted), strict=True):
         assert error(one, other) < 2e-3
+
+
+def compiled(kernel: Any) -> int:
+    return len(kernel.device_caches[torch.cuda.current_device()][0])
+
+
+def test_no_number_of_tokens_has_a_kernel_compiled_in_the_middle_of_a_task() -> None:
+    heads, dimension, made = 24, 128, []
+    norms = [drawn(dimension) for _ in range(4)]
+    cosines = drawn(128, dimension // 2, 2, dtype=torch.float32)
+    for images, texts in ((64, 64), (63, 14), (1, 1)):
+        image, text = drawn(2, images, 3 * heads * dimension), drawn(2, texts, 3 * heads * dimension)
+        for lengths in (None, torch.full((2,), images, dtype=torch.int32, device="cuda")):
+            projections.joint_qkv(image, text, *norms, cosines[:images], cosines[:texts], 1e-6, lengths)
+        wide, turns = drawn(heads * dimension), drawn(images, dimension, dtype=torch.float32)
+        projections.turned_qk(image, wide, wide, turns, turns, heads, 1e-6)
+        made.append((compiled(projections._joint_kernel), compiled(projections._turned_kernel)))
+    assert made[0] == made[1] == made[2]
 
 
 def test_queries_and_keys_are_normalised_and_turned_as_torch_does_it() -> None:

@@ -93,6 +93,7 @@ class QwenEditEngine(DiffusersEngine):
         condition_area: int = pipeline_qwenimage_edit_plus.CONDITION_IMAGE_SIZE
         self._processors = Processors(self._pipe, condition_area)
         vision.fuse_segments(self._pipe.text_encoder)
+        vision.attend_without_plans(self._pipe.text_encoder)
         graphs.encode(self._graphs, self._pipe.text_encoder)
         self._multiple: int = self._pipe.vae_scale_factor * 2
 

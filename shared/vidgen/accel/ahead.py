@@ -69,11 +69,11 @@ def settle(device: torch.device) -> None:
     with contextlib.suppress(ImportError, AttributeError):
         # It hashes all of Triton, half a second; each kernel's key has it in it, and it is computed once.
         importlib.import_module("triton.runtime.cache").triton_key()
-    with contextlib.suppress(RuntimeError), torch.no_grad():  # out of memory, above all: then the models will say so
-        _multiply(device)
-        _attend(device)
-        _convolve(device)
-        diffusion.synchronize(device)
+    for begin_with in (_multiply, _multiply_e4m3, _convolve, _attend):
+        # What this GPU cannot do, or what there is no memory for: then the models will say so.
+        with contextlib.suppress(RuntimeError), torch.no_grad():
+            begin_with(device)
+            diffusion.synchronize(device)
 
 
 def _multiply(device: torch.device) -> None:
@@ -84,13 +84,22 @@ def _multiply(device: torch.device) -> None:
     torch.bmm(x.float()[None], x.float()[None])
 
 
+def _multiply_e4m3(device: torch.device) -> None:
+    """cuBLAS in FP8, by row, as an FP8 model's layers call it."""
+    x = torch.zeros(256, 256, dtype=torch.float8_e4m3fn, device=device)
+    scale = torch.ones(256, 1, device=device)
+    torch._scaled_mm(x, x.t(), scale, scale.t(), out_dtype=torch.bfloat16)
+
+
 def _attend(device: torch.device) -> None:
-    """torch's attention, with the heads of the encoders."""
-    for heads, dimension in ((16, 80), (28, 128)):
-        x = torch.zeros(1, heads, 64, dimension, dtype=torch.bfloat16, device=device)
-        mask = torch.ones(64, 64, dtype=torch.bool, device=device)
-        for more in ({}, {"attn_mask": mask}, {"is_causal": True}):
-            torch.nn.functional.scaled_dot_product_attention(x, x, x, **more)
+    """The kernels of torch's attention that the encoders take, with the dimensions of their heads."""
+    ops = torch.ops.aten
+    x = torch.zeros(1, 16, 64, 80, dtype=torch.bfloat16, device=device)
+    for mask in (None, torch.zeros(1, 16, 64, 64, dtype=x.dtype, device=device)):
+        ops._scaled_dot_product_efficient_attention(x, x, x, mask, False)
+    ops._scaled_dot_product_flash_attention(x, x, x)
+    x = torch.zeros(1, 28, 64, 128, dtype=torch.bfloat16, device=device)
+    ops._scaled_dot_product_flash_attention(x, x, x, is_causal=True)
 
 
 def _convolve(device: torch.device) -> None:

@@ -305,6 +305,7 @@ class _Staged:
         self._buffers = [torch.empty(CHUNK, dtype=torch.uint8, pin_memory=pinned) for _ in range(BUFFERS)]
         self._copied: list[torch.cuda.Event | None] = [None] * BUFFERS
         self._stream = torch.cuda.Stream(device) if pinned else None
+        self._waited: torch.cuda.Event | None = None
         self._turn = 0
 
     def take(self, handle: int, chunk: _Chunk, ready: torch.cuda.Event | None) -> torch.cuda.Event | None:
@@ -315,9 +316,10 @@ class _Staged:
             copied.synchronize()
         _fill(handle, memoryview(buffer.numpy())[: chunk.end - chunk.begin], chunk.begin)
         with torch.cuda.stream(self._stream) if self._stream is not None else nullcontext():
-            if self._stream is not None and ready is not None:
+            if self._stream is not None and ready is not None and ready is not self._waited:
                 # What the memory was used for before is queued on another stream.
                 self._stream.wait_event(ready)
+                self._waited = ready
             targets = [piece.target for piece in chunk.pieces]
             whole = buffer[: chunk.end - chunk.begin]
             # All in one call, for the same reason.

@@ -1,4 +1,4 @@
-"""The vision tower of Qwen2.5-VL without what makes it wait: one attention kernel per layer, and each image read once.
+"""The vision tower of Qwen2.5-VL without what makes it wait: one attention kernel per layer, each image read once.
 
 What is computed stays the same, up to the rounding of another attention kernel.
 """
@@ -6,13 +6,19 @@ What is computed stays the same, up to the rounding of another attention kernel.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.weak import WeakTensorKeyDictionary
 from transformers.models.qwen2_5_vl.modeling_qwen2_5_vl import apply_rotary_pos_emb_vision
+
+# cuDNN, which torch prefers on a Hopper, makes a plan of each length of text and each size of picture that is new: tens
+# of milliseconds, where these kernels take some microseconds longer.
+WITHOUT_PLANS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
 class Masks:
@@ -76,6 +82,18 @@ def fuse_segments(text_encoder: nn.Module) -> int:
             block.attn = SegmentAttention(stock, masks)
             fused += 1
     return fused
+
+
+def attend_without_plans(text_encoder: nn.Module) -> None:
+    """Keep an encoder from kernels that each new length of text, and each new size of picture, has to wait for."""
+    stock = text_encoder.forward
+
+    @functools.wraps(stock)
+    def forward(*args: Any, **options: Any) -> Any:
+        with sdpa_kernel(WITHOUT_PLANS):
+            return stock(*args, **options)
+
+    text_encoder.forward = forward
 
 
 @contextlib.contextmanager

@@ -16,6 +16,8 @@ E4M3 = torch.float8_e4m3fn
 E4M3_MAX = 448.0  # the largest e4m3 number
 SMALLEST = 1e-12  # a row of zeros has no magnitude to divide by
 HAS_TRITON = importlib.util.find_spec("triton") is not None
+# Triton would compile anew for numbers of tokens that sixteen divides and for others, in the middle of a task.
+COUNTS = ("tokens", "image_tokens", "text_tokens")
 
 
 def fused(x: Tensor) -> bool:

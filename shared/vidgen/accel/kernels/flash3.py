@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.library import wrap_triton
 
-from vidgen.accel.kernels import E4M3, E4M3_MAX, HAS_TRITON, SMALLEST, fused, within
+from vidgen.accel.kernels import COUNTS, E4M3, E4M3_MAX, HAS_TRITON, SMALLEST, fused, within
 
 INT8_MAX = 127.0
 DIMENSION = 128  # of a head, that the kernels for attention in 8 bits are laid out for
@@ -37,7 +37,7 @@ if HAS_TRITON:
         total, less = _four(first + second, rows, lanes // 2), _four(first - second, rows, lanes // 2)
         return tl.reshape(tl.join(total, less), (rows, lanes)) * 0.3535533905932738
 
-    @triton.jit
+    @triton.jit(do_not_specialize=COUNTS)
     def _spans_kernel(  # type: ignore[no-untyped-def]
         x_ptr, sum_ptr, low_ptr, high_ptr, lengths_ptr, tokens, batch_stride, row_stride, bounded: tl.constexpr,
         spreads: tl.constexpr, each: tl.constexpr, rows: tl.constexpr, lanes: tl.constexpr,
@@ -64,7 +64,7 @@ if HAS_TRITON:
         tl.store(low_ptr + at, tl.min(low, axis=0))
         tl.store(high_ptr + at, tl.max(high, axis=0))
 
-    @triton.jit
+    @triton.jit(do_not_specialize=COUNTS)
     def _narrow_kernel(  # type: ignore[no-untyped-def]
         x_ptr, to_ptr, scale_ptr, mean_ptr, tokens, batch_stride, row_stride, by_row: tl.constexpr,
         spreads: tl.constexpr, centres: tl.constexpr, whole: tl.constexpr, rows: tl.constexpr, lanes: tl.constexpr,

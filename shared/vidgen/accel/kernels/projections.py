@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.library import wrap_triton
 
-from vidgen.accel.kernels import HAS_TRITON, fused, within
+from vidgen.accel.kernels import COUNTS, HAS_TRITON, fused, within
 
 if HAS_TRITON:
     import triton
@@ -14,11 +14,11 @@ if HAS_TRITON:
 
     # Compiled code hands an `eps` over in float64, which must not spread.
 
-    @triton.jit
+    @triton.jit(do_not_specialize=(*COUNTS, "bounded"))
     def _joint_kernel(  # type: ignore[no-untyped-def]
         image_ptr, text_ptr, q_ptr, k_ptr, v_ptr, norm_q_ptr, norm_k_ptr, added_q_ptr, added_k_ptr, image_freqs_ptr,
-        text_freqs_ptr, lengths_ptr, image_tokens, text_tokens, heads, eps, pairs: tl.constexpr,
-        head_block: tl.constexpr, bounded: tl.constexpr,
+        text_freqs_ptr, lengths_ptr, image_tokens, text_tokens, bounded, heads, eps, pairs: tl.constexpr,
+        head_block: tl.constexpr,
     ):  # fmt: skip
         place = tl.program_id(0).to(tl.int64)
         batch = tl.program_id(1).to(tl.int64)
@@ -61,7 +61,7 @@ if HAS_TRITON:
                 x = tl.where(place < tl.load(lengths_ptr + batch), x, 0.0)
             tl.store(v_ptr + to, x.to(v_ptr.dtype.element_ty), mask=here)
 
-    @triton.jit
+    @triton.jit(do_not_specialize=COUNTS)
     def _turned_kernel(  # type: ignore[no-untyped-def]
         from_ptr, to_ptr, weight_ptr, cos_ptr, sin_ptr, tokens, heads, eps, which: tl.constexpr, pairs: tl.constexpr,
         head_block: tl.constexpr,
@@ -107,11 +107,14 @@ def joint_qkv(
     heads = image.shape[-1] // 3 // dimension
     total = text.shape[1] + image.shape[1]
     made = tuple(image.new_empty((image.shape[0], total, heads, dimension)) for _ in range(3))
+    image = image.contiguous()
+    # Something of the same type: for another one, as for another constant, the kernel would be compiled once more.
+    told = image.view(torch.int32) if lengths is None else lengths
     wrap_triton(_joint_kernel)[(total, image.shape[0], 3)](
-        image.contiguous(), text.contiguous(), *made, norm_q, norm_k, norm_added_q, norm_added_k,
-        image_freqs.contiguous(), text_freqs.contiguous(), image_freqs if lengths is None else lengths,
-        image.shape[1], text.shape[1], heads, eps, pairs=dimension // 2, head_block=triton.next_power_of_2(heads),
-        bounded=lengths is not None, num_warps=4,
+        image, text.contiguous(), *made, norm_q, norm_k, norm_added_q, norm_added_k,
+        image_freqs.contiguous(), text_freqs.contiguous(), told,
+        image.shape[1], text.shape[1], int(lengths is not None), heads, eps, pairs=dimension // 2,
+        head_block=triton.next_power_of_2(heads), num_warps=4,
     )  # fmt: skip
     return made[0], made[1], made[2]
 

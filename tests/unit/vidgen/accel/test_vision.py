@@ -163,3 +163,18 @@ def test_weights_that_stream_do_so_in_the_same_order_each_time(fused: Any, reads
         seen_by(fused, given)
         seen_by(fused, given)
     assert len(reads) == 2
+
+
+def test_an_encoder_alone_goes_without_the_kernels_that_plan_for_each_size() -> None:
+    class Encoder(nn.Module):
+        def forward(self, tokens: torch.Tensor, *, fails: bool = False) -> bool:
+            if fails:
+                raise ValueError("of the encoder's own")
+            return bool(torch.backends.cuda.cudnn_sdp_enabled())
+
+    encoder = Encoder()
+    vision.attend_without_plans(encoder)
+    assert not encoder(torch.zeros(1))
+    with pytest.raises(ValueError, match="own"):
+        encoder(torch.zeros(1), fails=True)
+    assert torch.backends.cuda.cudnn_sdp_enabled()
