@@ -20,7 +20,7 @@ def make_engine(settings: WorkerSettings, chosen: Choice) -> Engine:
 
         return PreviewEditEngine(seconds_per_step=settings.preview_seconds_per_step)
     from vidgen import profiles, weights
-    from vidgen.accel import ahead, listing
+    from vidgen.accel import ahead
 
     begun = (
         ahead.beginning_for(
@@ -33,7 +33,6 @@ def make_engine(settings: WorkerSettings, chosen: Choice) -> Engine:
         if chosen.alone
         else None
     )
-    listing.import_libraries(loras=settings.has_loras())
     from edit_service.engine.qwen import QwenEditEngine
     from vidgen.accel.engine import Layout
 

@@ -20,7 +20,7 @@ def make_engine(settings: WorkerSettings, chosen: Choice) -> Engine:
 
         return PreviewI2VEngine(seconds_per_step=settings.preview_seconds_per_step)
     from vidgen import profiles, weights
-    from vidgen.accel import ahead, listing
+    from vidgen.accel import ahead
 
     begun = (
         ahead.beginning_for(
@@ -29,7 +29,6 @@ def make_engine(settings: WorkerSettings, chosen: Choice) -> Engine:
         if chosen.alone
         else None
     )
-    listing.import_libraries(loras=settings.has_loras())
     from i2v_service.engine.wan import WanI2VEngine
     from vidgen.accel.engine import Layout
 

@@ -337,10 +337,6 @@ class WorkerSettings(Settings):
         )  # fmt: skip
         return {name: getattr(self, name) for name in names}
 
-    def has_loras(self) -> bool:
-        """Whether any engine of this process is to fuse one."""
-        return any(lora is not None for lora in (self.edit_lora, self.i2v_lora, self.i2v_lora_2))
-
     def devices(self, stages: Collection[Stage]) -> tuple[str, ...]:
         """What a worker of these stages computes on."""
         second = self.i2v_guidance_device if "i2v" in stages else None
