@@ -326,21 +326,21 @@ class Nats:
 async def _children(commands: list[list[str]], env: dict[str, str], folder: Path) -> AsyncIterator[dict[int, float]]:
     """Processes that run for the block, all of them ready: the CPU seconds that each took for that, by its id."""
     folder.mkdir(exist_ok=True)  # noqa: ASYNC240
-    together = Process("workers", folder / "log")
+    processes = [Process(f"workers-{number}", folder / f"{number}.log") for number in range(len(commands))]
+    marks = [folder / f"{number}.ready" for number in range(len(commands))]
     started: dict[int, float] = {}
-    waited = set(range(len(commands)))
     try:
-        together.start([sys.executable, str(HERE / "together.py"), str(folder), json.dumps(commands)], env)
-        while waited:
-            together.check()
-            for number in [one for one in waited if (folder / f"{one}.ready").exists()]:
-                waited.remove(number)
-                pid = int((folder / f"{number}.pid").read_text())
-                started[pid] = cpu_s([pid])
+        for process, command, mark in zip(processes, commands, marks, strict=True):
+            process.start(command, {**env, "VIDGEN_READY_FILE": str(mark)})
+        while len(started) < len(processes):
+            for process, mark in zip(processes, marks, strict=True):
+                process.check()
+                if process.pid not in started and mark.exists():
+                    started[process.pid] = cpu_s([process.pid])
             await asyncio.sleep(0.02)
         yield started
     finally:
-        await together.stop(20)
+        await asyncio.gather(*(process.stop(20) for process in processes))
 
 
 def _shares(count: int, parts: int) -> list[int]:

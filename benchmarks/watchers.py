@@ -15,6 +15,7 @@ import random
 import statistics
 import sys
 import time
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ class Watch:
 
     async def run(self) -> dict[str, Any]:
         reading = self._follow if self._sse else self._poll
-        tasks = [asyncio.create_task(reading()) for _ in range(self._readers)]
+        tasks = [asyncio.create_task(self._come(number, reading)) for number in range(self._readers)]
         tasks.append(asyncio.create_task(self._probe()))
         while line := await asyncio.to_thread(sys.stdin.readline):
             self._known = int(line)
@@ -52,9 +53,13 @@ class Watch:
     def _any(self) -> str:
         return self._ids[self._chance.randrange(self._known)]
 
-    async def _follow(self) -> None:
-        while self._known < self._readers:  # else all of them would follow the first job  # noqa: ASYNC110
+    async def _come(self, number: int, reading: Callable[[], Awaitable[None]]) -> None:
+        """One reader after another, as the jobs come: at once, all would follow the first jobs, and leave together."""
+        while self._known * self._readers < number * len(self._ids):  # noqa: ASYNC110
             await asyncio.sleep(0.05)
+        await reading()
+
+    async def _follow(self) -> None:
         while True:
             connection = Connection(self._url)
             try:

@@ -111,8 +111,9 @@ class Jobs:
         finally:
             if not log_read.cancel():
                 log_read.exception()  # it came to an end unasked: how does not matter
-        if job.status is not JobStatus.IN_PROGRESS:
-            return job
+        stage = job.stage_record(job.stage) if job.stage and job.status is JobStatus.IN_PROGRESS else None
+        if stage is None or not stage.attempt:
+            return job  # nobody has begun what is due, so nobody has told how far it is
         progress = await self._newest_progress(job_id)
         current = progress is not None and progress.stage == job.stage and progress.run == job.run
         return job.model_copy(update={"progress": progress}) if current else job

@@ -40,7 +40,10 @@ def find_program(name: str) -> str | None:
 
 
 class Process:
-    """One child process with a log file, in a session of its own, so that Ctrl-C reaches only its parent.
+    """One child process with a log file, in a process group of its own, so that Ctrl-C reaches only its parent.
+
+    In its parent's session, though: Linux shares the processor among sessions first (`sched_autogroup_enabled`), and a
+    stack of ten processes is to have one share beside what else its user runs, and no part of it a share of its own.
 
     It is killed with its parent, whatever ends that (Linux; elsewhere only an orderly end stops it). The kernel binds
     it to the *thread* that called `start`: start it from one that lives as long as it is needed.
@@ -69,7 +72,7 @@ class Process:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as log:
             self._popen = subprocess.Popen(  # noqa: S603  our own command lines, no shell
-                command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=env, start_new_session=True
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, env=env, process_group=0
             )
 
     async def wait(self, limit: float) -> int | None:

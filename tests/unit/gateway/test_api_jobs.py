@@ -286,6 +286,20 @@ async def test_a_job_shows_its_newest_progress_while_it_runs(gateway: Gateway) -
     assert shown["progress"]["step"] == 3
 
 
+async def test_nobody_looks_for_the_progress_of_a_stage_that_waits(gateway: Gateway) -> None:
+    bus = gateway.parts.bus
+    assert isinstance(bus, MemoryBus)
+    job = await gateway.submit(i2v={"prompt": "zoom"})
+    looked = []
+    for event in (started(job), completed(job)):
+        await gateway.tell(event)
+        before = bus.calls["latest"]
+        shown = (await gateway.client.get(f"/v1/jobs/{job.id}")).json()
+        assert (shown["status"], shown.get("progress")) == ("in_progress", None)
+        looked.append(bus.calls["latest"] - before)
+    assert looked == [2, 1]  # at its log, and at its progress
+
+
 @pytest.mark.parametrize("path", ["/v1/jobs/none", "/v1/jobs/none/events", "/v1/jobs/a.b", "/v1/jobs/" + "x" * 65])
 async def test_an_unknown_job_is_not_found(gateway: Gateway, path: str) -> None:
     answer = await gateway.client.get(path)
