@@ -234,7 +234,7 @@ async def test_ctrl_c_reaches_only_the_parent(tmp_path: Path) -> None:
     process.start([sys.executable, "-c", "import signal; signal.pause()"])
     try:
         assert os.getpgid(process.pid) != os.getpgid(0)
-        assert os.getsid(process.pid) != os.getsid(0)
+        assert os.getsid(process.pid) == os.getsid(0)  # one share of the processor for all of them
     finally:
         process.kill()
     assert await asyncio.wait_for(process.wait(BOUND_S), BOUND_S) == -signal.SIGKILL
