@@ -1,10 +1,11 @@
 """Ten thousand jobs at once: what goes in, what gets through, and how soon the gateway answers meanwhile.
 
     python benchmarks/load.py [--jobs 10000] [--readers 50] [--workers 20] [--processes 4]
-                              [--split] [--peers celery taskiq taskiq-nats]
+                              [--split] [--rounds 1] [--peers celery taskiq taskiq-nats]
 
 Real nats-server (synced), real S3 server, gateway and workers as processes on this machine, engines of zero cost.
 Beside it, in the same run, the same jobs by others: an object in S3, two stages, an object out, the status by HTTP.
+With several rounds all take turns, in one order and then the other: a machine is not as fast at all times.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import contextlib
 import json
 import os
 import shutil
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -82,9 +84,6 @@ class Figures:
     disk: dict[str, float] = field(default_factory=dict)  # MB per 1,000 jobs
     cpu: dict[str, float] = field(default_factory=dict)  # seconds per 1,000 jobs, in both phases, without the start
     wrong: int = 0
-
-    def p99(self) -> float:
-        return quantile(self.probes["through"], 0.99)
 
     def slope(self) -> float:
         """MB per 1,000 jobs done, by least squares behind the warm-up."""
@@ -455,6 +454,28 @@ async def store(folder: Path) -> AsyncIterator[S3Server]:
         yield s3
 
 
+def compare(done: dict[str, list[Figures]]) -> None:
+    """Each side over its rounds, and ours to the others': the median of the rounds' ratios, and one p99 of them all."""
+    ours = done["vidgen"]
+    print()
+    for rounds in done.values():
+        times = through(rounds)
+        print(f"{rounds[0].name}: jobs per second {' '.join(f'{one.jobs_per_s:.1f}' for one in rounds)};"
+              f" GET, through: {summary(times)}")  # fmt: skip
+        if rounds is not ours:
+            pairs = list(zip(ours, rounds, strict=True))
+            jobs = statistics.median(our.jobs_per_s / other.jobs_per_s for our, other in pairs)
+            requests = statistics.median(our.requests_per_s / other.requests_per_s for our, other in pairs)
+            last = quantile(through(ours), 0.99) / quantile(through(rounds), 0.99)
+            print(
+                f"  vidgen to it: jobs per second × {jobs:.2f}, requests per second × {requests:.2f}, p99 × {last:.2f}"
+            )
+
+
+def through(rounds: list[Figures]) -> list[float]:
+    return [seconds for one in rounds for seconds in one.probes["through"]]
+
+
 async def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--jobs", type=int, default=10_000)
@@ -462,6 +483,7 @@ async def main() -> None:
     parser.add_argument("--workers", type=int, default=20, help="half of them for each stage")
     parser.add_argument("--processes", type=int, default=4, help="that our workers, and taskiq's, share")
     parser.add_argument("--gateways", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=1, help="how often each side has its turn")
     parser.add_argument("--split", action="store_true", help="one more gateway, which alone moves the jobs on")
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
     options = parser.parse_args()
@@ -470,25 +492,21 @@ async def main() -> None:
     busy = " ".join(f"{one:.1f}" for one in os.getloadavg())
     print(f"load average {busy}; {options.jobs:,} jobs, {options.readers} readers, {options.workers} workers in"
           f" {options.processes} processes, gateways of ours: {' + '.join(roles)}", flush=True)  # fmt: skip
-    ours: Figures | None = None
+    done: dict[str, list[Figures]] = {kind: [] for kind in ("vidgen", *options.peers)}
     with tempfile.TemporaryDirectory(prefix="vidgen-load-") as name:
-        for kind in ("vidgen", *options.peers):
-            folder = Path(name) / kind
-            folder.mkdir()
-            async with store(folder) as s3:
-                if kind == "vidgen":
-                    starting: contextlib.AbstractAsyncContextManager[Side] = Vidgen.start(folder, s3, roles)
-                else:
-                    starting = Peer.start(kind, folder, s3)
-                async with starting as side:
-                    figures = await measure(side, options)
-            figures.show()
-            if ours is None:
-                ours = figures
-            else:
-                print(f"  vidgen to {figures.name}: jobs per second × {ours.jobs_per_s / figures.jobs_per_s:.2f},"
-                      f" requests per second × {ours.requests_per_s / figures.requests_per_s:.2f},"
-                      f" p99 × {ours.p99() / figures.p99():.2f}", flush=True)  # fmt: skip
+        for number in range(options.rounds):
+            for kind in reversed(done) if number % 2 else done:
+                folder = Path(name) / f"{kind}-{number}"
+                folder.mkdir()
+                async with store(folder) as s3:
+                    if kind == "vidgen":
+                        starting: contextlib.AbstractAsyncContextManager[Side] = Vidgen.start(folder, s3, roles)
+                    else:
+                        starting = Peer.start(kind, folder, s3)
+                    async with starting as side:
+                        done[kind].append(await measure(side, options))
+                done[kind][-1].show()
+    compare(done)
     print(f"load average at the end {' '.join(f'{one:.1f}' for one in os.getloadavg())}")
 
 
