@@ -47,7 +47,9 @@ class JobFeed:
         self._pumps: list[asyncio.Task[None]] = []
         self._seen, self._newest = after, newest
         self._run = job.run
-        self._ended = job.status.final  # the log, or the record, says that the newest run known has ended
+        # The log, or the record, says that the newest run known has ended. The record is final a moment before the log,
+        # which says so itself where anything of it is still to be told.
+        self._ended = job.status.final and self._caught_up
         self._progress: bytes | None = job.progress.to_bytes() if job.progress else None
 
     @classmethod

@@ -134,16 +134,24 @@ async def test_what_a_worker_says_after_the_end_is_told_too(gateway: Gateway) ->
     assert frames[-1][2]["gpu_seconds"] == 2.5
 
 
-async def test_a_job_that_ended_without_its_last_event_still_ends_the_stream(gateway: Gateway) -> None:
+@pytest.mark.parametrize("comes", [False, True])
+async def test_a_job_whose_last_event_is_owed_ends_with_it_or_in_a_quiet_moment_without(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch, comes: bool
+) -> None:
     """A gateway that dies between the record and the event leaves a final record whose event comes later, or never."""
+    monkeypatch.setattr(feed_module, "KEEP_ALIVE_S", 5.0 if comes else 0.05)
     job = await finished(gateway)
     bus = gateway.parts.bus
     newest = await bus.last(topology.EVENTS, topology.subject_of_events(job.id))
     assert newest is not None
     await bus.delete(topology.EVENTS, newest.seq)
 
-    frames = parse_frames((await gateway.client.get(f"/v1/jobs/{job.id}/events")).text)
-    assert [kind for kind, _, _ in frames] == ["accepted", "stage_started", "stage_completed", "job"]
+    call = watch(gateway, job)
+    assert [kind for kind, _, _ in await call.frames(3)] == ["accepted", "stage_started", "stage_completed"]
+    if comes:
+        await bus.publish(newest.subject, newest.body, message_id="owed")
+        assert [kind for kind, _, _ in await call.frames(1)] == ["completed"]
+    assert [kind for kind, _, _ in await call.frames(1)] == ["job"]
 
 
 async def test_a_quiet_stream_is_kept_alive(gateway: Gateway, monkeypatch: pytest.MonkeyPatch) -> None:
