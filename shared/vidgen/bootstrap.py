@@ -65,10 +65,10 @@ async def ensure(bus: JetStreamBus, wanted: topology.Topology) -> None:
             duplicate_window=min(stream.duplicate_window, stream.max_age or stream.duplicate_window),
         )  # fmt: skip
         await _ensure_stream(js, f"stream {stream.name}", config)
-    for consumer in wanted.consumers:
-        await _ensure_consumer(js, consumer, wanted.ack_wait)
     for bucket in wanted.buckets:
         await _ensure_bucket(js, bucket, wanted.replicas)
+    for consumer in wanted.consumers:  # last: a worker that finds its queues begins, and needs all of the above
+        await _ensure_consumer(js, consumer, wanted.ack_wait)
 
 
 async def _ensure_stream(js: JetStreamContext, what: str, wanted: api.StreamConfig) -> None:

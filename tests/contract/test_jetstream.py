@@ -536,6 +536,16 @@ async def test_the_bootstrap_refuses_a_bucket_in_another_storage(nats_server: Na
             await bootstrap.ensure(connected, topology.Topology())
 
 
+async def test_the_bootstrap_makes_queues_last_since_workers_begin_where_theirs_are(nats_server: NatsServer) -> None:
+    first = dataclasses.replace(topology.CONSUMERS[0], stream="nowhere")
+    async with jetstream.connect(nats_server.url, "test") as connected:
+        with pytest.raises(errors.BusError):
+            await bootstrap.ensure(connected, topology.Topology(consumers=(first,)))
+
+        for bucket in topology.BUCKETS:
+            await connected.records(bucket.name).put("key", b"value")
+
+
 async def test_a_bucket_that_is_not_there_is_named(nats_server: NatsServer) -> None:
     async with jetstream.connect(nats_server.url, "test") as connected:
         records = connected.records("elsewhere")
