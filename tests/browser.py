@@ -77,7 +77,7 @@ def opened(browser: Browser, origin: str, **options: Any) -> Iterator[Window]:
         window = Window(page, origin)
         window.listen()
         yield window
-        assert window.complaints == []
-        assert window.elsewhere() == []
+        assert window.complaints == [], window.complaints  # pytest shows nothing of asserts outside of test files
+        assert window.elsewhere() == [], window.elsewhere()
     finally:
         context.close()

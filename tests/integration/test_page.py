@@ -274,6 +274,8 @@ def test_what_cannot_be_sent_is_said_before_it_is_sent(window: Window, tmp_path:
     page.get_by_role("button", name="Make the video").click()
     expect(frames).to_be_focused()
     expect(frames).to_have_accessible_description(re.compile("Frames: "))
+    # Nor is a price asked for of what would be refused: the browser would log that as an error (`opened` looks).
+    expect(page.locator('[data-figure="cost"]')).to_have_text("–")
     frames.fill("17")
     expect(frames).to_have_accessible_description("1.1 s of video.")
     assert [url for url in window.requested if url.endswith("/v1/jobs")] == []

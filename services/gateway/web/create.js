@@ -126,12 +126,13 @@ class Create {
   // ── before it is sent ──────────────────────────────────────────────────────────────────────────────────────────
 
   async estimate() {
+    const number = ++this.asked;
+    if (this.wrongNumbers().length) return this.tell(null); // the server would refuse it
     const asked = this.request();
     delete asked.review;
     if (!asked.edit && !asked.i2v) asked.edit = { prompt: PRESETS_ALONE, quality: this.form.elements.quality.value };
     const photo = this.photos?.shape;
     if (photo) [asked.reference_width, asked.reference_height] = [photo.width, photo.height];
-    const number = ++this.asked;
     let found = null;
     try {
       found = await post("v1/estimate", asked);
@@ -194,13 +195,14 @@ class Create {
     if (!asked.edit && this.photos.chosen.length > 1) {
       wrong.push(["edit.prompt", "A video without an edit starts from one photo: say what should change, or remove the others."]);
     }
-    for (const id of ["frames", "fps", "seed"]) {
-      const input = this.field(id);
-      if (!input.disabled && !input.validity.valid) wrong.push([input.dataset.field, input.validationMessage]);
-    }
+    for (const input of this.wrongNumbers()) wrong.push([input.dataset.field, input.validationMessage]);
     for (const [field, message] of wrong) this.mark(field, message);
     if (wrong.length) this.complain(wrong.map(([, message]) => message).join(" "));
     return !wrong.length;
+  }
+
+  wrongNumbers() {
+    return ["frames", "fps", "seed"].map((id) => this.field(id)).filter((input) => !input.disabled && !input.validity.valid);
   }
 
   refuse(problem) {
