@@ -1,7 +1,8 @@
 """Ten thousand jobs at once: what goes in, what gets through, and how soon the gateway answers meanwhile.
 
-    python benchmarks/load.py [--jobs 10000] [--readers 50] [--workers 20] [--processes 4]
-                              [--split] [--rounds 1] [--peers celery taskiq taskiq-nats]
+    python benchmarks/load.py [--jobs 10000] [--readers 50] [--workers 20] [--processes 2]
+                              [--split] [--rounds 1] [--nice-peers 0]
+                              [--peers celery celery-threads taskiq taskiq-nats]
 
 Real nats-server (synced), real S3 server, gateway and workers as processes on this machine, engines of zero cost.
 Beside it, in the same run, the same jobs by others: an object in S3, two stages, an object out, the status by HTTP.
@@ -31,22 +32,28 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 import nats
 import uvloop
+from nats.aio.client import Client
 from PIL import Image
 
 from lean import Connection
-from overhead import Finals, System, environment
+from overhead import System, environment
+from vidgen import topology
 from vidgen.local import NatsServer, S3Server
 from vidgen.local.process import Process
-from vidgen.local.stack import Service
+from vidgen.local.stack import NICE, Service
 from watchers import quantile, summary
 
 HERE = Path(__file__).parent
 KEY = "uploads/bench/reference.png"
 PROBES_PER_S = 20.0
 SENDERS = 16
-SAMPLE_S = 0.5
+SAMPLE_S = 0.2
 WARM_SHARE = 0.2  # of the jobs: caches fill and imports happen, so memory is looked at behind them
 STALL_S = 120.0
+# Each side's server is asked how much it holds, for hearing of every job would cost more than a small part of what is
+# measured. What is done twice counts as more, so at the end each job is asked for.
+EVENTS_OF_A_JOB = 5  # behind `accepted`: started and completed, of two stages; completed
+RESULTS_OF_A_JOB = 2  # beside a few keys of its own: a job or two too early, in Redis's favour
 
 
 class Side(Protocol):
@@ -118,8 +125,8 @@ class Vidgen:
 
     name, sse = "vidgen", True
 
-    def __init__(self, system: System, gateways: list[Service], finals: Finals) -> None:
-        self._system, self._gateways, self._finals = system, gateways, finals
+    def __init__(self, system: System, gateways: list[Service], client: Client) -> None:
+        self._system, self._log = system, client.jetstream()
         self.url = gateways[0].url
         self.folders = {"bus": system.nats.folder / "data", "S3": system.s3.folder / "data"}
         self.pids = {"gateway": [one.pid for one in gateways], "bus": [system.nats.pid], "S3": [system.s3.pid]}
@@ -127,8 +134,8 @@ class Vidgen:
     @classmethod
     @contextlib.asynccontextmanager
     async def start(cls, folder: Path, s3: S3Server, roles: Sequence[str]) -> AsyncIterator[Vidgen]:
-        async with NatsServer(folder / "nats") as nats:
-            system = System(folder, nats, s3)
+        async with NatsServer(folder / "nats") as bus:
+            system = System(folder, bus, s3)
             gateways = [
                 Service(f"gateway-{number}", "gateway.main", folder, {**system.env, "VIDGEN_GATEWAY_ROLES": role})
                 for number, role in enumerate(roles)
@@ -136,11 +143,9 @@ class Vidgen:
             try:
                 for gateway in gateways:
                     await gateway.start()
-                finals = Finals(nats.url)
-                watching = asyncio.create_task(finals.watch())
-                yield cls(system, gateways, finals)
-                watching.cancel()
-                await asyncio.wait([watching])
+                client = await nats.connect(bus.url)
+                yield cls(system, gateways, client)
+                await client.close()
             finally:
                 for gateway in gateways:
                     await gateway.terminate()
@@ -157,12 +162,14 @@ class Vidgen:
             [sys.executable, str(HERE / "workers.py"), str(edit), str(i2v)]
             for edit, i2v in zip(edits, reversed(i2vs), strict=True)
         ]
-        async with _children(commands, self._system.env, self._system.folder / "workers") as started:
+        env = {**self._system.env, "VIDGEN_NICE": str(NICE)}  # as `vidgen up` starts them
+        async with _children(commands, env, self._system.folder / "workers") as started:
             self.pids["workers"] = list(started)
             yield sum(started.values())
 
     async def done(self) -> int:
-        return len(self._finals.at)
+        events, accepted = await asyncio.gather(*map(self._log.stream_info, (topology.EVENTS, topology.HISTORY)))
+        return (events.state.messages - accepted.state.messages) // EVENTS_OF_A_JOB
 
     async def completed(self, job_id: str, connection: Connection) -> bool:
         status, body = await connection.call("GET", f"/v1/jobs/{job_id}")
@@ -175,8 +182,10 @@ class Peer:
     sse = False
 
     def __init__(
-        self, kind: str, server: Redis | Nats, api: Service, env: dict[str, str], folder: Path, s3: S3Server
-    ) -> None:
+        self, kind: str, server: Redis | Nats, api: Service, env: dict[str, str], folder: Path, s3: S3Server,
+        nice: int,
+    ) -> None:  # fmt: skip
+        self._nice = nice
         self.name, self._kind, self._server, self._env, self._folder = PEERS[kind], kind, server, env, folder
         self.url = api.url
         self.folders = {server.name: server.data, "S3": s3.folder / "data"}
@@ -184,7 +193,7 @@ class Peer:
 
     @classmethod
     @contextlib.asynccontextmanager
-    async def start(cls, kind: str, folder: Path, s3: S3Server) -> AsyncIterator[Peer]:
+    async def start(cls, kind: str, folder: Path, s3: S3Server, nice: int) -> AsyncIterator[Peer]:
         async with Nats(folder / "nats") if kind == "taskiq-nats" else Redis(folder / "redis") as server:
             python_path = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
             env = {
@@ -194,7 +203,7 @@ class Peer:
             api = PeerApi("peer-api", "peers", folder, env)
             try:
                 await api.start()
-                yield cls(kind, server, api, env, folder, s3)
+                yield cls(kind, server, api, env, folder, s3, nice)
             finally:
                 await api.terminate()
 
@@ -205,16 +214,23 @@ class Peer:
 
     @contextlib.asynccontextmanager
     async def workers(self, count: int, processes: int) -> AsyncIterator[float]:
-        if self._kind == "celery":  # its own pool: a process for each worker
+        if self._kind.startswith("celery"):
             quiet = ["--loglevel=WARNING", "--without-gossip", "--without-mingle", "--without-heartbeat"]
-            celery = [sys.executable, "-m", "celery", "-A", "peers:app", "worker"]
-            commands = [[*celery, f"--concurrency={count}", *quiet]]
+            celery = [sys.executable, "-m", "celery", "-A", "peers:app", "worker", *quiet]
+            if self._kind == "celery":  # its own pool, which is its default: a process for each worker
+                commands = [[*celery, f"--concurrency={count}"]]
+            else:
+                commands = [
+                    [*celery, "--pool=threads", f"--concurrency={share}", f"--hostname={number}@%h"]
+                    for number, share in enumerate(_shares(count, processes))
+                ]
         else:
             commands = [
                 [sys.executable, "-m", "taskiq", "worker", "peers:broker", "--workers=1",
                  f"--max-async-tasks={share}", "--max-prefetch=1", "--ack-type=when_saved", "--log-level=WARNING"]
                 for share in _shares(count, processes)
             ]  # fmt: skip
+        commands = [["nice", "-n", str(self._nice), *command] for command in commands] if self._nice else commands
         async with _children(commands, self._env, self._folder / "workers") as started:
             self.pids["workers"] = list(started)
             yield sum(started.values())
@@ -227,7 +243,10 @@ class Peer:
         return status == 200 and json.loads(body)["status"] == "completed"
 
 
-PEERS = {"celery": "Celery + Redis", "taskiq": "taskiq + Redis Streams", "taskiq-nats": "taskiq + JetStream"}
+PEERS = {
+    "celery": "Celery + Redis", "celery-threads": "Celery, in threads, + Redis", "taskiq": "taskiq + Redis Streams",
+    "taskiq-nats": "taskiq + JetStream",
+}  # fmt: skip
 
 
 class PeerApi(Service):
@@ -282,7 +301,7 @@ class Redis:
         import redis
 
         with redis.Redis(unix_socket_path=str(self._socket)) as client:
-            return int(client.get("bench:done") or 0)
+            return int(client.dbsize()) // RESULTS_OF_A_JOB
 
 
 class Nats:
@@ -481,17 +500,19 @@ async def main() -> None:
     parser.add_argument("--jobs", type=int, default=10_000)
     parser.add_argument("--readers", type=int, default=50)
     parser.add_argument("--workers", type=int, default=20, help="half of them for each stage")
-    parser.add_argument("--processes", type=int, default=4, help="that our workers, and taskiq's, share")
+    parser.add_argument("--processes", type=int, default=os.cpu_count(), help="that our workers, and others', share")
     parser.add_argument("--gateways", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=1, help="how often each side has its turn")
     parser.add_argument("--split", action="store_true", help="one more gateway, which alone moves the jobs on")
+    parser.add_argument("--nice-peers", type=int, default=0, metavar="N", help="how nice the others' workers are")
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
     options = parser.parse_args()
     print(environment())
     roles = ["api" if options.split else "api,pipeline"] * options.gateways + ["pipeline"] * options.split
     busy = " ".join(f"{one:.1f}" for one in os.getloadavg())
     print(f"load average {busy}; {options.jobs:,} jobs, {options.readers} readers, {options.workers} workers in"
-          f" {options.processes} processes, gateways of ours: {' + '.join(roles)}", flush=True)  # fmt: skip
+          f" {options.processes} processes, ours at nice {NICE} and others' at {options.nice_peers},"
+          f" gateways of ours: {' + '.join(roles)}", flush=True)  # fmt: skip
     done: dict[str, list[Figures]] = {kind: [] for kind in ("vidgen", *options.peers)}
     with tempfile.TemporaryDirectory(prefix="vidgen-load-") as name:
         for number in range(options.rounds):
@@ -502,7 +523,7 @@ async def main() -> None:
                     if kind == "vidgen":
                         starting: contextlib.AbstractAsyncContextManager[Side] = Vidgen.start(folder, s3, roles)
                     else:
-                        starting = Peer.start(kind, folder, s3)
+                        starting = Peer.start(kind, folder, s3, options.nice_peers)
                     async with starting as side:
                         done[kind].append(await measure(side, options))
                 done[kind][-1].show()

@@ -33,6 +33,7 @@ from vidgen.worker import Registration, Worker
 async def main(counts: dict[Stage, int]) -> None:
     settings = read(WorkerSettings)
     telemetry.configure(settings, "workers")
+    os.nice(settings.nice)  # as the services do
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)

@@ -15,14 +15,14 @@ from typing import Literal
 from vidgen import contracts, errors, topology
 from vidgen.bus import Bus
 from vidgen.engine import OnStep
-from vidgen.eta import Pace, StepClock
+from vidgen.eta import PROGRESS_PER_SECOND, Pace, StepClock
 from vidgen.eventlog import Claim
 from vidgen.metrics import WorkerMetrics
 
 Phase = Literal["preparing", "denoising", "finishing"]
 Stepped = Callable[[float, float | None], None]
 
-SOON_S = 0.05  # what an attempt is on by then is the first that is told
+SOON_S = 1 / PROGRESS_PER_SECOND  # what an attempt is on by then is the first that is told
 
 
 class Reporter:

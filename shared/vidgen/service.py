@@ -75,6 +75,7 @@ def run_stages(makers: Mapping[Stage, MakeEngine], service: str) -> int:
         sys.stderr.write(f"{exc.message}\n")
         return 1
     telemetry.configure(settings, service)
+    os.nice(settings.nice)
     # What is made until the tasks come stays: with torch a million objects, which the collector would look through
     # again and again. It took a quarter of the imports' time.
     gc.disable()
