@@ -228,8 +228,8 @@ class WorkerSettings(Settings):
     metrics_port: int = Field(0, ge=0, le=65535, description="Its port; 0: one that the OS chooses.")
     nice: int = Field(
         0, ge=0, le=19,
-        description="How far this worker lets others go first on its processors, as `nice` counts it: where the gateway "
-        "and the servers share a machine with it, they answer sooner while it computes. `vidgen up` sets 5.",
+        description="How far this worker lets others go first on its processors, as `nice` counts it: a gateway, and "
+        "servers, on the same machine answer sooner while it computes. `vidgen up` sets 5.",
     )  # fmt: skip
     work_dir: Path | None = Field(None, description="Scratch space; a temporary folder by default.")
     max_attempts: int = Field(3, ge=1, le=9, description="Tries of a task before it is given up.")
