@@ -230,7 +230,8 @@ class Peer:
                  f"--max-async-tasks={share}", "--max-prefetch=1", "--ack-type=when_saved", "--log-level=WARNING"]
                 for share in _shares(count, processes)
             ]  # fmt: skip
-        commands = [["nice", "-n", str(self._nice), *command] for command in commands] if self._nice else commands
+        if self._nice:
+            commands = [[shutil.which("nice") or "", "-n", str(self._nice), *command] for command in commands]
         async with _children(commands, self._env, self._folder / "workers") as started:
             self.pids["workers"] = list(started)
             yield sum(started.values())

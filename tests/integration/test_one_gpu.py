@@ -18,7 +18,6 @@ from tests.servers import finished, skipped_at_home
 from vidgen.client import AsyncClient
 from vidgen.contracts import EditParams, I2VParams, JobStatus, StageStarted, VideoRequest
 from vidgen.local import Service, Stack
-from vidgen.local.stack import NICE
 
 PHOTO = Path(__file__).parents[2] / "examples" / "portrait.jpg"
 ROOT = Path(__file__).parents[2]
@@ -124,8 +123,6 @@ async def test_one_process_serves_a_mixed_queue_of_both_stages_to_its_end(stack:
     assert total(text, "vidgen_worker_switch_seconds_count") == 0
     figures = [line for line in text.splitlines() if line.startswith("vidgen_worker_gpu_memory_total_bytes{")]
     assert len(figures) == 1
-    answers, computes = (os.getpriority(os.PRIO_PROCESS, service.pid) for service in stack.services)
-    assert computes == answers + NICE
 
 
 async def test_models_that_do_not_fit_together_take_turns_and_every_job_is_done(turns: OneGpu) -> None:

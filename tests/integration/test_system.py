@@ -17,6 +17,7 @@ from vidgen import jetstream, topology, video
 from vidgen.client import AsyncClient
 from vidgen.contracts import EditParams, I2VParams, Job, JobStatus, Progress, VideoRequest
 from vidgen.local import Stack
+from vidgen.local.stack import NICE
 
 PHOTO = Path(__file__).parents[2] / "examples" / "portrait.jpg"
 PACE = 0.05
@@ -192,6 +193,11 @@ async def test_the_fleet_and_the_metrics_show_what_ran(client: AsyncClient, stac
         sum(float(lines[f'vidgen_fleet_workers{{stage="edit",state="{state}"}}']) for state in ("ready", "busy")) == 1
     )
     assert float(lines['vidgen_gpu_seconds_total{stage="i2v"}']) > 0
+
+
+async def test_those_who_compute_let_those_who_answer_go_first(stack: Stack) -> None:
+    gateway, *workers = (os.getpriority(os.PRIO_PROCESS, service.pid) for service in stack.services)
+    assert workers == [gateway + NICE] * 2
 
 
 async def test_a_worker_that_is_killed_hands_its_task_to_the_next(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from vidgen.local.servers import LOOPBACK, NatsServer, S3Server
 START_LIMIT = 120.0  # seconds, for a service that loads no model
 LOAD_LIMIT = 1800.0  # for one that may: it listens when its engine is set up
 DRAIN_S = 20.0
-NICE = 5  # by which those who compute let those who answer go first, all of them being on one machine
+NICE = 10  # as the command adds: who computes on the processors that others answer with lets those go first
 LEAVE_S = 3.0  # what a second SIGTERM gives a worker to hand its task back
 
 # What the stack decides for its services; whatever else VIDGEN_* the user has set goes through to them.
@@ -251,7 +251,8 @@ class Stack:
                 name = kind if number == 1 else f"{kind}-{number}"
                 work = self.folder / "work" / name
                 work.mkdir(parents=True, exist_ok=True)
-                own = {"VIDGEN_NICE": str(NICE), **env, **self._identity(kind), "VIDGEN_WORK_DIR": str(work)}
+                nice = "0" if self.one_gpu else str(NICE)  # who waits for kernels to be launched is not to wait longer
+                own = {"VIDGEN_NICE": nice, **env, **self._identity(kind), "VIDGEN_WORK_DIR": str(work)}
                 yield Service(name, module, logs, own, arguments)
 
     def _kinds(self) -> Iterator[tuple[str, str, Sequence[str]]]:
