@@ -22,6 +22,8 @@ from vidgen.local import NatsServer, S3Server
 os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 # Tiny tensors are soonest done by one thread; more of them, in each process, would spin on cores that others need.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Tests compute beside the stacks that others started: their workers are to have their share.
+os.environ.setdefault("VIDGEN_NICE", "0")
 checkpoints.install_shim()  # before any test imports transformers
 
 # Nothing is asserted about time, and a busy machine is no failure. CI draws the same examples each time, so that

@@ -198,8 +198,10 @@ async def test_the_fleet_and_the_metrics_show_what_ran(client: AsyncClient, stac
     assert float(lines['vidgen_gpu_seconds_total{stage="i2v"}']) > 0
 
 
-async def test_those_who_compute_let_those_who_answer_go_first(stack: Stack) -> None:
-    gateway, *workers = (os.getpriority(os.PRIO_PROCESS, service.pid) for service in stack.services)
+async def test_those_who_compute_let_those_who_answer_go_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("VIDGEN_NICE")  # other tests have it
+    async with Stack(tmp_path, env={"VIDGEN_ENGINE": "preview"}, ephemeral=True) as stack:
+        gateway, *workers = (os.getpriority(os.PRIO_PROCESS, service.pid) for service in stack.services)
     assert workers == [gateway + NICE] * 2
 
 
