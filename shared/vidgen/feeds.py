@@ -81,14 +81,14 @@ class FollowFeed:
                 continue
             except BaseException:
                 # A message may be on its way to nobody, and this consumer will not send it again.
-                self._consumer = None
+                self._leave_consumer()
                 raise
             if msg is None:
                 return None
             meta = msg.metadata
             self._delivered += 1
             if meta.sequence.consumer != self._delivered:  # one was lost on the way
-                self._consumer = None
+                self._leave_consumer()
                 continue
             self._seen = meta.sequence.stream
             return Stored(msg.subject, msg.data, self._seen, meta.timestamp, headers_of(msg.headers))
@@ -96,5 +96,14 @@ class FollowFeed:
     async def close(self) -> None:
         if self._consumer is not None:
             consumer, self._consumer = self._consumer, None
-            with contextlib.suppress(nats.errors.Error, js_errors.Error, TimeoutError), cancellable():
-                await self._bus.jetstream.delete_consumer(self._stream, consumer)
+            await self._delete(consumer)
+
+    def _leave_consumer(self) -> None:
+        """Go on without it. It is deleted all the same: a server takes a thousand of a stream, and keeps it a while."""
+        if self._consumer is not None:
+            consumer, self._consumer = self._consumer, None
+            self._bus.on_the_side(self._delete(consumer))
+
+    async def _delete(self, consumer: str) -> None:
+        with contextlib.suppress(nats.errors.Error, js_errors.Error, TimeoutError, OSError), cancellable():
+            await self._bus.jetstream.delete_consumer(self._stream, consumer)

@@ -16,7 +16,7 @@ from nats.aio.msg import Msg
 from nats.js import api
 from tests.servers import connected_bus, running_nats
 
-from vidgen import bootstrap, bus, deliveries, errors, jetstream, topology
+from vidgen import bootstrap, bus, deliveries, errors, feeds, jetstream, topology
 from vidgen.local import NatsServer
 
 QUEUE = topology.consumer_of("edit", "interactive")
@@ -387,6 +387,26 @@ async def test_an_ack_that_nobody_waits_for_removes_the_message_too(nats_server:
         async with asyncio.timeout(BOUND):
             while await connected.get(topology.TASKS, delivery.seq) is not None:
                 await asyncio.sleep(0.01)
+
+
+async def test_a_feed_that_is_left_while_it_waits_leaves_no_consumer_behind(nats_server: NatsServer) -> None:
+    async with jetstream.connect(nats_server.url, "test") as connected:
+        await bootstrap.ensure(connected, topology.Topology())
+        js = connected.jetstream
+        before = (await js.stream_info(topology.EVENTS)).state.consumer_count
+        feed = await connected.follow(topology.EVENTS, "vidgen.events.somebody")
+        assert isinstance(feed, feeds.FollowFeed)
+        waiting = asyncio.create_task(feed.next(60.0))
+        async with asyncio.timeout(10):
+            while not (await js.consumer_info(topology.EVENTS, feed._consumer or "")).num_waiting:
+                await asyncio.sleep(0.01)
+
+        waiting.cancel()
+        await asyncio.gather(waiting, return_exceptions=True)
+        await feed.close()
+        await connected.settle()
+
+        assert (await js.stream_info(topology.EVENTS)).state.consumer_count == before
 
 
 # ── bootstrap ────────────────────────────────────────────────────────────────────────────────────────────────────────
