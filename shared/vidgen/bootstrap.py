@@ -17,7 +17,7 @@ log = logging.getLogger("vidgen.bus")
 
 PAUSE_S = 0.5
 FIXED = ("retention", "storage", "discard", "discard_new_per_subject", "max_msgs_per_subject")
-TUNABLE = ("max_age", "max_bytes", "duplicate_window", "allow_direct")
+TUNABLE = ("max_age", "max_bytes", "max_consumers", "duplicate_window", "allow_direct")
 
 
 class Keeper:
@@ -61,6 +61,7 @@ async def ensure(bus: JetStreamBus, wanted: topology.Topology) -> None:
             name=stream.name, subjects=list(stream.subjects), retention=api.RetentionPolicy(stream.retention),
             storage=api.StorageType(stream.storage), discard=api.DiscardPolicy(stream.discard),
             max_age=stream.max_age, max_bytes=stream.max_bytes, max_msgs_per_subject=stream.max_msgs_per_subject,
+            max_consumers=stream.max_consumers,
             discard_new_per_subject=stream.discard_new_per_subject, num_replicas=wanted.replicas, allow_direct=True,
             duplicate_window=min(stream.duplicate_window, stream.max_age or stream.duplicate_window),
         )  # fmt: skip

@@ -44,6 +44,7 @@ class Stream:
     max_msgs_per_subject: int = -1
     discard_new_per_subject: bool = False
     duplicate_window: float = DUPLICATE_WINDOW
+    max_consumers: int | None = None  # None: as many as the server takes of any, which is a thousand
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,7 @@ STREAMS = (
         HELD, ("vidgen.held.*.*.*.*",), discard="new", max_bytes=1 << 30,
         max_msgs_per_subject=1, discard_new_per_subject=True,
     ),
-    Stream(EVENTS, ("vidgen.events.*",), max_age=7 * DAY),
+    Stream(EVENTS, ("vidgen.events.*",), max_age=7 * DAY, max_consumers=100_000),  # each open feed has one
     Stream(PROGRESS, ("vidgen.progress.*",), storage="memory", max_age=3600, max_msgs_per_subject=1),
     Stream(
         ADVISORIES,

@@ -389,6 +389,19 @@ async def test_an_ack_that_nobody_waits_for_removes_the_message_too(nats_server:
                 await asyncio.sleep(0.01)
 
 
+async def test_more_feeds_are_open_at_once_than_a_server_takes_consumers_by_itself(nats_server: NatsServer) -> None:
+    async with jetstream.connect(nats_server.url, "test") as connected:
+        await connected.jetstream.add_stream(name=topology.EVENTS, subjects=["vidgen.events.*"], max_age=7 * 86400)
+        await bootstrap.ensure(connected, topology.Topology())
+
+        opened = [await connected.follow(topology.EVENTS, f"vidgen.events.{number}") for number in range(1100)]
+
+        await connected.publish("vidgen.events.1099", b"heard", message_id="heard")
+        message = await opened[-1].next(10.0)
+        assert message is not None
+        assert message.body == b"heard"
+
+
 async def test_a_feed_that_is_left_while_it_waits_leaves_no_consumer_behind(nats_server: NatsServer) -> None:
     async with jetstream.connect(nats_server.url, "test") as connected:
         await bootstrap.ensure(connected, topology.Topology())
