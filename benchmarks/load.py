@@ -50,8 +50,9 @@ SENDERS = 16
 SAMPLE_S = 0.2
 WARM_SHARE = 0.2  # of the jobs: caches fill and imports happen, so memory is looked at behind them
 STALL_S = 120.0
-# Each side's server is asked how much it holds, for hearing of every job would cost more than a small part of what is
-# measured. What is done twice counts as more, so at the end each job is asked for.
+# A side's server is asked how much it holds (but for taskiq on JetStream, whose workers say a word on a subject that
+# nothing stores): hearing of each event cost 2 % of the machine. What is done twice counts as more, so at the end each
+# job is asked for.
 EVENTS_OF_A_JOB = 5  # behind `accepted`: started and completed, of two stages; completed
 RESULTS_OF_A_JOB = 2  # beside a few keys of its own: a job or two too early, in Redis's favour
 
