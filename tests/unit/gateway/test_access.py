@@ -256,7 +256,7 @@ async def test_workers_show_a_tenant_its_own_jobs_alone() -> None:
     await a_job(gateway, "theirs", "acme")
     worker = contracts.WorkerInfo(
         id="w1", stage="edit", state="busy", engine="preview", model="none", device="cpu", running=("theirs", "gone"),
-        version="1", host="h", started_at=now(), at=now(),
+        generating="theirs", version="1", host="h", started_at=now(), at=now(),
     )  # fmt: skip
     await gateway.parts.bus.records(topology.WORKERS_BUCKET).put("edit.w1", worker.to_bytes())
     shown: dict[str, Any] = {}
@@ -264,8 +264,11 @@ async def test_workers_show_a_tenant_its_own_jobs_alone() -> None:
         answer = await gateway.client.get(
             "/v1/workers", headers=bearer(await key_for(gateway.parts.bus, tenant, admin=admin))
         )
-        shown[tenant] = answer.json()["workers"][0]["running"]
-    assert shown == {"acme": ["theirs"], "umbrella": [], "default": ["theirs", "gone"]}
+        told = answer.json()["workers"][0]
+        shown[tenant] = told["running"], told.get("generating")
+        if tenant == "umbrella":
+            assert "theirs" not in answer.text
+    assert shown == {"acme": (["theirs"], "theirs"), "umbrella": ([], None), "default": (["theirs", "gone"], "theirs")}
 
 
 # ── keys ─────────────────────────────────────────────────────────────────────────────────────────────────────────
