@@ -356,18 +356,19 @@ async def test_a_session_is_a_cookie_that_no_script_and_no_other_page_can_use() 
 async def test_the_cookie_is_secure_where_the_page_is() -> None:
     gateway = await with_keys()
     key = await key_for(gateway.parts.bus)
-    direct = await gateway.client.post("https://gateway/v1/session", headers=bearer(key))
+    direct = await gateway.client.post("https://gateway.localhost/v1/session", headers=bearer(key))
     # Behind a proxy that has the certificate: the browser says how the page was loaded.
-    proxied = await gateway.client.post("/v1/session", headers=bearer(key) | {"Origin": "https://gateway"})
-    for answer in (direct, proxied):
+    proxied = await gateway.client.post("/v1/session", headers=bearer(key) | {"Origin": "https://gateway.localhost"})
+    broken = await gateway.client.post("/v1/session", headers=bearer(key) | {"Origin": "https://["})
+    for answer in (direct, proxied, broken):
         assert "Secure" in answer.headers["set-cookie"].split("; ")
 
 
-OWN: list[dict[str, str]] = [{"Sec-Fetch-Site": "same-origin"}, {"Origin": "http://gateway"}]
+OWN: list[dict[str, str]] = [{"Sec-Fetch-Site": "same-origin"}, {"Origin": "http://gateway.localhost"}]
 FOREIGN: list[dict[str, str]] = [
     {"Sec-Fetch-Site": "cross-site"}, {"Sec-Fetch-Site": "same-site"}, {"Sec-Fetch-Site": "none"},
-    {"Origin": "https://evil.example"}, {"Origin": "null"}, {"Origin": "http://gateway:81"},
-    {"Origin": "http://gateway.evil.example"},
+    {"Origin": "https://evil.example"}, {"Origin": "null"}, {"Origin": "http://gateway.localhost:81"},
+    {"Origin": "http://gateway.localhost.evil.example"}, {"Origin": "http://["},
 ]  # fmt: skip
 
 
@@ -395,6 +396,34 @@ async def test_a_gateway_without_keys_obeys_no_other_page_either(sent: dict[str,
     job = await gateway.submit()
     assert (await gateway.client.post(f"/v1/jobs/{job.id}/cancel", headers=sent)).status_code == 403
     assert (await gateway.client.post(f"/v1/jobs/{job.id}/cancel")).status_code == 200  # no browser sent that
+
+
+@pytest.mark.parametrize(
+    "host", ["evil.example", "evil.example:8080", "localhost.evil.example", "10.0.0.1", "[", "a b"]
+)
+async def test_a_gateway_without_keys_answers_to_no_name_that_points_here_from_elsewhere(host: str) -> None:
+    """DNS rebinding: to the browser the gateway is then the page's own site, so its headers say nothing against it."""
+    gateway = await Gateway.open()
+    job = await gateway.submit()
+    own = {"Host": host, "Origin": f"http://{host}", "Sec-Fetch-Site": "same-origin"}
+    for method, path in (("GET", "/v1/jobs"), ("POST", f"/v1/jobs/{job.id}/cancel"), ("GET", "/v1/session")):
+        answer = await gateway.client.request(method, path, headers=own)
+        assert (answer.status_code, answer.json()["code"]) == (403, "another_host")
+    assert (await gateway.client.get("/healthz", headers=own)).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "host", ["localhost", "LOCALHOST:8080", "127.0.0.1:8080", "127.0.0.2", "[::1]:8080", "a.localhost."]
+)
+async def test_a_gateway_without_keys_answers_to_every_name_of_this_machine(host: str) -> None:
+    gateway = await Gateway.open()
+    assert (await gateway.client.get("/v1/jobs", headers={"Host": host})).status_code == 200
+
+
+async def test_with_keys_a_gateway_answers_to_any_name() -> None:
+    gateway = await with_keys()
+    headers = bearer(await key_for(gateway.parts.bus, "acme")) | {"Host": "vidgen.example"}
+    assert (await gateway.client.get("/v1/jobs", headers=headers)).status_code == 200
 
 
 async def test_a_key_opens_the_gateway_from_any_page() -> None:
