@@ -8,12 +8,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-import itertools
 import re
-import shutil
-import tempfile
 import uuid
-import weakref
 from collections import OrderedDict
 from collections.abc import AsyncIterator, Iterator, Sequence
 from datetime import UTC, datetime
@@ -31,6 +27,7 @@ from gateway.receivers import Allowed
 from vidgen import artifacts, contracts, dead, errors, images, topology, tracing
 from vidgen.bus import Bus, Delivery
 from vidgen.contracts import DEFAULT_TENANT, FieldError, Job, VideoRequest
+from vidgen.scratch import Scratch
 
 log = structlog.get_logger(__name__)
 
@@ -134,8 +131,7 @@ class Intake:
         # Plain references that were looked at: who makes ten videos of one photograph has it looked at twice, not ten
         # times. The first time nothing is asked of the store that would be in vain for a photograph that comes once.
         self._plain: OrderedDict[str, tuple[str, images.ImageFacts]] = OrderedDict()
-        self._folder, self._files = Path(tempfile.mkdtemp(prefix="vidgen-intake-")), itertools.count()
-        weakref.finalize(self, shutil.rmtree, self._folder, ignore_errors=True)
+        self.scratch = Scratch()
 
     async def submit(self, request: VideoRequest, job_id: str, tenant: str, *, fresh: bool = False) -> tuple[Job, bool]:
         """Let a tenant's request in by HTTP: checked first, durable once this returns; True where the job is new.
@@ -291,12 +287,12 @@ class Intake:
     @contextlib.asynccontextmanager
     async def _file(self, suffix: str = "") -> AsyncIterator[Path]:
         """Room for a file, for the block. Removed in a thread: a disk that is busy syncing would hold up everything."""
-        path = Path(self._folder, f"{next(self._files)}{suffix}")
+        path = self.scratch.path(suffix)
         try:
             yield path
         finally:
             # Shielded: a cancel that comes before the thread has begun must not leave it behind.
-            if path.exists():  # noqa: ASYNC240
+            if path.exists():
                 await asyncio.shield(asyncio.get_running_loop().run_in_executor(None, _remove, path))
 
     async def _record_rejected(

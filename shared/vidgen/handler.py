@@ -9,10 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
-import itertools
-import secrets
 import shutil
-import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import Executor
@@ -34,6 +31,7 @@ from vidgen.eta import Recent
 from vidgen.eventlog import Claim, FencedError
 from vidgen.metrics import Outcome, WorkerMetrics
 from vidgen.progress import Reporter
+from vidgen.scratch import Scratch
 from vidgen.settlement import Policy, Settlement
 from vidgen.turn import SUSPENDING, Clocks, Stop, Turn
 from vidgen.watchdog import Watchdog
@@ -78,9 +76,7 @@ class Handler:
         self._busy_seconds = 0.0
         self._device_lost = False
         self._watchdog = Watchdog(policy.hang)
-        # Of names that nobody can guess, for the folder of temporary files may be everybody's.
-        self._scratch = Path(policy.work_dir or tempfile.gettempdir(), f"vidgen-task-{secrets.token_hex(8)}")
-        self._folders = itertools.count()
+        self._scratch = Scratch(policy.work_dir)
 
     @property
     def seconds_per_step(self) -> float | None:
@@ -254,7 +250,7 @@ class Handler:
         """
         look = task.run > 1 or _log_seq(delivery) is None
         with clocks.timed("prepare"):
-            folder = self._scratch_folder()
+            folder = self._scratch.path()  # who fetches the first file into it makes it, off the event loop
             scratch.push_async_callback(_remove, folder)
             if not look:
                 return _Gathered(folder, await self._fetch(task, folder), False, None)
@@ -268,10 +264,6 @@ class Handler:
                 raise files
             files = []
         return _Gathered(folder, files, True, found)
-
-    def _scratch_folder(self) -> Path:
-        """A name for a task's folder; who fetches the first file into it makes it, off the event loop."""
-        return self._scratch.with_name(f"{self._scratch.name}-{next(self._folders)}")
 
     async def _run(
         self, delivery: Delivery, held: Claim, turn: Turn, clocks: Clocks, gathering: asyncio.Future[_Gathered],

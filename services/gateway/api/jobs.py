@@ -150,7 +150,7 @@ async def _read_request(request: Request, parts: Parts, tenant: str) -> VideoReq
         return parse(await bodies.read_json(request), tenant)
     references: References = request.app.state.references
     limit = parts.settings.max_upload_bytes
-    with tempfile.TemporaryDirectory(prefix="vidgen-form-") as folder:
+    with tempfile.TemporaryDirectory(prefix="form-", dir=parts.intake.scratch.folder()) as folder:
         form = await read_form(request.headers["content-type"], request.stream(), Path(folder), limit)
         asked = _without_references(bodies.check_json(form.request, f"the form field {REQUEST_FIELD}"))
         usable, wrong = await references.check(form.images)
