@@ -20,9 +20,7 @@ from vidgen.scratch import Scratch
 
 PROCESS = """
 import sys
-import tempfile
 from pathlib import Path
-from typing import Any
 from vidgen.scratch import Scratch
 made = Scratch(Path(sys.argv[1]))
 made.path(".png").write_bytes(b"a photograph")
