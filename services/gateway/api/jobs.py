@@ -142,7 +142,8 @@ async def retry(job: JobHere, parts: PartsHere) -> Response:
 async def approve(job: JobHere, request: Request, parts: PartsHere) -> Response:
     """Let a job that waits for a review go on with one of its candidates."""
     wanted = await bodies.read_model(request, Approval)
-    return answer(await parts.jobs.approve(job.id, wanted.candidate))
+    async with parts.quotas.room(job.tenant):
+        return answer(await parts.jobs.approve(job.id, wanted.candidate))
 
 
 async def _read_request(request: Request, parts: Parts, tenant: str) -> VideoRequest:

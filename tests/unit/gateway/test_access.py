@@ -500,6 +500,25 @@ async def test_a_retry_counts_as_a_job_that_is_not_done() -> None:
     assert (await gateway.client.post(f"/v1/jobs/{first}/retry", headers=headers)).status_code == 429
 
 
+async def test_an_approval_counts_as_a_job_that_is_not_done() -> None:
+    gateway = await with_keys(tenant_jobs=1)
+    headers = bearer(await key_for(gateway.parts.bus, "acme"))
+    reviewed = NEW | {"review": True, "i2v": {"prompt": "it moves"}}
+    first = Job.model_validate_json((await gateway.client.post("/v1/jobs", json=reviewed, headers=headers)).content)
+    for stream, pattern in topology.tasks_of("acme"):
+        await gateway.parts.bus.purge(stream, pattern)
+    await gateway.tell(completed(first))
+    other = await gateway.client.post("/v1/jobs", json=NEW, headers=headers)
+    assert other.status_code == 202
+
+    refused = await gateway.client.post(f"/v1/jobs/{first.id}/approve", json={"candidate": 0}, headers=headers)
+    assert (refused.status_code, refused.json()["code"]) == (429, "too_many_jobs")
+
+    await gateway.client.post(f"/v1/jobs/{other.json()['id']}/cancel", headers=headers)
+    let_on = await gateway.client.post(f"/v1/jobs/{first.id}/approve", json={"candidate": 0}, headers=headers)
+    assert let_on.status_code == 200
+
+
 async def test_many_at_once_get_no_more_room_than_there_is() -> None:
     gateway = await with_keys(tenant_jobs=3)
     headers = bearer(await key_for(gateway.parts.bus, "acme"))
