@@ -75,7 +75,7 @@ class ArtifactStore(Protocol):
         """A presigned URL to get a file, which comes as `shown` says, whatever the object was stored as."""
 
     async def upload_url(self, key: str, content_type: str, size: int, *, expires: timedelta = LINK_LIFE) -> str:
-        """A presigned URL to put one file of this size with `upload_headers`; nothing else can be done with it."""
+        """A presigned URL to put one file of this size, once, with `upload_headers`; nothing else can be done with it."""
 
     async def page(self, prefix: str, after: str = "", limit: int = 1000) -> list[Stat]:
         """Up to `limit` objects under `prefix` with keys behind `after`, by key; size and time are what is known."""
@@ -118,8 +118,8 @@ def check_key(key: str, job_id: str | None, tenant: str = contracts.DEFAULT_TENA
 
 
 def upload_headers(content_type: str, size: int) -> dict[str, str]:
-    """The headers that an upload must come with."""
-    return {"Content-Type": content_type, "Content-Length": str(size)}
+    """The headers that an upload must come with; the last one lets it happen once: what was checked stays as it is."""
+    return {"Content-Type": content_type, "Content-Length": str(size), "If-None-Match": "*"}
 
 
 def sha256_of(path: Path) -> str:

@@ -269,6 +269,7 @@ UPLOAD_REFUSED: dict[str, tuple[str, bytes | None, dict[str, str]]] = {
     "a length beside the length": ("PUT", SIZED, {"x-amz-decoded-content-length": "99"}),
     "metadata, such as a manifest": ("PUT", SIZED, {"x-amz-meta-manifest": "forged"}),
     "a copy of another file": ("PUT", SIZED, {"x-amz-copy-source": "/vidgen/jobs/another/video.mp4"}),
+    "a file that may be replaced": ("PUT", SIZED, {"If-None-Match": "nothing"}),
     "a get": ("GET", b"", {}),
     "a delete": ("DELETE", b"", {}),
     "a post": ("POST", SIZED, {}),
@@ -282,7 +283,8 @@ async def test_a_presigned_upload_is_refused_for(s3_store: S3Store, key: str, wh
 
     async with httpx.AsyncClient() as client:
         content = chunked(SIZED) if body is None else body
-        answer = await client.request(method, url, content=content, headers={"Content-Type": "image/png", **headers})
+        sent = {"Content-Type": "image/png", "If-None-Match": "*", **headers}
+        answer = await client.request(method, url, content=content, headers=sent)
 
     assert answer.status_code in (403, 405)
     assert await s3_store.stat(key) is None
@@ -299,12 +301,14 @@ async def test_a_presigned_upload_is_good_for_one_key_and_a_while(s3_store: S3St
         too_late = await client.put(expired, content=SIZED, headers=headers)
         missed = await s3_store.stat(key)
         stored = await client.put(url, content=SIZED, headers=headers)
+        again = await client.put(url, content=SIZED[::-1], headers=headers)
 
     assert (elsewhere.status_code, too_late.status_code, missed) == (403, 403, None)
-    assert stored.status_code == 200
+    assert (stored.status_code, again.status_code) == (200, 412)  # what was looked at stays what it was
     found = await s3_store.stat(key)
     assert found is not None
     assert (found.size, found.content_type) == (len(SIZED), "image/png")
+    assert await whole(s3_store, key) == SIZED
 
 
 async def test_links_are_signed_for_the_public_name(s3_server: S3Server) -> None:

@@ -156,7 +156,7 @@ async def test_an_upload_of_any_image_that_is_read_gets_a_key_and_a_url_to_put_i
     assert slot["key"] in slot["url"]
     assert slot["url"].endswith(f"&size={SIZE}")
     assert slot["method"] == "PUT"
-    assert slot["headers"] == {"Content-Type": kind, "Content-Length": str(SIZE)}
+    assert slot["headers"] == {"Content-Type": kind, "Content-Length": str(SIZE), "If-None-Match": "*"}
     assert slot["expires_at"]
 
 
