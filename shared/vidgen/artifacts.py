@@ -75,7 +75,7 @@ class ArtifactStore(Protocol):
         """A presigned URL to get a file, which comes as `shown` says, whatever the object was stored as."""
 
     async def upload_url(self, key: str, content_type: str, size: int, *, expires: timedelta = LINK_LIFE) -> str:
-        """A presigned URL to put one file of this size, once, with `upload_headers`; nothing else can be done with it."""
+        """A presigned URL to put one file of this size, once, with `upload_headers`; it is good for nothing else."""
 
     async def page(self, prefix: str, after: str = "", limit: int = 1000) -> list[Stat]:
         """Up to `limit` objects under `prefix` with keys behind `after`, by key; size and time are what is known."""

@@ -15,6 +15,7 @@ from tests.fault.system import BOUND_S, FINAL, POLL_S, Asked, System
 from tests.fault.worker import PAD, entries, made_of
 
 from vidgen import contracts, errors, results, topology
+from vidgen.artifacts import job_prefix
 from vidgen.contracts import STAGES, Event, Job
 
 T = TypeVar("T")
@@ -108,11 +109,13 @@ class Ledger:
         """Stored once, as record and manifest say, and with the bytes that an undisturbed run would have made."""
         if record is None:
             return
+        known: set[str] = set()
         for stage in STAGES:
             part = record.stage_record(stage)
             if part is None or part.state is not contracts.StageState.COMPLETED:
                 continue
             [artifact] = part.artifacts
+            known.add(artifact.key)
             target = self.system.folder / "fetched"
             await self.system.store.fetch(artifact.key, target)
             data = target.read_bytes()
@@ -124,6 +127,9 @@ class Ledger:
             stat = await self.system.store.stat(artifact.key)
             if stat is None or results.MANIFEST not in (stat.metadata or {}):
                 self.wrong.append(f"{artifact.key}: stored without its manifest")
+        stored = {found.key for found in await self.system.store.page(job_prefix(asked.job_id))}
+        if record.status is contracts.JobStatus.COMPLETED and stored != known:
+            self.wrong.append(f"{asked.job_id}: {sorted(stored)} are stored, its record knows {sorted(known)}")
 
     def _computed_once(self, log: dict[str, list[Any]], records: dict[str, Job | None]) -> None:
         """No task comes to its end twice but for a worker that died, or was cut off, behind the end of its engine.
