@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
-import shutil
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import Executor
@@ -169,16 +168,20 @@ class Handler:
         return turn.stop.reason is None
 
     async def _begin(self, delivery: Delivery, task: Task, turn: Turn, clocks: Clocks) -> Outcome:
-        async with contextlib.AsyncExitStack() as scratch:
-            # While the claim is under way: looking and fetching leave no trace if it is not won.
-            gathering = asyncio.ensure_future(self._gather(delivery, task, scratch, clocks))
-            try:
-                return await self._hold(delivery, task, turn, clocks, gathering)
-            finally:
-                if not gathering.done():
-                    await asyncio.gather(gathering, return_exceptions=True)
-                elif not gathering.cancelled():
-                    gathering.exception()  # nobody may have needed it
+        room = self._scratch.room()
+        # While the claim is under way: looking and fetching leave no trace if it is not won.
+        gathering = asyncio.ensure_future(self._gather(delivery, task, room, clocks))
+        outcome: Outcome | None = None
+        try:
+            outcome = await self._hold(delivery, task, turn, clocks, gathering)
+            return outcome
+        finally:
+            if not gathering.done():
+                await asyncio.gather(gathering, return_exceptions=True)
+            elif not gathering.cancelled():
+                gathering.exception()  # nobody may have needed it
+            # Where it ended otherwise a thread of its engine may still be about to write there.
+            self._scratch.leave(room, again=outcome == "completed")
 
     async def _hold(
         self, delivery: Delivery, task: Task, turn: Turn, clocks: Clocks, gathering: asyncio.Future[_Gathered]
@@ -241,17 +244,13 @@ class Handler:
                 unexpected = errors.RetryableError(f"unexpected {type(exc).__name__}", code="unexpected")
                 return await self._settlement.fail(delivery, held, clocks, unexpected, retryable=True)
 
-    async def _gather(
-        self, delivery: Delivery, task: Task, scratch: contextlib.AsyncExitStack, clocks: Clocks
-    ) -> _Gathered:
-        """The inputs of a task in a folder of its own that goes with `scratch`, else its stored result.
+    async def _gather(self, delivery: Delivery, task: Task, folder: Path, clocks: Clocks) -> _Gathered:
+        """The inputs of a task in a folder of its own, else its stored result.
 
         A result is looked for where the delivery does not say that this is the first attempt of all.
         """
         look = task.run > 1 or _log_seq(delivery) is None
         with clocks.timed("prepare"):
-            folder = self._scratch.path()  # who fetches the first file into it makes it, off the event loop
-            scratch.push_async_callback(_remove, folder)
             if not look:
                 return _Gathered(folder, await self._fetch(task, folder), False, None)
             found, files = await asyncio.gather(
@@ -466,22 +465,6 @@ class Handler:
             standing = attempts.standing(held.task, held.attempt, seen.event)
             if standing != "mine":
                 turn.stop.now(standing, seen.event.at if seen.event else None)
-
-
-async def _remove(folder: Path) -> None:
-    """In a thread: a disk that is busy would hold up every task here."""
-    # Shielded: a cancel that comes before the thread has begun must not leave the folder behind.
-    await asyncio.shield(asyncio.get_running_loop().run_in_executor(None, remove_folder, folder))
-
-
-def remove_folder(folder: Path) -> None:
-    """Remove a task's folder, in as few calls as it takes where there are only files in it."""
-    try:
-        for file in folder.iterdir():
-            file.unlink()
-        folder.rmdir()
-    except OSError:  # an engine made folders of its own, or there is nothing
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 async def _all_of(*works: Awaitable[T]) -> list[T]:

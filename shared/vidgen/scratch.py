@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import fcntl
 import itertools
@@ -9,11 +10,14 @@ import os
 import shutil
 import tempfile
 import weakref
+from collections import deque
 from pathlib import Path
 
 from vidgen import artifacts
 
 PREFIX = "vidgen-scratch-"
+TIDY_S = 1.0  # how long what was left lies there at the most
+ROOMS = 8  # that are kept for the next tasks: twice as many as a worker has under way
 
 
 class Scratch:
@@ -26,6 +30,8 @@ class Scratch:
     def __init__(self, parent: Path | None = None) -> None:
         self._parent = parent or Path(tempfile.gettempdir())
         self._names = itertools.count()
+        self._rooms: deque[Path] = deque()
+        self._left: list[tuple[Path, bool]] = []
         sweep(self._parent)
         self._make()
 
@@ -36,9 +42,44 @@ class Scratch:
     def folder(self) -> Path:
         """The folder, made anew where somebody tidied it away."""
         if not self._folder.exists():
+            self._rooms.clear()
             self._release()
             self._make()
         return self._folder
+
+    def room(self) -> Path:
+        """A folder that is empty, or not there yet, and nobody else's until it is left."""
+        self.folder()
+        return self._rooms.popleft() if self._rooms else self.path()
+
+    def leave(self, room: Path, *, again: bool) -> None:
+        """Have a room emptied within a second, and kept for another task if it may be used `again`.
+
+        All that were left by then take one thread for a moment: to empty each for itself, and to make it anew, took a
+        tenth of what a worker does for a task. A disk that is busy syncing would hold up the event loop.
+        """
+        if not self._left:
+            asyncio.get_running_loop().call_later(TIDY_S, self._tidy_soon)
+        self._left.append((room, again))
+
+    def _tidy_soon(self) -> None:
+        left, self._left = self._left, []
+        with contextlib.suppress(RuntimeError):  # this process leaves, and with it the folder
+            asyncio.get_running_loop().run_in_executor(None, self._tidy, left)
+
+    def _tidy(self, left: list[tuple[Path, bool]]) -> None:
+        for room, again in left:
+            keep = again and len(self._rooms) < ROOMS
+            try:
+                for file in room.iterdir():
+                    file.unlink()
+                if not keep:
+                    room.rmdir()
+            except OSError:  # there are folders in it, or it never was
+                shutil.rmtree(room, ignore_errors=True)
+            else:
+                if keep:
+                    self._rooms.append(room)
 
     def _make(self) -> None:
         try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import fcntl
 import gc
 import os
@@ -10,10 +11,12 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
+from tests.workbench import LoopClock, settled
 
 from vidgen import errors, scratch
 from vidgen.scratch import Scratch
@@ -151,3 +154,59 @@ def test_a_place_where_nothing_can_be_made_is_named(tmp_path: Path) -> None:
     with pytest.raises(errors.StoreError) as caught:
         Scratch(tmp_path / "file")
     assert caught.value.code == "local_file"
+
+
+async def left_and_tidied(made: Scratch, *rooms: Path, again: bool = True) -> None:
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
+    clock = LoopClock()
+    for room in rooms:
+        made.leave(room, again=again)
+    assert all(room.exists() for room in rooms)
+    clock.advance(scratch.TIDY_S)
+    await settled()
+    await asyncio.to_thread(lambda: None)  # behind what that thread was given
+
+
+def furnished(room: Path) -> Path:
+    room.mkdir(exist_ok=True)
+    (room / "input-0").write_bytes(b"a photograph")
+    return room
+
+
+async def test_a_room_is_emptied_and_given_to_the_next_one(tmp_path: Path) -> None:
+    made = Scratch(tmp_path)
+    first, second = furnished(made.room()), furnished(made.room())
+    assert first != second
+    assert not (third := made.room()).exists()
+
+    await left_and_tidied(made, first, second)
+
+    assert {made.room(), made.room()} == {first, second}
+    assert made.room() not in (first, second, third)
+
+
+async def test_a_room_that_somebody_may_still_write_to_is_not_used_again(tmp_path: Path) -> None:
+    made = Scratch(tmp_path)
+    room = furnished(made.room())
+    (room / "frames").mkdir()
+    (room / "frames" / "0.png").touch()
+
+    made.leave(made.room(), again=False)  # which nobody has made
+    await left_and_tidied(made, room, again=False)
+
+    assert list(made.folder().iterdir()) == []
+    assert made.room() != room
+
+
+async def test_no_more_rooms_are_kept_than_a_worker_needs(tmp_path: Path) -> None:
+    made = Scratch(tmp_path)
+    await left_and_tidied(made, *(furnished(made.room()) for _ in range(scratch.ROOMS + 3)))
+    assert len(list(made.folder().iterdir())) == scratch.ROOMS
+
+
+async def test_rooms_of_a_folder_that_somebody_tidied_away_are_not_given(tmp_path: Path) -> None:
+    made = Scratch(tmp_path)
+    await left_and_tidied(made, furnished(made.room()))
+    shutil.rmtree(made.folder())
+    made.room().mkdir()
+    assert made.room().parent == made.folder()

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import threading
 from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +16,7 @@ import structlog
 from tests import engines
 from tests.workbench import BOUND, Bench, LoopClock, settled
 
-from vidgen import errors, handler, topology
+from vidgen import errors, scratch, topology
 from vidgen.bus import Delivery
 from vidgen.contracts import Checkpoint, WorkerInfo
 from vidgen.testing import FakeClock
@@ -896,22 +896,25 @@ async def test_a_task_that_comes_again_is_told_in_the_registry_at_once(monkeypat
                 await asyncio.sleep(0)
 
 
-async def test_a_task_that_was_handed_back_is_taken_again_though_its_folder_is_not_gone_yet(
+async def test_a_task_that_was_handed_back_is_taken_again_though_who_did_is_not_through_yet(
     steady: Steady, loop_clock: LoopClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It was taken for one that still ran, and nobody began it until its lease ran out."""
-    removed = handler.remove_folder
-    held, asked = threading.Event(), []
-
-    def remove_folder(folder: Path) -> None:
-        asked.append(folder)
-        if len(asked) == 1:
-            assert held.wait(BOUND)
-        removed(folder)
+    answered, asked = asyncio.Event(), []
 
     async with open_shop(engines.Resumes()) as shop:
         gate = await a_long_batch_task(shop, steady)
-        monkeypatch.setattr(handler, "remove_folder", remove_folder)
+        call = shop.bench.bus.call
+
+        @contextlib.asynccontextmanager
+        async def slow(method: str) -> AsyncIterator[None]:
+            async with call(method):
+                yield
+            if method == "nak":
+                asked.append(method)
+                await answered.wait()
+
+        monkeypatch.setattr(shop.bench.bus, "call", slow)
         await shop.queue(2)
         await looked(shop, loop_clock)
         gate.open()
@@ -919,11 +922,46 @@ async def test_a_task_that_was_handed_back_is_taken_again_though_its_folder_is_n
         await shop.until("stage_completed", 2)
 
         assert asked
-        assert not held.is_set()
         assert [event.type for event in shop.bench.events("j1")][-3:] == [
             "stage_released", "stage_started", "stage_completed"
         ]  # fmt: skip
-        held.set()
+        answered.set()
+
+
+async def test_a_task_gets_the_folder_of_one_that_is_done_empty_and_none_that_was_left_otherwise(
+    loop_clock: LoopClock,
+) -> None:
+    class Looks(engines.Gated):
+        """Says what it finds where it is to leave its files."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.found: list[tuple[Path, list[str]]] = []
+
+        def finish(self, output: Any, folder: Path) -> Any:
+            self.found.append((folder, sorted(path.name for path in folder.iterdir())))
+            return super().finish(output, folder)
+
+    engine = Looks()
+    async with open_shop(engine) as shop:
+
+        async def through(number: int) -> Path:
+            await shop.queue(number)
+            await shop.until("ack", number)
+            folder, names = engine.found[-1]
+            assert names == ["input-0"]
+            return folder
+
+        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
+        shop.start()
+        first = await through(1)
+        await settled()
+        loop_clock.advance(scratch.TIDY_S)
+        await settled()
+        await asyncio.to_thread(lambda: None)  # behind what that thread was given
+
+        assert await through(2) == first
+        assert await through(3) != first
 
 
 async def test_a_worker_can_be_asked_for_and_tells_soon_what_it_holds() -> None:
