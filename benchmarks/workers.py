@@ -1,7 +1,8 @@
-"""Many workers in one process: `python benchmarks/workers.py EDITS I2VS`, engines of zero cost, a connection each.
+"""Many workers in one process: `python benchmarks/workers.py EDITS I2VS`, engines of zero cost.
 
 As many processes as workers would not fit on a small machine; each worker has its own loops, lanes, fence and registry
-entry all the same, and only the interpreter is shared.
+entry all the same, and only the interpreter and the connection are shared, as in `vidgen worker --stages` and in the
+others' processes.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ import uvloop
 from engines import HoldingEngine, Shape
 from vidgen import gpu, jetstream, telemetry
 from vidgen.artifacts import S3Store
+from vidgen.bus import Bus
 from vidgen.contracts import Stage
 from vidgen.handler import Policy
 from vidgen.metrics import WorkerMetrics
@@ -37,13 +39,11 @@ async def main(counts: dict[Stage, int]) -> None:
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
-    total = sum(counts.values())
-    # The default has six threads here, of which the transfers of one worker alone may take three.
-    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(4 * total))
     store = S3Store.from_settings(settings)
     async with contextlib.AsyncExitStack() as stack:
+        bus = await stack.enter_async_context(jetstream.connect(settings.nats_url, f"workers-{os.getpid()}"))
         workers = [
-            await start(stack, settings, store, stage, f"{stage}-{os.getpid()}-{number}")
+            start(stack, settings, bus, store, stage, f"{stage}-{os.getpid()}-{number}")
             for stage, count in counts.items()
             for number in range(count)
         ]
@@ -56,14 +56,13 @@ async def main(counts: dict[Stage, int]) -> None:
         await asyncio.gather(*running)
 
 
-async def start(
-    stack: contextlib.AsyncExitStack, settings: WorkerSettings, store: S3Store, stage: Stage, name: str
+def start(
+    stack: contextlib.AsyncExitStack, settings: WorkerSettings, bus: Bus, store: S3Store, stage: Stage, name: str
 ) -> Worker:
-    connected = await stack.enter_async_context(jetstream.connect(settings.nats_url, name))
     engine = HoldingEngine(stage, Shape.from_environment())
     engine.setup()
     return Worker(
-        connected, store, engine, stack.enter_context(ThreadPoolExecutor(1, name)), gpu.monitor("cpu"),
+        bus, store, engine, stack.enter_context(ThreadPoolExecutor(1, name)), gpu.monitor("cpu"),
         WorkerMetrics(stage), Policy(name, stage, settings.ack_wait), Registration(),
     )  # fmt: skip
 
