@@ -200,8 +200,8 @@ class Encoded:
         self._wanted = self._made()
 
     def _made(self) -> tuple[torch.Tensor, torch.Tensor]:
-        encoded = self._vae.encode(self._picture).latent_dist.mode()
-        return encoded.float(), self._vae.decode(self._latents, return_dict=False)[0].float()
+        encoded = self._vae.encode(self._picture.to(self._vae.dtype)).latent_dist.mode()
+        return encoded.float(), self._vae.decode(self._latents.to(self._vae.dtype), return_dict=False)[0].float()
 
     def errors(self) -> dict[str, float]:
         found = self._made()
