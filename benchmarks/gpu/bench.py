@@ -99,7 +99,7 @@ def have_the_host_grow() -> None:
 
 
 def left_gib() -> float:
-    """GiB of the host's memory that may still be taken: pinned memory is not part of what a process says it holds."""
+    """GiB of the host's memory that may still be taken: what the driver pins no process says that it holds."""
     return (residency.host_memory() or 0) / GIB
 
 

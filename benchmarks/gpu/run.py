@@ -33,6 +33,9 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
 
 from tests import checkpoints
 
+from vidgen import native
+
+native.load_ahead()  # as a service does, before anything imports torch
 if "--tiny" in sys.argv:
     checkpoints.install_shim()  # before anything imports transformers
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # so little is computed that threads only wait for one another
