@@ -140,6 +140,7 @@ async def test_the_page_and_the_documentation_are_open_and_all_else_is_closed(ad
     assert (await gateway.client.get(address)).status_code == 200
     assert (await gateway.client.get("/v2/anything")).status_code == 401
     assert (await gateway.client.get("/web/../v1/jobs")).status_code == 401
+    assert (await gateway.client.get("/v1/web/")).status_code == 401
 
 
 async def test_the_documentation_tells_of_keys_on_every_closed_route_and_on_no_other() -> None:
@@ -476,6 +477,25 @@ async def test_more_requests_than_a_tenant_may_send_are_told_when_to_come_again(
     assert (await gateway.client.get("/v1/options", headers=other)).status_code == 200
     own = bearer(await key_for(gateway.parts.bus))
     assert {(await gateway.client.get("/v1/options", headers=own)).status_code for _ in range(5)} == {200}
+
+
+async def test_a_tenants_open_feeds_are_counted_and_leave_room_for_others() -> None:
+    gateway = await with_keys(tenant_open=2)
+    await gateway.parts.intake.submit(contracts.VideoRequest.model_validate(NEW), "j5", "acme")
+    headers = bearer(await key_for(gateway.parts.bus, "acme"))
+    feeds = [Call(gateway.app, "GET", "/v1/jobs/j5/events", headers) for _ in range(2)]
+    assert [(await feed.next())["status"] for feed in feeds] == [200, 200]
+
+    one_more = await gateway.client.get("/v1/jobs/j5", headers=headers)
+    assert (one_more.status_code, one_more.json()["code"]) == (429, "too_many_open")
+    assert int(one_more.headers["Retry-After"]) > 0
+    for other in (await key_for(gateway.parts.bus, "umbrella"), await key_for(gateway.parts.bus, admin=True)):
+        assert (await gateway.client.get("/v1/options", headers=bearer(other))).status_code == 200
+
+    await feeds[0].leave()
+    assert (await gateway.client.get("/v1/jobs/j5", headers=headers)).status_code == 200
+    await feeds[1].leave()
+    assert not gateway.parts.quotas._open
 
 
 async def test_more_unfinished_jobs_than_a_tenant_may_have_are_refused_until_one_is_done() -> None:
