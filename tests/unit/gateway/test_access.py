@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -250,6 +251,24 @@ async def test_a_request_may_not_start_from_what_is_anothers(key: str) -> None:
     )
     assert answer.status_code == 422
     assert answer.json()["errors"][0]["field"] == "references.0"
+
+
+async def test_a_replayed_request_is_its_tenants_and_may_start_from_nothing_else() -> None:
+    gateway = await with_keys()
+    await put(gateway.parts.store, "uploads/x.png", picture())
+    error = contracts.JobError(code="undigested", message="the gateway could not process this message")
+    for number, reference in enumerate((KEY, "uploads/x.png", "uploads/umbrella/x.png")):
+        body = json.dumps(NEW | {"references": [reference], "job_id": "given"}).encode()
+        letter = dead.letter(body, "vidgen.requests.acme", error, job_id=None)
+        await dead.publish(gateway.parts.bus, letter, message_id=f"letter-{number}")
+    headers = bearer(await key_for(gateway.parts.bus, admin=True))
+
+    own, *others = [await gateway.client.post(f"/v1/dead/{seq}/replay", headers=headers) for seq in (2, 3, 4)]
+
+    assert (own.status_code, own.json()["tenant"]) == (202, "acme")
+    assert [(answer.status_code, answer.json()["errors"][0]["field"]) for answer in others] == [
+        (422, "references.0"), (422, "references.0")
+    ]  # fmt: skip
 
 
 async def test_workers_show_a_tenant_its_own_jobs_alone() -> None:
