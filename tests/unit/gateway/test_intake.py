@@ -311,7 +311,7 @@ OWN: dict[str, Any] = {"references": ["uploads/acme/photo.png"], "edit": EDIT}
 
 async def tenants_door(**settings: Any) -> Door:
     door = Door(**settings)
-    for key in (KEY, "uploads/acme/photo.png", "uploads/umbrella/photo.png"):
+    for key in (KEY, "uploads/acme/photo.png", "uploads/umbrella/photo.png", "jobs/j1/edit-0.png"):
         await put(door.store, key, picture())
     return door
 
@@ -337,6 +337,7 @@ async def test_a_tenants_request_starts_from_its_own_uploads_alone(reference: st
     assert job.status is JobStatus.REJECTED
     assert job.error is not None
     assert [error.field for error in job.error.fields] == ["references.0"]
+    assert "only keys under uploads/acme/" in job.error.fields[0].message  # it is there: that it is not is no reason
 
 
 async def test_the_operators_requests_may_start_from_all_uploads() -> None:
@@ -377,6 +378,16 @@ async def test_what_does_not_validate_says_nothing_in_the_log_of_another_tenants
 
 async def test_the_same_message_id_of_two_tenants_stands_for_two_jobs() -> None:
     assert id_from_key("order-1", "acme") != id_from_key("order-1", "umbrella") != id_from_key("order-1")
+    door = await tenants_door()
+    jobs = []
+    for tenant in ("acme", "umbrella"):
+        body = {**OWN, "references": [f"uploads/{tenant}/photo.png"]}
+        await door.publish(body, "order-1", f"vidgen.requests.{tenant}")
+        jobs.append(await door.handle_one())
+        door.bus.forget_ids(topology.REQUESTS)
+    assert [(job.id, job.status) for job in jobs] == [
+        (id_from_key("order-1", job.tenant), JobStatus.QUEUED) for job in jobs
+    ]  # fmt: skip
 
 
 async def test_a_subject_that_names_no_tenant_is_turned_away() -> None:
