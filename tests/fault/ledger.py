@@ -154,7 +154,8 @@ class Ledger:
         events = [event for found in log.values() for event in found]
         letters = await patiently(lambda: self.system.bus.held(topology.DEAD))
         wanted = {
-            "vidgen_jobs_total": sum(isinstance(event, FINAL) for event in events),
+            **{f"vidgen_jobs_total {end}": 0 for end in STATUS.values()},
+            **Counter(f"vidgen_jobs_total {STATUS[type(event)]}" for event in events if isinstance(event, FINAL)),
             "vidgen_redeliveries_total": sum(
                 isinstance(event, contracts.StageStarted) and event.deliveries > 1 for event in events
             ),
@@ -196,7 +197,8 @@ def _samples(text: str) -> Iterator[tuple[str, float]]:
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
             if sample.labels.get("outcome") != "duplicate":
-                yield sample.name, sample.value
+                end = f" {sample.labels['status']}" if sample.name == "vidgen_jobs_total" else ""
+                yield f"{sample.name}{end}", sample.value
 
 
 def _story(events: list[Any]) -> str:
