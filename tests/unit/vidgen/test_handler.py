@@ -601,6 +601,16 @@ async def test_a_task_given_back_by_a_sick_worker_has_all_its_tries(bench_of: Ma
     assert (bench.events()[-1].attempt, bench.events()[-1].tries) == (2, 1)
 
 
+@pytest.mark.parametrize("engine", [engines.Instant, engines.AlwaysRetryable, engines.Rejects, engines.Breaks])
+async def test_a_tasks_files_go_with_it_however_it_ends(bench_of: MakeBench, engine: Callable[[], Engine]) -> None:
+    bench = bench_of(engine())
+    await bench.queue()
+
+    await bench.run()
+
+    assert list(bench.handler._scratch.folder().iterdir()) == []
+
+
 class DiskFull(engines.Instant):
     """Its machine's disk has no room for what it made."""
 
