@@ -209,6 +209,15 @@ class Intake:
             return await self._record_rejected(delivery, request, _position(delivery), wrong, at, tenant)
         return job
 
+    async def give_up(self, delivery: Delivery) -> Job:
+        """Turn a request away that no gateway could handle, so that whoever waits for it hears of its end."""
+        tenant = topology.tenant_of_requests(delivery.subject)
+        wrong = FieldError(field="request", message="the gateway could not process it: its log says what happened")
+        exc = InvalidRequestError([wrong])
+        exc.code = "undigested"
+        known = tenant if TENANT.fullmatch(tenant) else DEFAULT_TENANT
+        return await self._turn_away(delivery, None, exc, delivery.at.astimezone(UTC), known)
+
     async def _turn_away(
         self, delivery: Delivery, request: VideoRequest | None, exc: InvalidRequestError, at: datetime, tenant: str
     ) -> Job:

@@ -127,19 +127,42 @@ async def test_a_message_that_can_never_be_digested_is_given_up_with_all_that_it
         raise ZeroDivisionError("a bug")
 
     monkeypatch.setattr(loops.gateway.parts.intake, "handle", chokes)
-    await loops.bus.publish(topology.SUBJECT_REQUESTS, b'{"hard": "to swallow"}', message_id="hard")
+    body = b'{"hard": "to swallow", "job_id": "hard"}'
+    await loops.bus.publish("vidgen.requests.acme", body, message_id="hard")
 
+    await loops.until_told("hard", "rejected")  # whoever waits for it hears of its end
     feed = await loops.bus.follow(topology.DEAD, "vidgen.dead.>")
     stored = await feed.next(BOUND)
     await loops.end()
 
     assert stored is not None
     letter = contracts.DeadLetter.model_validate_json(stored.body)
-    assert (letter.error.code, base64.b64decode(letter.payload)) == ("undigested", b'{"hard": "to swallow"}')
+    assert (letter.error.code, letter.job_id, base64.b64decode(letter.payload)) == ("undigested", "hard", body)
+    job = await loops.gateway.parts.jobs.get("hard")
+    assert (job.status, job.tenant) == (contracts.JobStatus.REJECTED, "acme")
     assert seen == [1, 2, 3]
     assert await loops.bus.tail(topology.REQUESTS, None, 9) == []
     text = loops.gateway.parts.metrics.render()[0].decode()
     assert 'vidgen_dead_letters_total{stage="request"} 1.0' in text
+
+
+async def test_a_message_that_cannot_even_be_turned_away_is_a_dead_letter(
+    loops: Loops, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(consumers, "GIVE_UP_AFTER", 2)
+    monkeypatch.setattr(consumers, "HAND_BACK_S", 0.001)
+
+    async def chokes(_delivery: Delivery) -> Job:
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(loops.gateway.parts.intake, "handle", chokes)
+    monkeypatch.setattr(loops.gateway.parts.intake, "give_up", chokes)
+    await loops.bus.publish(topology.SUBJECT_REQUESTS, b"{}", message_id="hard")
+
+    stored = await (await loops.bus.follow(topology.DEAD, "vidgen.dead.>")).next(BOUND)
+
+    assert stored is not None
+    assert contracts.DeadLetter.model_validate_json(stored.body).error.code == "undigested"
 
 
 async def test_an_exhausted_task_fails_its_job_and_leaves_the_queue(loops: Loops) -> None:
