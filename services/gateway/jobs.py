@@ -124,7 +124,7 @@ class Jobs:
 
     async def _newest_progress(self, job_id: str) -> contracts.Progress | None:
         stored = await self._looks.latest(topology.PROGRESS, topology.subject_of_progress(job_id))
-        return contracts.Progress.model_validate_json(stored.body) if stored is not None else None
+        return parse_progress(stored.body) if stored is not None else None
 
     async def _newest_event(self, job_id: str) -> contracts.AnyEvent | None:
         stored = await self._looks.latest(topology.EVENTS, topology.subject_of_events(job_id))
@@ -394,6 +394,14 @@ def _parse_cursor(cursor: str | None) -> int | None:
     if not cursor.isdecimal() or len(cursor) > 18:
         raise errors.RejectedError("use the next_cursor of the page before, as it came", field="cursor")
     return int(cursor)
+
+
+def parse_progress(body: bytes) -> contracts.Progress | None:
+    """Progress as a worker told it; None for what this version cannot read."""
+    try:
+        return contracts.Progress.model_validate_json(body)
+    except pydantic.ValidationError:
+        return None
 
 
 def parse_event(body: bytes) -> contracts.AnyEvent:
