@@ -248,7 +248,7 @@ async def test_a_body_that_is_too_large_is_refused_and_the_client_gets_to_read_w
     host, port = gateway.url.removeprefix("http://").split(":")
     reader, writer = await asyncio.open_connection(host, int(port))
     writer.write(
-        b"POST /v1/jobs HTTP/1.1\r\nHost: gateway\r\nContent-Type: application/json\r\nContent-Length: 52428800\r\n"
+        b"POST /v1/jobs HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 52428800\r\n"
         b"Expect: 100-continue\r\n\r\n"
     )
     async with asyncio.timeout(BOUND_S):
