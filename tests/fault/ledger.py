@@ -132,7 +132,7 @@ class Ledger:
             self.wrong.append(f"{asked.job_id}: {sorted(stored)} are stored, its record knows {sorted(known)}")
 
     def _computed_once(self, log: dict[str, list[Any]], records: dict[str, Job | None]) -> None:
-        """No task comes to its end twice but for a worker that died, or was cut off, behind the end of its engine.
+        """No task comes to its end twice but for a worker that died, or was cut off, before it could say so.
 
         A retry may compute again what was cancelled behind it: then once a run.
         """
@@ -144,10 +144,12 @@ class Ledger:
             if entry.what == "done":
                 done[entry.stage, entry.seed].append(entry)
         for task, times in done.items():
-            excused = [e for e in times if e.pid in died or e.worker in self.overtaken]
+            events = log[by_seed[task[1]]]
+            told = {e.worker for e in events if isinstance(e, contracts.StageCompleted) and e.stage == task[0]}
+            excused = [e for e in times if (e.pid in died or e.worker in self.overtaken) and e.worker not in told]
             if len(times) - len(excused) > runs.get(task[1], 1):
                 workers = [entry.worker for entry in times]
-                self.wrong.append(f"{task}: computed to its end by {workers}; {_story(log[by_seed[task[1]]])}")
+                self.wrong.append(f"{task}: computed to its end by {workers}; {_story(events)}")
 
     async def _metrics(self, log: dict[str, list[Any]]) -> None:
         """What the gateways counted is what the logs say."""
