@@ -21,6 +21,7 @@ import pydantic_core
 import structlog
 
 from gateway import pipeline, plan
+from gateway.decoding import Decoding
 from gateway.jobs import JobIdTakenError, Jobs, now
 from gateway.quotas import LimitError, Quotas
 from gateway.receivers import Allowed
@@ -131,7 +132,7 @@ class Intake:
         # Plain references that were looked at: who makes ten videos of one photograph has it looked at twice, not ten
         # times. The first time nothing is asked of the store that would be in vain for a photograph that comes once.
         self._plain: OrderedDict[str, tuple[str, images.ImageFacts]] = OrderedDict()
-        self.scratch = Scratch()
+        self.scratch, self.decoding = Scratch(), Decoding()
 
     async def submit(self, request: VideoRequest, job_id: str, tenant: str, *, fresh: bool = False) -> tuple[Job, bool]:
         """Let a tenant's request in by HTTP: checked first, durable once this returns; True where the job is new.
@@ -280,7 +281,7 @@ class Intake:
                 return key, known[1]
         async with self._file() as source:
             await self._store.fetch(key, source, limit=self._max_bytes)
-            facts = await asyncio.to_thread(_looked_at, source)
+            facts = await self.decoding.over(source, _looked_at)
             if facts.normal:
                 # The tag is that of before, so if the object was replaced meanwhile no other tag stands for its facts.
                 self._plain[key] = tag, facts
@@ -288,7 +289,7 @@ class Intake:
                     self._plain.popitem(last=False)
                 return key, facts
             async with self._file(".png") as target:
-                facts = await asyncio.to_thread(images.normalise, source, target)
+                facts = await self.decoding.over(source, lambda path: images.normalise(path, target))
                 own = artifacts.artifact_key(job_id, f"reference-{index}.png")
                 await self._store.put(own, target, "image/png")
                 return own, facts
