@@ -34,6 +34,7 @@ log = structlog.get_logger(__name__)
 
 MAX_REQUEST_BYTES = 128 << 10
 MAX_NAMED, MAX_FIELD_NAME = 50, 200
+FILES = 16  # references that are fetched, and decoded, at once
 REMEMBERED = 1000  # requests let in by HTTP whose message another replica may have taken
 LIMIT_TRIES = 4  # deliveries, seconds apart, before a request is turned away because its tenant has too many jobs
 TENANT = re.compile(r"^[a-z0-9][a-z0-9-]{0,31}$")
@@ -132,7 +133,7 @@ class Intake:
         # Plain references that were looked at: who makes ten videos of one photograph has it looked at twice, not ten
         # times. The first time nothing is asked of the store that would be in vain for a photograph that comes once.
         self._plain: OrderedDict[str, tuple[str, images.ImageFacts]] = OrderedDict()
-        self.scratch, self.decoding = Scratch(), Decoding()
+        self.scratch, self.decoding, self._files = Scratch(), Decoding(), asyncio.Semaphore(FILES)
 
     async def submit(self, request: VideoRequest, job_id: str, tenant: str, *, fresh: bool = False) -> tuple[Job, bool]:
         """Let a tenant's request in by HTTP: checked first, durable once this returns; True where the job is new.
@@ -279,7 +280,7 @@ class Intake:
             tag = stat.tag if stat is not None else ""
             if tag and tag == known[0]:
                 return key, known[1]
-        async with self._file() as source:
+        async with self._files, self._file() as source:
             await self._store.fetch(key, source, limit=self._max_bytes)
             facts = await self.decoding.over(source, _looked_at)
             if facts.normal:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 from tests.gateways import EDIT, KEY, picture, put
 
+from gateway import intake
 from gateway.intake import LIMIT_TRIES, Intake, InvalidRequestError, id_from_key, parse
 from gateway.jobs import Jobs, parse_event
 from gateway.quotas import Quotas
@@ -76,6 +78,30 @@ async def test_a_reference_that_comes_again_and_again_is_not_fetched_each_time(d
 
     assert door.store.calls["fetch"] == 2  # the first time nobody knows that it will come again
     assert door.store.calls["stat"] == 4
+
+
+async def test_no_more_references_are_on_the_gateways_disk_at_once_than_it_has_room_for() -> None:
+    """They wait there for their turn to be decoded: what one tenant sends within a second may be gigabytes."""
+    store = MemoryStore()
+    keys = [f"uploads/photo-{number}.png" for number in range(3 * intake.FILES)]
+    for key in keys:
+        await put(store, key, picture())
+    door = Door(store)
+    most, fetch = 0, store.fetch
+
+    async def watched(key: str, path: Path, limit: int | None = None) -> int:
+        nonlocal most
+        size = await fetch(key, path, limit)
+        most = max(most, len(list(path.parent.iterdir())))
+        return size
+
+    store.fetch = watched  # type: ignore[method-assign]
+    requests = [contracts.VideoRequest.model_validate({**GOOD, "references": [key]}) for key in keys]
+    jobs = await asyncio.gather(
+        *(door.intake.submit(request, f"j{number}", "default") for number, request in enumerate(requests))
+    )
+    assert len(jobs) == len(keys)
+    assert 1 < most <= intake.FILES
 
 
 async def test_a_reference_that_was_replaced_is_looked_at_again(door: Door) -> None:
