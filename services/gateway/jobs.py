@@ -56,10 +56,11 @@ class NotPossibleError(errors.ConflictError):
 
 @dataclass(frozen=True)
 class JobPage:
-    """Jobs, newest first, and where the next page starts."""
+    """Jobs, newest first, and where the next page starts; how many were looked at for it."""
 
     jobs: tuple[Job, ...]
     next_cursor: str | None
+    looked_at: int
 
 
 @dataclass(frozen=True)
@@ -325,12 +326,12 @@ class Jobs:
                 before = entry.seq
                 if len(found) == limit:
                     more = position + 1 < len(batch) or len(batch) > limit
-                    return JobPage(tuple(found), str(before) if more else None)
+                    return JobPage(tuple(found), str(before) if more else None, scanned + len(batch))
             scanned += len(batch)
             if len(batch) <= limit:
-                return JobPage(tuple(found), None)
+                return JobPage(tuple(found), None, scanned)
             if scanned >= SCAN_LIMIT:
-                return JobPage(tuple(found), str(before))
+                return JobPage(tuple(found), str(before), scanned)
 
     async def _execute(self, commands: Iterable[pipeline.Command], seq: int | None) -> None:
         """Carry out commands; each may be repeated. `seq` is the place in the log of the event that led to them."""

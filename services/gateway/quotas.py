@@ -72,6 +72,13 @@ class Quotas:
             self._take(tenant, 1)
             self._used[tenant] += 1
 
+    async def charge(self, tenant: str, requests: int) -> None:
+        """Count a request that was let in for so many more: it took that much. Raises BusError."""
+        rate, _ = await self._left_of(tenant)
+        if rate and requests:
+            self._take(tenant, requests)
+            self._used[tenant] += requests
+
     async def _left_of(self, tenant: str) -> tuple[float, float]:
         """A tenant's rate, 0 for none, and how many requests it has left."""
         told = await self._tenants.get(tenant)

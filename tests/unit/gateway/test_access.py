@@ -498,6 +498,20 @@ async def test_more_requests_than_a_tenant_may_send_are_told_when_to_come_again(
     assert {(await gateway.client.get("/v1/options", headers=own)).status_code for _ in range(5)} == {200}
 
 
+async def test_a_search_through_many_jobs_counts_as_many_requests() -> None:
+    """Of 2,000 jobs, none of which fits, it takes the gateway for half a second."""
+    gateway = await with_keys(tenant_rate=0.001, tenant_burst=5)
+    for number in range(60):
+        await a_job(gateway, f"h{number}")
+    headers = bearer(await key_for(gateway.parts.bus, "acme"))
+    answers = [
+        await gateway.client.get(f"/v1/jobs?{query}", headers=headers)
+        for query in ("limit=1", "status=failed&limit=1", "limit=1", "limit=1")
+    ]
+    assert [answer.status_code for answer in answers] == [200, 200, 200, 429]
+    assert answers[1].json()["jobs"] == []
+
+
 async def test_a_tenants_open_feeds_are_counted_and_leave_room_for_others() -> None:
     gateway = await with_keys(tenant_open=2)
     await gateway.parts.intake.submit(contracts.VideoRequest.model_validate(NEW), "j5", "acme")
