@@ -214,7 +214,7 @@ class Handler:
             try:
                 reporter = Reporter(self._bus, held, self._metrics, self._finishing.value or 0.0)
                 with contextlib.closing(reporter):
-                    async with self._lease(delivery, held, turn), _disk_told_apart():
+                    async with self._lease(delivery, held, turn), _disk_told_apart(self._scratch):
                         return await self._run(delivery, held, turn, clocks, gathering, reporter)
             except FencedError:
                 # A newer attempt holds the task: neither ack nor nak may come from here any more.
@@ -471,15 +471,18 @@ class Handler:
 
 
 @contextlib.asynccontextmanager
-async def _disk_told_apart() -> AsyncIterator[None]:
-    """FatalError where it was this machine's disk: another worker may do the task, and this one can do none."""
+async def _disk_told_apart(scratch: Scratch) -> AsyncIterator[None]:
+    """FatalError where it was this machine's disk: another worker may do the task, and this one can do none.
+
+    Where the tasks themselves fill it, it is theirs: they would end one worker after the other.
+    """
     try:
         yield
     except Exception as exc:
         cause: BaseException | None = exc
         while cause is not None and not (isinstance(cause, OSError) and cause.errno in DISK_FAILS):
             cause = cause.__cause__
-        if not isinstance(cause, OSError):
+        if not isinstance(cause, OSError) or await asyncio.to_thread(scratch.fills_its_disk):
             raise
         raise errors.FatalError(
             f"this worker's disk fails ({cause.strerror}): make room in VIDGEN_WORK_DIR, or mend it", code="disk_failed"

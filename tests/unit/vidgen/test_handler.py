@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import errno
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -641,6 +642,25 @@ async def test_a_full_disk_is_the_workers_fault_and_costs_its_task_no_try(bench_
     assert (bench.events()[-1].type, bench.events()[-1].tries) == ("stage_released", 0)
     bench.use(engines.Instant())
     assert await bench.run() == "completed"
+
+
+async def test_a_task_that_is_too_large_for_the_disk_is_charged_and_ends(
+    bench_of: MakeBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the disk's fault it would end one worker after the other, and never itself."""
+
+    class TooLarge(DiskFull):
+        def finish(self, output: Any, folder: Path) -> tuple[Finished, ...]:
+            (folder / "video.mp4").write_bytes(b"x" * 100_000)
+            return super().finish(output, folder)
+
+    small = shutil.disk_usage("/")._replace(total=150_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: small)
+    bench = bench_of(TooLarge(), max_attempts=1)
+    await bench.queue()
+
+    assert await bench.run() == "dead"
+    assert bench.events()[-1].final
 
 
 async def test_a_task_whose_model_could_not_be_woken_is_handed_back_with_all_its_tries(bench_of: MakeBench) -> None:
