@@ -82,7 +82,7 @@ class Gateway:
         parts = Parts(own, bus, store, jobs, intake, fleet, forecast, GatewayMetrics(), Keyring(bus), quotas)
         app = create_app(parts)
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-        return cls(parts, app, httpx.AsyncClient(transport=transport, base_url="http://gateway"))
+        return cls(parts, app, httpx.AsyncClient(transport=transport, base_url="http://gateway.localhost"))
 
     async def submit(self, job_id: str | None = None, **request: Any) -> Job:
         """A job, let in by HTTP."""

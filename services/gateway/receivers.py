@@ -28,8 +28,10 @@ Network = ipaddress.IPv4Network | ipaddress.IPv6Network
 Resolver = Callable[[str, int], Awaitable[list[str]]]
 
 PUBLIC_IPV6 = ipaddress.IPv6Network("2000::/3")
+# What `is_global` takes for the internet's before Python 3.11.10, or still: a cloud's metadata is at 192.0.0.192.
+SPECIAL = (ipaddress.IPv4Network("192.0.0.0/24"), ipaddress.IPv6Network("3fff::/20"))
 NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
-RESOLVERS = 8  # threads; a name server that hangs must not take those that others need
+RESOLVERS = 64  # threads, made as they are needed: a name server that hangs must not take those that others need
 ADDRESSES_TRIED = 3
 
 
@@ -46,6 +48,8 @@ def public(address: Address) -> bool:
     """Whether an address is one of the internet's, and of nobody's own network, machine or link."""
     meant = embedded(address)
     if isinstance(meant, ipaddress.IPv6Address) and meant not in PUBLIC_IPV6:
+        return False
+    if any(meant in network for network in SPECIAL):
         return False
     return meant.is_global and not meant.is_multicast and not meant.is_reserved
 

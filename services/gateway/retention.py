@@ -21,6 +21,7 @@ from gateway.jobs import Jobs, now
 from vidgen import artifacts, errors, topology
 from vidgen.artifacts import ArtifactStore, Stat
 from vidgen.bus import Bus
+from vidgen.contracts import Job
 from vidgen.metrics import GatewayMetrics, Kept
 from vidgen.settings import GatewaySettings
 
@@ -119,9 +120,15 @@ class Sweeper:
         """Those whose job ended long enough ago, or has no record any more."""
         ended: dict[str, bool] = {}
         for job_id in {_job_of(found) for found in old}:
-            job = await self._jobs.find(job_id)
+            job = await self._find(job_id)
             ended[job_id] = job is None or (job.status.final and (job.completed_at or job.updated_at) < before)
         return [found for found in old if ended[_job_of(found)]]
+
+    async def _find(self, job_id: str) -> Job | None:
+        try:
+            return await self._jobs.find(job_id)
+        except errors.RejectedError:  # no job can be called so: somebody put it there by hand
+            return None
 
 
 def _job_of(found: Stat) -> str:

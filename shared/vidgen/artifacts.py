@@ -75,7 +75,7 @@ class ArtifactStore(Protocol):
         """A presigned URL to get a file, which comes as `shown` says, whatever the object was stored as."""
 
     async def upload_url(self, key: str, content_type: str, size: int, *, expires: timedelta = LINK_LIFE) -> str:
-        """A presigned URL to put one file of this size with `upload_headers`; nothing else can be done with it."""
+        """A presigned URL to put one file of this size, once, with `upload_headers`; it is good for nothing else."""
 
     async def page(self, prefix: str, after: str = "", limit: int = 1000) -> list[Stat]:
         """Up to `limit` objects under `prefix` with keys behind `after`, by key; size and time are what is known."""
@@ -101,6 +101,12 @@ def uploads_prefix(tenant: str) -> str:
     return f"{UPLOADS}{tenant}/"
 
 
+def is_under(key: str, *prefixes: str) -> bool:
+    """Whether a key begins with one of the prefixes and stays there."""
+    # Some servers keep keys as paths: no part may be empty or point elsewhere.
+    return key.startswith(prefixes) and KEY.fullmatch(key) is not None and not {"", ".", ".."} & set(key.split("/"))
+
+
 def check_key(key: str, job_id: str | None, tenant: str = contracts.DEFAULT_TENANT) -> None:
     """RejectedError unless `key` is under the tenant's uploads or the job's own prefix, with no way out of it.
 
@@ -108,8 +114,7 @@ def check_key(key: str, job_id: str | None, tenant: str = contracts.DEFAULT_TENA
     """
     uploads = UPLOADS if tenant == contracts.DEFAULT_TENANT else uploads_prefix(tenant)
     allowed = (uploads,) if job_id is None else (uploads, job_prefix(job_id))
-    # Some servers keep keys as paths: no part may be empty or point elsewhere.
-    if not key.startswith(allowed) or not KEY.fullmatch(key) or {"", ".", ".."} & set(key.split("/")):
+    if not is_under(key, *allowed):
         raise errors.RejectedError(
             f"only keys under {uploads} and the job's own prefix may be used: upload the image first "
             "(POST /v1/uploads)",
@@ -118,8 +123,8 @@ def check_key(key: str, job_id: str | None, tenant: str = contracts.DEFAULT_TENA
 
 
 def upload_headers(content_type: str, size: int) -> dict[str, str]:
-    """The headers that an upload must come with."""
-    return {"Content-Type": content_type, "Content-Length": str(size)}
+    """The headers that an upload must come with; the last one lets it happen once: what was checked stays as it is."""
+    return {"Content-Type": content_type, "Content-Length": str(size), "If-None-Match": "*"}
 
 
 def sha256_of(path: Path) -> str:

@@ -9,10 +9,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
-import itertools
-import secrets
+import errno
 import shutil
-import tempfile
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import Executor
@@ -34,6 +32,7 @@ from vidgen.eta import Recent
 from vidgen.eventlog import Claim, FencedError
 from vidgen.metrics import Outcome, WorkerMetrics
 from vidgen.progress import Reporter
+from vidgen.scratch import Scratch
 from vidgen.settlement import Policy, Settlement
 from vidgen.turn import SUSPENDING, Clocks, Stop, Turn
 from vidgen.watchdog import Watchdog
@@ -44,6 +43,7 @@ T = TypeVar("T")
 
 MAX_INPUT_BYTES = 64 << 20
 HAND_BACK_S = 2.0  # what a worker that leaves in a hurry takes to hand a task back
+DISK_FAILS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO})
 KEEP_S = 15.0  # what storing a checkpoint may take: the machine may be gone soon after
 
 
@@ -78,9 +78,7 @@ class Handler:
         self._busy_seconds = 0.0
         self._device_lost = False
         self._watchdog = Watchdog(policy.hang)
-        # Of names that nobody can guess, for the folder of temporary files may be everybody's.
-        self._scratch = Path(policy.work_dir or tempfile.gettempdir(), f"vidgen-task-{secrets.token_hex(8)}")
-        self._folders = itertools.count()
+        self._scratch = Scratch(policy.work_dir)
 
     @property
     def seconds_per_step(self) -> float | None:
@@ -216,7 +214,7 @@ class Handler:
             try:
                 reporter = Reporter(self._bus, held, self._metrics, self._finishing.value or 0.0)
                 with contextlib.closing(reporter):
-                    async with self._lease(delivery, held, turn):
+                    async with self._lease(delivery, held, turn), _disk_told_apart(self._scratch):
                         return await self._run(delivery, held, turn, clocks, gathering, reporter)
             except FencedError:
                 # A newer attempt holds the task: neither ack nor nak may come from here any more.
@@ -254,7 +252,7 @@ class Handler:
         """
         look = task.run > 1 or _log_seq(delivery) is None
         with clocks.timed("prepare"):
-            folder = self._scratch_folder()
+            folder = self._scratch.path()  # who fetches the first file into it makes it, off the event loop
             scratch.push_async_callback(_remove, folder)
             if not look:
                 return _Gathered(folder, await self._fetch(task, folder), False, None)
@@ -268,10 +266,6 @@ class Handler:
                 raise files
             files = []
         return _Gathered(folder, files, True, found)
-
-    def _scratch_folder(self) -> Path:
-        """A name for a task's folder; who fetches the first file into it makes it, off the event loop."""
-        return self._scratch.with_name(f"{self._scratch.name}-{next(self._folders)}")
 
     async def _run(
         self, delivery: Delivery, held: Claim, turn: Turn, clocks: Clocks, gathering: asyncio.Future[_Gathered],
@@ -474,6 +468,25 @@ class Handler:
             standing = attempts.standing(held.task, held.attempt, seen.event)
             if standing != "mine":
                 turn.stop.now(standing, seen.event.at if seen.event else None)
+
+
+@contextlib.asynccontextmanager
+async def _disk_told_apart(scratch: Scratch) -> AsyncIterator[None]:
+    """FatalError where it was this machine's disk: another worker may do the task, and this one can do none.
+
+    Where the tasks themselves fill it, it is theirs: they would end one worker after the other.
+    """
+    try:
+        yield
+    except Exception as exc:
+        cause: BaseException | None = exc
+        while cause is not None and not (isinstance(cause, OSError) and cause.errno in DISK_FAILS):
+            cause = cause.__cause__
+        if not isinstance(cause, OSError) or await asyncio.to_thread(scratch.fills_its_disk):
+            raise
+        raise errors.FatalError(
+            f"this worker's disk fails ({cause.strerror}): make room in VIDGEN_WORK_DIR, or mend it", code="disk_failed"
+        ) from exc
 
 
 async def _remove(folder: Path) -> None:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from tests.receivers import Receiver, make_certificate
 
 from vidgen import errors, presign
 from vidgen.artifacts import CHUNK, ArtifactStore, S3Store, Shown, artifact_key, check_key, job_prefix, upload_headers
@@ -269,6 +270,7 @@ UPLOAD_REFUSED: dict[str, tuple[str, bytes | None, dict[str, str]]] = {
     "a length beside the length": ("PUT", SIZED, {"x-amz-decoded-content-length": "99"}),
     "metadata, such as a manifest": ("PUT", SIZED, {"x-amz-meta-manifest": "forged"}),
     "a copy of another file": ("PUT", SIZED, {"x-amz-copy-source": "/vidgen/jobs/another/video.mp4"}),
+    "a file that may be replaced": ("PUT", SIZED, {"If-None-Match": "nothing"}),
     "a get": ("GET", b"", {}),
     "a delete": ("DELETE", b"", {}),
     "a post": ("POST", SIZED, {}),
@@ -282,7 +284,8 @@ async def test_a_presigned_upload_is_refused_for(s3_store: S3Store, key: str, wh
 
     async with httpx.AsyncClient() as client:
         content = chunked(SIZED) if body is None else body
-        answer = await client.request(method, url, content=content, headers={"Content-Type": "image/png", **headers})
+        sent = {"Content-Type": "image/png", "If-None-Match": "*", **headers}
+        answer = await client.request(method, url, content=content, headers=sent)
 
     assert answer.status_code in (403, 405)
     assert await s3_store.stat(key) is None
@@ -299,12 +302,14 @@ async def test_a_presigned_upload_is_good_for_one_key_and_a_while(s3_store: S3St
         too_late = await client.put(expired, content=SIZED, headers=headers)
         missed = await s3_store.stat(key)
         stored = await client.put(url, content=SIZED, headers=headers)
+        again = await client.put(url, content=SIZED[::-1], headers=headers)
 
     assert (elsewhere.status_code, too_late.status_code, missed) == (403, 403, None)
-    assert stored.status_code == 200
+    assert (stored.status_code, again.status_code) == (200, 412)  # what was looked at stays what it was
     found = await s3_store.stat(key)
     assert found is not None
     assert (found.size, found.content_type) == (len(SIZED), "image/png")
+    assert await whole(s3_store, key) == SIZED
 
 
 async def test_links_are_signed_for_the_public_name(s3_server: S3Server) -> None:
@@ -344,6 +349,15 @@ async def test_a_server_that_is_gone_fails_soon(key: str, file: Path, tmp_path: 
                     await call
             with pytest.raises(errors.StoreError, match="did not answer"):
                 await whole(store, key)
+
+
+async def test_a_server_whose_certificate_nobody_knows_is_told_nothing(key: str, file: Path, tmp_path: Path) -> None:
+    async with Receiver().listening(make_certificate(tmp_path)) as server:
+        store = S3Store(f"https://127.0.0.1:{server.port}", "key", "secret", "vidgen")
+        with pytest.raises(errors.StoreError, match="did not answer"):
+            await store.put(key, file, "image/png")
+        assert not await store.ready()
+        assert server.posts.empty()
 
 
 async def test_a_server_that_accepts_and_says_nothing_is_not_ready() -> None:

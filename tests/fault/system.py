@@ -188,6 +188,10 @@ class System:
         """How many events of a kind are in the logs by now."""
         return sum(isinstance(event, kind) and job in (None, self.asked.get(event.job_id)) for event in self.events)
 
+    def tries(self) -> set[int]:
+        """Which tries tasks were at: {1} where none was charged for what was not its fault."""
+        return {event.tries for event in self.events if isinstance(event, contracts.StageStarted)}
+
     async def _read_events(self) -> None:
         feed = None
         while True:

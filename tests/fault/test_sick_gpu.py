@@ -5,7 +5,7 @@ from __future__ import annotations
 from tests.fault.ledger import Ledger
 from tests.fault.system import Lab
 
-from vidgen import contracts
+from vidgen import contracts, topology
 
 
 async def campaign(lab: Lab, *, jobs: int) -> str:
@@ -19,6 +19,8 @@ async def campaign(lab: Lab, *, jobs: int) -> str:
         assert set(left) == {1}
         released = system.said(contracts.StageReleased)
         assert released >= 1
+        assert system.tries() == {1}
+        assert (await system.bus.held(topology.DEAD)).messages == 0
         return f"it left {len(left)} times, {released} tasks handed back, {jobs} jobs: {dict(ends)}"
 
 

@@ -27,6 +27,7 @@ async def campaign(lab: Lab, *, outages: tuple[float, ...], jobs: int) -> str:
                 await store.start()
             ends = await Ledger(system).audit()
             assert ends == {"completed": jobs}
+            assert system.tries() == {1}
             return f"away for {outages} s, {jobs} jobs: {dict(ends)}"
     finally:
         await store.kill()

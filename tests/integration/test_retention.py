@@ -78,7 +78,8 @@ async def test_a_real_bucket_is_swept(tmp_path: Path, s3_server: S3Server) -> No
     used, unused = f"uploads/{mark}-used.png", f"uploads/{mark}-unused.png"
     open_job, gone_job = f"open-{mark}", f"gone-{mark}"
     keys = [used, unused, *(artifact_key(job, "edit-0.png") for job in (open_job, gone_job)),
-            *(f"checkpoints/{job}/edit-1-1.safetensors" for job in (open_job, gone_job))]  # fmt: skip
+            *(f"checkpoints/{job}/edit-1-1.safetensors" for job in (open_job, gone_job)),
+            f"jobs/{mark} of nobody/notes.txt"]  # fmt: skip
     async with running_nats(tmp_path / "nats") as server, connected_bus(server) as bus:
         jobs = Jobs(bus)
         await jobs.create(a_job(open_job, used))

@@ -167,13 +167,20 @@ async def floor(
 
 @pytest.mark.parametrize("lease", [SHORT_LEASE_S])
 async def test_a_worker_is_killed_in_the_middle_of_a_task_and_another_completes_it_once(floor: Floor) -> None:
+    scratch = floor.folder / "scratch"
+    scratch.mkdir()
+    floor.env["VIDGEN_WORK_DIR"] = str(scratch)
     first = await floor.started("Paced")
     await floor.queue()
     await floor.generating(first)
+    left = [path for path in scratch.rglob("*") if path.is_file()]
+    assert [path.name for path in left] == ["input-0"]
 
     first.process.signal(signal.SIGKILL)
     second = await floor.started("Instant")
     event = await floor.until("stage_completed")
+
+    assert not left[0].exists()
 
     assert (event.worker, event.attempt, event.tries, event.alone) == (second.name, 2, 1, True)
     assert await floor.types() == ["stage_started", "stage_started", "stage_completed"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
@@ -13,6 +14,7 @@ from gateway.api.problems import HttpError
 from gateway.keyring import OPERATOR, Caller, Keyring, UnknownKeyError
 from gateway.quotas import Quotas
 from vidgen import errors
+from vidgen.settings import is_loopback
 
 COOKIE = "vidgen_session"
 OPEN = frozenset({"/", "/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json", "/healthz", "/readyz", "/metrics"})
@@ -36,20 +38,27 @@ class Door:
         self._app, self._keyring, self._quotas, self._wanted = app, keyring, quotas, wanted
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and not is_open(scope["path"]):
-            try:
-                caller = await self._caller(Headers(scope=scope), scope["method"])
-                await self._quotas.admit(caller.tenant)
-            except errors.VidgenError as exc:
-                await problems.of(exc)(scope, receive, send)
-                return
-            scope.setdefault("state", {})["caller"] = caller
-        await self._app(scope, receive, send)
+        with contextlib.ExitStack() as while_open:
+            if scope["type"] == "http" and not is_open(scope["path"]):
+                try:
+                    caller = await self._caller(Headers(scope=scope), scope["method"])
+                    await self._quotas.admit(caller.tenant)
+                    while_open.enter_context(self._quotas.open(caller.tenant))
+                except errors.VidgenError as exc:
+                    await problems.of(exc)(scope, receive, send)
+                    return
+                scope.setdefault("state", {})["caller"] = caller
+            await self._app(scope, receive, send)
 
     async def _caller(self, headers: Headers, method: str) -> Caller:
         scheme, _, key = headers.get("authorization", "").partition(" ")
         if self._wanted and scheme.lower() == "bearer":
             return await self._keyring.identify(key.strip())
+        if not self._wanted and not _of_this_machine(headers):
+            raise HttpError(
+                403, "another_host",
+                "without keys a gateway answers to names of its own machine alone (localhost): else set VIDGEN_AUTH=on",
+            )  # fmt: skip
         # A browser sends a cookie along, or reaches this machine, whichever page told it to.
         session = cookie_parser(headers.get("cookie", "")).get(COOKIE)
         if self._wanted and session is None:
@@ -61,10 +70,19 @@ class Door:
         return await self._keyring.identify(session or "") if self._wanted else OPERATOR
 
 
+def _of_this_machine(headers: Headers) -> bool:
+    """Whether a request names this machine: a page elsewhere may have its own name point here (DNS rebinding)."""
+    try:
+        name = (urlsplit(f"//{headers.get('host', '')}").hostname or "localhost").rstrip(".")
+    except ValueError:  # an address in brackets that is none
+        return False
+    return is_loopback(name) or name.endswith(".localhost")
+
+
 def _of_our_page(headers: Headers, else_: bool) -> bool:
     """Whether a page of this very address sent a request; `else_` where no browser says from where it comes."""
     site = headers.get("sec-fetch-site")
     if site is not None:
         return site == "same-origin"
     origin = headers.get("origin")
-    return else_ if origin is None else urlsplit(origin).netloc == headers.get("host")
+    return else_ if origin is None else origin.partition("://")[2] == headers.get("host")

@@ -23,6 +23,7 @@ from vidgen.contracts import FieldError, Job, JobStatus, VideoRequest
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 
+LOOKS = 25  # jobs that a page may have looked at for each request that it counts as
 KNOWN: dict[int | str, dict[str, Any]] = {200: {"model": Job, "description": "The job was known already."}}
 FORM_SCHEMA = {
     "type": "object",
@@ -111,6 +112,7 @@ async def list_jobs(
     if tenant is not None and not caller.sees(tenant):
         raise problems.HttpError(403, "not_the_operator", "only an operator's key shows the jobs of other tenants")
     page = await parts.jobs.list(status, cursor, limit, whose)
+    await parts.quotas.charge(caller.tenant, page.looked_at // LOOKS)
     jobs = b",".join(job.to_bytes() for job in page.jobs)
     following = pydantic_core.to_json(page.next_cursor)
     return Response(b'{"jobs":[%b],"next_cursor":%b}' % (jobs, following), media_type=bodies.JSON)
@@ -142,7 +144,8 @@ async def retry(job: JobHere, parts: PartsHere) -> Response:
 async def approve(job: JobHere, request: Request, parts: PartsHere) -> Response:
     """Let a job that waits for a review go on with one of its candidates."""
     wanted = await bodies.read_model(request, Approval)
-    return answer(await parts.jobs.approve(job.id, wanted.candidate))
+    async with parts.quotas.room(job.tenant):
+        return answer(await parts.jobs.approve(job.id, wanted.candidate))
 
 
 async def _read_request(request: Request, parts: Parts, tenant: str) -> VideoRequest:
@@ -150,7 +153,7 @@ async def _read_request(request: Request, parts: Parts, tenant: str) -> VideoReq
         return parse(await bodies.read_json(request), tenant)
     references: References = request.app.state.references
     limit = parts.settings.max_upload_bytes
-    with tempfile.TemporaryDirectory(prefix="vidgen-form-") as folder:
+    with tempfile.TemporaryDirectory(prefix="form-", dir=parts.intake.scratch.folder()) as folder:
         form = await read_form(request.headers["content-type"], request.stream(), Path(folder), limit)
         asked = _without_references(bodies.check_json(form.request, f"the form field {REQUEST_FIELD}"))
         usable, wrong = await references.check(form.images)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from urllib.parse import urlsplit
-
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, Field
 from starlette.responses import Response
@@ -47,7 +45,7 @@ async def begin(request: Request, caller: CallerHere, parts: PartsHere) -> Respo
     if parts.settings.asks_for_keys:
         answer.set_cookie(
             COOKIE, key.strip(), max_age=LIFE_S, path="/", httponly=True, samesite="strict",
-            secure="https" in (request.url.scheme, urlsplit(request.headers.get("origin", "")).scheme),
+            secure="https" in (request.url.scheme, request.headers.get("origin", "").partition(":")[0]),
         )  # fmt: skip
     return answer
 

@@ -29,8 +29,12 @@ async def list_workers(parts: PartsHere, caller: CallerHere) -> WorkerList:
     running = sorted({job_id for worker in found for job_id in worker.running})
     jobs = await asyncio.gather(*map(parts.jobs.find, running))
     own = {job.id for job in jobs if job is not None and caller.sees(job.tenant)}
-    shown = [
-        worker.model_copy(update={"running": tuple(job_id for job_id in worker.running if job_id in own)})
-        for worker in found
-    ]
-    return WorkerList(workers=tuple(shown))
+    return WorkerList(workers=tuple(_shown(worker, own) for worker in found))
+
+
+def _shown(worker: WorkerInfo, own: set[str]) -> WorkerInfo:
+    """A worker without the jobs of others."""
+    running = tuple(job_id for job_id in worker.running if job_id in own)
+    return worker.model_copy(
+        update={"running": running, "generating": worker.generating if worker.generating in own else None}
+    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -140,6 +141,7 @@ async def test_the_page_and_the_documentation_are_open_and_all_else_is_closed(ad
     assert (await gateway.client.get(address)).status_code == 200
     assert (await gateway.client.get("/v2/anything")).status_code == 401
     assert (await gateway.client.get("/web/../v1/jobs")).status_code == 401
+    assert (await gateway.client.get("/v1/web/")).status_code == 401
 
 
 async def test_the_documentation_tells_of_keys_on_every_closed_route_and_on_no_other() -> None:
@@ -251,12 +253,30 @@ async def test_a_request_may_not_start_from_what_is_anothers(key: str) -> None:
     assert answer.json()["errors"][0]["field"] == "references.0"
 
 
+async def test_a_replayed_request_is_its_tenants_and_may_start_from_nothing_else() -> None:
+    gateway = await with_keys()
+    await put(gateway.parts.store, "uploads/x.png", picture())
+    error = contracts.JobError(code="undigested", message="the gateway could not process this message")
+    for number, reference in enumerate((KEY, "uploads/x.png", "uploads/umbrella/x.png")):
+        body = json.dumps(NEW | {"references": [reference], "job_id": "given"}).encode()
+        letter = dead.letter(body, "vidgen.requests.acme", error, job_id=None)
+        await dead.publish(gateway.parts.bus, letter, message_id=f"letter-{number}")
+    headers = bearer(await key_for(gateway.parts.bus, admin=True))
+
+    own, *others = [await gateway.client.post(f"/v1/dead/{seq}/replay", headers=headers) for seq in (2, 3, 4)]
+
+    assert (own.status_code, own.json()["tenant"]) == (202, "acme")
+    assert [(answer.status_code, answer.json()["errors"][0]["field"]) for answer in others] == [
+        (422, "references.0"), (422, "references.0")
+    ]  # fmt: skip
+
+
 async def test_workers_show_a_tenant_its_own_jobs_alone() -> None:
     gateway = await with_keys()
     await a_job(gateway, "theirs", "acme")
     worker = contracts.WorkerInfo(
         id="w1", stage="edit", state="busy", engine="preview", model="none", device="cpu", running=("theirs", "gone"),
-        version="1", host="h", started_at=now(), at=now(),
+        generating="theirs", version="1", host="h", started_at=now(), at=now(),
     )  # fmt: skip
     await gateway.parts.bus.records(topology.WORKERS_BUCKET).put("edit.w1", worker.to_bytes())
     shown: dict[str, Any] = {}
@@ -264,8 +284,11 @@ async def test_workers_show_a_tenant_its_own_jobs_alone() -> None:
         answer = await gateway.client.get(
             "/v1/workers", headers=bearer(await key_for(gateway.parts.bus, tenant, admin=admin))
         )
-        shown[tenant] = answer.json()["workers"][0]["running"]
-    assert shown == {"acme": ["theirs"], "umbrella": [], "default": ["theirs", "gone"]}
+        told = answer.json()["workers"][0]
+        shown[tenant] = told["running"], told.get("generating")
+        if tenant == "umbrella":
+            assert "theirs" not in answer.text
+    assert shown == {"acme": (["theirs"], "theirs"), "umbrella": ([], None), "default": (["theirs", "gone"], "theirs")}
 
 
 # ── keys ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -353,18 +376,19 @@ async def test_a_session_is_a_cookie_that_no_script_and_no_other_page_can_use() 
 async def test_the_cookie_is_secure_where_the_page_is() -> None:
     gateway = await with_keys()
     key = await key_for(gateway.parts.bus)
-    direct = await gateway.client.post("https://gateway/v1/session", headers=bearer(key))
+    direct = await gateway.client.post("https://gateway.localhost/v1/session", headers=bearer(key))
     # Behind a proxy that has the certificate: the browser says how the page was loaded.
-    proxied = await gateway.client.post("/v1/session", headers=bearer(key) | {"Origin": "https://gateway"})
-    for answer in (direct, proxied):
+    proxied = await gateway.client.post("/v1/session", headers=bearer(key) | {"Origin": "https://gateway.localhost"})
+    broken = await gateway.client.post("/v1/session", headers=bearer(key) | {"Origin": "https://["})
+    for answer in (direct, proxied, broken):
         assert "Secure" in answer.headers["set-cookie"].split("; ")
 
 
-OWN: list[dict[str, str]] = [{"Sec-Fetch-Site": "same-origin"}, {"Origin": "http://gateway"}]
+OWN: list[dict[str, str]] = [{"Sec-Fetch-Site": "same-origin"}, {"Origin": "http://gateway.localhost"}]
 FOREIGN: list[dict[str, str]] = [
     {"Sec-Fetch-Site": "cross-site"}, {"Sec-Fetch-Site": "same-site"}, {"Sec-Fetch-Site": "none"},
-    {"Origin": "https://evil.example"}, {"Origin": "null"}, {"Origin": "http://gateway:81"},
-    {"Origin": "http://gateway.evil.example"},
+    {"Origin": "https://evil.example"}, {"Origin": "null"}, {"Origin": "http://gateway.localhost:81"},
+    {"Origin": "http://gateway.localhost.evil.example"}, {"Origin": "http://["},
 ]  # fmt: skip
 
 
@@ -392,6 +416,34 @@ async def test_a_gateway_without_keys_obeys_no_other_page_either(sent: dict[str,
     job = await gateway.submit()
     assert (await gateway.client.post(f"/v1/jobs/{job.id}/cancel", headers=sent)).status_code == 403
     assert (await gateway.client.post(f"/v1/jobs/{job.id}/cancel")).status_code == 200  # no browser sent that
+
+
+@pytest.mark.parametrize(
+    "host", ["evil.example", "evil.example:8080", "localhost.evil.example", "10.0.0.1", "[", "a b"]
+)
+async def test_a_gateway_without_keys_answers_to_no_name_that_points_here_from_elsewhere(host: str) -> None:
+    """DNS rebinding: to the browser the gateway is then the page's own site, so its headers say nothing against it."""
+    gateway = await Gateway.open()
+    job = await gateway.submit()
+    own = {"Host": host, "Origin": f"http://{host}", "Sec-Fetch-Site": "same-origin"}
+    for method, path in (("GET", "/v1/jobs"), ("POST", f"/v1/jobs/{job.id}/cancel"), ("GET", "/v1/session")):
+        answer = await gateway.client.request(method, path, headers=own)
+        assert (answer.status_code, answer.json()["code"]) == (403, "another_host")
+    assert (await gateway.client.get("/healthz", headers=own)).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "host", ["localhost", "LOCALHOST:8080", "127.0.0.1:8080", "127.0.0.2", "[::1]:8080", "a.localhost."]
+)
+async def test_a_gateway_without_keys_answers_to_every_name_of_this_machine(host: str) -> None:
+    gateway = await Gateway.open()
+    assert (await gateway.client.get("/v1/jobs", headers={"Host": host})).status_code == 200
+
+
+async def test_with_keys_a_gateway_answers_to_any_name() -> None:
+    gateway = await with_keys()
+    headers = bearer(await key_for(gateway.parts.bus, "acme")) | {"Host": "vidgen.example"}
+    assert (await gateway.client.get("/v1/jobs", headers=headers)).status_code == 200
 
 
 async def test_a_key_opens_the_gateway_from_any_page() -> None:
@@ -446,6 +498,39 @@ async def test_more_requests_than_a_tenant_may_send_are_told_when_to_come_again(
     assert {(await gateway.client.get("/v1/options", headers=own)).status_code for _ in range(5)} == {200}
 
 
+async def test_a_search_through_many_jobs_counts_as_many_requests() -> None:
+    """Of 2,000 jobs, none of which fits, it takes the gateway for half a second."""
+    gateway = await with_keys(tenant_rate=0.001, tenant_burst=5)
+    for number in range(60):
+        await a_job(gateway, f"h{number}")
+    headers = bearer(await key_for(gateway.parts.bus, "acme"))
+    answers = [
+        await gateway.client.get(f"/v1/jobs?{query}", headers=headers)
+        for query in ("limit=1", "status=failed&limit=1", "limit=1", "limit=1")
+    ]
+    assert [answer.status_code for answer in answers] == [200, 200, 200, 429]
+    assert answers[1].json()["jobs"] == []
+
+
+async def test_a_tenants_open_feeds_are_counted_and_leave_room_for_others() -> None:
+    gateway = await with_keys(tenant_open=2)
+    await gateway.parts.intake.submit(contracts.VideoRequest.model_validate(NEW), "j5", "acme")
+    headers = bearer(await key_for(gateway.parts.bus, "acme"))
+    feeds = [Call(gateway.app, "GET", "/v1/jobs/j5/events", headers) for _ in range(2)]
+    assert [(await feed.next())["status"] for feed in feeds] == [200, 200]
+
+    one_more = await gateway.client.get("/v1/jobs/j5", headers=headers)
+    assert (one_more.status_code, one_more.json()["code"]) == (429, "too_many_open")
+    assert int(one_more.headers["Retry-After"]) > 0
+    for other in (await key_for(gateway.parts.bus, "umbrella"), await key_for(gateway.parts.bus, admin=True)):
+        assert (await gateway.client.get("/v1/options", headers=bearer(other))).status_code == 200
+
+    await feeds[0].leave()
+    assert (await gateway.client.get("/v1/jobs/j5", headers=headers)).status_code == 200
+    await feeds[1].leave()
+    assert not gateway.parts.quotas._open
+
+
 async def test_more_unfinished_jobs_than_a_tenant_may_have_are_refused_until_one_is_done() -> None:
     gateway = await with_keys(tenant_jobs=2)
     headers = bearer(await key_for(gateway.parts.bus, "acme"))
@@ -466,6 +551,25 @@ async def test_a_retry_counts_as_a_job_that_is_not_done() -> None:
     await gateway.client.post(f"/v1/jobs/{first}/cancel", headers=headers)
     assert (await gateway.client.post("/v1/jobs", json=NEW, headers=headers)).status_code == 202
     assert (await gateway.client.post(f"/v1/jobs/{first}/retry", headers=headers)).status_code == 429
+
+
+async def test_an_approval_counts_as_a_job_that_is_not_done() -> None:
+    gateway = await with_keys(tenant_jobs=1)
+    headers = bearer(await key_for(gateway.parts.bus, "acme"))
+    reviewed = NEW | {"review": True, "i2v": {"prompt": "it moves"}}
+    first = Job.model_validate_json((await gateway.client.post("/v1/jobs", json=reviewed, headers=headers)).content)
+    for stream, pattern in topology.tasks_of("acme"):
+        await gateway.parts.bus.purge(stream, pattern)
+    await gateway.tell(completed(first))
+    other = await gateway.client.post("/v1/jobs", json=NEW, headers=headers)
+    assert other.status_code == 202
+
+    refused = await gateway.client.post(f"/v1/jobs/{first.id}/approve", json={"candidate": 0}, headers=headers)
+    assert (refused.status_code, refused.json()["code"]) == (429, "too_many_jobs")
+
+    await gateway.client.post(f"/v1/jobs/{other.json()['id']}/cancel", headers=headers)
+    let_on = await gateway.client.post(f"/v1/jobs/{first.id}/approve", json={"candidate": 0}, headers=headers)
+    assert let_on.status_code == 200
 
 
 async def test_many_at_once_get_no_more_room_than_there_is() -> None:

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import threading
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.receivers import NAME, Certificate, Post, Receiver, make_certificate, status
+from tests.receivers import BOUND_S, NAME, Certificate, Post, Receiver, make_certificate, status
 
+from gateway import receivers, webhooks
 from gateway.receivers import Allowed, Receivers, Resolver, public
 from vidgen import errors
+from vidgen.settings import GatewaySettings
 
 LOOPBACK = Allowed.parse("127.0.0.0/8")
 PRIVATE = (
-    "0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12", "192.0.0.0/29",
+    "0.0.0.0/8", "10.0.0.0/8", "100.64.0.0/10", "127.0.0.0/8", "169.254.0.0/16", "172.16.0.0/12", "192.0.0.0/24",
     "192.0.2.0/24", "192.168.0.0/16", "198.18.0.0/15", "198.51.100.0/24", "203.0.113.0/24", "224.0.0.0/4",
     "240.0.0.0/4", "255.255.255.255/32",
 )  # fmt: skip
@@ -42,8 +45,8 @@ async def post(
     timeout_s: float = 30.0,
 ) -> int:  # fmt: skip
     ca_file = certificate.file if certificate else None
-    async with Receivers(allowed, timeout_s=timeout_s, ca_file=ca_file, resolve=resolve) as receivers:
-        return await receivers.post(url, b"{}", {"content-type": "application/json"})
+    async with Receivers(allowed, timeout_s=timeout_s, ca_file=ca_file, resolve=resolve) as opened:
+        return await opened.post(url, b"{}", {"content-type": "application/json"})
 
 
 # ── addresses ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -76,7 +79,7 @@ def test_no_private_address_is_public_in_any_of_its_forms(address: ipaddress.IPv
     "address",
     [
         "::", "::1", "fe80::1", "fc00::1", "fd12:3456::1", "fec0::1", "ff02::1", "2001:db8::1", "64:ff9b:1::1",
-        "100::1", "169.254.169.254", "fd00:ec2::254",
+        "100::1", "3fff::1", "169.254.169.254", "192.0.0.192", "fd00:ec2::254",
     ],
 )  # fmt: skip
 def test_what_only_this_machine_or_network_knows_is_not_public(address: str) -> None:
@@ -101,6 +104,27 @@ def test_an_ipv6_form_is_as_public_as_the_address_that_it_means(
         assert not public(address) or address in ipaddress.ip_network("2000::/3") or address.ipv4_mapped or (
             address in ipaddress.ip_network("64:ff9b::/96")
         )  # fmt: skip
+
+
+async def test_a_name_server_that_hangs_over_one_receiver_holds_up_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    hangs = threading.Event()
+
+    def getaddrinfo(host: str, port: int, **_: object) -> list[tuple[object, ...]]:
+        if host == "slow.example":
+            hangs.wait(BOUND_S)
+        return [(0, 0, 0, "", ("8.8.8.8", port))]
+
+    monkeypatch.setattr(receivers, "getaddrinfo", getaddrinfo)
+    dns, places = receivers.Dns(), GatewaySettings().webhook_concurrency // webhooks.SHARE
+    # Those who gave up waiting still have their thread: a name is asked for again and again.
+    slow = [asyncio.ensure_future(dns("slow.example", 443)) for _ in range(3 * places)]
+    await asyncio.sleep(0)  # they are first
+    try:
+        async with asyncio.timeout(10):
+            assert await dns("quick.example", 443) == ["8.8.8.8"]
+    finally:
+        hangs.set()
+        await asyncio.gather(*slow)
 
 
 # ── what an operator allows ──────────────────────────────────────────────────────────────────────────────────────
