@@ -99,7 +99,7 @@ def have_the_host_grow() -> None:
 
 
 def left_gib() -> float:
-    """GiB of the host's memory that may still be taken: pinned memory is not part of what a process says it holds."""
+    """GiB of the host's memory that may still be taken: what the driver pins no process says that it holds."""
     return (residency.host_memory() or 0) / GIB
 
 
@@ -200,8 +200,8 @@ class Encoded:
         self._wanted = self._made()
 
     def _made(self) -> tuple[torch.Tensor, torch.Tensor]:
-        encoded = self._vae.encode(self._picture).latent_dist.mode()
-        return encoded.float(), self._vae.decode(self._latents, return_dict=False)[0].float()
+        encoded = self._vae.encode(self._picture.to(self._vae.dtype)).latent_dist.mode()
+        return encoded.float(), self._vae.decode(self._latents.to(self._vae.dtype), return_dict=False)[0].float()
 
     def errors(self) -> dict[str, float]:
         found = self._made()

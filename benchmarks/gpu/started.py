@@ -1,11 +1,12 @@
 """The process that the sections `start` time: a service from its first line to an engine that is warm.
 
-    started.py edit|i2v MODEL [--tiny] [--tasks] [--leave]
+    started.py edit|i2v MODEL [--tiny] [--tasks] [--turns] [--leave]
 
-It does what that service does before it connects to the bus, and prints the seconds of each phase. With `--tasks` an
-edit service's first tasks follow, of kinds that the warm-up does not know: their seconds, and the files that Triton and
-inductor put into their caches meanwhile. For that `TRITON_CACHE_DIR` and `TORCHINDUCTOR_CACHE_DIR` are to be set, to
-new folders.
+It does what that service does before it connects to the bus, and prints the profile, the most that the GPU held, the
+files that Triton and inductor put into their caches, and the seconds of each phase. With `--tasks` an edit service's
+first tasks follow, of kinds that the warm-up does not know: their seconds, and such files. For files to be counted,
+`VIDGEN_COMPILE_CACHE` is to be set, and new for a first start. With `--turns` an edit service's model goes to sleep and
+wakes, twice: the seconds of each, whether an edit behind it is the one from before, and the host's memory.
 """
 
 import sys
@@ -41,6 +42,15 @@ from vidgen.settings import WorkerSettings
 
 core = time.perf_counter() - BEGUN
 settings = WorkerSettings()
+
+
+def kept() -> int:
+    """The files of what was compiled."""
+    folder = settings.compile_cache
+    return 0 if folder is None else sum(path.is_file() for path in folder.rglob("*"))
+
+
+kept_before = kept()
 telemetry.configure(settings, f"{STAGE}-service")
 gc.disable()
 
@@ -56,11 +66,6 @@ def tell_of_tasks(engine: Any, tiny: bool) -> None:
     from PIL import Image
 
     from edit_service.engine import qwen
-
-    folders = [Path(os.environ[name]) for name in ("TRITON_CACHE_DIR", "TORCHINDUCTOR_CACHE_DIR")]
-
-    def kept() -> int:
-        return sum(path.is_file() for folder in folders for path in folder.rglob("*"))
 
     draft = {"reference_area": 832 * 480}
     kinds: list[tuple[str, dict[str, Any], int]] = [
@@ -81,9 +86,49 @@ def tell_of_tasks(engine: Any, tiny: bool) -> None:
         )
 
 
+def tell_of_turns(engine: Any, tiny: bool) -> None:
+    from PIL import Image
+
+    from edit_service.engine import qwen
+
+    work = qwen.WARM_UP.model_copy(update={"steps": 4} | ({"width": 64, "height": 64} if tiny else qwen.LARGE))
+    inputs = engine._laid_out(work, (Image.effect_noise((900, 700), 64).convert("RGB"),))
+
+    def edited() -> Any:
+        return engine.generate(inputs, lambda step, steps: None).output.pixels
+
+    before = edited()
+    for number in ("first", "second"):
+        begun = time.perf_counter()
+        engine.sleep()
+        slept = time.perf_counter()
+        left = left_gib()
+        engine.wake()
+        told = {"sleep": slept - begun, "wake": time.perf_counter() - slept, "host_left_asleep_gib": left}
+        print(json.dumps({"turn": number, **told, "same": bool((edited() == before).all())}), flush=True)
+
+
+def left_gib() -> float:
+    """GiB of the host's memory that may still be taken."""
+    from vidgen.accel import residency
+
+    return (residency.host_memory() or 0) / (1 << 30)
+
+
+def peak_gib() -> float:
+    import torch
+
+    return torch.cuda.max_memory_allocated() / (1 << 30) if torch.cuda.is_available() else 0.0
+
+
 loaded = asyncio.run(load())
-print(json.dumps({"core": core, **loaded.phases, "ready": time.perf_counter() - BEGUN}), flush=True)
+ready = time.perf_counter() - BEGUN
+told = {"profile": loaded.engine.info.profile, "peak_gib": peak_gib(), "compiled": kept() - kept_before}
+print(json.dumps({**told, "host_left_gib": left_gib()}), flush=True)
+print(json.dumps({"core": core, **loaded.phases, "ready": ready}), flush=True)
 if "--tasks" in sys.argv:
     tell_of_tasks(loaded.engine, "--tiny" in sys.argv)
+if "--turns" in sys.argv:
+    tell_of_turns(loaded.engine, "--tiny" in sys.argv)
 if "--leave" in sys.argv:
     os._exit(0)  # what an interpreter with torch in it takes to end is nobody's start

@@ -102,7 +102,15 @@ class Consumers:
 
     async def _on_request(self, delivery: Delivery) -> None:
         with tracing.span("request", of=delivery.headers, kind="consumer", deliveries=delivery.num_delivered):
-            await self._intake.handle(delivery)
+            try:
+                await self._intake.handle(delivery)
+            except errors.RetryableError:
+                raise
+            except Exception:
+                if delivery.num_delivered < GIVE_UP_AFTER:
+                    raise
+                log.exception("a request could not be digested", _event="undigested", seq=delivery.seq)
+                await self._intake.give_up(delivery)
 
     async def _on_event(self, delivery: Delivery) -> None:
         try:

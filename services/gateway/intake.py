@@ -21,6 +21,7 @@ import pydantic_core
 import structlog
 
 from gateway import pipeline, plan
+from gateway.decoding import Decoding
 from gateway.jobs import JobIdTakenError, Jobs, now
 from gateway.quotas import LimitError, Quotas
 from gateway.receivers import Allowed
@@ -33,6 +34,7 @@ log = structlog.get_logger(__name__)
 
 MAX_REQUEST_BYTES = 128 << 10
 MAX_NAMED, MAX_FIELD_NAME = 50, 200
+FILES = 16  # references that are fetched, and decoded, at once
 REMEMBERED = 1000  # requests let in by HTTP whose message another replica may have taken
 LIMIT_TRIES = 4  # deliveries, seconds apart, before a request is turned away because its tenant has too many jobs
 TENANT = re.compile(r"^[a-z0-9][a-z0-9-]{0,31}$")
@@ -131,7 +133,7 @@ class Intake:
         # Plain references that were looked at: who makes ten videos of one photograph has it looked at twice, not ten
         # times. The first time nothing is asked of the store that would be in vain for a photograph that comes once.
         self._plain: OrderedDict[str, tuple[str, images.ImageFacts]] = OrderedDict()
-        self.scratch = Scratch()
+        self.scratch, self.decoding, self._files = Scratch(), Decoding(), asyncio.Semaphore(FILES)
 
     async def submit(self, request: VideoRequest, job_id: str, tenant: str, *, fresh: bool = False) -> tuple[Job, bool]:
         """Let a tenant's request in by HTTP: checked first, durable once this returns; True where the job is new.
@@ -209,6 +211,15 @@ class Intake:
             return await self._record_rejected(delivery, request, _position(delivery), wrong, at, tenant)
         return job
 
+    async def give_up(self, delivery: Delivery) -> Job:
+        """Turn a request away that no gateway could handle, so that whoever waits for it hears of its end."""
+        tenant = topology.tenant_of_requests(delivery.subject)
+        wrong = FieldError(field="request", message="the gateway could not process it: its log says what happened")
+        exc = InvalidRequestError([wrong])
+        exc.code = "undigested"
+        known = tenant if TENANT.fullmatch(tenant) else DEFAULT_TENANT
+        return await self._turn_away(delivery, None, exc, delivery.at.astimezone(UTC), known)
+
     async def _turn_away(
         self, delivery: Delivery, request: VideoRequest | None, exc: InvalidRequestError, at: datetime, tenant: str
     ) -> Job:
@@ -269,9 +280,9 @@ class Intake:
             tag = stat.tag if stat is not None else ""
             if tag and tag == known[0]:
                 return key, known[1]
-        async with self._file() as source:
+        async with self._files, self._file() as source:
             await self._store.fetch(key, source, limit=self._max_bytes)
-            facts = await asyncio.to_thread(_looked_at, source)
+            facts = await self.decoding.over(source, _looked_at)
             if facts.normal:
                 # The tag is that of before, so if the object was replaced meanwhile no other tag stands for its facts.
                 self._plain[key] = tag, facts
@@ -279,7 +290,7 @@ class Intake:
                     self._plain.popitem(last=False)
                 return key, facts
             async with self._file(".png") as target:
-                facts = await asyncio.to_thread(images.normalise, source, target)
+                facts = await self.decoding.over(source, lambda path: images.normalise(path, target))
                 own = artifacts.artifact_key(job_id, f"reference-{index}.png")
                 await self._store.put(own, target, "image/png")
                 return own, facts

@@ -56,10 +56,11 @@ class NotPossibleError(errors.ConflictError):
 
 @dataclass(frozen=True)
 class JobPage:
-    """Jobs, newest first, and where the next page starts."""
+    """Jobs, newest first, and where the next page starts; how many were looked at for it."""
 
     jobs: tuple[Job, ...]
     next_cursor: str | None
+    looked_at: int
 
 
 @dataclass(frozen=True)
@@ -124,7 +125,7 @@ class Jobs:
 
     async def _newest_progress(self, job_id: str) -> contracts.Progress | None:
         stored = await self._looks.latest(topology.PROGRESS, topology.subject_of_progress(job_id))
-        return contracts.Progress.model_validate_json(stored.body) if stored is not None else None
+        return parse_progress(stored.body) if stored is not None else None
 
     async def _newest_event(self, job_id: str) -> contracts.AnyEvent | None:
         stored = await self._looks.latest(topology.EVENTS, topology.subject_of_events(job_id))
@@ -325,12 +326,12 @@ class Jobs:
                 before = entry.seq
                 if len(found) == limit:
                     more = position + 1 < len(batch) or len(batch) > limit
-                    return JobPage(tuple(found), str(before) if more else None)
+                    return JobPage(tuple(found), str(before) if more else None, scanned + len(batch))
             scanned += len(batch)
             if len(batch) <= limit:
-                return JobPage(tuple(found), None)
+                return JobPage(tuple(found), None, scanned)
             if scanned >= SCAN_LIMIT:
-                return JobPage(tuple(found), str(before))
+                return JobPage(tuple(found), str(before), scanned)
 
     async def _execute(self, commands: Iterable[pipeline.Command], seq: int | None) -> None:
         """Carry out commands; each may be repeated. `seq` is the place in the log of the event that led to them."""
@@ -394,6 +395,14 @@ def _parse_cursor(cursor: str | None) -> int | None:
     if not cursor.isdecimal() or len(cursor) > 18:
         raise errors.RejectedError("use the next_cursor of the page before, as it came", field="cursor")
     return int(cursor)
+
+
+def parse_progress(body: bytes) -> contracts.Progress | None:
+    """Progress as a worker told it; None for what this version cannot read."""
+    try:
+        return contracts.Progress.model_validate_json(body)
+    except pydantic.ValidationError:
+        return None
 
 
 def parse_event(body: bytes) -> contracts.AnyEvent:

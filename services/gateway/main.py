@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import gc
 import os
+import resource
 import secrets
 import signal
 import sys
@@ -43,10 +44,10 @@ START_PATIENCE_S = 30.0
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.25, 4.0
 HTTP_GRACE_S = 5.0
 DRAIN_S = 10.0
+OPEN_FILES = 1 << 16
 # By the usual 700 it takes 3 % of the time, and finds hardly anything. But each feed, and each call that is given up,
 # leaves a few dozen objects in a circle, half a megabyte in a thousand jobs: all is looked through every 40,000 objects.
 COLLECT_EVERY = 5_000, 4, 2
-
 
 T = TypeVar("T")
 Works = bootstrap.Keeper | Consumers | Orphans | Quotas | Sweeper | Webhooks
@@ -64,6 +65,7 @@ def main() -> None:
         sys.stderr.write(f"{exc.message}\n")
         raise SystemExit(1) from exc
     telemetry.configure(own, "gateway")
+    _open_more_files()
     try:
         if not own.asks_for_keys:
             log.info("callers need no key: only this machine can reach this gateway", _event="no_keys")
@@ -72,6 +74,14 @@ def main() -> None:
     except errors.VidgenError as exc:
         log.error(exc.message, _event="left", code=exc.code)
         raise SystemExit(1) from exc
+
+
+def _open_more_files() -> None:
+    """Each feed of events is a connection, and many a shell lets a process have a thousand, until it asks for more."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    more = OPEN_FILES if hard == resource.RLIM_INFINITY else min(hard, OPEN_FILES)
+    if soft != resource.RLIM_INFINITY and soft < more:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (more, hard))
 
 
 class _Gateway:

@@ -11,7 +11,7 @@ import math
 import secrets
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from typing import Annotated
 
 import pydantic
@@ -24,6 +24,7 @@ from vidgen.settings import GatewaySettings
 from vidgen.tenants import Tenant, Tenants
 
 RETRY_JOBS_S = 10
+RETRY_OPEN_S = 5
 TELL_S = 0.5
 
 
@@ -56,6 +57,8 @@ class Quotas:
         self._left: dict[str, tuple[float, float]] = {}  # requests that a tenant has left, and when that was so
         self._used: Counter[str] = Counter()  # requests that were let in here, and that nobody was told of yet
         self._entering: Counter[str] = Counter()  # jobs that are being let in here
+        self._most_open = settings.tenant_open
+        self._open: Counter[str] = Counter()  # requests that are not answered to their end here
 
     async def admit(self, tenant: str) -> None:
         """Count an HTTP request; raises LimitError `rate_limited` where it is one too many, and BusError."""
@@ -68,6 +71,13 @@ class Quotas:
         if rate:
             self._take(tenant, 1)
             self._used[tenant] += 1
+
+    async def charge(self, tenant: str, requests: int) -> None:
+        """Count a request that was let in for so many more: it took that much. Raises BusError."""
+        rate, _ = await self._left_of(tenant)
+        if rate and requests:
+            self._take(tenant, requests)
+            self._used[tenant] += requests
 
     async def _left_of(self, tenant: str) -> tuple[float, float]:
         """A tenant's rate, 0 for none, and how many requests it has left."""
@@ -122,6 +132,26 @@ class Quotas:
         if used := dict(self._used):
             self._used.clear()
             await self._bus.signal(topology.SUBJECT_USAGE, Usage(gateway=self._id, requests=used).to_bytes())
+
+    @contextlib.contextmanager
+    def open(self, tenant: str) -> Iterator[None]:
+        """Count a request for as long as it is open; raises LimitError `too_many_open`.
+
+        A feed of events, or a download that nobody reads, takes a connection of all that this gateway may have.
+        """
+        most = 0 if tenant == DEFAULT_TENANT else self._most_open
+        if most and self._open[tenant] >= most:
+            raise LimitError(
+                f"{most} requests are open, feeds of events among them, which is as many as may be: close one",
+                RETRY_OPEN_S, code="too_many_open",
+            )  # fmt: skip
+        self._open[tenant] += 1
+        try:
+            yield
+        finally:
+            self._open[tenant] -= 1
+            if not self._open[tenant]:
+                del self._open[tenant]
 
     @contextlib.asynccontextmanager
     async def room(self, tenant: str) -> AsyncIterator[None]:

@@ -31,7 +31,7 @@ PUBLIC_IPV6 = ipaddress.IPv6Network("2000::/3")
 # What `is_global` takes for the internet's before Python 3.11.10, or still: a cloud's metadata is at 192.0.0.192.
 SPECIAL = (ipaddress.IPv4Network("192.0.0.0/24"), ipaddress.IPv6Network("3fff::/20"))
 NAT64 = ipaddress.IPv6Network("64:ff9b::/96")
-RESOLVERS = 8  # threads; a name server that hangs must not take those that others need
+RESOLVERS = 64  # threads, made as they are needed: a name server that hangs must not take those that others need
 ADDRESSES_TRIED = 3
 
 

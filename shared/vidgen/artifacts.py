@@ -101,6 +101,12 @@ def uploads_prefix(tenant: str) -> str:
     return f"{UPLOADS}{tenant}/"
 
 
+def is_under(key: str, *prefixes: str) -> bool:
+    """Whether a key begins with one of the prefixes and stays there."""
+    # Some servers keep keys as paths: no part may be empty or point elsewhere.
+    return key.startswith(prefixes) and KEY.fullmatch(key) is not None and not {"", ".", ".."} & set(key.split("/"))
+
+
 def check_key(key: str, job_id: str | None, tenant: str = contracts.DEFAULT_TENANT) -> None:
     """RejectedError unless `key` is under the tenant's uploads or the job's own prefix, with no way out of it.
 
@@ -108,8 +114,7 @@ def check_key(key: str, job_id: str | None, tenant: str = contracts.DEFAULT_TENA
     """
     uploads = UPLOADS if tenant == contracts.DEFAULT_TENANT else uploads_prefix(tenant)
     allowed = (uploads,) if job_id is None else (uploads, job_prefix(job_id))
-    # Some servers keep keys as paths: no part may be empty or point elsewhere.
-    if not key.startswith(allowed) or not KEY.fullmatch(key) or {"", ".", ".."} & set(key.split("/")):
+    if not is_under(key, *allowed):
         raise errors.RejectedError(
             f"only keys under {uploads} and the job's own prefix may be used: upload the image first "
             "(POST /v1/uploads)",

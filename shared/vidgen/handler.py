@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
+import errno
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from concurrent.futures import Executor
@@ -41,6 +42,7 @@ T = TypeVar("T")
 
 MAX_INPUT_BYTES = 64 << 20
 HAND_BACK_S = 2.0  # what a worker that leaves in a hurry takes to hand a task back
+DISK_FAILS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO})
 KEEP_S = 15.0  # what storing a checkpoint may take: the machine may be gone soon after
 
 
@@ -215,7 +217,7 @@ class Handler:
             try:
                 reporter = Reporter(self._bus, held, self._metrics, self._finishing.value or 0.0)
                 with contextlib.closing(reporter):
-                    async with self._lease(delivery, held, turn):
+                    async with self._lease(delivery, held, turn), _disk_told_apart(self._scratch):
                         return await self._run(delivery, held, turn, clocks, gathering, reporter)
             except FencedError:
                 # A newer attempt holds the task: neither ack nor nak may come from here any more.
@@ -465,6 +467,25 @@ class Handler:
             standing = attempts.standing(held.task, held.attempt, seen.event)
             if standing != "mine":
                 turn.stop.now(standing, seen.event.at if seen.event else None)
+
+
+@contextlib.asynccontextmanager
+async def _disk_told_apart(scratch: Scratch) -> AsyncIterator[None]:
+    """FatalError where it was this machine's disk: another worker may do the task, and this one can do none.
+
+    Where the tasks themselves fill it, it is theirs: they would end one worker after the other.
+    """
+    try:
+        yield
+    except Exception as exc:
+        cause: BaseException | None = exc
+        while cause is not None and not (isinstance(cause, OSError) and cause.errno in DISK_FAILS):
+            cause = cause.__cause__
+        if not isinstance(cause, OSError) or await asyncio.to_thread(scratch.fills_its_disk):
+            raise
+        raise errors.FatalError(
+            f"this worker's disk fails ({cause.strerror}): make room in VIDGEN_WORK_DIR, or mend it", code="disk_failed"
+        ) from exc
 
 
 async def _all_of(*works: Awaitable[T]) -> list[T]:

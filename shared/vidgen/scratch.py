@@ -81,6 +81,14 @@ class Scratch:
                 if keep:
                     self._rooms.append(room)
 
+    def fills_its_disk(self) -> bool:
+        """Whether what is in the folder is half of all that its disk can hold: reads the sizes, so in a thread."""
+        try:
+            own = sum(path.lstat().st_size for path in self._folder.rglob("*"))
+            return 2 * own >= shutil.disk_usage(self._folder).total
+        except OSError:  # it is broken, or a task's files go in this moment
+            return False
+
     def _make(self) -> None:
         try:
             self._parent.mkdir(parents=True, exist_ok=True)

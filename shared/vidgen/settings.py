@@ -135,9 +135,13 @@ class GatewaySettings(Settings):
     tenant_rate: float = Field(
         20.0, ge=0,
         description="HTTP requests a second that a tenant may send, to all gateways together; 0: any number. This and "
-        "the next two are for tenants of which `vidgen tenants set` says nothing else, and not for `default`.",
+        "the next three are for tenants of which `vidgen tenants set` says nothing else, and not for `default`.",
     )  # fmt: skip
     tenant_burst: int = Field(60, ge=0, description="How many of them may come at once.")
+    tenant_open: int = Field(
+        1000, ge=0,
+        description="HTTP requests, feeds of events among them, that a tenant may have open at each gateway; 0: any.",
+    )  # fmt: skip
     tenant_jobs: int = Field(500, ge=0, description="Jobs of a tenant that may have a task waiting or running; 0: any.")
     tenant_waiting: int = Field(
         8, ge=0, le=1000,

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import httpx
 import pytest
+from tests.receivers import Receiver, make_certificate
 
 from vidgen import errors, presign
 from vidgen.artifacts import CHUNK, ArtifactStore, S3Store, Shown, artifact_key, check_key, job_prefix, upload_headers
@@ -348,6 +349,15 @@ async def test_a_server_that_is_gone_fails_soon(key: str, file: Path, tmp_path: 
                     await call
             with pytest.raises(errors.StoreError, match="did not answer"):
                 await whole(store, key)
+
+
+async def test_a_server_whose_certificate_nobody_knows_is_told_nothing(key: str, file: Path, tmp_path: Path) -> None:
+    async with Receiver().listening(make_certificate(tmp_path)) as server:
+        store = S3Store(f"https://127.0.0.1:{server.port}", "key", "secret", "vidgen")
+        with pytest.raises(errors.StoreError, match="did not answer"):
+            await store.put(key, file, "image/png")
+        assert not await store.ready()
+        assert server.posts.empty()
 
 
 async def test_a_server_that_accepts_and_says_nothing_is_not_ready() -> None:

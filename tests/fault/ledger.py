@@ -132,7 +132,7 @@ class Ledger:
             self.wrong.append(f"{asked.job_id}: {sorted(stored)} are stored, its record knows {sorted(known)}")
 
     def _computed_once(self, log: dict[str, list[Any]], records: dict[str, Job | None]) -> None:
-        """No task comes to its end twice but for a worker that died, or was cut off, behind the end of its engine.
+        """No task comes to its end twice but for a worker that died, or was cut off, before it could say so.
 
         A retry may compute again what was cancelled behind it: then once a run.
         """
@@ -144,17 +144,20 @@ class Ledger:
             if entry.what == "done":
                 done[entry.stage, entry.seed].append(entry)
         for task, times in done.items():
-            excused = [e for e in times if e.pid in died or e.worker in self.overtaken]
+            events = log[by_seed[task[1]]]
+            told = {e.worker for e in events if isinstance(e, contracts.StageCompleted) and e.stage == task[0]}
+            excused = [e for e in times if (e.pid in died or e.worker in self.overtaken) and e.worker not in told]
             if len(times) - len(excused) > runs.get(task[1], 1):
                 workers = [entry.worker for entry in times]
-                self.wrong.append(f"{task}: computed to its end by {workers}; {_story(log[by_seed[task[1]]])}")
+                self.wrong.append(f"{task}: computed to its end by {workers}; {_story(events)}")
 
     async def _metrics(self, log: dict[str, list[Any]]) -> None:
         """What the gateways counted is what the logs say."""
         events = [event for found in log.values() for event in found]
         letters = await patiently(lambda: self.system.bus.held(topology.DEAD))
         wanted = {
-            "vidgen_jobs_total": sum(isinstance(event, FINAL) for event in events),
+            **{f"vidgen_jobs_total {end}": 0 for end in STATUS.values()},
+            **Counter(f"vidgen_jobs_total {STATUS[type(event)]}" for event in events if isinstance(event, FINAL)),
             "vidgen_redeliveries_total": sum(
                 isinstance(event, contracts.StageStarted) and event.deliveries > 1 for event in events
             ),
@@ -196,7 +199,8 @@ def _samples(text: str) -> Iterator[tuple[str, float]]:
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
             if sample.labels.get("outcome") != "duplicate":
-                yield sample.name, sample.value
+                end = f" {sample.labels['status']}" if sample.name == "vidgen_jobs_total" else ""
+                yield f"{sample.name}{end}", sample.value
 
 
 def _story(events: list[Any]) -> str:

@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
+from collections.abc import Sequence
 
 from tests.fault.ledger import Ledger
-from tests.fault.system import Lab
+from tests.fault.nursery import Child
+from tests.fault.system import Lab, System
+from tests.fault.worker import entries
 
 from vidgen import contracts
 
 # Longer than a machine stalls; what was handed to a worker that had not yet said so waits for it to run out.
 LEASE = {"VIDGEN_ACK_WAIT": "15"}
+MOMENTS = ("fetching", "at a step", "encoding or storing", "told")
+MANY = 50  # kills that strike each of them
 
 
 async def campaign(lab: Lab, *, kills: int, jobs: int) -> str:
     async with lab.system(workers=3, env=LEASE) as system:
+        victims = []
         for number in range(kills):
             share = jobs * (number + 1) // kills - len(system.asked)
             beginning = asyncio.create_task(system.at_work())
@@ -23,6 +29,7 @@ async def campaign(lab: Lab, *, kills: int, jobs: int) -> str:
             victim = await beginning
             await asyncio.sleep(lab.chance.uniform(0, 0.15))  # what is drawn: a moment in the life of a task
             await system.kill(victim)
+            victims.append(victim)
         ends = await Ledger(system).audit()
         # What lost its worker three times is given up: nobody can tell bad luck from a task that kills.
         assert ends["completed"] + ends["failed"] == jobs
@@ -30,7 +37,28 @@ async def campaign(lab: Lab, *, kills: int, jobs: int) -> str:
         assert set(failed.values()) <= {"attempts_exhausted"}
         starts = Counter(e.job_id for e in system.events if isinstance(e, contracts.StageStarted))
         assert all(starts[job_id] >= 3 for job_id in failed)
-        return f"{kills} kills, {jobs} jobs: {dict(ends)}"
+        struck = moments(system, victims)
+        assert kills < MANY or struck.keys() == {*MOMENTS}
+        reused = sum(e.reused for e in system.events if isinstance(e, contracts.StageCompleted))
+        return f"{kills} kills ({dict(struck)}), {reused} results found again, {jobs} jobs: {dict(ends)}"
+
+
+def moments(system: System, victims: Sequence[Child]) -> Counter[str]:
+    """Where each worker was as it was killed, as far as its engine's journal and the log tell."""
+    last = {entry.pid: entry for entry in entries(system.journals)}
+    told = {(e.worker, e.job_id, e.stage) for e in system.events if isinstance(e, contracts.StageCompleted)}
+    jobs = {asked.seed: asked.job_id for asked in system.asked.values()}
+    struck: Counter[str] = Counter()
+    for victim in victims:
+        entry = last.get(victim.pid)
+        if entry is None:
+            struck["fetching"] += 1
+        elif entry.what != "done":
+            struck["at a step"] += 1
+        else:
+            name = system.id_of(victim.name), jobs[entry.seed], entry.stage
+            struck["told" if name in told else "encoding or storing"] += 1
+    return struck
 
 
 async def test_workers_are_killed_at_any_moment_and_each_job_ends_once(lab: Lab) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import io
 import json
+import resource
 import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -185,6 +186,20 @@ async def test_a_job_goes_through_where_one_gateway_answers_and_another_moves_it
             assert await moves.process.wait(BOUND_S) == 0
 
 
+async def test_a_gateway_may_have_as_many_connections_as_the_machine_lets_it(
+    nats_server: NatsServer, s3_server: S3Server, tmp_path: Path
+) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(soft, 1024), hard))  # as a shell has it
+    try:
+        async with running_gateways(1, nats_server, s3_server, tmp_path) as [only]:
+            limits = Path(f"/proc/{only.process.pid}/limits").read_text()
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    [files] = [line.split() for line in limits.splitlines() if line.startswith("Max open files")]
+    assert int(files[3]) == min(hard, main.OPEN_FILES)
+
+
 async def test_sigterm_ends_the_streams_and_leaves_with_zero(gateways: list[Service]) -> None:
     first, second = gateways
     async with httpx.AsyncClient(base_url=first.url, timeout=BOUND_S) as http, AsyncClient(second.url) as other:
@@ -233,7 +248,7 @@ async def test_a_body_that_is_too_large_is_refused_and_the_client_gets_to_read_w
     host, port = gateway.url.removeprefix("http://").split(":")
     reader, writer = await asyncio.open_connection(host, int(port))
     writer.write(
-        b"POST /v1/jobs HTTP/1.1\r\nHost: gateway\r\nContent-Type: application/json\r\nContent-Length: 52428800\r\n"
+        b"POST /v1/jobs HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: 52428800\r\n"
         b"Expect: 100-continue\r\n\r\n"
     )
     async with asyncio.timeout(BOUND_S):

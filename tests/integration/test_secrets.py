@@ -16,6 +16,7 @@ from typing import Any
 from urllib.parse import parse_qs, quote, urlsplit
 
 import httpx
+from tests.access import bearer, key_for, revoke
 from tests.gateways import EDIT, picture
 from tests.receivers import Post, Receiver, make_certificate, status
 from tests.servers import skipped_at_home
@@ -103,6 +104,8 @@ async def test_planted_secrets_are_nowhere(tmp_path: Path) -> None:
         return Service(name, module, logs, common | env)
 
     gateway = service("gateway", "gateway.main")
+    # It delivers no webhooks: that they fail is looked for in the log of the other one.
+    keyed = service("keyed", "gateway.main", VIDGEN_AUTH="on", VIDGEN_GATEWAY_ROLES="api")
     worker = service("edit-service", "edit_service.main")
     (tmp_path / "wrong.creds").write_text(CREDENTIALS)
     misled = [
@@ -122,7 +125,7 @@ async def test_planted_secrets_are_nowhere(tmp_path: Path) -> None:
 
     try:
         async with Receiver(refuse).listening(certificate) as receiver:
-            await asyncio.gather(gateway.start(), worker.start())
+            await asyncio.gather(gateway.start(), keyed.start(), worker.start())
             for one, _ in misled:
                 one.launch()
             headers = {"Authorization": f"Bearer {BEARER}", "Cookie": f"session={COOKIE}"}
@@ -171,6 +174,21 @@ async def test_planted_secrets_are_nowhere(tmp_path: Path) -> None:
                 ):
                     await ask("GET", path)
                 said.append(await everything_on(bus))
+                # With a key, by each way in, and where it does not belong.
+                key, revoked = await key_for(bus, "acme"), await key_for(bus, "acme")
+                await revoke(bus, revoked)
+                async with httpx.AsyncClient(base_url=keyed.url) as http_keyed:
+                    await http_keyed.post("/v1/session", headers=bearer(key))
+                    calls: list[tuple[str, str, dict[str, str]]] = [
+                        ("GET", "/v1/jobs", bearer(key)), ("GET", "/v1/session", {}),
+                        ("GET", "/v1/jobs", bearer(revoked)), ("POST", f"/v1/jobs/{key}/cancel", bearer(key)),
+                        ("GET", f"/v1/jobs?cursor={key}", bearer(key)), ("GET", f"/v1/jobs?key={key}", {}),
+                        ("POST", "/v1/jobs", bearer(key) | {"Idempotency-Key": key}),
+                    ]  # fmt: skip
+                    answers = [await http_keyed.request(method, path, headers=sent) for method, path, sent in calls]
+                    assert [answer.status_code for answer in answers] == [200, 200, 401, 404, 422, 200, 415]
+                    said.append((await http_keyed.get("/metrics")).text)
+                said.append(await everything_on(bus))
                 # 2. The store is gone: at the edge, and for a worker that has a task.
                 await s3.kill()
                 assert (await ask("POST", "/v1/jobs", json=good | {"job_id": "storeless"})).status_code == 503
@@ -184,9 +202,9 @@ async def test_planted_secrets_are_nowhere(tmp_path: Path) -> None:
                 await asyncio.gather(ask("GET", "/metrics"), ask("GET", "/v1/jobs"))
                 said.append((await http.get(f"{worker.url}/metrics")).text)
                 said.append(await everything_on(bus))
-            await asyncio.gather(gateway.terminate(20), worker.terminate(20))
+            await asyncio.gather(gateway.terminate(20), keyed.terminate(20), worker.terminate(20))
     finally:
-        for one in (gateway, worker, *(one for one, _ in misled)):
+        for one in (gateway, keyed, worker, *(one for one, _ in misled)):
             one.kill()
         await nats.kill()
         await s3.kill()
@@ -198,6 +216,7 @@ async def test_planted_secrets_are_nowhere(tmp_path: Path) -> None:
     planted = {
         BUS_PASSWORD, WRONG_PASSWORD, WEBHOOK_SECRET, BAD_WEBHOOK_SECRET, STORE_USERINFO, COLLECTOR_USERINFO,
         COLLECTOR_HEADER, BEARER, COOKIE, URL_PASSWORD, URL_TOKEN, CREDENTIALS, SEED, NO_SEED, s3.secret_key, signature,
+        key.rsplit("_", 1)[1], revoked.rsplit("_", 1)[1],
     }  # fmt: skip
     leaks = [(secret, told[max(0, at - 300) : at + 100]) for secret in planted for form in forms_of(secret)
              if (at := told.find(form)) >= 0]  # fmt: skip

@@ -72,7 +72,8 @@ def create_app(parts: Parts) -> FastAPI:
     """The gateway's HTTP app on the given parts; it owns none of them."""
     app = _App(title="vidgen gateway", version=vidgen.__version__, description=DESCRIPTION, redirect_slashes=False)
     app.state.parts = parts
-    app.state.references = References(parts.store)
+    app.state.references = References(parts.store, parts.intake.decoding)
+    app.state.store_reach = ops.StoreReach(parts.store)
     problems.install(app)
     for router in ROUTERS if parts.settings.serves_api else (ops.router,):
         app.include_router(router)

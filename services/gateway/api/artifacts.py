@@ -19,7 +19,7 @@ from gateway.api.parts import JobHere, Parts, PartsHere
 from gateway.api.problems import HttpError
 from gateway.api.references import EXTENSIONS
 from vidgen import errors
-from vidgen.artifacts import Shown, job_prefix
+from vidgen.artifacts import Shown, is_under, job_prefix
 from vidgen.contracts import Artifact
 
 router = APIRouter(prefix="/v1/jobs/{job_id}", tags=["artifacts"])
@@ -87,7 +87,7 @@ async def download(request: Request, job: JobHere, name: str, parts: PartsHere, 
     if artifact is None:
         names = ", ".join(one.name for one in job.artifacts) or "none yet"
         raise HttpError(404, "artifact_not_found", f"the job has no artifact of this name; it has: {names}")
-    if not artifact.key.startswith(job_prefix(job.id)):  # a worker said so, and it may not
+    if not is_under(artifact.key, job_prefix(job.id)):  # a worker said so, and it may not
         raise HttpError(404, "artifact_not_found", "the artifact is said to be with another job's: it is not shown")
     return await _send(request, artifact, parts, wish)
 

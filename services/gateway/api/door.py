@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
@@ -37,15 +38,17 @@ class Door:
         self._app, self._keyring, self._quotas, self._wanted = app, keyring, quotas, wanted
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "http" and not is_open(scope["path"]):
-            try:
-                caller = await self._caller(Headers(scope=scope), scope["method"])
-                await self._quotas.admit(caller.tenant)
-            except errors.VidgenError as exc:
-                await problems.of(exc)(scope, receive, send)
-                return
-            scope.setdefault("state", {})["caller"] = caller
-        await self._app(scope, receive, send)
+        with contextlib.ExitStack() as while_open:
+            if scope["type"] == "http" and not is_open(scope["path"]):
+                try:
+                    caller = await self._caller(Headers(scope=scope), scope["method"])
+                    await self._quotas.admit(caller.tenant)
+                    while_open.enter_context(self._quotas.open(caller.tenant))
+                except errors.VidgenError as exc:
+                    await problems.of(exc)(scope, receive, send)
+                    return
+                scope.setdefault("state", {})["caller"] = caller
+            await self._app(scope, receive, send)
 
     async def _caller(self, headers: Headers, method: str) -> Caller:
         scheme, _, key = headers.get("authorization", "").partition(" ")

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 import structlog
 
 from gateway.forecast import Forecast
-from gateway.jobs import Jobs, parse_event
+from gateway.jobs import Jobs, parse_event, parse_progress
 from vidgen import contracts, errors, topology
 from vidgen.bus import Bus, Feed, Stored
 from vidgen.contracts import Job, JobStatus
@@ -27,9 +27,9 @@ KEEP_ALIVE = b": keep-alive\n\n"
 
 
 def frame(event: str, data: bytes, seq: int | None = None) -> bytes:
-    """A server-sent event; the data are one line of JSON."""
+    """A server-sent event; the data are JSON, and become one line."""
     place = b"" if seq is None else b"id: %d\n" % seq
-    return b"%bevent: %b\ndata: %b\n\n" % (place, event.encode(), data)
+    return b"%bevent: %b\ndata: %b\n\n" % (place, event.encode(), b" ".join(data.splitlines()))
 
 
 class JobFeed:
@@ -123,6 +123,8 @@ class JobFeed:
 
     def _tell(self, message: Stored) -> list[bytes]:
         if message.subject == topology.subject_of_progress(self._job_id):
+            if parse_progress(message.body) is None:
+                return []
             if self._caught_up:
                 return [frame("progress", message.body)]
             self._progress = message.body  # it belongs behind what is being replayed

@@ -23,6 +23,7 @@ from vidgen.contracts import FieldError, Job, JobStatus, VideoRequest
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 
+LOOKS = 25  # jobs that a page may have looked at for each request that it counts as
 KNOWN: dict[int | str, dict[str, Any]] = {200: {"model": Job, "description": "The job was known already."}}
 FORM_SCHEMA = {
     "type": "object",
@@ -111,6 +112,7 @@ async def list_jobs(
     if tenant is not None and not caller.sees(tenant):
         raise problems.HttpError(403, "not_the_operator", "only an operator's key shows the jobs of other tenants")
     page = await parts.jobs.list(status, cursor, limit, whose)
+    await parts.quotas.charge(caller.tenant, page.looked_at // LOOKS)
     jobs = b",".join(job.to_bytes() for job in page.jobs)
     following = pydantic_core.to_json(page.next_cursor)
     return Response(b'{"jobs":[%b],"next_cursor":%b}' % (jobs, following), media_type=bodies.JSON)

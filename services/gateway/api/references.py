@@ -8,12 +8,12 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from gateway.api.forms import IMAGE_FIELD
+from gateway.decoding import Decoding
 from vidgen import artifacts, errors, images
 from vidgen.artifacts import ArtifactStore
 from vidgen.contracts import FieldError
 
 FRESH = timedelta(hours=1)
-DECODERS = 2  # images decoded at once: each may take a few hundred MB for a moment
 EXTENSIONS = {"image/png": "png", "image/jpeg": "jpg", "image/webp": "webp", "image/avif": "avif"}
 
 
@@ -31,11 +31,10 @@ class Reference:
 
 
 class References:
-    """Checks and stores uploaded images, a few at a time."""
+    """Checks and stores uploaded images."""
 
-    def __init__(self, store: ArtifactStore) -> None:
-        self._store = store
-        self._decoders = asyncio.Semaphore(DECODERS)
+    def __init__(self, store: ArtifactStore, decoding: Decoding) -> None:
+        self._store, self._decoding = store, decoding
 
     async def check(self, paths: tuple[Path, ...]) -> tuple[list[Reference], list[FieldError]]:
         """What the files are, and what is wrong with them, by field."""
@@ -57,8 +56,7 @@ class References:
         return [reference.key(tenant) for reference in references]
 
     async def _check(self, path: Path) -> Reference:
-        async with self._decoders:
-            return await asyncio.to_thread(_examine, path)
+        return await self._decoding.over(path, _examine)
 
     async def _store_one(self, reference: Reference, key: str) -> None:
         found = await self._store.stat(key)

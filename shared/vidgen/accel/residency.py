@@ -255,19 +255,24 @@ class _Kept:
 
     def _put(self, begins: Sequence[int], storages: Sequence[Tensor]) -> None:
         for begin, storage in zip(begins, storages, strict=True):
-            done = 0
-            while done < storage.numel():
-                piece, at = self._pieces[(begin + done) // CHUNK], (begin + done) % CHUNK
-                take = min(storage.numel() - done, piece.numel() - at)
-                piece[at : at + take].copy_(storage[done : done + take], non_blocking=True)
-                done += take
+            for done, held in self._parts(begin, storage.numel()):
+                held.copy_(storage[done : done + held.numel()], non_blocking=True)
 
-    def on(self, device: torch.device) -> Tensor:
-        """All of it as one new tensor on the device."""
-        whole = torch.empty(self._size, dtype=torch.uint8, device=device)
-        for target, piece in zip(whole.split(CHUNK), self._pieces, strict=False):
-            target.copy_(piece, non_blocking=True)
+    def on(self, device: torch.device, begin: int = 0, size: int | None = None) -> Tensor:
+        """All of it, or a range of bytes, as one new tensor on the device."""
+        whole = torch.empty(self._size if size is None else size, dtype=torch.uint8, device=device)
+        for done, held in self._parts(begin, whole.numel()):
+            whole[done : done + held.numel()].copy_(held, non_blocking=True)
         return whole
+
+    def _parts(self, begin: int, size: int) -> Iterator[tuple[int, Tensor]]:
+        """Where a range of bytes lies: how far into the range, and the part of one piece that begins there."""
+        done = 0
+        while done < size:
+            piece, at = self._pieces[(begin + done) // CHUNK], (begin + done) % CHUNK
+            held = piece[at : at + min(size - done, piece.numel() - at)]
+            yield done, held
+            done += held.numel()
 
     def write(self, file: IO[bytes], name: str) -> None:
         """As a safetensors file of one tensor."""
@@ -280,11 +285,15 @@ class _Kept:
 
 
 class _InMemory:
+    """All groups side by side: kept apart each would take a power of two, by a quarter more in all."""
+
     def __init__(self, groups: Sequence[Sequence[Tensor]], *, pinned: bool) -> None:
-        self._kept = [_Kept(group, pinned=pinned) for group in groups]
+        self._sizes = [sum(_rounded(storage.numel()) for storage in group) for group in groups]
+        self._kept = _Kept([storage for group in groups for storage in group], pinned=pinned)
 
     def on(self, device: torch.device) -> list[Tensor]:
-        return [kept.on(device) for kept in self._kept]
+        begins = itertools.accumulate(self._sizes, initial=0)
+        return [self._kept.on(device, begin, size) for begin, size in zip(begins, self._sizes, strict=False)]
 
 
 class _OnDisk:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from dataclasses import dataclass
 from typing import Any
 
@@ -140,6 +141,7 @@ async def test_the_page_and_the_documentation_are_open_and_all_else_is_closed(ad
     assert (await gateway.client.get(address)).status_code == 200
     assert (await gateway.client.get("/v2/anything")).status_code == 401
     assert (await gateway.client.get("/web/../v1/jobs")).status_code == 401
+    assert (await gateway.client.get("/v1/web/")).status_code == 401
 
 
 async def test_the_documentation_tells_of_keys_on_every_closed_route_and_on_no_other() -> None:
@@ -249,6 +251,24 @@ async def test_a_request_may_not_start_from_what_is_anothers(key: str) -> None:
     )
     assert answer.status_code == 422
     assert answer.json()["errors"][0]["field"] == "references.0"
+
+
+async def test_a_replayed_request_is_its_tenants_and_may_start_from_nothing_else() -> None:
+    gateway = await with_keys()
+    await put(gateway.parts.store, "uploads/x.png", picture())
+    error = contracts.JobError(code="undigested", message="the gateway could not process this message")
+    for number, reference in enumerate((KEY, "uploads/x.png", "uploads/umbrella/x.png")):
+        body = json.dumps(NEW | {"references": [reference], "job_id": "given"}).encode()
+        letter = dead.letter(body, "vidgen.requests.acme", error, job_id=None)
+        await dead.publish(gateway.parts.bus, letter, message_id=f"letter-{number}")
+    headers = bearer(await key_for(gateway.parts.bus, admin=True))
+
+    own, *others = [await gateway.client.post(f"/v1/dead/{seq}/replay", headers=headers) for seq in (2, 3, 4)]
+
+    assert (own.status_code, own.json()["tenant"]) == (202, "acme")
+    assert [(answer.status_code, answer.json()["errors"][0]["field"]) for answer in others] == [
+        (422, "references.0"), (422, "references.0")
+    ]  # fmt: skip
 
 
 async def test_workers_show_a_tenant_its_own_jobs_alone() -> None:
@@ -476,6 +496,39 @@ async def test_more_requests_than_a_tenant_may_send_are_told_when_to_come_again(
     assert (await gateway.client.get("/v1/options", headers=other)).status_code == 200
     own = bearer(await key_for(gateway.parts.bus))
     assert {(await gateway.client.get("/v1/options", headers=own)).status_code for _ in range(5)} == {200}
+
+
+async def test_a_search_through_many_jobs_counts_as_many_requests() -> None:
+    """Of 2,000 jobs, none of which fits, it takes the gateway for half a second."""
+    gateway = await with_keys(tenant_rate=0.001, tenant_burst=5)
+    for number in range(60):
+        await a_job(gateway, f"h{number}")
+    headers = bearer(await key_for(gateway.parts.bus, "acme"))
+    answers = [
+        await gateway.client.get(f"/v1/jobs?{query}", headers=headers)
+        for query in ("limit=1", "status=failed&limit=1", "limit=1", "limit=1")
+    ]
+    assert [answer.status_code for answer in answers] == [200, 200, 200, 429]
+    assert answers[1].json()["jobs"] == []
+
+
+async def test_a_tenants_open_feeds_are_counted_and_leave_room_for_others() -> None:
+    gateway = await with_keys(tenant_open=2)
+    await gateway.parts.intake.submit(contracts.VideoRequest.model_validate(NEW), "j5", "acme")
+    headers = bearer(await key_for(gateway.parts.bus, "acme"))
+    feeds = [Call(gateway.app, "GET", "/v1/jobs/j5/events", headers) for _ in range(2)]
+    assert [(await feed.next())["status"] for feed in feeds] == [200, 200]
+
+    one_more = await gateway.client.get("/v1/jobs/j5", headers=headers)
+    assert (one_more.status_code, one_more.json()["code"]) == (429, "too_many_open")
+    assert int(one_more.headers["Retry-After"]) > 0
+    for other in (await key_for(gateway.parts.bus, "umbrella"), await key_for(gateway.parts.bus, admin=True)):
+        assert (await gateway.client.get("/v1/options", headers=bearer(other))).status_code == 200
+
+    await feeds[0].leave()
+    assert (await gateway.client.get("/v1/jobs/j5", headers=headers)).status_code == 200
+    await feeds[1].leave()
+    assert not gateway.parts.quotas._open
 
 
 async def test_more_unfinished_jobs_than_a_tenant_may_have_are_refused_until_one_is_done() -> None:

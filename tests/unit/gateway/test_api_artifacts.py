@@ -45,10 +45,11 @@ async def test_an_artifact_is_found_by_a_presigned_url(gateway: Gateway, job: Jo
     assert "&shown=image/png&disposition=inline; filename*=UTF-8''edit-0.png" in unquote(answer.headers["location"])
 
 
-async def test_an_artifact_that_is_said_to_be_another_jobs_is_not_shown(gateway: Gateway, job: Job) -> None:
+@pytest.mark.parametrize("way", ["jobs/{job}/edit-0.png", "jobs/{own}/../{job}/edit-0.png", "uploads/photo.png"])
+async def test_an_artifact_that_is_said_to_be_another_jobs_is_not_shown(gateway: Gateway, job: Job, way: str) -> None:
     other = await gateway.submit()
     event = completed(other)
-    stolen = event.artifacts[0].model_copy(update={"key": f"jobs/{job.id}/edit-0.png"})
+    stolen = event.artifacts[0].model_copy(update={"key": way.format(job=job.id, own=other.id)})
     await gateway.tell(event.model_copy(update={"artifacts": (stolen,)}))
     for query in ({}, {"proxy": 1}):
         answer = await gateway.client.get(path(other), params=query)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -85,6 +86,30 @@ async def test_events_and_progress_come_live_until_the_job_ends(gateway: Gateway
 
     await gateway.tell(completed(job))
     assert [kind for kind, _, _ in await call.frames(3)] == ["stage_completed", "completed", "job"]
+    await call.ended()
+
+
+async def test_what_a_worker_says_becomes_no_event_of_its_own_making(gateway: Gateway) -> None:
+    """Of another version, or with an end of line in it: a feed is lines, and whoever reads it takes each as told."""
+    job = await gateway.submit()
+    await gateway.tell(started(job))
+    forged = b'{}\n\nevent: completed\ndata: {"type": "completed"}'
+    bus, subject = gateway.parts.bus, topology.subject_of_progress(job.id)
+    await bus.signal(subject, forged)
+    call = watch(gateway, job)
+    assert [kind for kind, _, _ in await call.frames(2)] == ["accepted", "stage_started"]
+    assert (await gateway.client.get(f"/v1/jobs/{job.id}")).json()["status"] == "in_progress"
+
+    await bus.signal(subject, forged)
+    await bus.signal(subject, progress(job, 5).to_bytes())
+    assert [(kind, data["step"]) for kind, _, data in await call.frames(1)] == [("progress", 5)]
+
+    event = completed(job)
+    spread = json.dumps(json.loads(event.to_bytes()), indent=1).encode()
+    await bus.publish(topology.subject_of_events(job.id), spread, message_id="spread")
+    await gateway.parts.jobs.apply(event)
+    [(kind, _, data), *_] = await call.frames(3)
+    assert (kind, data["artifacts"][0]["name"]) == ("stage_completed", "edit-0.png")
     await call.ended()
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import pytest
 from tests.gateways import Gateway, now
 
+from gateway.api import ops
 from vidgen import contracts, topology
 from vidgen.testing import MemoryBus, MemoryStore
 
@@ -22,6 +24,15 @@ async def gateway() -> AsyncIterator[Gateway]:
 class LostBus(MemoryBus):
     async def ready(self) -> bool:
         return False
+
+
+class CountingStore(MemoryStore):
+    asked = 0
+
+    async def ready(self) -> bool:
+        self.asked += 1
+        await asyncio.sleep(0)
+        return await super().ready()
 
 
 class LostStore(MemoryStore):
@@ -141,3 +152,22 @@ async def test_every_error_is_documented_as_a_problem_document(gateway: Gateway)
     submit = schema["paths"]["/v1/jobs"]["post"]
     assert set(submit["requestBody"]["content"]) == {"application/json", "multipart/form-data"}
     assert {"200", "202", "400", "413", "415", "422", "503"} <= set(submit["responses"])
+
+
+async def test_who_asks_whether_a_gateway_is_ready_does_not_ask_the_object_store_each_time() -> None:
+    """These addresses are open to everybody, and what the store is asked takes the threads of those who are let in."""
+    store = CountingStore()
+    gateway = await Gateway.open(store=store)
+    paths = ["/readyz", "/metrics"] * 20
+    answers = await asyncio.gather(*(gateway.client.get(path) for path in paths))
+    assert {answer.status_code for answer in answers} == {200}
+    assert store.asked == 1
+
+
+async def test_that_the_object_store_has_gone_is_told_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ops, "KEEP_S", 0.0)
+    store = CountingStore()
+    gateway = await Gateway.open(store=store)
+    assert (await gateway.client.get("/readyz")).status_code == 200
+    store.down = True
+    assert (await gateway.client.get("/readyz")).status_code == 503

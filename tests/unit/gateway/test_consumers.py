@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 from collections.abc import AsyncIterator
 
 import pytest
 from tests.gateways import BOUND, EDIT, KEY, Gateway, completed, started
 
+from gateway import consumers
 from gateway.consumers import Consumers
 from vidgen import contracts, dead, topology
 from vidgen.bus import PULL_WAIT, Delivery
@@ -20,8 +22,8 @@ class Loops:
     def __init__(self, gateway: Gateway) -> None:
         parts = gateway.parts
         self.gateway, self.bus, self.stop = gateway, parts.bus, asyncio.Event()
-        consumers = Consumers(parts.bus, parts.jobs, parts.intake, parts.metrics, concurrency=2)
-        self.running = asyncio.create_task(consumers.run(self.stop))
+        own = Consumers(parts.bus, parts.jobs, parts.intake, parts.metrics, concurrency=2)
+        self.running = asyncio.create_task(own.run(self.stop))
 
     async def until_told(self, job_id: str, kind: str) -> None:
         feed = await self.bus.follow(topology.EVENTS, topology.subject_of_events(job_id))
@@ -111,6 +113,56 @@ async def test_a_message_that_cannot_be_digested_does_not_stop_the_others(
     await loops.bus.publish(topology.SUBJECT_REQUESTS, good.to_bytes(), message_id="good")
     await loops.until_told("good", "accepted")
     assert not loops.running.done()
+
+
+async def test_a_message_that_can_never_be_digested_is_given_up_with_all_that_it_said(
+    loops: Loops, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(consumers, "GIVE_UP_AFTER", 3)
+    monkeypatch.setattr(consumers, "HAND_BACK_S", 0.001)
+    seen: list[int] = []
+
+    async def chokes(delivery: Delivery) -> Job:
+        seen.append(delivery.num_delivered)
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(loops.gateway.parts.intake, "handle", chokes)
+    body = b'{"hard": "to swallow", "job_id": "hard"}'
+    await loops.bus.publish("vidgen.requests.acme", body, message_id="hard")
+
+    await loops.until_told("hard", "rejected")  # whoever waits for it hears of its end
+    feed = await loops.bus.follow(topology.DEAD, "vidgen.dead.>")
+    stored = await feed.next(BOUND)
+    await loops.end()
+
+    assert stored is not None
+    letter = contracts.DeadLetter.model_validate_json(stored.body)
+    assert (letter.error.code, letter.job_id, base64.b64decode(letter.payload)) == ("undigested", "hard", body)
+    job = await loops.gateway.parts.jobs.get("hard")
+    assert (job.status, job.tenant) == (contracts.JobStatus.REJECTED, "acme")
+    assert seen == [1, 2, 3]
+    assert await loops.bus.tail(topology.REQUESTS, None, 9) == []
+    text = loops.gateway.parts.metrics.render()[0].decode()
+    assert 'vidgen_dead_letters_total{stage="request"} 1.0' in text
+
+
+async def test_a_message_that_cannot_even_be_turned_away_is_a_dead_letter(
+    loops: Loops, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(consumers, "GIVE_UP_AFTER", 2)
+    monkeypatch.setattr(consumers, "HAND_BACK_S", 0.001)
+
+    async def chokes(_delivery: Delivery) -> Job:
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(loops.gateway.parts.intake, "handle", chokes)
+    monkeypatch.setattr(loops.gateway.parts.intake, "give_up", chokes)
+    await loops.bus.publish(topology.SUBJECT_REQUESTS, b"{}", message_id="hard")
+
+    stored = await (await loops.bus.follow(topology.DEAD, "vidgen.dead.>")).next(BOUND)
+
+    assert stored is not None
+    assert contracts.DeadLetter.model_validate_json(stored.body).error.code == "undigested"
 
 
 async def test_an_exhausted_task_fails_its_job_and_leaves_the_queue(loops: Loops) -> None:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 from tests.gateways import EDIT, KEY, picture, put
 
+from gateway import intake
 from gateway.intake import LIMIT_TRIES, Intake, InvalidRequestError, id_from_key, parse
 from gateway.jobs import Jobs, parse_event
 from gateway.quotas import Quotas
@@ -76,6 +78,30 @@ async def test_a_reference_that_comes_again_and_again_is_not_fetched_each_time(d
 
     assert door.store.calls["fetch"] == 2  # the first time nobody knows that it will come again
     assert door.store.calls["stat"] == 4
+
+
+async def test_no_more_references_are_on_the_gateways_disk_at_once_than_it_has_room_for() -> None:
+    """They wait there for their turn to be decoded: what one tenant sends within a second may be gigabytes."""
+    store = MemoryStore()
+    keys = [f"uploads/photo-{number}.png" for number in range(3 * intake.FILES)]
+    for key in keys:
+        await put(store, key, picture())
+    door = Door(store)
+    most, fetch = 0, store.fetch
+
+    async def watched(key: str, path: Path, limit: int | None = None) -> int:
+        nonlocal most
+        size = await fetch(key, path, limit)
+        most = max(most, len(list(path.parent.iterdir())))
+        return size
+
+    store.fetch = watched  # type: ignore[method-assign]
+    requests = [contracts.VideoRequest.model_validate({**GOOD, "references": [key]}) for key in keys]
+    jobs = await asyncio.gather(
+        *(door.intake.submit(request, f"j{number}", "default") for number, request in enumerate(requests))
+    )
+    assert len(jobs) == len(keys)
+    assert 1 < most <= intake.FILES
 
 
 async def test_a_reference_that_was_replaced_is_looked_at_again(door: Door) -> None:
@@ -311,7 +337,7 @@ OWN: dict[str, Any] = {"references": ["uploads/acme/photo.png"], "edit": EDIT}
 
 async def tenants_door(**settings: Any) -> Door:
     door = Door(**settings)
-    for key in (KEY, "uploads/acme/photo.png", "uploads/umbrella/photo.png"):
+    for key in (KEY, "uploads/acme/photo.png", "uploads/umbrella/photo.png", "jobs/j1/edit-0.png"):
         await put(door.store, key, picture())
     return door
 
@@ -337,6 +363,7 @@ async def test_a_tenants_request_starts_from_its_own_uploads_alone(reference: st
     assert job.status is JobStatus.REJECTED
     assert job.error is not None
     assert [error.field for error in job.error.fields] == ["references.0"]
+    assert "only keys under uploads/acme/" in job.error.fields[0].message  # it is there: that it is not is no reason
 
 
 async def test_the_operators_requests_may_start_from_all_uploads() -> None:
@@ -377,6 +404,16 @@ async def test_what_does_not_validate_says_nothing_in_the_log_of_another_tenants
 
 async def test_the_same_message_id_of_two_tenants_stands_for_two_jobs() -> None:
     assert id_from_key("order-1", "acme") != id_from_key("order-1", "umbrella") != id_from_key("order-1")
+    door = await tenants_door()
+    jobs = []
+    for tenant in ("acme", "umbrella"):
+        body = {**OWN, "references": [f"uploads/{tenant}/photo.png"]}
+        await door.publish(body, "order-1", f"vidgen.requests.{tenant}")
+        jobs.append(await door.handle_one())
+        door.bus.forget_ids(topology.REQUESTS)
+    assert [(job.id, job.status) for job in jobs] == [
+        (id_from_key("order-1", job.tenant), JobStatus.QUEUED) for job in jobs
+    ]  # fmt: skip
 
 
 async def test_a_subject_that_names_no_tenant_is_turned_away() -> None:

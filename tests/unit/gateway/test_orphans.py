@@ -122,6 +122,24 @@ async def test_what_another_worker_holds_by_now_is_not_taken_from_it(ward: Ward)
     await ward.bus.listen(topology.subject_of_worker("edit", "w2"))
 
     await ward.looks()
+    for _ in range(3):  # however long that goes on
+        ward.clock.advance(SILENCE_S)
+        await ward.orphans.look()
+
+    assert await ward.again() is None
+
+
+async def test_what_another_worker_has_taken_and_not_begun_is_not_taken_from_it(ward: Ward) -> None:
+    """It waits there until those who run beside it are gone: its log says nothing of it yet."""
+    job, _ = await ward.taken()
+    await ward.register()
+    await ward.register("w2", running=(job.id,))
+    await ward.bus.listen(topology.subject_of_worker("edit", "w2"))
+
+    await ward.looks()
+    for _ in range(3):
+        ward.clock.advance(SILENCE_S)
+        await ward.orphans.look()
 
     assert await ward.again() is None
 

@@ -94,6 +94,14 @@ async def test_alone_with_one_replica_a_tenant_has_all_of_its_rate_there() -> No
         assert await replicas.let_in((5, 0, 0)) == [2, 0, 0]
 
 
+async def test_a_tenant_that_was_silent_for_long_may_send_a_burst_and_no_more() -> None:
+    replicas = Replicas(1)
+    async with replicas.running():
+        assert await replicas.let_in((1,)) == [1]
+        replicas.clock.advance(86400)
+        assert await replicas.let_in((BURST * 3,)) == [BURST]
+
+
 async def test_requests_beyond_all_replicas_bursts_are_told_when_to_come_again() -> None:
     replicas = Replicas(2)
     async with replicas.running():

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import threading
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.receivers import NAME, Certificate, Post, Receiver, make_certificate, status
+from tests.receivers import BOUND_S, NAME, Certificate, Post, Receiver, make_certificate, status
 
+from gateway import receivers, webhooks
 from gateway.receivers import Allowed, Receivers, Resolver, public
 from vidgen import errors
+from vidgen.settings import GatewaySettings
 
 LOOPBACK = Allowed.parse("127.0.0.0/8")
 PRIVATE = (
@@ -42,8 +45,8 @@ async def post(
     timeout_s: float = 30.0,
 ) -> int:  # fmt: skip
     ca_file = certificate.file if certificate else None
-    async with Receivers(allowed, timeout_s=timeout_s, ca_file=ca_file, resolve=resolve) as receivers:
-        return await receivers.post(url, b"{}", {"content-type": "application/json"})
+    async with Receivers(allowed, timeout_s=timeout_s, ca_file=ca_file, resolve=resolve) as opened:
+        return await opened.post(url, b"{}", {"content-type": "application/json"})
 
 
 # ── addresses ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -101,6 +104,27 @@ def test_an_ipv6_form_is_as_public_as_the_address_that_it_means(
         assert not public(address) or address in ipaddress.ip_network("2000::/3") or address.ipv4_mapped or (
             address in ipaddress.ip_network("64:ff9b::/96")
         )  # fmt: skip
+
+
+async def test_a_name_server_that_hangs_over_one_receiver_holds_up_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    hangs = threading.Event()
+
+    def getaddrinfo(host: str, port: int, **_: object) -> list[tuple[object, ...]]:
+        if host == "slow.example":
+            hangs.wait(BOUND_S)
+        return [(0, 0, 0, "", ("8.8.8.8", port))]
+
+    monkeypatch.setattr(receivers, "getaddrinfo", getaddrinfo)
+    dns, places = receivers.Dns(), GatewaySettings().webhook_concurrency // webhooks.SHARE
+    # Those who gave up waiting still have their thread: a name is asked for again and again.
+    slow = [asyncio.ensure_future(dns("slow.example", 443)) for _ in range(3 * places)]
+    await asyncio.sleep(0)  # they are first
+    try:
+        async with asyncio.timeout(10):
+            assert await dns("quick.example", 443) == ["8.8.8.8"]
+    finally:
+        hangs.set()
+        await asyncio.gather(*slow)
 
 
 # ── what an operator allows ──────────────────────────────────────────────────────────────────────────────────────

@@ -114,6 +114,23 @@ async def test_an_upload_is_kept_while_a_request_or_a_task_names_it(bucket: Buck
     assert bucket.store.objects == {}
 
 
+async def test_an_upload_is_kept_while_a_task_that_is_held_back_names_it(bucket: Bucket) -> None:
+    bus = bucket.gateway.parts.bus
+    await bucket.gateway.submit()
+    [task] = await bus.tail(topology.TASKS, None, 9)
+    await bus.publish(topology.subject_of_held("edit", "interactive", "held"), task.body, message_id="held")
+    await bus.purge(topology.TASKS, "vidgen.tasks.>")
+    await bus.purge(topology.REQUESTS, topology.SUBJECT_REQUESTS)
+    bucket.pass_days(31)
+
+    await bucket.sweeper.sweep()
+    assert set(bucket.store.objects) == {KEY}
+    await bus.purge(topology.HELD, "vidgen.held.>")
+    await bucket.sweeper.sweep()
+
+    assert bucket.store.objects == {}
+
+
 async def test_an_image_that_is_sent_again_is_kept_anew(bucket: Bucket) -> None:
     first = await bucket.gateway.post_form([picture("JPEG")], {"edit": {"prompt": "p"}})
     (key,) = first.json()["inputs"]

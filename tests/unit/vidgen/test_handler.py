@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import errno
+import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
@@ -15,11 +17,11 @@ import structlog
 from tests import engines
 from tests.workbench import BOUND, Bench, LoopClock, settled, task_of
 
-from vidgen import contracts, errors, results, topology
+from vidgen import artifacts, contracts, errors, results, topology
 from vidgen.contracts import MAX_REFERENCES
-from vidgen.engine import Engine
+from vidgen.engine import Engine, Finished
 from vidgen.eta import Pace
-from vidgen.testing import FakeClock
+from vidgen.testing import FakeClock, MemoryStore
 from vidgen.turn import Reason, Turn
 
 MakeBench = Callable[..., Bench]
@@ -598,6 +600,67 @@ async def test_a_task_given_back_by_a_sick_worker_has_all_its_tries(bench_of: Ma
 
     assert await bench.run() == "completed"
     assert (bench.events()[-1].attempt, bench.events()[-1].tries) == (2, 1)
+
+
+@pytest.mark.parametrize("engine", [engines.Instant, engines.AlwaysRetryable, engines.Rejects, engines.Breaks])
+async def test_a_tasks_files_go_with_it_however_it_ends(bench_of: MakeBench, engine: Callable[[], Engine]) -> None:
+    bench = bench_of(engine())
+    await bench.queue()
+
+    await bench.run()
+
+    assert list(bench.handler._scratch.folder().iterdir()) == []
+
+
+class DiskFull(engines.Instant):
+    """Its machine's disk has no room for what it made."""
+
+    def finish(self, output: Any, folder: Path) -> tuple[Finished, ...]:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+
+class NoRoom(MemoryStore):
+    """Its machine's disk has no room for an input."""
+
+    async def fetch(self, key: str, path: Path, limit: int | None = None) -> int:
+        full = OSError(errno.ENOSPC, "No space left on device")
+        raise artifacts.local_file(full) from full
+
+
+@pytest.mark.parametrize("where", ["fetching", "finishing"])
+async def test_a_full_disk_is_the_workers_fault_and_costs_its_task_no_try(bench_of: MakeBench, where: str) -> None:
+    """Such a worker is the quickest of all: as the tasks' own fault it would use up the tries of every one."""
+    bench = bench_of(DiskFull() if where == "finishing" else engines.Instant())
+    if where == "fetching":
+        bench.handler._store = NoRoom()
+    await bench.queue()
+
+    with pytest.raises(errors.FatalError, match="No space left") as caught:
+        await bench.run()
+
+    assert caught.value.code == "disk_failed"
+    assert (bench.events()[-1].type, bench.events()[-1].tries) == ("stage_released", 0)
+    bench.use(engines.Instant())
+    assert await bench.run() == "completed"
+
+
+async def test_a_task_that_is_too_large_for_the_disk_is_charged_and_ends(
+    bench_of: MakeBench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As the disk's fault it would end one worker after the other, and never itself."""
+
+    class TooLarge(DiskFull):
+        def finish(self, output: Any, folder: Path) -> tuple[Finished, ...]:
+            (folder / "video.mp4").write_bytes(b"x" * 100_000)
+            return super().finish(output, folder)
+
+    small = shutil.disk_usage("/")._replace(total=150_000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: small)
+    bench = bench_of(TooLarge(), max_attempts=1)
+    await bench.queue()
+
+    assert await bench.run() == "dead"
+    assert bench.events()[-1].final
 
 
 async def test_a_task_whose_model_could_not_be_woken_is_handed_back_with_all_its_tries(bench_of: MakeBench) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -42,6 +43,40 @@ def test_torch_is_loaded_but_not_imported_where_there_is_a_gpu(
     made = subprocess.run(command, capture_output=True, text=True, check=False)
     assert made.stderr == ""
     assert made.stdout == f"{loaded}\n"
+
+
+PINNED = """
+import os
+import sys
+from pathlib import Path
+from vidgen import native
+native.DEVICE = Path(sys.argv[1])
+native.load_ahead()
+print({name: value for name, value in os.environ.items() if name.endswith("ALLOC_CONF")})
+"""
+
+
+@pytest.mark.parametrize(
+    ("there", "given", "found"),
+    [
+        (True, {}, {"PYTORCH_ALLOC_CONF": native.PINNED_BY_THREADS}),
+        (False, {}, {}),
+        # Whoever says how torch is to manage memory is not talked over, by whichever name.
+        (True, {"PYTORCH_ALLOC_CONF": "backend:native"}, {"PYTORCH_ALLOC_CONF": "backend:native"}),
+        (True, {"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}, {"PYTORCH_CUDA_ALLOC_CONF": "backend:native"}),
+    ],
+)
+def test_host_memory_is_pinned_by_several_threads_where_there_is_a_gpu_and_nobody_says_how(
+    tmp_path: Path, there: bool, given: dict[str, str], found: dict[str, str]
+) -> None:
+    device = tmp_path / "nvidiactl"
+    if there:
+        device.touch()
+    env = {name: value for name, value in os.environ.items() if not name.endswith("ALLOC_CONF")} | given
+    command = [sys.executable, "-c", PINNED, str(device)]
+    made = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
+    assert made.stderr == ""
+    assert made.stdout == f"{found}\n"
 
 
 def test_without_torch_there_is_nothing_to_load(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -91,6 +91,17 @@ async def test_a_retry_asks_for_the_same_and_another_wish_does_not(
         assert await results.find(store, other) is None
 
 
+async def test_what_a_job_of_another_tenant_left_under_the_same_id_is_no_result(
+    store: JournalStore, tmp_path: Path
+) -> None:
+    left = task_of(tenant="acme", inputs=("jobs/j1/reference-0.png",))
+    await keep(store, left, files(tmp_path, 1), INFO)
+
+    assert await results.find(store, left) is not None
+    for tenant in ("umbrella", contracts.DEFAULT_TENANT):
+        assert await results.find(store, left.model_copy(update={"tenant": tenant})) is None
+
+
 @pytest.mark.parametrize(
     "manifest",
     [

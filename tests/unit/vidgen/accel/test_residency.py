@@ -316,6 +316,21 @@ def test_the_host_holds_what_is_pinned_once_on_the_way_too() -> None:
     assert max(peak, after) < 20
 
 
+def test_what_sleeps_in_memory_takes_little_more_than_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Pinned memory is given in powers of two, so groups of layers that were pinned each by itself took 45 GiB for 35.
+    monkeypatch.setattr(residency, "CHUNK", 1 << 20)
+    sizes = (600_000, 500_000, 3_000_000, 700, 600_001)
+    storages = [torch.randint(0, 255, (size,), dtype=torch.uint8) for size in sizes]
+    groups = list(residency._chunks(storages))
+    kept = residency._InMemory(groups, pinned=False)
+    taken = sum(residency._power(piece.numel()) for piece in kept._kept._pieces)
+    assert taken < sum(storage.numel() for storage in storages) + residency.CHUNK
+    assert len(groups) == 4
+    for group, found in zip(groups, kept.on(CPU), strict=True):
+        for begin, storage in zip(residency._begins(group), group, strict=True):
+            assert torch.equal(found[begin : begin + storage.numel()], storage)
+
+
 def test_what_is_pinned_takes_little_more_than_it_is() -> None:
     # A block of Wan2.2-A14B in FP8, forty of them twice, and its text encoder's table.
     block = [5120 * 5120] * 8 + [5120 * 13824] * 2 + [5120 * 4] * 12

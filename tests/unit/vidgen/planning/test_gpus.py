@@ -58,7 +58,7 @@ def test_a_file_adds_to_the_table(tmp_path: Path) -> None:
     assert wrong == []
     assert table["A100"] == gpus.Gpu(edit_s=2, dollars_per_hour=2.17)
     assert table["RTX 4090"].edit_s == 3.5
-    assert table["H200"].i2v_s == 8.4
+    assert table["H200"].i2v_s == 8.3
 
 
 @pytest.mark.parametrize(

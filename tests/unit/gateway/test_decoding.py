@@ -1,0 +1,147 @@
+"""Images are decoded so many pixels at a time, whoever sends them, and in the order in which they came."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from tests.gateways import BOUND, EDIT, KEY, Gateway, picture, put
+
+from gateway.decoding import Decoding
+from vidgen import errors, images
+from vidgen.testing import MemoryStore
+
+MOST = 10_000
+PEAK_MB = 900  # of one process, the largest image that there may be in the largest form that it may have
+
+
+class Desk:
+    """Where images are worked on, for as long as nobody says that they are done."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.decoding = folder, Decoding(MOST)
+        self.lock, self.go_on = threading.Lock(), threading.Event()
+        self.now: list[str] = []
+        self.begun: list[str] = []
+
+    def image(self, name: str, pixels: int) -> Path:
+        path = self.folder / name
+        Image.new("RGB", (100, pixels // 100)).save(path, "PNG")
+        return path
+
+    def work(self, path: Path) -> str:
+        with self.lock:
+            self.now.append(path.name)
+            self.begun.append(path.name)
+        self.go_on.wait(BOUND)
+        with self.lock:
+            self.now.remove(path.name)
+        return path.name
+
+    def ask(self, path: Path) -> asyncio.Task[str]:
+        return asyncio.create_task(self.decoding.over(path, self.work))
+
+    async def until(self, *names: str) -> None:
+        async with asyncio.timeout(BOUND):
+            while sorted(self.now) != sorted(names):
+                await asyncio.sleep(0.001)
+        await asyncio.sleep(0.02)
+        assert sorted(self.now) == sorted(names)
+
+
+async def test_as_many_are_decoded_at_once_as_have_the_pixels_of_the_largest(tmp_path: Path) -> None:
+    desk = Desk(tmp_path)
+    asked = []
+    for name, pixels in (("a", 4000), ("b", 4000), ("c", 4000), ("d", 1600)):
+        asked.append(desk.ask(desk.image(name, pixels)))
+        await asyncio.sleep(0.02)
+    await desk.until("a", "b")  # d would fit, but c was there before
+    desk.go_on.set()
+    assert await asyncio.gather(*asked) == ["a", "b", "c", "d"]
+    assert desk.begun[2:] == ["c", "d"]
+    assert desk.decoding._left == MOST
+
+
+async def test_one_that_is_larger_than_all_the_room_has_it_alone(tmp_path: Path) -> None:
+    desk = Desk(tmp_path)
+    large = desk.ask(desk.image("large", 2 * MOST))
+    await desk.until("large")
+    small = desk.ask(desk.image("small", 1600))
+    await desk.until("large")
+    desk.go_on.set()
+    assert await asyncio.gather(large, small) == ["large", "small"]
+
+
+async def test_who_leaves_or_fails_gives_the_room_back(tmp_path: Path) -> None:
+    desk = Desk(tmp_path)
+    (tmp_path / "none").write_bytes(b"no image at all")
+    with pytest.raises(errors.RejectedError):
+        await desk.ask(tmp_path / "none")
+
+    def fails(path: Path) -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        await desk.decoding.over(desk.image("a", MOST), fails)
+    first, waits, last = (desk.ask(desk.image(name, MOST)) for name in ("first", "waits", "last"))
+    await asyncio.sleep(0.05)
+    waits.cancel()
+    desk.go_on.set()
+    assert (await asyncio.gather(first, waits, last, return_exceptions=True))[0::2] == ["first", "last"]
+    assert waits.cancelled()
+    assert desk.decoding._left == MOST
+
+
+async def test_requests_and_forms_share_the_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    store, now, most, inspect = MemoryStore(), 0, 0, images.inspect
+    lock = threading.Lock()
+
+    def counted(path: Path) -> images.ImageFacts:
+        nonlocal now, most
+        with lock:
+            now += 1
+            most = max(most, now)
+        try:
+            threading.Event().wait(0.02)
+            return inspect(path)
+        finally:
+            with lock:
+                now -= 1
+
+    monkeypatch.setattr(images, "inspect", counted)
+    keys = [KEY.replace("photo", f"photo-{number}") for number in range(4)]
+    for key in keys:
+        await put(store, key, picture())
+    gateway = await Gateway.open(store=store)
+    gateway.parts.intake.decoding._left = 64 * 48
+    gateway.parts.intake.decoding._most = 64 * 48
+    answers = await asyncio.gather(
+        *(gateway.client.post("/v1/jobs", json={"references": [key], "edit": EDIT}) for key in keys),
+        *(gateway.post_form([picture()], {"edit": EDIT}) for _ in range(2)),
+    )
+    assert {answer.status_code for answer in answers} == {202}
+    assert most == 1
+
+
+@pytest.mark.parametrize(("kind", "mode"), [("WEBP", "RGBA"), ("PNG", "I;16")])
+def test_the_largest_image_that_there_may_be_takes_no_more_memory_than_a_gateway_is_given(
+    tmp_path: Path, kind: str, mode: str
+) -> None:
+    """A file of 130 KB took 1 GB, which was all that a gateway has in Kubernetes: it was killed, and again."""
+    path = tmp_path / "large"
+    Image.new(mode, (7000, 7000)).save(path, kind, **({"method": 0} if kind == "WEBP" else {"compress_level": 1}))
+    code = (
+        "import sys; from pathlib import Path; from vidgen import images; "
+        "images.inspect(Path(sys.argv[1])); images.normalise(Path(sys.argv[1]), Path(sys.argv[2])); "
+        "print(Path('/proc/self/status').read_text().split('VmHWM:')[1].split()[0])"
+    )
+    env = {"PYTHONPATH": ":".join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, "-c", code, str(path), str(tmp_path / "plain.png")], env=env, check=True, capture_output=True
+    )
+    assert int(done.stdout) >> 10 < PEAK_MB
