@@ -46,7 +46,7 @@ HTTP_GRACE_S = 5.0
 DRAIN_S = 10.0
 OPEN_FILES = 1 << 16
 # By the usual 700 it takes 3 % of the time, and finds hardly anything. But each feed, and each call that is given up,
-# leaves a few dozen objects in a circle, half a megabyte in a thousand jobs: all is looked through every 40,000 objects.
+# leaves dozens of objects in a circle, half a megabyte in a thousand jobs: all is looked through every 40,000 objects.
 COLLECT_EVERY = 5_000, 4, 2
 
 T = TypeVar("T")
