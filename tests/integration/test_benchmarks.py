@@ -15,7 +15,8 @@ ROOT = Path(__file__).parents[2]
 FIGURES = (
     r"requests per second in: +[\d.]+", r"jobs per second through: +[\d.]+", r"through: +p50 .* p99 .* ms",
     r"memory of the gateway: [\d.]+ MB at the start", r"disk per 1,000 jobs: bus [\d.]+ MB, S3 [\d.]+ MB",
-    r"CPU seconds per 1,000 jobs: gateway [\d.]+, bus [\d.]+, S3 [\d.]+, workers [\d.]+",
+    r"CPU seconds per 1,000 jobs, filling: +gateway [\d.]+, bus [\d.]+, S3 [\d.]+; [\d.]+ in all",
+    r"CPU seconds per 1,000 jobs, through: +gateway [\d.]+, bus [\d.]+, S3 [\d.]+, workers [\d.]+; [\d.]+ in all",
 )  # fmt: skip
 
 
