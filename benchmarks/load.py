@@ -140,7 +140,9 @@ class Vidgen:
     @classmethod
     @contextlib.asynccontextmanager
     async def start(cls, folder: Path, s3: S3Server, roles: Sequence[str]) -> AsyncIterator[Vidgen]:
-        async with NatsServer(folder / "nats") as bus:
+        bus = NatsServer(folder / "nats")
+        bus.process.nice = NICE  # as `vidgen up` starts its servers, and workers
+        async with bus:
             system = System(folder, bus, s3)
             gateways = [
                 Service(f"gateway-{number}", "gateway.main", folder, {**system.env, "VIDGEN_GATEWAY_ROLES": role})
@@ -168,7 +170,7 @@ class Vidgen:
             [sys.executable, str(HERE / "workers.py"), str(edit), str(i2v)]
             for edit, i2v in zip(edits, reversed(i2vs), strict=True)
         ]
-        env = {**self._system.env, "VIDGEN_NICE": str(NICE)}  # as `vidgen up` starts them
+        env = {**self._system.env, "VIDGEN_NICE": str(NICE)}
         async with _children(commands, env, self._system.folder / "workers") as started:
             self.pids["workers"] = list(started)
             yield sum(started.values())
@@ -200,7 +202,9 @@ class Peer:
     @classmethod
     @contextlib.asynccontextmanager
     async def start(cls, kind: str, folder: Path, s3: S3Server, nice: int) -> AsyncIterator[Peer]:
-        async with Nats(folder / "nats") if kind == "taskiq-nats" else Redis(folder / "redis") as server:
+        server = Nats(folder / "nats") if kind == "taskiq-nats" else Redis(folder / "redis")
+        server.process.nice = nice
+        async with server:
             python_path = os.pathsep.join([str(HERE), os.environ.get("PYTHONPATH", "")])
             env = {
                 **os.environ, "PYTHONPATH": python_path, "BENCH_SERVER": server.url, "BENCH_PEER": kind,
@@ -274,7 +278,7 @@ class Redis:
     def __init__(self, folder: Path) -> None:
         self.folder = self.data = folder
         self._socket = folder / "redis.sock"
-        self._process = Process("redis-server", folder / "log")
+        self.process = Process("redis-server", folder / "log")
 
     @property
     def url(self) -> str:
@@ -282,24 +286,24 @@ class Redis:
 
     @property
     def pid(self) -> int:
-        return self._process.pid
+        return self.process.pid
 
     async def __aenter__(self) -> Redis:
         self.folder.mkdir(parents=True)
         program = shutil.which("redis-server") or shutil.which("valkey-server")
         if program is None:
             raise SystemExit("the peers need redis-server: apt-get install redis-server")
-        self._process.start([
+        self.process.start([
             program, "--port", "0", "--unixsocket", str(self._socket), "--dir", str(self.folder), "--save", "",
             "--appendonly", "yes", "--appendfsync", "always",
         ])  # fmt: skip
         while not self._socket.exists():
-            self._process.check()
+            self.process.check()
             await asyncio.sleep(0.05)
         return self
 
     async def __aexit__(self, *exc: object) -> None:
-        await self._process.stop(10)
+        await self.process.stop(10)
 
     async def done(self) -> int:
         return await asyncio.to_thread(self._count)
@@ -318,6 +322,7 @@ class Nats:
 
     def __init__(self, folder: Path) -> None:
         self._server = NatsServer(folder)
+        self.process = self._server.process
         self.data = folder / "data"
         self._stack = contextlib.AsyncExitStack()
         self._done = 0
@@ -476,13 +481,15 @@ async def measure(side: Side, options: argparse.Namespace) -> Figures:
 
 
 @contextlib.asynccontextmanager
-async def store(folder: Path) -> AsyncIterator[S3Server]:
-    """An S3 server of its own for each side, with the reference in it."""
+async def store(folder: Path, nice: int) -> AsyncIterator[S3Server]:
+    """An S3 server of its own for each side, as nice as its workers, with the reference in it."""
     from vidgen.artifacts import S3Store
 
     reference = folder / "reference.png"
     Image.new("RGB", (64, 64), "teal").save(reference)
-    async with S3Server(folder / "s3") as s3:
+    s3 = S3Server(folder / "s3")
+    s3.process.nice = nice
+    async with s3:
         await S3Store(s3.endpoint, s3.access_key, s3.secret_key, s3.bucket).put(KEY, reference, "image/png")
         yield s3
 
@@ -518,14 +525,16 @@ async def main() -> None:
     parser.add_argument("--gateways", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=1, help="how often each side has its turn")
     parser.add_argument("--split", action="store_true", help="one more gateway, which alone moves the jobs on")
-    parser.add_argument("--nice-peers", type=int, default=0, metavar="N", help="how nice the others' workers are")
+    parser.add_argument(
+        "--nice-peers", type=int, default=0, metavar="N", help="how nice the others' workers and S3 are"
+    )
     parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS))
     options = parser.parse_args()
     print(environment())
     roles = ["api" if options.split else "api,pipeline"] * options.gateways + ["pipeline"] * options.split
     busy = " ".join(f"{one:.1f}" for one in os.getloadavg())
     print(f"load average {busy}; {options.jobs:,} jobs, {options.readers} readers, {options.workers} workers in"
-          f" {options.processes} processes, ours at nice {NICE} and others' at {options.nice_peers},"
+          f" {options.processes} processes, ours and our servers at nice {NICE}, others' at {options.nice_peers},"
           f" gateways of ours: {' + '.join(roles)}", flush=True)  # fmt: skip
     done: dict[str, list[Figures]] = {kind: [] for kind in ("vidgen", *options.peers)}
     with tempfile.TemporaryDirectory(prefix="vidgen-load-") as name:
@@ -533,7 +542,7 @@ async def main() -> None:
             for kind in reversed(done) if number % 2 else done:
                 folder = Path(name) / f"{kind}-{number}"
                 folder.mkdir()
-                async with store(folder) as s3:
+                async with store(folder, NICE if kind == "vidgen" else options.nice_peers) as s3:
                     if kind == "vidgen":
                         starting: contextlib.AbstractAsyncContextManager[Side] = Vidgen.start(folder, s3, roles)
                     else:

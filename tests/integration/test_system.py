@@ -198,11 +198,12 @@ async def test_the_fleet_and_the_metrics_show_what_ran(client: AsyncClient, stac
     assert float(lines['vidgen_gpu_seconds_total{stage="i2v"}']) > 0
 
 
-async def test_those_who_compute_let_those_who_answer_go_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_workers_and_servers_let_the_gateway_go_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("VIDGEN_NICE")  # other tests have it
     async with Stack(tmp_path, env={"VIDGEN_ENGINE": "preview"}, ephemeral=True) as stack:
-        gateway, *workers = (os.getpriority(os.PRIO_PROCESS, service.pid) for service in stack.services)
-    assert workers == [gateway + NICE] * 2
+        pids = [*(service.pid for service in stack.services), stack.nats.pid, stack.s3.pid]
+        gateway, *others = (os.getpriority(os.PRIO_PROCESS, pid) for pid in pids)
+    assert others == [gateway + NICE] * 4
 
 
 async def test_a_worker_that_is_killed_hands_its_task_to_the_next(tmp_path: Path) -> None:

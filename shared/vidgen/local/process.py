@@ -23,7 +23,8 @@ TAIL_LINES = 20
 # survives the exec), and leaves at once if the parent died before that. A preexec_fn would fork the parent's threads.
 _LEASH = (
     "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 9); "
-    "os.getppid() == int(sys.argv[1]) or os._exit(1); os.execv(sys.argv[2], sys.argv[2:])"
+    "os.getppid() == int(sys.argv[1]) or os._exit(1); os.nice(int(sys.argv[2])); "
+    "os.execv(sys.argv[3], sys.argv[3:])"
 )
 
 
@@ -46,11 +47,12 @@ class Process:
     stack of ten processes is to have one share beside what else its user runs, and no part of it a share of its own.
 
     It is killed with its parent, whatever ends that (Linux; elsewhere only an orderly end stops it). The kernel binds
-    it to the *thread* that called `start`: start it from one that lives as long as it is needed.
+    it to the *thread* that called `start`: start it from one that lives as long as it is needed. There, it is `nice` by
+    so much more than its parent.
     """
 
     def __init__(self, name: str, log: Path) -> None:
-        self.name, self.log = name, log
+        self.name, self.log, self.nice = name, log, 0
         self._popen: subprocess.Popen[bytes] | None = None
 
     @property
@@ -68,7 +70,7 @@ class Process:
         if self.running:
             raise LocalError(f"{self.name} is running already")
         if sys.platform == "linux":
-            command = [sys.executable, "-I", "-S", "-c", _LEASH, str(os.getpid()), *command]
+            command = [sys.executable, "-I", "-S", "-c", _LEASH, str(os.getpid()), str(self.nice), *command]
         self.log.parent.mkdir(parents=True, exist_ok=True)
         with self.log.open("ab") as log:
             self._popen = subprocess.Popen(  # noqa: S603  our own command lines, no shell

@@ -24,7 +24,9 @@ from vidgen.local.servers import LOOPBACK, NatsServer, S3Server
 START_LIMIT = 120.0  # seconds, for a service that loads no model
 LOAD_LIMIT = 1800.0  # for one that may: it listens when its engine is set up
 DRAIN_S = 20.0
-NICE = 10  # as the command adds: who computes on the processors that others answer with lets those go first
+# As the command adds. On processors that all share the gateway goes first, whom people ask. Workers and servers are
+# alike: a server that went before them would interrupt a worker with each of its calls.
+NICE = 10
 LEAVE_S = 3.0  # what a second SIGTERM gives a worker to hand its task back
 
 # What the stack decides for its services; whatever else VIDGEN_* the user has set goes through to them.
@@ -182,6 +184,14 @@ class Stack:
         """Whether the real models of both stages would run on a GPU here: then one worker serves both on it."""
         return len(self._stages) > 1 and both_on_gpu(self._stages, {**os.environ, **self._env})
 
+    @property
+    def nice(self) -> int:
+        """How far workers and servers let the gateway go first: as the environment says, else by `NICE`."""
+        asked = {**os.environ, **self._env}.get("VIDGEN_NICE", "")
+        if asked.isdecimal():
+            return int(asked)
+        return 0 if self.one_gpu else NICE  # who waits for kernels to be launched is not to wait longer
+
     async def start(self, *, wait_for_workers: bool = True) -> None:
         """Start everything; raises LocalError, and then nothing is left running.
 
@@ -193,6 +203,8 @@ class Stack:
         self._take_lock()
         self.environment_file.unlink(missing_ok=True)
         try:
+            await asyncio.to_thread(lambda: self.one_gpu)  # looks at the GPU's driver and at the weights' files
+            self.nats.process.nice = self.s3.process.nice = self.nice
             self._let_in_the_services()
             self.s3.choose()
             promised = self.s3.endpoint
@@ -230,7 +242,6 @@ class Stack:
     async def _launch_services(self) -> None:
         if not self.nats.process.running:
             await self.nats.start()
-        await asyncio.to_thread(lambda: self.one_gpu)  # looks at the GPU's driver and at the weights' files
         self.services = self._make_services()
         for service in self.services:
             service.launch()
@@ -251,8 +262,7 @@ class Stack:
                 name = kind if number == 1 else f"{kind}-{number}"
                 work = self.folder / "work" / name
                 work.mkdir(parents=True, exist_ok=True)
-                nice = "0" if self.one_gpu else str(NICE)  # who waits for kernels to be launched is not to wait longer
-                own = {"VIDGEN_NICE": nice, **env, **self._identity(kind), "VIDGEN_WORK_DIR": str(work)}
+                own = {"VIDGEN_NICE": str(self.nice), **env, **self._identity(kind), "VIDGEN_WORK_DIR": str(work)}
                 yield Service(name, module, logs, own, arguments)
 
     def _kinds(self) -> Iterator[tuple[str, str, Sequence[str]]]:
