@@ -44,8 +44,8 @@ from vidgen.local.stack import NICE, Service
 from watchers import quantile, summary
 
 HERE = Path(__file__).parent
-# Tasks' temporary files, of all sides: a disk's file system may take half a millisecond to make a file behind many that
-# were removed, and that was what differed most from one minute to the next.
+# Tasks' temporary files, of all sides: on a disk making a file may take longer behind thousands that were just removed,
+# so each run would slow down the next.
 SCRATCH = "/dev/shm" if os.access("/dev/shm", os.W_OK) else tempfile.gettempdir()
 KEY = "uploads/bench/reference.png"
 PROBES_PER_S = 20.0

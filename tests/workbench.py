@@ -22,6 +22,7 @@ from vidgen.contracts import Event, Lane, Stage, Task
 from vidgen.engine import Engine
 from vidgen.handler import Handler
 from vidgen.metrics import Outcome, WorkerMetrics
+from vidgen.scratch import TIDY_S
 from vidgen.settlement import Policy
 from vidgen.testing import Clock, FakeClock, MemoryBus, MemoryStore
 from vidgen.turn import Turn
@@ -47,6 +48,18 @@ class LoopClock:
 
     def advance(self, seconds: float) -> None:
         self._ahead += seconds
+
+
+def one_thread() -> None:
+    """Have all that the running loop gives to threads done by one, in order."""
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
+
+
+async def tidied(clock: LoopClock) -> None:
+    """Let the time pass by which scratch folders that were left are emptied, in the thread of `one_thread`."""
+    clock.advance(TIDY_S)
+    await settled()
+    await asyncio.to_thread(lambda: None)  # behind what that thread was given
 
 
 async def settled() -> None:

@@ -7,7 +7,6 @@ import base64
 import errno
 import shutil
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -16,13 +15,12 @@ from typing import Any
 import pytest
 import structlog
 from tests import engines
-from tests.workbench import BOUND, Bench, LoopClock, settled, task_of
+from tests.workbench import BOUND, Bench, LoopClock, one_thread, settled, task_of, tidied
 
 from vidgen import artifacts, contracts, errors, results, topology
 from vidgen.contracts import MAX_REFERENCES
 from vidgen.engine import Engine, Finished
 from vidgen.eta import Pace
-from vidgen.scratch import TIDY_S
 from vidgen.testing import FakeClock, MemoryStore
 from vidgen.turn import Reason, Turn
 
@@ -608,16 +606,16 @@ async def test_a_task_given_back_by_a_sick_worker_has_all_its_tries(bench_of: Ma
 async def test_a_tasks_files_go_within_a_second_however_it_ends(
     bench_of: MakeBench, engine: Callable[[], Engine]
 ) -> None:
-    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
+    one_thread()
     bench, clock = bench_of(engine()), LoopClock()
     await bench.queue()
 
     await bench.run()
 
-    clock.advance(TIDY_S)
-    await settled()
-    await asyncio.to_thread(lambda: None)  # behind what that thread was given
-    assert [path for path in bench.handler._scratch.folder().rglob("*") if path.is_file()] == []
+    await tidied(clock)
+    scratch = bench.handler._scratch
+    assert [path for path in scratch.folder().rglob("*") if path.is_file()] == []
+    assert scratch.room().exists() == (engine is engines.Instant)  # of another's a thread may still write there
 
 
 class DiskFull(engines.Instant):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import fcntl
 import gc
 import os
@@ -11,12 +10,11 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.workbench import LoopClock, settled
+from tests.workbench import LoopClock, one_thread, tidied
 
 from vidgen import errors, scratch
 from vidgen.scratch import Scratch
@@ -157,14 +155,12 @@ def test_a_place_where_nothing_can_be_made_is_named(tmp_path: Path) -> None:
 
 
 async def left_and_tidied(made: Scratch, *rooms: Path, again: bool = True) -> None:
-    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
+    one_thread()
     clock = LoopClock()
     for room in rooms:
         made.leave(room, again=again)
     assert all(room.exists() for room in rooms)
-    clock.advance(scratch.TIDY_S)
-    await settled()
-    await asyncio.to_thread(lambda: None)  # behind what that thread was given
+    await tidied(clock)
 
 
 def furnished(room: Path) -> Path:
@@ -188,14 +184,24 @@ async def test_a_room_is_emptied_and_given_to_the_next_one(tmp_path: Path) -> No
 async def test_a_room_that_somebody_may_still_write_to_is_not_used_again(tmp_path: Path) -> None:
     made = Scratch(tmp_path)
     room = furnished(made.room())
-    (room / "frames").mkdir()
-    (room / "frames" / "0.png").touch()
 
-    made.leave(made.room(), again=False)  # which nobody has made
     await left_and_tidied(made, room, again=False)
 
     assert list(made.folder().iterdir()) == []
     assert made.room() != room
+
+
+async def test_a_room_with_folders_in_it_goes_whole_and_one_that_nobody_made_is_no_error(tmp_path: Path) -> None:
+    made = Scratch(tmp_path)
+    room = furnished(made.room())
+    (room / "frames").mkdir()
+    (room / "frames" / "0.png").touch()
+
+    made.leave(made.room(), again=True)  # which nobody has made
+    await left_and_tidied(made, room)
+
+    assert list(made.folder().iterdir()) == []
+    assert not made.room().exists()
 
 
 async def test_no_more_rooms_are_kept_than_a_worker_needs(tmp_path: Path) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import AsyncIterator, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,9 +13,9 @@ from typing import Any
 import pytest
 import structlog
 from tests import engines
-from tests.workbench import BOUND, Bench, LoopClock, settled
+from tests.workbench import BOUND, Bench, LoopClock, one_thread, settled, tidied
 
-from vidgen import errors, scratch, topology
+from vidgen import errors, topology
 from vidgen.bus import Delivery
 from vidgen.contracts import Checkpoint, WorkerInfo
 from vidgen.testing import FakeClock
@@ -952,13 +951,11 @@ async def test_a_task_gets_the_folder_of_one_that_is_done_empty_and_none_that_wa
             assert names == ["input-0"]
             return folder
 
-        asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
+        one_thread()
         shop.start()
         first = await through(1)
         await settled()
-        loop_clock.advance(scratch.TIDY_S)
-        await settled()
-        await asyncio.to_thread(lambda: None)  # behind what that thread was given
+        await tidied(loop_clock)
 
         assert await through(2) == first
         assert await through(3) != first
