@@ -345,6 +345,28 @@ def test_what_is_pinned_takes_little_more_than_it_is() -> None:
     assert sum(size for size, _ in slabs) < 1.05 * sum(sizes) < sum(residency._power(size) for size in sizes) / 1.3
 
 
+def test_what_is_read_to_pinned_memory_takes_little_more_than_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Wan2.2-A14B in FP8 in its files: a text encoder of 24 layers and a table, and forty blocks twice.
+    files = [[256384 * 4096 * 2], *([[4096 * 4096 * 2] * 4 + [4096 * 10240 * 2] * 3] * 24)]
+    files += [([5120 * 5120 * 3] * 2 + [5120 * 5120] * 2 + [5120 * 13824] * 2 + [5120 * 4] * 12) * 10] * 8
+    taken: list[int] = []
+    real = torch.empty
+
+    def empty(size: int, *, dtype: torch.dtype, pin_memory: bool) -> torch.Tensor:
+        assert pin_memory
+        taken.append(size)
+        return real(size, dtype=dtype, device="meta")
+
+    monkeypatch.setattr(residency.torch, "empty", empty)
+    size = sum(map(sum, files))
+    slabs = residency.Slabs(size, pinned=True)
+    for file in files:
+        found = slabs.places(file)
+        assert [place.numel() for place in found] == file
+    assert all(one == 1 << one.bit_length() - 1 for one in taken)
+    assert size <= sum(taken) < 1.04 * size
+
+
 def test_a_host_without_room_for_what_streams_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Odd()
     monkeypatch.setattr(residency, "host_memory", lambda: 2 * GIB)
