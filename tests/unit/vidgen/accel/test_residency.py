@@ -286,6 +286,22 @@ def test_weights_are_pinned_side_by_side_and_stay_what_they_are() -> None:
     assert {name for name, bits in model.bits().items() if bits != before[name]} == {"left"}
 
 
+def test_what_is_pinned_already_stays_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Odd()
+    stays = model.embedding.weight.untyped_storage().data_ptr()
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda self: self.untyped_storage().data_ptr() == stays)
+    before, left = model.bits(), model.left.untyped_storage().data_ptr()
+    residency.pin([model], pinned=False)
+    assert model.bits() == before
+    assert model.embedding.weight.untyped_storage().data_ptr() == stays
+    assert model.left.untyped_storage().data_ptr() not in (left, stays)
+
+    # Nor does it need room any more.
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda self: True)
+    monkeypatch.setattr(residency, "host_memory", lambda: 0)
+    assert residency.no_room_to_pin([model]) is None
+
+
 PEAK = """
 import re, sys
 import torch
@@ -376,3 +392,11 @@ def test_a_host_without_room_for_what_streams_is_told_so(monkeypatch: pytest.Mon
     for enough in (4 * GIB, None):
         monkeypatch.setattr(residency, "host_memory", lambda enough=enough: enough)
         assert residency.no_room_to_pin([model]) is None
+
+
+def test_room_for_what_streams_is_what_it_takes_and_what_a_task_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(residency, "host_memory", lambda: 10 * GIB)
+    assert residency.no_room_for(7 * GIB) is None
+    assert residency.no_room_for(9 * GIB, given_back=2 * GIB) is None
+    said = residency.no_room_for(7 * GIB + 1)
+    assert said == "the host has 10 GiB for weights that stream, which take 10 GiB: give the worker more memory"
