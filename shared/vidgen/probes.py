@@ -28,11 +28,12 @@ HEAD_S = 30.0
 class _Connection(HttpToolsProtocol):
     """uvicorn's connection, with bounds on the head of a request: `HEAD_BYTES`, and `HEAD_S` for it to be whole.
 
-    uvicorn itself keeps however many bytes of a head come, and waits for ever for the first one.
+    What may come behind a body is bound as a head is. uvicorn itself keeps however many bytes of either come, and waits
+    for ever for the first one.
     """
 
     _due: asyncio.TimerHandle | None = None  # while a head is waited for
-    _head_bytes = 0
+    _bytes = 0  # since a head or a part of a body was whole
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's
         super().connection_made(transport)
@@ -41,9 +42,9 @@ class _Connection(HttpToolsProtocol):
     def data_received(self, data: bytes) -> None:
         if not self._answering():
             self._await_head()
-        self._head_bytes += len(data)
+        self._bytes += len(data)
         super().data_received(data)
-        if self._due is not None and self._head_bytes > HEAD_BYTES:
+        if self._bytes > HEAD_BYTES:
             self._refuse(b"431 Request Header Fields Too Large")
 
     def on_message_begin(self) -> None:
@@ -54,16 +55,21 @@ class _Connection(HttpToolsProtocol):
         self._leave_head()
         super().on_headers_complete()
 
+    def on_body(self, body: bytes) -> None:
+        self._bytes = 0
+        super().on_body(body)
+
     def connection_lost(self, exc: Exception | None) -> None:
         self._leave_head()
         super().connection_lost(exc)
 
     def _await_head(self) -> None:
         if self._due is None:
-            self._head_bytes = 0
+            self._bytes = 0
             self._due = self.loop.call_later(HEAD_S, self._on_late)
 
     def _leave_head(self) -> None:
+        self._bytes = 0
         if self._due is not None:
             self._due.cancel()
             self._due = None

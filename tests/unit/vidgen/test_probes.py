@@ -239,6 +239,30 @@ async def test_a_head_without_an_end_is_refused_before_it_fills_the_memory(befor
         assert (await rest_of(reader)).startswith(b"HTTP/1.1 431 ")
 
 
+@pytest.mark.parametrize("endless", [b"x: a\r\n", b"x"], ids=["fields behind a body", "a field behind a body"])
+async def test_what_comes_behind_a_body_has_an_end_too(endless: bytes) -> None:
+    async def read(request: Request) -> Response:
+        return PlainTextResponse(str(len(await request.body())))
+
+    head = b"POST / HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n"
+    body = b"40000\r\n" + b"b" * 0x40000 + b"\r\n"
+    app = Starlette(routes=[Route("/", read, methods=["POST"])])
+    async with probes.run_app(app, "127.0.0.1", 0) as url:
+        async with connected(url) as (reader, writer):
+            for part in (head, body, body, b"0\r\nx: a\r\n\r\n"):
+                writer.write(part)
+            assert (await one_answer(reader)).endswith(b"524288")
+        async with connected(url) as (reader, writer):
+            writer.write(head + b"1\r\nb\r\n0\r\n")
+            sent = 0
+            with contextlib.suppress(ConnectionError):
+                while sent < 64 << 20:
+                    writer.write(endless * ((1 << 16) // len(endless)))
+                    await writer.drain()
+                    sent += 1 << 16
+            assert sent < 32 << 20
+
+
 async def test_a_long_head_and_requests_behind_one_another_are_answered() -> None:
     async with served() as url, connected(url) as (reader, writer):
         long = REQUEST + b"x: " + b"a" * (probes.HEAD_BYTES // 2) + b"\r\n\r\n"
