@@ -365,4 +365,4 @@ def _below(tensors: Sequence[Tensor]) -> Tensor:
     ):
         return first.as_strided((sum(one.shape[0] for one in tensors), *first.shape[1:]), first.stride())
     # As bytes: not every build of torch joins e4m3.
-    return torch.cat([one.view(torch.uint8) for one in tensors]).view(first.dtype)
+    return torch.cat([one.contiguous().view(torch.uint8) for one in tensors]).view(first.dtype)

@@ -151,6 +151,7 @@ def test_what_streams_is_read_side_by_side_and_what_becomes_one_weight_as_one(co
         entry("blocks.0.attn.to_v.weight", e4m3, 32, 32), entry("blocks.1.attn.to_q.weight", e4m3, 32, 32),
         entry("blocks.0.attn.to_q.bias", bf16, 32), entry("blocks.0.attn.to_k.bias", bf16, 32),
         entry("scalar", bf16), entry("none", bf16, 0, 4),
+        entry("blocks.2.attn.to_q.weight", e4m3, 3, 3), entry("blocks.2.attn.to_k.weight", bf16, 3, 3),
     ]  # fmt: skip
     made = ahead.places(component, bf16.itemsize)(component / "transformer" / "a.safetensors", told)
     assert {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in made.items()} == {

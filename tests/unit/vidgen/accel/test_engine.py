@@ -87,6 +87,18 @@ def test_weights_that_stream_are_read_to_where_they_stay(
     assert apart == []
 
 
+def test_weights_that_are_quantised_on_their_way_are_not_pinned_before(
+    make: Callable[..., Any], tiny_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vidgen.accel import ahead
+    from vidgen.accel.engine import DiffusersEngine, Layout
+
+    monkeypatch.setattr(DiffusersEngine, "_memory", lambda self: 200 << 30)
+    monkeypatch.setattr(ahead, "places", lambda *given: pytest.fail("their room would be taken twice"))
+    layout = Layout(device="cpu", profile="offload-fp8", attention="torch", vae="stock")
+    assert make(tiny_models["qwen-edit"], layout=layout).info.profile.startswith("offload-fp8")
+
+
 def test_no_lora_can_be_fused_into_an_fp8_snapshot(
     make: Callable[..., Any], snapshot: Path, tiny_models: dict[str, Path], tmp_path: Path
 ) -> None:
