@@ -19,7 +19,7 @@ from typing import Literal
 import structlog
 
 import vidgen
-from vidgen import errors, topology
+from vidgen import errors, eventlog, topology
 from vidgen.artifacts import ArtifactStore
 from vidgen.bus import Bus, Delivery
 from vidgen.company import Company
@@ -378,19 +378,30 @@ class Worker:
                 await asyncio.sleep(BUS_PAUSE_S)
 
     async def _be_there(self) -> None:
-        """Listen for as long as this process lives: where nobody does, a gateway hands out again what is held here."""
+        """Listen for as long as this process lives: where nobody does, a gateway hands out again what is held here.
+
+        A worker that was given what this one began asks here whether it is still at it.
+        """
         subject = topology.subject_of_worker(self._policy.stage, self._policy.worker_id)
         while True:
             try:
                 feed = await self._bus.listen(subject)
                 try:
                     while True:
-                        await feed.next(wait=CANCEL_WAIT_S)
+                        heard = await feed.next(wait=CANCEL_WAIT_S)
+                        if heard is not None and heard.reply and heard.body:
+                            answer = eventlog.AT_IT if self._has(heard.body.decode(errors="replace")) else b"no"
+                            await self._bus.signal(heard.reply, answer)
                 finally:
                     await feed.close()
             except errors.BusError as exc:
                 log.warning(exc.message, _event="bus_lost")
                 await asyncio.sleep(BUS_PAUSE_S)
+
+    def _has(self, job_id: str) -> bool:
+        """Whether a task of that job is here, neither settled nor handed back."""
+        mine = (turn for turn in self._turns if turn.job_id == job_id)
+        return any(turn.delivery is not None and not turn.delivery.settled for turn in mine)
 
     async def _end_grace(self, ending: asyncio.Event) -> None:
         """A drain that takes longer than the grace period hands back what still runs, at its next step.

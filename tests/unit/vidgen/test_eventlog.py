@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 from tests.workbench import task_of
 
@@ -50,6 +52,36 @@ async def test_a_last_try_that_runs_elsewhere_is_not_given_up() -> None:
     await bus.publish(LOG, started.to_bytes(), message_id="third")
     assert await claim(bus, worker="w2") == attempts.Leave()
     assert isinstance(await claim(bus, worker="w2", deliveries=2), attempts.Exhausted)
+
+
+@pytest.mark.parametrize(
+    ("answer", "worker", "deliveries", "outlook"),
+    [
+        (eventlog.AT_IT, "w2", 2, "elsewhere"), (b"no", "w2", 2, "alone"), (None, "w2", 2, "alone"),
+        (None, "w2", 1, "elsewhere"), (eventlog.AT_IT, "w1", 2, "alone"),
+    ],
+)  # fmt: skip
+async def test_a_lease_that_ran_out_under_a_worker_that_is_well_gives_its_task_to_nobody_else(
+    answer: bytes | None, worker: str, deliveries: int, outlook: str
+) -> None:
+    """The bus counts leases by its wall clock: a step forwards by an hour ended them all, and had tasks run twice."""
+    bus = MemoryBus()
+    await claim(bus, seq=await accepted(bus))
+
+    async def answered() -> None:
+        feed = await bus.listen(topology.subject_of_worker("edit", "w1"))
+        asked = await feed.next(60)
+        assert asked is not None
+        assert asked.body == b"j1"
+        await bus.signal(asked.reply, answer or b"")
+
+    holder = asyncio.create_task(answered()) if answer is not None else None
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert await eventlog.outlook(bus, TASK, worker, 3, deliveries) == outlook
+    if holder is not None:
+        holder.cancel()
+        await asyncio.wait([holder])
 
 
 @pytest.mark.parametrize(("worker", "deliveries"), [("w2", 2), ("w1", 1)])
