@@ -31,6 +31,7 @@ from tests.fault import (
     test_partition,
     test_random_orders,
     test_real_orders,
+    test_server_clocks,
     test_sick_gpu,
     test_store_down,
     test_store_errors,
@@ -69,6 +70,8 @@ ROWS = (
     Row("disk-full", test_disk_full.campaign, {"fills": 3}),
     Row("duplicates", test_duplicates.campaign, {"jobs": 100, "stops": 10}),
     Row("clock-steps", test_clock_steps.campaign, {"steps": 40, "jobs": 100}),
+    Row("bus-clock", test_server_clocks.campaign_of_the_bus, {"steps": 60, "jobs": 60, "kills": 6}),
+    Row("store-clock", test_server_clocks.campaign_of_the_store, {"steps": 10, "jobs": 80, "away_s": 5.0}),
     Row("cluster", test_cluster.campaign, {"kills": 5, "stepdowns": 10, "jobs": 100}),
     Row("random-orders", test_random_orders.campaign, {"orders": 1000}),
     Row("real-orders", test_real_orders.campaign, {"orders": 60}),
@@ -78,7 +81,7 @@ ROWS = (
 
 def scaled(counts: dict[str, Any], scale: float) -> dict[str, Any]:
     """Smaller counts; what is no count stays."""
-    kept = ("size", "outages")
+    kept = ("size", "outages", "away_s")
     return {name: value if name in kept else max(1, round(value * scale)) for name, value in counts.items()}
 
 
