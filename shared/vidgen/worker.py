@@ -390,18 +390,13 @@ class Worker:
                     while True:
                         heard = await feed.next(wait=CANCEL_WAIT_S)
                         if heard is not None and heard.reply and heard.body:
-                            answer = eventlog.AT_IT if self._has(heard.body.decode(errors="replace")) else b"no"
-                            await self._bus.signal(heard.reply, answer)
+                            mine = {turn.job_id.encode() for turn in self._turns}
+                            await self._bus.signal(heard.reply, eventlog.AT_IT if heard.body in mine else b"no")
                 finally:
                     await feed.close()
             except errors.BusError as exc:
                 log.warning(exc.message, _event="bus_lost")
                 await asyncio.sleep(BUS_PAUSE_S)
-
-    def _has(self, job_id: str) -> bool:
-        """Whether a task of that job is here, neither settled nor handed back."""
-        mine = (turn for turn in self._turns if turn.job_id == job_id)
-        return any(turn.delivery is not None and not turn.delivery.settled for turn in mine)
 
     async def _end_grace(self, ending: asyncio.Event) -> None:
         """A drain that takes longer than the grace period hands back what still runs, at its next step.

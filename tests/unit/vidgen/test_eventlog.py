@@ -99,6 +99,14 @@ async def test_who_has_a_task_for_the_second_time_or_began_it_before_gets_the_se
         await first.check()
 
 
+async def test_a_task_of_a_later_run_is_nobody_elses() -> None:
+    bus = MemoryBus()
+    await claim(bus, seq=await accepted(bus))
+    later = TASK.model_copy(update={"run": 2})
+    assert await eventlog.outlook(bus, later, "w2", 3, 1) == "free"
+    assert bus.calls["ask"] == 0
+
+
 async def test_a_cancel_since_then_is_seen() -> None:
     bus = MemoryBus()
     seq = await accepted(bus)

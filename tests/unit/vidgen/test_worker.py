@@ -986,6 +986,10 @@ async def test_a_worker_says_which_tasks_it_is_at() -> None:
         subject = topology.subject_of_worker("edit", shop.bench.policy.worker_id)
         assert await shop.bench.bus.ask(subject, b"j1") == eventlog.AT_IT
         assert await shop.bench.bus.ask(subject, b"j2") == b"no"
+        answers = shop.bench.bus.calls["signal"]
+        await shop.bench.bus.signal(subject, b"j1")  # whoever asked with an address that is none gets no answer
+        await settled()
+        assert shop.bench.bus.calls["signal"] == answers + 1
 
         held.open()
         await shop.until("stage_completed")
