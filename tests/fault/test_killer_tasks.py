@@ -57,7 +57,7 @@ async def campaign_of_the_kernel(lab: Lab, *, killers: int, jobs: int) -> str:
         return f"{ended} workers ended by the kernel, {told}"
 
 
-@pytest.mark.skipif("VIDGEN_TEST_MEMORY" not in os.environ, reason="makes control groups: VIDGEN_TEST_MEMORY=1")
+@pytest.mark.skipif("FAULT_GROUPS" not in os.environ, reason="makes control groups: FAULT_GROUPS=1")
 async def test_tasks_whose_workers_the_kernel_ends_for_want_of_memory_are_given_up_as_well(lab: Lab) -> None:
     await campaign_of_the_kernel(lab, killers=2, jobs=4)
 
