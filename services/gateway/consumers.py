@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Collection
+from datetime import datetime
 
 import pydantic
 import structlog
@@ -20,6 +22,7 @@ log = structlog.get_logger(__name__)
 HAND_BACK_S = 2.0
 PAUSE_S = 0.5
 GIVE_UP_AFTER = 20  # deliveries of a message that this gateway cannot digest
+REMEMBERED = 10_000  # events that came last
 ENDS = (contracts.JobCompleted, contracts.JobFailed, contracts.JobCancelled, contracts.Rejected)
 OWN = (contracts.Accepted, *ENDS)  # what gateways write themselves: nothing is to be done about them
 
@@ -41,6 +44,10 @@ class Consumers:
         """`streams` are those that this replica consumes; others must see to the rest."""
         self._bus, self._jobs, self._intake, self._metrics = bus, jobs, intake, metrics
         self._concurrency, self._streams = concurrency, streams
+        # Events that this replica has begun with, and whether it is done with them. One may come again: where its ack
+        # was lost it was counted; where the bus failed in its middle it was not, and what it changes is found changed.
+        # By their time, too, for a stream that is made anew begins at the first sequence.
+        self._seen: OrderedDict[tuple[int, datetime], bool] = OrderedDict()
 
     async def run(self, stop: asyncio.Event) -> None:
         """Consume until `stop`."""
@@ -118,23 +125,38 @@ class Consumers:
         except pydantic.ValidationError:
             log.warning("an event that is none is passed over", _event="event_invalid", seq=delivery.seq)
             return
+        mark = delivery.seq, delivery.at
+        begun = mark in self._seen
+        self._see(mark, done=self._seen.get(mark, False))
         if isinstance(event, OWN):
-            await self._count(event)
-            return
+            if not self._seen[mark]:
+                await self._count(event)
+        else:
+            job, changed = await self._move(event, delivery)
+            if job is not None and (changed or begun) and not self._seen.get(mark):
+                self._metrics.observe(event, job)
+        self._see(mark, done=True)
+
+    def _see(self, mark: tuple[int, datetime], *, done: bool) -> None:
+        self._seen[mark] = done
+        if len(self._seen) > REMEMBERED:
+            self._seen.popitem(last=False)
+
+    async def _move(self, event: contracts.AnyEvent, delivery: Delivery) -> tuple[contracts.Job | None, bool]:
+        """Move a job on; the job, None where there is no such one, and whether the event was news to it."""
         stage, attempt = getattr(event, "stage", None), getattr(event, "attempt", None)
         with tracing.span(
             f"decide {event.type}", of=delivery.headers, kind="consumer", job_id=event.job_id, run=event.run,
             stage=stage, attempt=attempt, deliveries=delivery.num_delivered,
         ):  # fmt: skip
             if isinstance(event, contracts.StageStarted):
-                job, news = await self._jobs.started(event), True
+                job, changed = await self._jobs.started(event), True
             else:
                 applied = await self._jobs.apply(event, delivery.seq)
-                job, news = (applied.job, applied.changed) if applied is not None else (None, False)
+                job, changed = (applied.job, applied.changed) if applied is not None else (None, False)
         if job is None:
             log.warning("an event of an unknown job is passed over", _event="event_orphaned", job=event.job_id)
-        elif news:
-            self._metrics.observe(event, job)
+        return job, changed
 
     async def _count(self, event: contracts.AnyEvent) -> None:
         """Measure what gateways say of a job: each such event is in the log once, whichever replica wrote it."""

@@ -11,7 +11,9 @@ import os
 import re
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
+from email.utils import parsedate_to_datetime
+from http import HTTPStatus
 from pathlib import Path
 from typing import Protocol
 from urllib.parse import urlsplit
@@ -29,6 +31,8 @@ KEY = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_./-]{0,499}")
 CHUNK = 1 << 20
 LINK_LIFE = timedelta(minutes=15)
 READY_TIMEOUT = 3.0
+BORNE = timedelta(minutes=15)  # between a signature's time and the store's, by the rules of S3
+DATE_S = 2.0  # by which the date of an answer may differ from what the store compared
 NO_KEY = f"{UPLOADS}-"  # no upload is called so
 MISSING = frozenset({"NoSuchKey", "NoSuchObject", "NoSuchBucket", "NoSuchUpload"})
 
@@ -155,6 +159,18 @@ def _write(file: io.FileIO, chunk: bytes) -> int:
     return len(chunk)
 
 
+def _ahead(refusal: urllib3.BaseHTTPResponse) -> float:
+    """By how many seconds the store's clock is ahead of ours, where that is why it refused; else 0.
+
+    By its answer's date: what it refuses to a HEAD it gives no reason for.
+    """
+    try:
+        ahead = (parsedate_to_datetime(refusal.headers.get("date", "")) - datetime.now(UTC)).total_seconds()
+    except (TypeError, ValueError):
+        return 0.0
+    return ahead if abs(ahead) > BORNE.total_seconds() - DATE_S else 0.0
+
+
 @contextlib.contextmanager
 def _translated(key: str = "") -> Iterator[None]:
     try:
@@ -162,6 +178,12 @@ def _translated(key: str = "") -> Iterator[None]:
     except S3Error as exc:
         if exc.code in MISSING:
             raise missing(key) from exc
+        if exc.response.status == HTTPStatus.FORBIDDEN and (ahead := _ahead(exc.response)):
+            apart = f"{abs(ahead) / 60:.0f} minutes {'ahead of' if ahead > 0 else 'behind'} this machine's"
+            raise errors.StoreError(
+                f"the object store's clock is {apart}: it refuses {BORNE.seconds // 60} and more, so set both by NTP",
+                code="store_clock",
+            ) from exc
         if exc.response.status < 500:
             raise errors.StoreError(f"the object store refused: {exc.code}", code="store_refused") from exc
         raise errors.StoreError(f"the object store could not: {exc.code}") from exc

@@ -16,13 +16,17 @@ PULL_WAIT = 4.0
 
 @dataclass(frozen=True)
 class Stored:
-    """A message as a stream keeps it; `seq` is 0 where it came past on core NATS."""
+    """A message as a stream keeps it; `seq` is 0 where it came past on core NATS.
+
+    `reply` is where an answer is waited for: whoever was asked (`Bus.ask`) may `signal` there.
+    """
 
     subject: str
     body: bytes
     seq: int
     at: datetime
     headers: dict[str, str] = field(default_factory=dict)
+    reply: str = ""
 
 
 @dataclass(frozen=True)
@@ -188,6 +192,9 @@ class Bus(Protocol):
 
     async def listened(self, subject: str) -> bool:
         """Whether anybody listens on `subject` now; True where the bus cannot say."""
+
+    async def ask(self, subject: str, body: bytes) -> bytes | None:
+        """The answer of whoever listens on `subject`; None where nobody does, or says nothing for a second."""
 
     async def depth(self, consumer: topology.Consumer) -> Depth: ...
 

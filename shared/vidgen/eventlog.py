@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from typing import Literal
 
 import pydantic
 
@@ -14,6 +15,7 @@ from vidgen.contracts import Event, Task
 
 CLAIM_TRIES = 10
 ANY_TRIES = 1 << 30
+AT_IT = b"at it"  # what a worker answers who is asked for a job of which it has the task
 
 
 class FencedError(errors.VidgenError):
@@ -106,10 +108,29 @@ class Claim:
         self.seq = seen.seq
 
 
-async def wants_alone(bus: Bus, task: Task, max_attempts: int) -> bool:
-    """Whether the next attempt at a task must be alone in its process; raises as `newest` does."""
-    verdict = attempts.judge(task, (await newest(bus, task.job_id)).event, max_attempts)
-    return isinstance(verdict, attempts.Run) and verdict.alone
+async def outlook(
+    bus: Bus, task: Task, worker: str, max_attempts: int, deliveries: int
+) -> Literal["free", "alone", "elsewhere"]:
+    """Whether a task that was just taken runs at another worker, or must be alone in its process; as `newest` raises.
+
+    A lease may have run out under a worker that is well: the bus counts it by its clock, which may step, and knows
+    nothing of renewals that it did not hear. So whoever began the task is asked.
+    """
+    event = (await newest(bus, task.job_id)).event
+    verdict = attempts.judge(task, event, max_attempts)
+    if isinstance(verdict, attempts.Drop):
+        return "free"
+    if verdict.attempt > 1 and await _is_elsewhere(bus, event, worker, deliveries):
+        return "elsewhere"
+    return "alone" if verdict.alone else "free"
+
+
+async def _is_elsewhere(bus: Bus, newest: contracts.AnyEvent | None, worker: str, deliveries: int) -> bool:
+    """Whether another worker has it: at a first delivery the log is believed, at a later one that worker is asked."""
+    if not isinstance(newest, contracts.StageStarted) or newest.worker == worker:
+        return False
+    subject = topology.subject_of_worker(newest.stage, newest.worker)
+    return deliveries == 1 or await bus.ask(subject, newest.job_id.encode()) == AT_IT
 
 
 async def claim(
@@ -119,7 +140,7 @@ async def claim(
     """Start an attempt, or learn that there is none to start. Two workers with the same task: one of them wins.
 
     The start is in the log before this returns, so a task that kills its process is counted all the same.
-    `alone` says whether it is so in its process, as `wants_alone` wished. `queued_at_seq` is where the log stood when
+    `alone` says whether it is so in its process, as `outlook` wished. `queued_at_seq` is where the log stood when
     the task was queued: if it stands there still, nobody has begun.
     """
     for number in range(CLAIM_TRIES):

@@ -22,6 +22,11 @@ if TYPE_CHECKING:
 FEED_MEMORY = 60.0  # seconds that the server keeps the place of a feed nobody reads
 
 
+def _inbox(reply: str) -> str:
+    """Where an answer may go: who answers may do so anywhere, and who asks could name what others alone may write."""
+    return reply if reply.startswith("_INBOX") else ""
+
+
 class ListenFeed:
     def __init__(self, subscription: Subscription) -> None:
         self._subscription = subscription
@@ -34,7 +39,7 @@ class ListenFeed:
             return None
         except nats.errors.Error as exc:
             raise errors.BusError(f"the feed broke: {type(exc).__name__}") from exc
-        return Stored(msg.subject, msg.data, 0, datetime.now(UTC), headers_of(msg.headers))
+        return Stored(msg.subject, msg.data, 0, datetime.now(UTC), headers_of(msg.headers), _inbox(msg.reply))
 
     async def close(self) -> None:
         with contextlib.suppress(nats.errors.Error, TimeoutError):

@@ -143,7 +143,13 @@ class Handler:
         return outcome
 
     async def _attempt(self, delivery: Delivery, task: Task, turn: Turn, clocks: Clocks) -> Outcome:
-        alone = _log_seq(delivery) is None and await eventlog.wants_alone(self._bus, task, self._policy.max_attempts)
+        alone = False
+        if _log_seq(delivery) is None:
+            worker, number = self._policy.worker_id, delivery.num_delivered
+            outlook = await eventlog.outlook(self._bus, task, worker, self._policy.max_attempts, number)
+            if outlook == "elsewhere":
+                return _left(delivery)
+            alone = outlook == "alone"
         place = self._company.enter(alone=alone)
         try:
             if not place.granted.done() and not await self._granted(place, delivery, turn):
@@ -200,8 +206,7 @@ class Handler:
         if isinstance(held, attempts.Exhausted):
             return await self._settlement.exhausted(delivery, task, held)
         if isinstance(held, attempts.Leave):
-            log.warning("a task that runs at another worker came here", _event="held_elsewhere", seq=delivery.seq)
-            return "elsewhere"
+            return _left(delivery)
         turn.preempted = held.preempted
         tracing.about(
             attempt=held.attempt, tries=held.tries, alone=held.alone or None, engine=info.name,
@@ -528,6 +533,11 @@ def _trace_generated(generated: Generated, ended: float) -> None:
     decoding = ended - generated.decode_s
     tracing.took("denoise", decoding - generated.denoise_s, decoding)
     tracing.took("decode", decoding, ended)
+
+
+def _left(delivery: Delivery) -> Outcome:
+    log.warning("a task that runs at another worker came here", _event="held_elsewhere", seq=delivery.seq)
+    return "elsewhere"
 
 
 def _log_seq(delivery: Delivery) -> int | None:

@@ -35,7 +35,7 @@ LEADER_PATIENCE = 0.5  # seconds; from then on any node may say what it has
 READY_TIMEOUT = 2.0
 FIRST_CONNECT_ATTEMPTS = 2  # beyond the first one, a second apart
 FIRST_CONNECT_LIMIT = 30.0  # for all of them: a TLS handshake that fails may leave nats-py waiting for ever
-LISTENED_TIMEOUT = 1.0  # for an answer that nobody gives: that nobody is there, the server says at once
+ANSWER_TIMEOUT = 1.0  # that nobody is there, the server says at once
 NOT_SECURE = "the bus speaks no TLS, and the settings want it"
 
 SEQUENCE_NOT_FOUND = frozenset({10037, 10043, 10057})  # never was · deleted · past the end
@@ -326,12 +326,17 @@ class JetStreamBus:
     async def listened(self, subject: str) -> bool:
         try:
             with cancellable():
-                await self._client.request(subject, b"", timeout=LISTENED_TIMEOUT)
+                await self._client.request(subject, b"", timeout=ANSWER_TIMEOUT)
         except nats.errors.NoRespondersError:
             return False
         except (nats.errors.Error, TimeoutError, OSError):
             pass
         return True
+
+    async def ask(self, subject: str, body: bytes) -> bytes | None:
+        with translated(), contextlib.suppress(nats.errors.NoRespondersError, TimeoutError):
+            return bytes((await self._client.request(subject, body, timeout=ANSWER_TIMEOUT)).data)
+        return None
 
     async def require(self, consumer: topology.Consumer) -> None:
         """Raise BusError unless the consumer is there; asks for less than `depth`, which reads the stream."""

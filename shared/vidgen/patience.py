@@ -17,7 +17,8 @@ from vidgen.artifacts import LINK_LIFE, ArtifactStore, Shown, Stat
 log = structlog.get_logger(__name__)
 
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.1, 5.0
-AWAY = errors.StoreError.code  # what was refused would be refused again
+# Else what was refused would be refused again. A clock that is wrong is set sooner or later, as a server is started.
+AWAY = frozenset({errors.StoreError.code, "store_clock"})
 
 T = TypeVar("T")
 
@@ -64,7 +65,7 @@ class PatientStore:
             try:
                 return await call()
             except errors.StoreError as exc:
-                if exc.code != AWAY or self._clock() + pause > give_up:
+                if exc.code not in AWAY or self._clock() + pause > give_up:
                     raise
                 log.warning(exc.message, _event="store_away", again_in_s=pause)
             await self._sleep(pause)

@@ -36,6 +36,7 @@ class Rights:
     publish: tuple[str, ...]
     hear: tuple[str, ...] = ()
     never: tuple[str, ...] = ()
+    answers: bool = False  # whether it may answer, once, who asked it
 
 
 def rights_of(role: Role) -> Rights:
@@ -48,7 +49,7 @@ def rights_of(role: Role) -> Rights:
         case _:
             stages = STAGES_OF[role]
             own = tuple(topology.subject_of_worker(stage, "*") for stage in stages)
-            return Rights(tuple(_worker(stages)), hear=(topology.SUBJECT_CONTROL_ALL, *own))
+            return Rights(tuple(_worker(stages)), hear=(topology.SUBJECT_CONTROL_ALL, *own), answers=True)
 
 
 def inbox_of(public_key: str) -> str:
@@ -128,6 +129,7 @@ def _worker(stages: Sequence[Stage]) -> Iterator[str]:
             yield from _taken(consumer)
         yield topology.subject_of_dead(stage, ">")
         yield f"$KV.{topology.WORKERS_BUCKET}.{stage}.*"
+        yield topology.subject_of_worker(stage, "*")  # are you still at it
     yield f"{API}.STREAM.MSG.GET.{topology.EVENTS}"
     yield topology.subject_of_events("*")
     yield topology.subject_of_progress("*")
@@ -223,7 +225,10 @@ def nats_rights(rights: Rights) -> str:
     lines += [f'    "{subject}"' for subject in rights.publish] + ["  ]"]
     if rights.never:
         lines += ["  deny: [", *(f'    "{subject}"' for subject in rights.never), "  ]"]
-    return "\n".join([*lines, "}", ""])
+    lines.append("}")
+    if rights.answers:
+        lines.append('allow_responses: { max: 1, expires: "5s" }')
+    return "\n".join([*lines, ""])
 
 
 def nats_files() -> dict[str, str]:

@@ -19,7 +19,7 @@ from typing import Literal
 import structlog
 
 import vidgen
-from vidgen import errors, topology
+from vidgen import errors, eventlog, topology
 from vidgen.artifacts import ArtifactStore
 from vidgen.bus import Bus, Delivery
 from vidgen.company import Company
@@ -378,14 +378,20 @@ class Worker:
                 await asyncio.sleep(BUS_PAUSE_S)
 
     async def _be_there(self) -> None:
-        """Listen for as long as this process lives: where nobody does, a gateway hands out again what is held here."""
+        """Listen for as long as this process lives: where nobody does, a gateway hands out again what is held here.
+
+        A worker that was given what this one began asks here whether it is still at it.
+        """
         subject = topology.subject_of_worker(self._policy.stage, self._policy.worker_id)
         while True:
             try:
                 feed = await self._bus.listen(subject)
                 try:
                     while True:
-                        await feed.next(wait=CANCEL_WAIT_S)
+                        heard = await feed.next(wait=CANCEL_WAIT_S)
+                        if heard is not None and heard.reply and heard.body:
+                            mine = {turn.job_id.encode() for turn in self._turns}
+                            await self._bus.signal(heard.reply, eventlog.AT_IT if heard.body in mine else b"no")
                 finally:
                     await feed.close()
             except errors.BusError as exc:

@@ -8,6 +8,7 @@ import secrets
 import socket
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
 from pathlib import Path
 
 import httpx
@@ -335,6 +336,32 @@ async def test_wrong_credentials_are_refused_and_not_shown(s3_server: S3Server, 
         await store.fetch(key, tmp_path / "copy")
     assert "not-the-secret" not in str(caught.value)
     assert not await store.ready()
+
+
+@pytest.mark.parametrize(
+    ("minutes", "told"),
+    [(20, "is 20 minutes ahead of this machine's"), (-60, "is 60 minutes behind this machine's"), (14, "AccessDenied")],
+)
+async def test_a_store_that_refuses_for_its_clock_is_said_to_do_so(
+    key: str, tmp_path: Path, minutes: int, told: str
+) -> None:
+    """To a HEAD it gives no reason, and by its answer's date we know it all the same."""
+    date = format_datetime(datetime.now(UTC) + timedelta(minutes=minutes), usegmt=True)
+
+    async def refuse(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        asked = await reader.readuntil(b"\r\n\r\n")
+        why = b"" if asked.startswith(b"HEAD") else b"<Error><Code>AccessDenied</Code><Message>no</Message></Error>"
+        head = f"Date: {date}\r\nContent-Type: application/xml\r\nContent-Length: {len(why)}\r\nConnection: close"
+        writer.write(f"HTTP/1.1 403 Forbidden\r\n{head}\r\n\r\n".encode() + why)
+        writer.close()
+        await writer.wait_closed()
+
+    async with await asyncio.start_server(refuse, "127.0.0.1", 0) as server:
+        store = S3Store(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", "key", "secret", "vidgen")
+        for call in (store.stat(key), store.fetch(key, tmp_path / "copy")):
+            with pytest.raises(errors.StoreError, match=told) as caught:
+                await call
+            assert caught.value.code == ("store_refused" if minutes == 14 else "store_clock")
 
 
 async def test_a_server_that_is_gone_fails_soon(key: str, file: Path, tmp_path: Path) -> None:

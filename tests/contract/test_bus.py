@@ -818,3 +818,21 @@ async def test_whether_anybody_listens_is_known_at_once(bus: Bus) -> None:
 
     await feed.close()
     assert not await bus.listened(subject)
+
+
+async def test_whoever_listens_can_be_asked_and_nobody_is_waited_for_who_is_not_there(bus: Bus) -> None:
+    subject = topology.subject_of_worker("edit", "w1")
+    assert await bus.ask(subject, b"j1") is None
+
+    feed = await bus.listen(subject)
+    asking = asyncio.create_task(bus.ask(subject, b"j1"))
+    asked = await feed.next(BOUND)
+    assert asked is not None
+    assert (asked.body, asking.done()) == (b"j1", False)
+    await bus.signal(asked.reply, b"at it")
+    assert await asking == b"at it"
+
+    assert await bus.ask(subject, b"j2") is None  # it says nothing
+    assert (await feed.next(BOUND)).body == b"j2"
+    await feed.close()
+    assert await bus.ask(subject, b"j1") is None

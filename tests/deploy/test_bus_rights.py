@@ -45,7 +45,7 @@ PUBLISHED: dict[str, set[str]] = {
     "vidgen.progress.a-job": WORKERS,
     "vidgen.control.a-job": GATEWAY,
     "vidgen.usage": GATEWAY,
-    "vidgen.workers.edit.w1": GATEWAY,
+    "vidgen.workers.edit.w1": GATEWAY | EDIT,
     "vidgen.history.a-job": GATEWAY,
     "vidgen.webhooks.a-job": GATEWAY,
     f"{JS}.CONSUMER.MSG.NEXT.VIDGEN_WEBHOOKS.gateway-webhooks": GATEWAY,
@@ -327,6 +327,29 @@ async def test_an_answer_reaches_its_own_inbox_and_nobody_hears_that_of_another(
             await i2v.client.request(f"{JS}.CONSUMER.INFO.VIDGEN_TASKS.edit-batch", timeout=0.3)
         await edit.require(topology.consumer_of("edit", "batch"))
         await i2v.require(topology.consumer_of("i2v", "batch"))
+
+
+async def test_a_worker_answers_one_of_its_stage_and_only_in_an_inbox(
+    server: DeployedNats, identities: Identities
+) -> None:
+    """Who may answer may do so anywhere: a worker that asks could name a record that it may not write."""
+    subject = topology.subject_of_worker("edit", "w1")
+    async with (
+        installed.connected(server.url, identities, "edit-service") as asked,
+        installed.connected(server.url, identities, "worker") as asking,
+    ):
+        feed = await asked.listen(subject)
+        for reply in SMUGGLED:
+            await asking.client.publish(subject, b"j1", reply=reply)
+            heard = await feed.next(installed.BOUND)
+            assert heard is not None
+            assert (heard.body, heard.reply) == (b"j1", "")
+
+        answer = asyncio.create_task(asking.ask(subject, b"j1"))
+        heard = await feed.next(installed.BOUND)
+        assert heard is not None
+        await asked.signal(heard.reply, b"at it")
+        assert await answer == b"at it"
 
 
 @pytest.mark.parametrize("name", ["edit-service", "operator"])

@@ -11,6 +11,7 @@ from typing import Any, TypeVar
 
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
+from tests.fault.nursery import Child
 from tests.fault.system import BOUND_S, FINAL, POLL_S, Asked, System
 from tests.fault.worker import PAD, entries, made_of
 
@@ -21,6 +22,12 @@ from vidgen.contracts import STAGES, Event, Job
 T = TypeVar("T")
 
 EMPTY = (topology.REQUESTS, topology.TASKS, topology.ADVISORIES)
+ENDED = (
+    contracts.StageCompleted, contracts.StageFailed, contracts.StageReleased, contracts.StageCancelled,
+)  # fmt: skip
+SAID_AS = {"reused": "completed", "dead": "failed", "rejected": "failed"}  # a worker's outcomes, as events have them
+KINDS = ("completed", "failed", "retried", "cancelled")  # `released` needs no event where nothing was begun
+BY = {"vidgen_jobs_total": "status", "vidgen_tasks_total": "outcome"}  # the label by which a counter is compared
 STATUS = {
     contracts.JobCompleted: "completed", contracts.JobFailed: "failed", contracts.JobCancelled: "cancelled",
     contracts.Rejected: "rejected",
@@ -35,7 +42,7 @@ class Ledger:
     overtaken: Collection[str] = ()
     pad: int = PAD
     counters: bool = True  # whether the gateways lived all the while, so that their counters tell of everything
-    exact: bool = True  # whether the bus lived too: else an event that a gateway counted may have come to it again
+    exact: bool = True  # whether no event came to two gateways: else both may have counted it
     wrong: list[str] = field(default_factory=list)
 
     async def audit(self) -> Counter[str]:
@@ -50,6 +57,7 @@ class Ledger:
         self._computed_once(log, records)
         if self.counters:
             await self._metrics(log)
+        await self._workers(log)
         assert not self.wrong, f"{len(self.wrong)} things are wrong:\n" + "\n".join(self.wrong[:30])
         return ends
 
@@ -163,6 +171,8 @@ class Ledger:
             ),
             "vidgen_dead_letters_total": letters.messages,
             "vidgen_requests_total": sum(isinstance(event, contracts.Accepted) for event in events),
+            **{f"vidgen_tasks_total {end}": 0 for end in ("completed", "reused", "failed", "retried", "released")},
+            **Counter(f"vidgen_tasks_total {_end(event)}" for event in events if isinstance(event, ENDED)),
         }  # fmt: skip
         told: dict[str, float] = {}
         try:
@@ -173,6 +183,50 @@ class Ledger:
                     await asyncio.sleep(POLL_S)
         except TimeoutError:
             self.wrong.append(f"the metrics say {told}, the log {wanted}")
+
+    async def _workers(self, log: dict[str, list[Any]]) -> None:
+        """What each worker counted is what it logged, and what it logged is in the logs of the jobs.
+
+        Of one that was killed its log is left, which may lack what it was about to write; of one that lost the bus at
+        the end of a task, that end may be in the log all the same.
+        """
+        said: dict[str, Counter[str]] = defaultdict(Counter)
+        for event in (event for found in log.values() for event in found if isinstance(event, ENDED)):
+            said[event.worker][SAID_AS.get(_end(event), _end(event))] += 1
+        for child in [child for child in [*self.system.alive, *self.system.dead] if child.role == "worker"]:
+            outcomes = await self._settled(child) if child in self.system.alive else _outcomes(child)
+            logged, told = Counter[str](), said[self.system.id_of(child.name)]
+            for outcome, count in outcomes.items():
+                logged[SAID_AS.get(outcome, outcome)] += count
+            missing = [kind for kind in told.keys() | logged.keys() if logged[kind] > told[kind] and kind in KINDS]
+            more = sum((told - logged).values())
+            if missing or (child in self.system.alive and more > logged["lost"]):
+                self.wrong.append(f"{child.name} logged {dict(logged)}, the jobs' logs say {dict(told)} of it")
+
+    async def _settled(self, child: Child) -> Counter[str]:
+        """A living worker's tasks by outcome, once its counters say what its log does."""
+        logged, counted = Counter[str](), Counter[str]()
+        again, counted_again = 0, 0
+        try:
+            async with asyncio.timeout(10), httpx.AsyncClient() as http:
+                while True:
+                    logged, counted = _outcomes(child), Counter[str]()
+                    again = sum(record["deliveries"] > 1 for record in _tasks(child))
+                    counted_again = 0
+                    for family in text_string_to_metric_families((await http.get(f"{child.url}/metrics")).text):
+                        for sample in family.samples:
+                            if sample.name == "vidgen_worker_tasks_total" and sample.value:
+                                counted[sample.labels["outcome"]] += int(sample.value)
+                            elif sample.name == "vidgen_worker_redeliveries_total":
+                                counted_again += int(sample.value)
+                    if (counted, counted_again) == (logged, again):
+                        return logged
+                    await asyncio.sleep(POLL_S)
+        except TimeoutError:
+            self.wrong.append(
+                f"{child.name} counts {counted}, {counted_again} again; its log has {logged}, {again} again"
+            )
+        return logged
 
     async def _counted(self, names: Collection[str]) -> dict[str, float]:
         found = dict.fromkeys(names, 0.0)
@@ -199,8 +253,29 @@ def _samples(text: str) -> Iterator[tuple[str, float]]:
     for family in text_string_to_metric_families(text):
         for sample in family.samples:
             if sample.labels.get("outcome") != "duplicate":
-                end = f" {sample.labels['status']}" if sample.name == "vidgen_jobs_total" else ""
-                yield f"{sample.name}{end}", sample.value
+                end = sample.labels.get(BY.get(sample.name, ""))
+                yield f"{sample.name} {end}" if end else sample.name, sample.value
+
+
+def _end(event: Any) -> str:
+    """How a task ended, as the gateways count it."""
+    match event:
+        case contracts.StageCompleted():
+            return "reused" if event.reused else "completed"
+        case contracts.StageFailed():
+            return "failed" if event.final else "retried"
+        case contracts.StageReleased():
+            return "released"
+        case _:
+            return "cancelled"
+
+
+def _tasks(child: Child) -> list[dict[str, Any]]:
+    return [record for record in child.records() if record.get("event") == "task"]
+
+
+def _outcomes(child: Child) -> Counter[str]:
+    return Counter(record["outcome"] for record in _tasks(child))
 
 
 def _story(events: list[Any]) -> str:

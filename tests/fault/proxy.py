@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import random
 import re
+from collections import Counter
 from typing import Literal, Self
 
 LENGTH = re.compile(rb"(?im)^content-length: *(\d+)")
@@ -89,13 +90,17 @@ class Proxy:
 
 
 class HttpProxy(Proxy):
-    """One request a connection, so that single calls can go wrong: answered 503, cut in their body, or dropped."""
+    """One request a connection, so that single calls can go wrong: answered 503, cut in their body, or dropped.
+
+    It counts the uploads by their path: those that were stored and said so, and those whose answer it dropped.
+    """
 
     def __init__(self, host: str, port: int, seed: int) -> None:
         super().__init__(host, port)
         self._chance = random.Random(seed)
         self.failing = 0.0  # the share of calls that fail, in one of the three ways
         self.failed = {"refused": 0, "truncated": 0, "dropped": 0}
+        self.stored, self.unheard = Counter[str](), Counter[str]()
         self.ways: tuple[Literal["refused", "truncated", "dropped"], ...] = ("refused", "truncated", "dropped")
 
     async def _carry(
@@ -129,7 +134,14 @@ class HttpProxy(Proxy):
             forth.write(data)
             await forth.drain()
             left -= len(data)
+        verb, path, _ = first.decode().split(" ", 2)
+        if way == "dropped" and verb == "PUT":
+            self.unheard[path] += 1
         if way is None:
+            answer = await back.read(CHUNK)
+            if verb == "PUT" and answer.split(b" ", 2)[1:2] == [b"200"]:
+                self.stored[path] += 1
+            writer.write(answer)
             await self._pump(back, writer)
             writer.close()
             with contextlib.suppress(OSError):

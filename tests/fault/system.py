@@ -10,6 +10,7 @@ import os
 import random
 import secrets
 import signal
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -187,6 +188,11 @@ class System:
     def said(self, kind: type[contracts.AnyEvent], job: Asked | None = None) -> int:
         """How many events of a kind are in the logs by now."""
         return sum(isinstance(event, kind) and job in (None, self.asked.get(event.job_id)) for event in self.events)
+
+    def artifacts(self) -> Counter[str]:
+        """The keys of what the logs say was stored, as paths in the store."""
+        completed = (event for event in self.events if isinstance(event, contracts.StageCompleted))
+        return Counter(f"/{self.s3.bucket}/{artifact.key}" for event in completed for artifact in event.artifacts)
 
     def tries(self) -> set[int]:
         """Which tries tasks were at: {1} where none was charged for what was not its fault."""

@@ -78,7 +78,7 @@ async def campaign(lab: Lab, *, kills: int, stepdowns: int, jobs: int) -> str:
                         with contextlib.suppress(nats.errors.Error, TimeoutError):
                             await system.bus.client.request(f"$JS.API.STREAM.LEADER.STEPDOWN.{stream}", b"", timeout=5)
                     await asking
-            ends = await Ledger(system, exact=False).audit()
+            ends = await Ledger(system).audit()
             assert ends == {"completed": jobs}
             return f"{kills} nodes killed, {stepdowns} leader changes, {jobs} jobs: {json.dumps(dict(ends))}"
 

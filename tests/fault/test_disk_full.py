@@ -68,7 +68,7 @@ async def campaign(lab: Lab, *, fills: int) -> str:
                     assert again.status_code in (200, 202), again.text
                     job_id = again.json()["id"]
                     system.asked[job_id] = Asked(job_id, seed, 2, ("edit",), "work")
-                ends = await Ledger(system, exact=False).audit()
+                ends = await Ledger(system).audit()
                 assert ends.keys() == {"completed"}
                 return f"filled {fills} times, {refused} refused with 503: {dict(ends)}"
         finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -23,7 +24,9 @@ async def campaign(lab: Lab, *, jobs: int, share: float = 0.2, **proxy_is: Any) 
         ends = await Ledger(system).audit()
         assert ends == {"completed": jobs}
         assert any(proxy.failed.values())
-        return f"{dict(proxy.failed)} calls, {jobs} jobs: {dict(ends)}"
+        assert proxy.stored == system.artifacts() == Counter(proxy.stored.keys())  # a second only where one was unheard
+        told = f"{proxy.stored.total()} uploads answered, {proxy.unheard.total()} more of which the answer was lost"
+        return f"{dict(proxy.failed)} calls, {told}, {jobs} jobs: {dict(ends)}"
 
 
 async def test_a_store_that_fails_one_call_in_five_fails_no_job(lab: Lab) -> None:

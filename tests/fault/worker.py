@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.engines import MP4, safetensors
+from tests.fault import memory
 
 from vidgen import checkpoints, choice, errors, service
 from vidgen.contracts import EditWork, Stage, Work
@@ -27,6 +28,7 @@ from vidgen.engine import EngineInfo, Finished, Generated, OnStep
 from vidgen.settings import WorkerSettings
 
 PAD = 2048
+MEMORY = 512 << 20  # bytes that a worker may have where they are limited
 
 
 def made_of(stage: Stage, seed: int, steps: int, pad: int = PAD) -> bytes:
@@ -144,8 +146,10 @@ def _do(prompt: str, when: str) -> None:
             os._exit(3)
         case "segv":
             ctypes.string_at(0)
+        case "oom" if "FAULT_MEMORY" in os.environ:
+            b"x" * (4 * MEMORY)  # and here the kernel ends it
         case "oom":
-            # As native code ends where an allocation fails; what the kernel's killer does is a SIGKILL like others.
+            # As native code ends where an allocation fails.
             resource.setrlimit(resource.RLIMIT_AS, (1 << 20, 1 << 20))
             try:
                 bytearray(1 << 30)
@@ -156,6 +160,9 @@ def _do(prompt: str, when: str) -> None:
 
 
 def main() -> None:
+    if "FAULT_MEMORY" in os.environ:
+        memory.enter(Path(os.environ["FAULT_MEMORY"]), MEMORY)
+
     def maker(stage: Stage) -> service.MakeEngine:
         def make(settings: WorkerSettings, _chosen: choice.Choice) -> Any:
             return Told(stage, settings)

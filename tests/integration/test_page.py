@@ -308,6 +308,17 @@ def test_the_workers_say_what_they_do(window: Window) -> None:
     expect(page.locator(".worker").first.locator(".doing")).to_have_text("Waits for work")
 
 
+def test_the_documentation_shows_each_route_and_tries_one_with_nothing_from_elsewhere(window: Window) -> None:
+    page = window.page
+    page.goto(f"{window.origin}/docs")
+    route = page.locator("[id$=v1_workers_get]")
+    route.locator(".opblock-summary-control").click()
+    route.get_by_role("button", name="Try it out").click()
+    route.get_by_role("button", name="Execute").click()
+    expect(route.locator(".live-responses-table .response-col_status:not(.col_header)")).to_contain_text("200")
+    assert page.locator(".opblock").count() > 20
+
+
 def test_a_phone_shows_it_without_scrolling_sideways(browser: Browser, stack: Stack) -> None:
     with opened(browser, stack.gateway_url, viewport=PHONE, color_scheme="dark") as window:
         page = window.page

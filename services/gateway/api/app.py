@@ -70,7 +70,11 @@ def _tell_who_may(schema: dict[str, Any]) -> None:
 
 def create_app(parts: Parts) -> FastAPI:
     """The gateway's HTTP app on the given parts; it owns none of them."""
-    app = _App(title="vidgen gateway", version=vidgen.__version__, description=DESCRIPTION, redirect_slashes=False)
+    # FastAPI's own pages of documentation run scripts from elsewhere, as whoever is signed in: ours is `page.docs`.
+    app = _App(
+        title="vidgen gateway", version=vidgen.__version__, description=DESCRIPTION, redirect_slashes=False,
+        docs_url=None, redoc_url=None,
+    )  # fmt: skip
     app.state.parts = parts
     app.state.references = References(parts.store, parts.intake.decoding)
     app.state.store_reach = ops.StoreReach(parts.store)

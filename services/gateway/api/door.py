@@ -17,7 +17,7 @@ from vidgen import errors
 from vidgen.settings import is_loopback
 
 COOKIE = "vidgen_session"
-OPEN = frozenset({"/", "/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json", "/healthz", "/readyz", "/metrics"})
+OPEN = frozenset({"/", "/docs", "/openapi.json", "/healthz", "/readyz", "/metrics"})
 OPEN_FOLDER = "/web/"  # what the page is made of
 READING = frozenset({"GET", "HEAD", "OPTIONS"})
 SCHEMES = {

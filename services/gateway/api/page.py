@@ -1,4 +1,4 @@
-"""The page: a few files of the package, read once, that load nothing from elsewhere and run no script but their own."""
+"""The page, and the API's documentation: files of packages, read once, that load nothing from elsewhere."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import hashlib
 from dataclasses import dataclass
 from functools import cache
 from importlib import resources
+from importlib.resources.abc import Traversable
 
 from fastapi import APIRouter, Request
 from starlette.responses import Response
@@ -14,7 +15,8 @@ from gateway.api.problems import HttpError
 
 router = APIRouter(include_in_schema=False)
 
-INDEX = "index.html"
+INDEX, DOCS = "index.html", "docs.html"
+SWAGGER_UI = frozenset({"swagger-ui-bundle.js", "swagger-ui.css"})  # as fastapi-offline brings it
 TYPES = {
     ".html": "text/html; charset=utf-8", ".css": "text/css; charset=utf-8", ".js": "text/javascript; charset=utf-8",
     ".svg": "image/svg+xml",
@@ -24,9 +26,13 @@ POLICY = "; ".join((
     "connect-src 'self'", "base-uri 'none'", "form-action 'none'", "frame-ancestors 'none'",
     "require-trusted-types-for 'script'", "trusted-types 'none'",
 ))  # fmt: skip
+# Swagger UI sets styles on its elements, has icons in its style sheet, and makes markup of descriptions.
+DOCS_POLICY = "; ".join((
+    "default-src 'none'", "script-src 'self'", "style-src 'self' 'unsafe-inline'", "img-src 'self' data:",
+    "connect-src 'self'", "base-uri 'none'", "form-action 'none'", "frame-ancestors 'none'",
+))  # fmt: skip
 HEADERS = {
     "Cache-Control": "no-cache",  # kept, and asked for anew by its ETag: a new version shows at the next load
-    "Content-Security-Policy": POLICY,
     "Cross-Origin-Opener-Policy": "same-origin",
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
@@ -44,9 +50,20 @@ class File:
 
 @cache
 def files() -> dict[str, File]:
-    """The page's files by name."""
+    """The files of our own by name."""
+    return _read(resources.files("gateway").joinpath("web"))
+
+
+@cache
+def swagger_ui() -> dict[str, File]:
+    """Swagger UI's files by name."""
+    found = _read(resources.files("fastapi_offline").joinpath("static"))
+    return {name: file for name, file in found.items() if name in SWAGGER_UI}
+
+
+def _read(folder: Traversable) -> dict[str, File]:
     found = {}
-    for entry in resources.files("gateway").joinpath("web").iterdir():
+    for entry in folder.iterdir():
         media_type = TYPES.get(entry.name[entry.name.rfind(".") :])
         if media_type is not None:
             body = entry.read_bytes()
@@ -60,17 +77,23 @@ async def index(request: Request) -> Response:
     return _answer(request, INDEX)
 
 
+@router.api_route("/docs", methods=["GET", "HEAD"])
+async def docs(request: Request) -> Response:
+    """The API's documentation."""
+    return _answer(request, DOCS, DOCS_POLICY)
+
+
 @router.api_route("/web/{name}", methods=["GET", "HEAD"])
 async def part(request: Request, name: str) -> Response:
     """What the page is made of."""
     return _answer(request, name)
 
 
-def _answer(request: Request, name: str) -> Response:
-    file = files().get(name)
+def _answer(request: Request, name: str, policy: str = POLICY) -> Response:
+    file = files().get(name) or swagger_ui().get(name)
     if file is None:
         raise HttpError(404, "no_such_address", "there is nothing at this address: see /docs")
-    headers = HEADERS | {"ETag": file.etag}
+    headers = HEADERS | {"Content-Security-Policy": policy, "ETag": file.etag}
     given = {tag.strip().removeprefix("W/") for tag in request.headers.get("if-none-match", "").split(",")}
     if file.etag in given:
         return Response(status_code=304, headers=headers)

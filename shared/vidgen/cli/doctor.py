@@ -213,10 +213,12 @@ async def _ask_bus(settings: WorkerSettings) -> None:
 
 async def _ask_store(settings: WorkerSettings) -> None:
     from vidgen import errors
-    from vidgen.artifacts import S3Store
+    from vidgen.artifacts import NO_KEY, S3Store
 
-    if not await S3Store.from_settings(settings).ready():
-        raise errors.StoreError("no answer, wrong keys, or no such bucket")
+    store = S3Store.from_settings(settings)
+    if not await store.ready():
+        await store.stat(NO_KEY)  # raises what is wrong
+        raise errors.StoreError("no such bucket")
 
 
 async def _ask_gateway(url: str) -> None:

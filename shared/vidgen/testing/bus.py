@@ -12,6 +12,8 @@ from vidgen.testing.clock import Clock, RealClock
 from vidgen.testing.faults import Faults
 from vidgen.testing.streams import MemoryBucket, MemoryConsumer, MemoryStream, matches
 
+ANSWER_TIMEOUT = 1.0
+
 
 class MemoryBus(Faults):
     """`vidgen.bus.Bus` for one event loop, with everything that the topology names in place.
@@ -22,7 +24,7 @@ class MemoryBus(Faults):
 
     METHODS = frozenset({
         "publish", "pull", "last", "latest", "first", "count", "tail", "get", "delete", "purge", "follow", "signal",
-        "listen", "depth", "listened", "held", "ack", "nak", "unsettled", "hand_back", "in_progress", "next",
+        "listen", "depth", "listened", "ask", "held", "ack", "nak", "unsettled", "hand_back", "in_progress", "next",
         "records.get", "records.latest", "records.put", "records.all",
     })  # fmt: skip
     OUTAGE = errors.BusError
@@ -164,6 +166,20 @@ class MemoryBus(Faults):
         async with self.call("listened"):
             return any(matches(feed.subject, subject) for feed in self._listeners)
 
+    async def ask(self, subject: str, body: bytes) -> bytes | None:
+        async with self.call("ask"):
+            if not any(matches(feed.subject, subject) for feed in self._listeners):
+                return None
+            inbox = MemoryListenFeed(self, f"_INBOX.{self.calls['ask']}")
+            self._listeners.append(inbox)
+            self._pass_on(subject, body, None, inbox.subject)
+            self.changed()
+        try:
+            answer = await inbox.next(ANSWER_TIMEOUT)
+            return None if answer is None else answer.body
+        finally:
+            await inbox.close()
+
     async def depth(self, consumer: topology.Consumer) -> Depth:
         async with self.call("depth"):
             return self._consumer(consumer).depth()
@@ -224,10 +240,10 @@ class MemoryBus(Faults):
             stream.store(subject, body, {})
         self.changed()
 
-    def _pass_on(self, subject: str, body: bytes, headers: dict[str, str] | None) -> None:
+    def _pass_on(self, subject: str, body: bytes, headers: dict[str, str] | None, reply: str = "") -> None:
         for feed in self._listeners:
             if matches(feed.subject, subject):
-                feed.arrived.append(Stored(subject, body, 0, self.clock.now(), dict(headers or {})))
+                feed.arrived.append(Stored(subject, body, 0, self.clock.now(), dict(headers or {}), reply))
 
 
 class MemoryDelivery:

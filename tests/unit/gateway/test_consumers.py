@@ -14,6 +14,7 @@ from gateway.consumers import Consumers
 from vidgen import contracts, dead, topology
 from vidgen.bus import PULL_WAIT, Delivery
 from vidgen.contracts import Job
+from vidgen.testing import MemoryBus
 
 
 class Loops:
@@ -94,6 +95,39 @@ async def test_an_end_is_counted_though_the_record_that_is_read_is_behind_it(
         while counted not in loops.gateway.parts.metrics.render()[0]:
             await asyncio.sleep(0)
     assert behind == []
+
+
+@pytest.mark.parametrize(
+    ("method", "counted"),
+    [
+        ("ack", 'vidgen_redeliveries_total{stage="edit"}'),
+        ("ack", 'vidgen_jobs_total{status="completed"}'),
+        ("publish", 'vidgen_tasks_total{lane="interactive",outcome="completed",stage="edit"}'),
+    ],
+)
+async def test_what_comes_again_behind_a_fault_of_the_bus_is_counted_once(
+    method: str, counted: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whose ack was lost was counted twice; whose next task could not be queued at once was not counted at all."""
+    monkeypatch.setattr("gateway.consumers.HAND_BACK_S", 0.0)
+    loops = Loops(await Gateway.open(MemoryBus(topology.Topology(ack_wait=0.05))))
+    events = next(one for one in topology.CONSUMERS if one.stream == topology.EVENTS and one.name == topology.GATEWAY)
+
+    async def all_done() -> None:
+        async with asyncio.timeout(BOUND):
+            while (await loops.bus.depth(events)).waiting:
+                await asyncio.sleep(0.01)
+
+    job = await loops.gateway.submit(**({} if "jobs" in counted else {"i2v": {"prompt": "zoom"}}))
+    await all_done()
+    again = started(job).model_copy(update={"deliveries": 2})
+    await say(loops, again if "redeliveries" in counted else completed(job))
+    loops.bus.fail_next(method, times=2)  # of the event, and of the end that follows from it
+    await all_done()
+    await loops.end()
+
+    assert f"{counted} 1.0" in loops.gateway.parts.metrics.render()[0].decode()
+    assert loops.bus.calls[method] > 1
 
 
 async def test_a_message_that_cannot_be_digested_does_not_stop_the_others(

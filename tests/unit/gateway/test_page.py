@@ -66,6 +66,23 @@ async def test_the_policy_allows_scripts_and_styles_of_this_origin_alone(gateway
     assert "unsafe" not in policy
 
 
+async def test_the_documentation_loads_nothing_from_elsewhere(gateway: Gateway) -> None:
+    answer = await gateway.client.get("/docs")
+    named = re.findall(r'(?:src|href)="([^"]+)"', answer.text)
+    assert {"web/swagger-ui-bundle.js", "web/swagger-ui.css", "web/docs.js"} <= set(named)
+    for name in named:
+        assert (await gateway.client.get(f"/{name}")).status_code == 200
+    policy = answer.headers["content-security-policy"]
+    rules = dict(rule.split(" ", 1) for rule in policy.split("; "))
+    assert (rules["default-src"], rules["script-src"], rules["connect-src"]) == ("'none'", "'self'", "'self'")
+    assert not re.search(r"https?:|\*", policy)
+
+
+@pytest.mark.parametrize("address", ["/redoc", "/docs/oauth2-redirect", "/web/redoc.standalone.js"])
+async def test_no_other_documentation_is_served(gateway: Gateway, address: str) -> None:
+    assert (await gateway.client.get(address)).status_code == 404
+
+
 @pytest.mark.parametrize("name", sorted(page.files()))
 def test_no_part_names_another_origin_or_writes_markup(name: str) -> None:
     text = page.files()[name].body.decode()
@@ -81,4 +98,4 @@ def test_every_module_and_file_that_is_named_exists() -> None:
             named = set(re.findall(r'from "\./([\w.-]+)"', text))
         else:
             named = set(re.findall(r'(?:src|href)="web/([\w.-]+)"', text))
-        assert named <= set(page.files()), name
+        assert named <= {*page.files(), *page.swagger_ui()}, name

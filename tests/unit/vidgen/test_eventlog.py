@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import pytest
 from tests.workbench import task_of
 
@@ -52,6 +54,36 @@ async def test_a_last_try_that_runs_elsewhere_is_not_given_up() -> None:
     assert isinstance(await claim(bus, worker="w2", deliveries=2), attempts.Exhausted)
 
 
+@pytest.mark.parametrize(
+    ("answer", "worker", "deliveries", "outlook"),
+    [
+        (eventlog.AT_IT, "w2", 2, "elsewhere"), (b"no", "w2", 2, "alone"), (None, "w2", 2, "alone"),
+        (None, "w2", 1, "elsewhere"), (eventlog.AT_IT, "w1", 2, "alone"),
+    ],
+)  # fmt: skip
+async def test_a_lease_that_ran_out_under_a_worker_that_is_well_gives_its_task_to_nobody_else(
+    answer: bytes | None, worker: str, deliveries: int, outlook: str
+) -> None:
+    """The bus counts leases by its wall clock: a step forwards by an hour ended them all, and had tasks run twice."""
+    bus = MemoryBus()
+    await claim(bus, seq=await accepted(bus))
+
+    async def answered() -> None:
+        feed = await bus.listen(topology.subject_of_worker("edit", "w1"))
+        asked = await feed.next(60)
+        assert asked is not None
+        assert asked.body == b"j1"
+        await bus.signal(asked.reply, answer or b"")
+
+    holder = asyncio.create_task(answered()) if answer is not None else None
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    assert await eventlog.outlook(bus, TASK, worker, 3, deliveries) == outlook
+    if holder is not None:
+        holder.cancel()
+        await asyncio.wait([holder])
+
+
 @pytest.mark.parametrize(("worker", "deliveries"), [("w2", 2), ("w1", 1)])
 async def test_who_has_a_task_for_the_second_time_or_began_it_before_gets_the_second_attempt(
     worker: str, deliveries: int
@@ -65,6 +97,14 @@ async def test_who_has_a_task_for_the_second_time_or_began_it_before_gets_the_se
     assert (first.attempt, second.attempt) == (1, 2)
     with pytest.raises(eventlog.FencedError):
         await first.check()
+
+
+async def test_a_task_of_a_later_run_is_nobody_elses() -> None:
+    bus = MemoryBus()
+    await claim(bus, seq=await accepted(bus))
+    later = TASK.model_copy(update={"run": 2})
+    assert await eventlog.outlook(bus, later, "w2", 3, 1) == "free"
+    assert bus.calls["ask"] == 0
 
 
 async def test_a_cancel_since_then_is_seen() -> None:

@@ -17,7 +17,7 @@ import structlog
 from tests import engines
 from tests.workbench import BOUND, Bench, LoopClock, one_thread, settled, task_of, tidied
 
-from vidgen import artifacts, contracts, errors, results, topology
+from vidgen import artifacts, contracts, errors, eventlog, results, topology
 from vidgen.contracts import MAX_REFERENCES
 from vidgen.engine import Engine, Finished
 from vidgen.eta import Pace
@@ -378,6 +378,29 @@ async def test_what_runs_at_another_worker_and_comes_as_if_it_never_had_is_left_
     assert (await bench.bus.depth(topology.consumer_of(bench.stage, "interactive"))).ack_pending == 1
 
 
+async def test_what_comes_again_while_its_worker_says_that_it_is_at_it_is_left_alone_and_costs_no_try(
+    bench_of: MakeBench,
+) -> None:
+    """The bus's clock stepped past a lease that is renewed all the while."""
+    engine = engines.Instant()
+    bench = bench_of(engine)
+    await bench.queue()
+    [waiting] = [await bench.take()]
+    await waiting.nak()
+    await bench.start_elsewhere(1, worker="w-busy")
+    holder = await bench.bus.listen(topology.subject_of_worker(bench.stage, "w-busy"))
+    before = bench.types()
+
+    running = await bench.begin()
+    asked = await holder.next(60)
+    assert asked is not None
+    await bench.bus.signal(asked.reply, eventlog.AT_IT)
+
+    assert await ended(running) == "elsewhere"
+    assert (bench.types(), bench.queued()) == (before, 1)
+    assert engine.calls == []
+
+
 async def test_deaths_beside_others_use_up_no_try_and_the_next_attempt_is_alone(bench_of: MakeBench) -> None:
     """A sound task beside those that kill was given up with them: the registry did not say in time who it was."""
     bench = bench_of()
@@ -424,7 +447,7 @@ async def test_a_task_that_waits_to_be_alone_is_kept_and_handed_back_unbegun_at_
         await bench.queue(job=f"j{number}", seed=number)
     first = await bench.begin()
     await reached(gate)
-    await bench.start_elsewhere(1, job="j2")
+    await bench.start_elsewhere(1, job="j2", worker=bench.policy.worker_id)
     turn = bench.turn()
     waiting = await bench.begin(turn)
     beats = bench.journal.entries.count("in_progress")

@@ -48,6 +48,15 @@ async def test_an_upload_whose_answer_was_lost_is_made_again(tmp_path: Path) -> 
     assert waiting.under.objects == {"uploads/a": b"pixels"}
 
 
+async def test_a_clock_that_is_wrong_is_waited_for() -> None:
+    waiting = Waiting()
+    waiting.under.fail_next("stat", errors.StoreError("20 minutes", code="store_clock"), times=2)
+
+    assert await waiting.store.stat("uploads/a") is None
+
+    assert waiting.pauses == [0.1, 0.2]
+
+
 async def test_patience_ends() -> None:
     waiting = Waiting(patience_s=60.0)
     waiting.under.down = True

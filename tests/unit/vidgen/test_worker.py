@@ -15,7 +15,7 @@ import structlog
 from tests import engines
 from tests.workbench import BOUND, Bench, LoopClock, one_thread, settled, tidied
 
-from vidgen import errors, topology
+from vidgen import errors, eventlog, topology
 from vidgen.bus import Delivery
 from vidgen.contracts import Checkpoint, WorkerInfo
 from vidgen.testing import FakeClock
@@ -975,6 +975,27 @@ async def test_a_worker_can_be_asked_for_and_tells_soon_what_it_holds() -> None:
                 await asyncio.sleep(0)
 
         assert await shop.bench.bus.listened(topology.subject_of_worker("edit", shop.bench.policy.worker_id))
+
+
+async def test_a_worker_says_which_tasks_it_is_at() -> None:
+    async with open_shop() as shop:
+        held = shop.engine.hold("generate", 1)
+        await shop.queue(1)
+        shop.start()
+        await reached(held)
+        subject = topology.subject_of_worker("edit", shop.bench.policy.worker_id)
+        assert await shop.bench.bus.ask(subject, b"j1") == eventlog.AT_IT
+        assert await shop.bench.bus.ask(subject, b"j2") == b"no"
+        answers = shop.bench.bus.calls["signal"]
+        await shop.bench.bus.signal(subject, b"j1")  # whoever asked with an address that is none gets no answer
+        await settled()
+        assert shop.bench.bus.calls["signal"] == answers + 1
+
+        held.open()
+        await shop.until("stage_completed")
+        async with asyncio.timeout(BOUND):
+            while await shop.bench.bus.ask(subject, b"j1") != b"no":
+                await asyncio.sleep(0)
 
 
 async def test_while_a_task_is_alone_no_other_is_taken_and_once_it_has_left_the_next_one_is() -> None:
