@@ -263,7 +263,7 @@ class AsyncClient:
                 if answer.is_error:
                     await answer.aread()
                     _raise_for(answer)
-                async for kind, number, data in _server_sent(answer.aiter_lines()):
+                async for kind, number, data in _server_sent(_lines(answer.aiter_bytes())):
                     yield number, _update_of(kind, data)
 
     async def wait(self, job_id: str) -> Job:
@@ -407,6 +407,18 @@ def _raise_for(answer: httpx.Response) -> None:
         problem = Problem(title=answer.reason_phrase, status=answer.status_code, detail=detail, code="http_error")
     after = answer.headers.get("Retry-After", "")
     raise GatewayError(problem, retry_after_s=float(after) if after.isdecimal() else None)
+
+
+async def _lines(chunks: AsyncIterator[bytes]) -> AsyncIterator[str]:
+    """The lines that have come to their end.
+
+    httpx's own `aiter_lines` ends a line wherever `str.splitlines` does, and JSON may hold U+2028 and its like.
+    """
+    rest = b""
+    async for chunk in chunks:
+        *ended, rest = (rest + chunk).split(b"\n")
+        for line in ended:
+            yield line.removesuffix(b"\r").decode(errors="replace")
 
 
 async def _server_sent(lines: AsyncIterator[str]) -> AsyncIterator[tuple[str, int | None, str]]:

@@ -81,6 +81,17 @@ async def test_a_killed_nats_server_comes_back_on_its_port_with_its_data(tmp_pat
     assert not alive(server.pid)
 
 
+async def test_a_folder_may_have_any_name(tmp_path: Path) -> None:
+    folder = tmp_path / 'Jürgen\'s "データ" 😀'
+    users = folder / "ü" / "users.conf"
+    users.parent.mkdir(parents=True)
+    users.write_text("authorization {}\n")
+    async with NatsServer(folder / "nats", users=users) as server:
+        assert await publish(server, b"kept") == 1
+    async with S3Server(folder / "s3"):
+        assert (folder / "s3" / "data").is_dir()
+
+
 async def test_two_nats_servers_run_side_by_side(tmp_path: Path) -> None:
     async with NatsServer(tmp_path / "a") as one, NatsServer(tmp_path / "b", sync_always=False) as other:
         assert one.url != other.url

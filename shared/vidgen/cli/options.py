@@ -8,6 +8,7 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
+from urllib.parse import urlsplit
 
 import typer
 
@@ -70,8 +71,22 @@ def wrong(field: str, message: str) -> FieldError:
     return FieldError(field=field, message=message)
 
 
-def request_of(wish: Wish) -> VideoRequest:
+def gateway_url(given: str) -> str:
+    """The gateway's address; raises WrongUsageError where it is none."""
+    try:
+        parts = urlsplit(given)
+        good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is too high, brackets around no address
+        good = False
+    if not good:
+        raise WrongUsageError([wrong("--gateway", "it is no address: write http://HOST:PORT or https://HOST")])
+    return given
+
+
+def request_of(wish: Wish, also: Sequence[FieldError] = ()) -> VideoRequest:
     """The request, with placeholders for the images' keys; raises WrongUsageError that names every wrong field.
+
+    `also` is what was found wrong beside it.
 
     The contracts themselves decide what is right, so the gateway will say the same.
     """
@@ -93,8 +108,8 @@ def request_of(wish: Wish) -> VideoRequest:
         request = VideoRequest.model_validate_json(_to_json(sent))
     except ValidationError as exc:
         found += (_named(error) for error in field_errors(exc))
-    if found:
-        raise WrongUsageError(_once(found))
+    if found or also:
+        raise WrongUsageError([*_once(found), *also])
     return request
 
 

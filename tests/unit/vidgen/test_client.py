@@ -238,6 +238,23 @@ async def test_events_cut_anywhere_are_put_together() -> None:
         assert [type(update) for update in await watched(found)] == [Accepted, Progress, Job]
 
 
+@pytest.mark.parametrize("char", ["\u2028", "\u2029", "\u0085", "\v", "\f", "\x1e", "é", "😀"])
+async def test_only_a_line_feed_ends_a_line_of_the_stream(char: str) -> None:
+    # A prompt that was pasted from a word processor may hold U+2028: a line end to Python, a letter to JSON.
+    told = REQUEST.model_copy(update={"edit": EditParams(prompt=f"a{char}hat")})
+    body = frame("job", job(JobStatus.COMPLETED).model_copy(update={"request": told}).to_bytes())
+    for size in (1, len(body)):
+        pieces = [body[at : at + size] for at in range(0, len(body), size)]
+        async with gateway(lambda _, pieces=pieces: events(*pieces)) as found:  # type: ignore[misc]
+            done = await found.wait("j1")
+        assert done.request == told
+
+
+async def test_a_stream_with_carriage_returns_is_read_too() -> None:
+    async with gateway(lambda _: events((ACCEPTED + DONE).replace(b"\n", b"\r\n"))) as found:
+        assert [type(update) for update in await watched(found)] == [Accepted, Job]
+
+
 async def test_a_broken_stream_is_taken_up_behind_the_last_event() -> None:
     asked: list[str | None] = []
 
