@@ -14,6 +14,7 @@ import pydantic
 import structlog
 
 from gateway import pipeline
+from gateway.deadlines import Due
 from gateway.share import FairShare, withdraw
 from vidgen import contracts, errors, topology, tracing
 from vidgen.bus import Bus
@@ -83,6 +84,7 @@ class Jobs:
         self._bus, self._looks = bus, looks or bus
         self.share = share or FairShare(bus, Tenants(bus), waiting=0)
         self._records = bus.records(topology.JOBS_BUCKET)
+        self.due = Due()
         # What this replica wrote or read last, and at which revision, with the start of a task that has come since.
         # Another may have written since: only a write that succeeds proves that it was the newest.
         self._written: OrderedDict[str, tuple[Job, int]] = OrderedDict()
@@ -256,6 +258,7 @@ class Jobs:
 
     async def _write(self, job: Job, revision: int) -> None:
         self._keep(job, await self._records.put(job.id, job.to_bytes(), revision=revision))
+        self.due.note(job)
 
     def _keep(self, job: Job, revision: int) -> None:
         self._written[job.id] = job, revision

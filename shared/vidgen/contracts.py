@@ -518,6 +518,12 @@ class StageRecord(Message):
     error: JobError | None = None
     charged: tuple[str, ...] = Field((), description="The attempts (run.attempt) whose GPU seconds are in the sums.")
 
+    @property
+    def in_one_go(self) -> bool:
+        """Whether a single attempt did all of it: else `timings` may tell of its last steps alone."""
+        runs = [int(mark.partition(".")[0]) for mark in self.charged]
+        return runs.count(max(runs, default=0)) <= 1
+
 
 class Job(Message):
     """The durable record of one request, written by the gateway alone."""
