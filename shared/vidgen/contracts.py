@@ -215,6 +215,9 @@ def field_errors(exc: ValidationError) -> tuple[FieldError, ...]:
     """
     found = []
     wrong = exc.errors(include_url=False, include_input=False)
+    # Where an item is wrong pydantic leaves it out, and then finds that there are too few.
+    within = {error["loc"][:-1] for error in wrong}
+    wrong = [error for error in wrong if error["type"] != "too_short" or error["loc"] not in within]
     for error in wrong[:MAX_FIELD_ERRORS]:
         path = ".".join(str(part) for part in error["loc"])[:MAX_FIELD_NAME] or "request"
         found.append(FieldError(field=path, message=_remedy(error)))
