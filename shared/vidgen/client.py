@@ -132,6 +132,7 @@ class AsyncClient:
 
     Every method raises GatewayError. What is safe to repeat is repeated when a connection breaks.
     `api_key`, or else the variable VIDGEN_API_KEY, is for gateways that ask for a key; it goes to the gateway alone.
+    One that cannot be a key raises GatewayError at once.
     """
 
     def __init__(
@@ -139,7 +140,7 @@ class AsyncClient:
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:  # fmt: skip
         self.base_url = base_url.rstrip("/")
-        key = api_key or os.environ.get("VIDGEN_API_KEY")
+        key = _sendable(api_key or os.environ.get("VIDGEN_API_KEY") or "")
         self._http = httpx.AsyncClient(
             base_url=self.base_url, timeout=httpx.Timeout(timeout, connect=5.0), transport=transport,
             auth=_Bearer(key) if key else None,
@@ -377,6 +378,15 @@ def _as_part(image: Image, number: int) -> tuple[str, bytes, str]:
     else:
         kind = mimetypes.guess_type(name)[0] or "application/octet-stream"
     return name, body, kind
+
+
+def _sendable(key: str) -> str:
+    """A key without the line end that a file or a shell may have left on it; what is no header is not repeated."""
+    key = key.strip()
+    if not (key.isascii() and key.isprintable()):
+        detail = "the API key has characters that no key has: copy it anew"
+        raise GatewayError(Problem(title="Unauthorized", status=401, detail=detail, code="unknown_key"))
+    return key
 
 
 def _unreachable(detail: str) -> Problem:

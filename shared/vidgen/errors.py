@@ -54,9 +54,12 @@ class RejectedError(VidgenError):
 
 
 class DeadlineError(RejectedError):
-    """The job's deadline_s passed before it was done: ask for more time or less work."""
+    """The job was not done in the time that it had."""
 
     code = "deadline_exceeded"
+
+    def __init__(self) -> None:
+        super().__init__("the job's deadline_s passed before it was done: ask for more time or less work")
 
 
 class RetryableError(VidgenError):

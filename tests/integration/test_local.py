@@ -211,6 +211,20 @@ def test_the_services_get_this_stack_and_the_rest_of_the_users_settings(
     assert len({service.env["VIDGEN_S3_SECRET_KEY"] for service in services}) == 3
 
 
+def test_the_stack_of_one_job_asks_for_no_key_whatever_else_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VIDGEN_AUTH", "on")
+
+    def auth(*, ephemeral: bool) -> str:
+        stack = Stack(tmp_path / str(ephemeral), ephemeral=ephemeral)
+        stack._let_in_the_services()
+        stack.s3.choose()
+        return stack._make_services()[0].env["VIDGEN_AUTH"]
+
+    assert (auth(ephemeral=True), auth(ephemeral=False)) == ("auto", "on")
+
+
 ORPHANS = """
 import asyncio, os, pathlib, signal, sys
 from vidgen.local import NatsServer

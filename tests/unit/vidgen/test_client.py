@@ -426,3 +426,16 @@ async def test_the_key_goes_to_the_gateway_and_to_no_other_host(
         ("POST gateway", "Bearer vg_1_x"), ("PUT store", None), ("GET gateway", "Bearer vg_1_x"), ("GET store", None),
         ("POST gateway", "Bearer vg_2_y"), ("PUT store", None),
     ]  # fmt: skip
+
+
+async def test_a_key_may_have_a_line_end_and_one_that_is_none_is_not_repeated() -> None:
+    def answer(request: httpx.Request) -> httpx.Response:
+        assert request.headers["authorization"] == "Bearer vg_1_x"
+        return answered(job())
+
+    async with AsyncClient("http://gateway", api_key="vg_1_x\n", transport=httpx.MockTransport(answer)) as found:
+        await found.get("j1")
+    for key in ("vg_1\nsecret", "vg_1_sécret", "vg\x00secret"):
+        with pytest.raises(GatewayError, match="copy it anew") as caught:
+            AsyncClient("http://gateway", api_key=key)
+        assert "cret" not in str(caught.value)
