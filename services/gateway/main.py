@@ -60,6 +60,7 @@ class StoppedError(Exception):
 
 def main() -> None:
     """Serve until told to stop. Exit code 0: drained; 1: could not start, or a part of it died."""
+    settings.refuse_arguments("vidgen-gateway")
     try:
         own = settings.read(GatewaySettings)
     except errors.FatalError as exc:

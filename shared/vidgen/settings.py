@@ -371,6 +371,16 @@ def read(kind: type[T]) -> T:
         raise errors.FatalError(f"the settings are wrong: {wrong}", code="settings") from exc
 
 
+def refuse_arguments(command: str) -> None:
+    """End a service that was given arguments: it has none, and who asks for help is not to be served a gateway."""
+    given = sys.argv[1:]
+    if given:
+        asked = given in (["--help"], ["-h"])
+        where = "It takes no arguments. Its settings are VIDGEN_* variables: docs/reference.md, Settings."
+        (sys.stdout if asked else sys.stderr).write(f"usage: {command}\n\n{where}\n")
+        raise SystemExit(0 if asked else 2)
+
+
 # ── the reference ────────────────────────────────────────────────────────────────────────────────────────────────
 
 BEGIN, END = "<!-- settings: begin (python -m vidgen.settings FILE writes this) -->", "<!-- settings: end -->"
