@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import re
 import secrets
 import socket
 import sys
@@ -28,7 +29,7 @@ T = TypeVar("T", bound="Settings")
 class Settings(BaseSettings):
     """What every process needs: the bus, the store, the logs."""
 
-    model_config = SettingsConfigDict(env_prefix="VIDGEN_", extra="ignore", frozen=True)
+    model_config = SettingsConfigDict(env_prefix="VIDGEN_", env_ignore_empty=True, extra="ignore", frozen=True)
 
     nats_url: str = Field("nats://127.0.0.1:4222", description="The bus.")
     nats_user: str | None = Field(None, description="A NATS user, where the bus wants one.")
@@ -78,9 +79,15 @@ class Settings(BaseSettings):
 
     @field_validator("s3_endpoint", "s3_public_endpoint")
     @classmethod
-    def _without_credentials(cls, url: str | None) -> str | None:
-        if url is not None and "@" in url:
+    def _plain_address(cls, url: str | None) -> str | None:
+        if url is None:
+            return url
+        if "@" in url:
             raise ValueError("leave the credentials out: they have settings of their own")
+        if re.fullmatch(r"https?://[^/?#\s]+/?", url) is None:
+            raise ValueError(
+                "write http:// or https://, host and port, and nothing else; the bucket has its own setting"
+            )
         return url
 
     @property
@@ -364,7 +371,7 @@ def read(kind: type[T]) -> T:
     except ValidationError as exc:
         named = {str(field.validation_alias) for field in kind.model_fields.values()}
         wrong = "; ".join(
-            f"{path if path in named else f'VIDGEN_{path.upper()}'}: {error['msg']}"
+            f"{path if path in named else f'VIDGEN_{path.upper()}'}: {error['msg'].removeprefix('Value error, ')}"
             for error in exc.errors()
             for path in ["_".join(map(str, error["loc"]))]
         )
