@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Sequence
@@ -345,6 +346,16 @@ def test_an_address_that_is_none_is_wrong_usage_and_is_not_repeated(url: str, ph
         assert result.exit_code == 2
         assert "--gateway: it is no address: write http://HOST:PORT" in result.stderr
         assert "secret" not in result.output
+
+
+@pytest.mark.parametrize("command", [("run", "--help"), ("submit", "nöne.png", "--edit", "→")])
+def test_what_an_encoding_does_not_know_is_escaped(command: tuple[str, ...]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "vidgen.cli", *command], capture_output=True, check=False, timeout=120,
+        env={**os.environ, "PYTHONIOENCODING": "ascii", "VIDGEN_GATEWAY_URL": "http://gateway"},
+    )  # fmt: skip
+    assert b"Traceback" not in done.stderr
+    assert rb"\u2026" in done.stdout or rb"n\xf6ne.png" in done.stderr
 
 
 def test_a_missing_argument_is_exit_code_2() -> None:
