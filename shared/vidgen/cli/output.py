@@ -90,7 +90,11 @@ class Output:
             table.add_column(column, no_wrap=number == 0, overflow="fold")
         for row in rows:
             table.add_row(*(Text(harmless(cell)) for cell in row))
-        self.console().print(table)
+        console = self.console()
+        with console.capture() as captured:
+            console.print(table)
+        for line in captured.get().splitlines():
+            self._line(line.rstrip())
 
     def fail(self, code: str, message: str, *, exit_code: int = FAILED, errors: Sequence[FieldError] = ()) -> NoReturn:
         """Say why and end with `exit_code`."""
