@@ -42,6 +42,8 @@ Update = AnyEvent | Progress | Job
 TRIES = 3
 SILENCE_S = 45.0  # the gateway sends a comment every 15 s: after three missed ones the connection is taken for dead
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.2, 5.0
+# Never through a proxy of the environment: `vidgen up` is here.
+THIS_MACHINE = ("127.0.0.1", "localhost", "::1")
 
 
 class Problem(BaseModel):
@@ -141,10 +143,17 @@ class AsyncClient:
     ) -> None:  # fmt: skip
         self.base_url = base_url.rstrip("/")
         key = _sendable(api_key or os.environ.get("VIDGEN_API_KEY") or "")
-        self._http = httpx.AsyncClient(
-            base_url=self.base_url, timeout=httpx.Timeout(timeout, connect=5.0), transport=transport,
-            auth=_Bearer(key) if key else None,
-        )  # fmt: skip
+        options: dict[str, Any] = {
+            "base_url": self.base_url, "timeout": httpx.Timeout(timeout, connect=5.0), "transport": transport,
+            "auth": _Bearer(key) if key else None,
+        }  # fmt: skip
+        try:
+            self._http = httpx.AsyncClient(**options, mounts=_without_proxy())
+        except ImportError as exc:  # the environment names a SOCKS proxy
+            if httpx.URL(base_url).host not in THIS_MACHINE:
+                detail = "a SOCKS proxy is set (ALL_PROXY): unset it, or pip install 'httpx[socks]'"
+                raise GatewayError(_unreachable(detail)) from exc
+            self._http = httpx.AsyncClient(**options, trust_env=False)
 
     async def aclose(self) -> None:
         await self._http.aclose()
@@ -378,6 +387,10 @@ def _as_part(image: Image, number: int) -> tuple[str, bytes, str]:
     else:
         kind = mimetypes.guess_type(name)[0] or "application/octet-stream"
     return name, body, kind
+
+
+def _without_proxy() -> dict[str, httpx.AsyncBaseTransport | None]:
+    return {f"all://[{host}]" if ":" in host else f"all://{host}": None for host in THIS_MACHINE}
 
 
 def _sendable(key: str) -> str:

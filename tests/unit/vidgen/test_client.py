@@ -439,3 +439,23 @@ async def test_a_key_may_have_a_line_end_and_one_that_is_none_is_not_repeated() 
         with pytest.raises(GatewayError, match="copy it anew") as caught:
             AsyncClient("http://gateway", api_key=key)
         assert "cret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "[::1]"])
+@pytest.mark.parametrize("proxy", ["http://127.0.0.1:9", "socks5://127.0.0.1:9"])
+async def test_a_gateway_on_this_machine_is_not_sought_through_a_proxy(
+    host: str, proxy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+        monkeypatch.setenv(name, proxy)
+    async with AsyncClient(f"http://{host}:8080") as found:
+        chosen = found._http._transport_for_url(httpx.URL(f"http://{host}:8080/v1/jobs"))
+        assert chosen is found._http._transport
+        if proxy.startswith("http:"):
+            assert found._http._transport_for_url(httpx.URL("https://store.example.org/a")) is not chosen
+
+
+def test_a_proxy_that_cannot_be_used_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ALL_PROXY", "socks5://127.0.0.1:9")
+    with pytest.raises(GatewayError, match=r"pip install 'httpx\[socks\]'"):
+        AsyncClient("https://gateway.example.org")
