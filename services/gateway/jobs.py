@@ -18,7 +18,7 @@ from gateway.deadlines import Due
 from gateway.share import FairShare, withdraw
 from vidgen import contracts, errors, topology, tracing
 from vidgen.bus import Bus
-from vidgen.contracts import Event, Job, JobStatus
+from vidgen.contracts import Event, Job, JobStatus, StageState
 from vidgen.tenants import Tenants
 
 log = structlog.get_logger(__name__)
@@ -115,10 +115,12 @@ class Jobs:
             if not log_read.cancel():
                 log_read.exception()  # it came to an end unasked: how does not matter
         stage = job.stage_record(job.stage) if job.stage and job.status is JobStatus.IN_PROGRESS else None
-        if stage is None or not stage.attempt:
-            return job  # nobody has begun what is due, so nobody has told how far it is
+        if stage is None or stage.state is not StageState.RUNNING:
+            return job  # nobody is at what is due, so nobody tells how far it is
         progress = await self._newest_progress(job_id)
-        current = progress is not None and progress.stage == job.stage and progress.run == job.run
+        # What an attempt told that has handed its task back is no news of the one that will go on.
+        told = (progress.stage, progress.run, progress.attempt) if progress is not None else None
+        current = told == (job.stage, job.run, stage.attempt)
         return job.model_copy(update={"progress": progress}) if current else job
 
     async def _look(self, job_id: str) -> Job | None:

@@ -12,7 +12,7 @@ from structlog.testing import capture_logs
 from tests.gateways import EDIT, KEY, Gateway, completed, failed, picture, progress, put, started
 
 from gateway.intake import id_from_key
-from vidgen import errors, topology
+from vidgen import contracts, errors, topology
 from vidgen.bus import Stored
 from vidgen.contracts import Job, JobStatus
 from vidgen.testing import MemoryBus, MemoryStore
@@ -284,6 +284,27 @@ async def test_a_job_shows_its_newest_progress_while_it_runs(gateway: Gateway) -
     shown = (await gateway.client.get(f"/v1/jobs/{job.id}")).json()
     assert shown["status"] == "in_progress"
     assert shown["progress"]["step"] == 3
+
+
+async def test_what_an_attempt_told_that_handed_its_task_back_is_no_progress_of_the_next(gateway: Gateway) -> None:
+    job = await gateway.submit()
+    subject, begun = topology.subject_of_progress(job.id), started(job)
+
+    async def shown() -> tuple[str, int | None]:
+        told = (await gateway.client.get(f"/v1/jobs/{job.id}")).json()
+        return told["stages"][0]["state"], told.get("progress", {}).get("step")
+
+    await gateway.tell(begun)
+    await gateway.parts.bus.signal(subject, progress(job, 7).to_bytes())
+    assert await shown() == ("running", 7)
+    released = begun.model_dump(include=set(contracts.StageEvent.model_fields))
+    await gateway.tell(contracts.StageReleased.model_validate(released))
+    assert await shown() == ("queued", None)
+    again = begun.model_copy(update={"attempt": 2})
+    await gateway.parts.bus.publish(topology.subject_of_events(job.id), again.to_bytes(), message_id="again")
+    assert await shown() == ("running", None)
+    await gateway.parts.bus.signal(subject, progress(job, 8).model_copy(update={"attempt": 2}).to_bytes())
+    assert await shown() == ("running", 8)
 
 
 async def test_nobody_looks_for_the_progress_of_a_stage_that_waits(gateway: Gateway) -> None:
