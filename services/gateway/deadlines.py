@@ -18,7 +18,7 @@ import structlog
 from gateway import pipeline
 from gateway.share import withdraw
 from vidgen import contracts, dead, errors, eventlog, topology
-from vidgen.bus import Bus
+from vidgen.bus import Bus, each
 from vidgen.contracts import Job, StageRecord, StageState
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ log = structlog.get_logger(__name__)
 SLACK = timedelta(seconds=2)  # behind the deadline: whoever is at the task says so himself
 AGAIN = timedelta(seconds=30)  # between two looks at one that a worker is at, who may die
 SWEEP_S = 600.0
-PAGE = 1000
+ENDED = 1000  # deadlines of jobs that have ended which may be kept in mind
 
 
 class Due:
@@ -74,7 +74,7 @@ class Due:
 
     def _tidy(self) -> None:
         # Of a million jobs that end long before their deadlines not all are to be kept in mind until then.
-        if len(self._next) > 2 * len(self._known) + PAGE:
+        if len(self._next) > 2 * len(self._known) + ENDED:
             self._next = [(when, job_id) for job_id, when in self._known.items()]
             heapq.heapify(self._next)
 
@@ -108,11 +108,8 @@ class Deadlines:
         """Take in the tasks that wait: another gateway let them in, or this one before it was started again."""
         try:
             for stream in (topology.TASKS, topology.HELD):
-                before: int | None = None
-                while messages := await self._bus.tail(stream, before, PAGE):
-                    before = messages[-1].seq
-                    for message in messages:
-                        self._take_in(message.body)
+                async for message in each(self._bus, stream):
+                    self._take_in(message.body)
         except errors.BusError as exc:
             log.warning(exc.message, _event="deadlines_unknown")
 

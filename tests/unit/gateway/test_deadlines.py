@@ -8,7 +8,7 @@ from datetime import datetime, timedelta
 import pytest
 from tests.gateways import BOUND, Gateway, completed, failed, now, started
 
-from gateway.deadlines import AGAIN, PAGE, SLACK, Deadlines, Due
+from gateway.deadlines import AGAIN, ENDED, SLACK, Deadlines, Due
 from vidgen import contracts, topology
 from vidgen.contracts import Job, JobStatus
 from vidgen.testing import MemoryBus
@@ -152,9 +152,21 @@ async def test_it_runs_by_itself_until_it_is_told_to_stop(late: Late) -> None:
 def test_deadlines_of_what_has_ended_are_not_kept_in_mind() -> None:
     due, at = Due(), now()
     job = Job(id="j", created_at=at, updated_at=at, deadline_at=at + timedelta(days=1))
-    for number in range(3 * PAGE):
+    for number in range(3 * ENDED):
         one = job.model_copy(update={"id": f"j{number}"})
         due.note(one)
         due.note(one.model_copy(update={"status": JobStatus.COMPLETED}))
-    assert len(due._next) <= PAGE + 1
+    assert len(due._next) <= ENDED + 1
     assert due.wait_s(at) is None
+
+
+async def test_what_came_and_went_behind_a_task_that_waits_for_long_is_not_asked_for(late: Late) -> None:
+    await late.gateway.submit(deadline_s=60)
+    for _ in range(50):
+        await late.gateway.submit()
+    for gone in (await late.bus.tail(topology.TASKS, None, 100))[:50]:
+        await late.bus.delete(topology.TASKS, gone.seq)
+    before = dict(late.bus.calls)
+    await late.deadlines.sweep()
+    asked = {name: count - before.get(name, 0) for name, count in late.bus.calls.items() if count > before.get(name, 0)}
+    assert asked == {"first": 3}
