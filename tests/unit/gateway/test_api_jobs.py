@@ -458,3 +458,10 @@ async def test_a_reference_that_is_too_large_in_the_store_is_named() -> None:
     answer = await gateway.client.post("/v1/jobs", json=GOOD | {"references": ["uploads/big.png"]})
     assert answer.status_code == 422
     assert answer.json()["errors"][0]["field"] == "references.0"
+
+
+async def test_what_a_caller_is_shown_is_kept_in_no_cache(gateway: Gateway) -> None:
+    job = await gateway.submit()
+    for path in (f"/v1/jobs/{job.id}", "/v1/jobs", "/v1/workers", "/v1/jobs/none", "/v1/options"):
+        assert (await gateway.client.get(path)).headers["cache-control"] == "no-store", path
+    assert "cache-control" not in (await gateway.client.get("/healthz")).headers
