@@ -17,7 +17,7 @@ import structlog
 
 from gateway import pipeline
 from gateway.share import withdraw
-from vidgen import contracts, dead, errors, eventlog, topology
+from vidgen import contracts, dead, errors, eventlog, topology, tracing
 from vidgen.bus import Bus, each
 from vidgen.contracts import Job, StageRecord, StageState
 
@@ -141,7 +141,10 @@ class Deadlines:
         if record is None or record.state is StageState.RUNNING:
             self._due.at(job_id, self._clock() + AGAIN)
             return
-        await self._give_up(job, record)
+        of = await self._jobs.trace_of(job_id)
+        with tracing.span("give up", of=of, job_id=job_id, stage=record.stage, run=job.run):
+            tracing.failed(errors.DeadlineError.code)
+            await self._give_up(job, record)
 
     async def _give_up(self, job: Job, record: StageRecord) -> None:
         """Fail the stage that is due, as a worker would that took its task now."""

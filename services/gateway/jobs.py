@@ -270,7 +270,7 @@ class Jobs:
     async def request(self, event: contracts.CancelRequested | contracts.RetryRequested | contracts.Approved) -> Job:
         """Log what somebody asked of a job, and apply it at once; raises JobNotFoundError."""
         tracing.about(job_id=event.job_id)
-        with tracing.span(event.type, of=await self._trace_of(event.job_id), job_id=event.job_id, run=event.run):
+        with tracing.span(event.type, of=await self.trace_of(event.job_id), job_id=event.job_id, run=event.run):
             # The log first: from here on every replica, and every worker, knows.
             seq = await self._publish_event(event)
             applied = await self.apply(event, seq)
@@ -278,7 +278,7 @@ class Jobs:
             raise JobNotFoundError
         return applied.job
 
-    async def _trace_of(self, job_id: str) -> dict[str, str]:
+    async def trace_of(self, job_id: str) -> dict[str, str]:
         """The headers with which a job's trace goes on: what is asked of a job is not a part of who asks."""
         newest = await self._bus.last(topology.EVENTS, topology.subject_of_events(job_id)) if tracing.on() else None
         return newest.headers if newest else {}
