@@ -29,7 +29,10 @@ T = TypeVar("T", bound="Settings")
 class Settings(BaseSettings):
     """What every process needs: the bus, the store, the logs."""
 
-    model_config = SettingsConfigDict(env_prefix="VIDGEN_", env_ignore_empty=True, extra="ignore", frozen=True)
+    # An empty variable is one that is not set: a compose file or a ConfigMap cannot leave one out.
+    model_config = SettingsConfigDict(
+        env_prefix="VIDGEN_", extra="ignore", frozen=True, env_ignore_empty=True, allow_inf_nan=False
+    )
 
     nats_url: str = Field("nats://127.0.0.1:4222", description="The bus.")
     nats_user: str | None = Field(None, description="A NATS user, where the bus wants one.")
