@@ -11,7 +11,7 @@ import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, TypedDict, TypeVar, Unpack
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 import httpx
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -129,18 +129,32 @@ class _Bearer(httpx.Auth):
         yield request
 
 
+NO_ADDRESS = "it is no address: write http://HOST:PORT or https://HOST"
+
+
+def is_address(url: str) -> bool:
+    """Whether a gateway can have this URL."""
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is too high, brackets around no address
+        return False
+
+
 class AsyncClient:
     """A client of one gateway; use it as an async context manager, or `aclose` it.
 
     Every method raises GatewayError. What is safe to repeat is repeated when a connection breaks.
     `api_key`, or else the variable VIDGEN_API_KEY, is for gateways that ask for a key; it goes to the gateway alone.
-    One that cannot be a key raises GatewayError at once.
+    What cannot be a key, or an address, raises GatewayError at once.
     """
 
     def __init__(
         self, base_url: str, *, api_key: str | None = None, timeout: float = 60.0,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:  # fmt: skip
+        if not is_address(base_url):
+            raise GatewayError(_unreachable(f"the URL of the gateway: {NO_ADDRESS}"))
         self.base_url = base_url.rstrip("/")
         key = _sendable(api_key or os.environ.get("VIDGEN_API_KEY") or "")
         options: dict[str, Any] = {

@@ -8,7 +8,6 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
-from urllib.parse import urlsplit
 
 import typer
 
@@ -73,13 +72,10 @@ def wrong(field: str, message: str) -> FieldError:
 
 def gateway_url(given: str) -> str:
     """The gateway's address; raises WrongUsageError where it is none."""
-    try:
-        parts = urlsplit(given)
-        good = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # a port that is too high, brackets around no address
-        good = False
-    if not good:
-        raise WrongUsageError([wrong("--gateway", "it is no address: write http://HOST:PORT or https://HOST")])
+    from vidgen.client import NO_ADDRESS, is_address
+
+    if not is_address(given):
+        raise WrongUsageError([wrong("--gateway", NO_ADDRESS)])
     return given
 
 

@@ -459,3 +459,10 @@ def test_a_proxy_that_cannot_be_used_is_said(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setenv("ALL_PROXY", "socks5://127.0.0.1:9")
     with pytest.raises(GatewayError, match=r"pip install 'httpx\[socks\]'"):
         AsyncClient("https://gateway.example.org")
+
+
+@pytest.mark.parametrize("url", ["gateway:8080", "http://h:99999", "ftp://h", "nats://u:secret@h:1", "http://[1", ""])
+def test_a_url_that_no_gateway_can_have_is_said_and_not_repeated(url: str) -> None:
+    with pytest.raises(GatewayError, match="write http://HOST:PORT") as caught:
+        AsyncClient(url)
+    assert "secret" not in str(caught.value)
