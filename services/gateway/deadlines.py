@@ -129,6 +129,8 @@ class Deadlines:
             except errors.RetryableError as exc:
                 log.warning(exc.message, _event="deadline_unknown", job=job_id)
                 self._due.at(job_id, self._clock() + AGAIN)
+            except Exception:  # a record of another version, say: one job must never stop the others
+                log.exception("a deadline could not be looked after", _event="deadline_undigested", job=job_id)
 
     async def _look_after(self, job_id: str) -> None:
         job = await self._jobs.find(job_id)

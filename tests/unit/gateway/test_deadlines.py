@@ -134,6 +134,16 @@ async def test_a_bus_that_is_away_is_asked_again(late: Late) -> None:
     assert (await late.of(job)).status is JobStatus.FAILED
 
 
+async def test_a_record_that_cannot_be_read_holds_up_no_other(late: Late) -> None:
+    odd, job = await late.gateway.submit(deadline_s=60), await late.gateway.submit(deadline_s=60)
+    records = late.bus.records(topology.JOBS_BUCKET)
+    found = await records.get(odd.id)
+    assert found is not None
+    await records.put(odd.id, b'{"of": "another version"}', revision=found[1])
+    await late.after(70)
+    assert (await late.of(job)).status is JobStatus.FAILED
+
+
 async def test_it_runs_by_itself_until_it_is_told_to_stop(late: Late) -> None:
     stop = asyncio.Event()
     late.deadlines = Deadlines(late.bus, late.jobs, lambda: now() + SLACK)
