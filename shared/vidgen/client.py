@@ -35,12 +35,14 @@ from vidgen.contracts import (
 
 T = TypeVar("T", bound=BaseModel)
 
-Image = Path | bytes
+Image = Path | str | bytes
+"""A file, by its path, or an image's bytes."""
+
 Update = AnyEvent | Progress | Job
 """What `watch` yields: events and progress as they come, and the final Job last."""
 
 TRIES = 3
-SILENCE_S = 45.0  # the gateway sends a comment every 15 s: after three missed ones the connection is taken for dead
+SILENCE_S = 45.0  # the gateway sends a comment every 10 s: after four missed ones the connection is taken for dead
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.2, 5.0
 # Never through a proxy of the environment: `vidgen up` is here.
 THIS_MACHINE = ("127.0.0.1", "localhost", "::1")
@@ -204,6 +206,8 @@ class AsyncClient:
         elif options:
             raise TypeError("give the request whole or by its fields, not both")
         key = idempotency_key or (secrets.token_urlsafe(16) if request.job_id is None else None)
+        if key is not None and not (key.isascii() and key.isprintable()):
+            key = quote(key)  # a header takes nothing else
         headers = {"Idempotency-Key": key} if key else {}
         if not images:
             sent = {"Content-Type": "application/json", **headers}
@@ -389,7 +393,10 @@ def _given(query: Mapping[str, object]) -> dict[str, str]:
 
 def _as_part(image: Image, number: int) -> tuple[str, bytes, str]:
     """An image as a part of a form: name, bytes, content type; the type from the bytes, they know better."""
-    name, body = (image.name, image.read_bytes()) if isinstance(image, Path) else (f"image-{number}", image)
+    if isinstance(image, bytes):
+        name, body = f"image-{number}", image
+    else:
+        name, body = Path(image).name, Path(image).read_bytes()
     if body.startswith(b"\x89PNG"):
         kind = "image/png"
     elif body.startswith(b"\xff\xd8"):

@@ -148,6 +148,30 @@ async def test_images_go_as_a_form_without_references(tmp_path: Path) -> None:
     assert b"references" not in bodies[0]
 
 
+async def test_an_image_may_be_named_by_a_string(tmp_path: Path) -> None:
+    (tmp_path / "me.jpg").write_bytes(b"\xff\xd8\xff")
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        assert b'filename="me.jpg"' in request.content
+        return answered(job(), 202)
+
+    async with gateway(handler) as found:
+        await found.submit(images=[str(tmp_path / "me.jpg")], edit=EditParams(prompt="a hat"))
+
+
+async def test_an_idempotency_key_may_have_any_letters() -> None:
+    keys: list[str] = []
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        keys.append(request.headers["idempotency-key"])
+        return answered(job(), 202)
+
+    async with gateway(handler) as found:
+        for key in ("order 17", "Müller-1", "a\nb"):
+            await found.submit(REQUEST, idempotency_key=key)
+    assert keys == ["order 17", "M%C3%BCller-1", "a%0Ab"]
+
+
 async def test_what_no_gateway_would_take_is_not_sent() -> None:
     async with gateway(lambda _: pytest.fail("sent")) as found:
         with pytest.raises(ValidationError, match="at least one of edit and i2v"):
