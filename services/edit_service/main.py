@@ -50,8 +50,9 @@ def make_engine(settings: WorkerSettings, chosen: Choice) -> Engine:
 
 def main() -> None:
     native.load_ahead()
-    from vidgen import service  # what takes long to import comes behind that
+    from vidgen import service, settings  # what takes long to import comes behind that
 
+    settings.refuse_arguments("edit-service")
     sys.exit(service.run("edit", make_engine))
 
 

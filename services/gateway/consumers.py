@@ -12,7 +12,7 @@ import pydantic
 import structlog
 
 from gateway.intake import Intake
-from gateway.jobs import Jobs, now, parse_event
+from gateway.jobs import Jobs, parse_event
 from vidgen import attempts, contracts, dead, errors, eventlog, topology, tracing
 from vidgen.bus import Bus, Delivery, Supply
 from vidgen.metrics import GatewayMetrics
@@ -203,25 +203,5 @@ class Consumers:
         ):
             tracing.failed(error.code)
             await dead.publish(self._bus, letter, message_id=f"{task.job_id}:{task.stage}:{task.run}:dead")
-            await self._fail_stage(task, error)
+            await eventlog.give_up(self._bus, task, "gateway", error)
             await self._bus.delete(topology.TASKS, seq)
-
-    async def _fail_stage(self, task: contracts.Task, error: contracts.JobError) -> None:
-        subject = topology.subject_of_events(task.job_id)
-        while True:
-            newest = await self._bus.last(topology.EVENTS, subject)
-            verdict = attempts.judge(task, parse_event(newest.body) if newest else None, max_attempts=1 << 30)
-            if isinstance(verdict, attempts.Drop):
-                return
-            failed = contracts.StageFailed(
-                job_id=task.job_id, run=task.run, at=now(), stage=task.stage, attempt=verdict.attempt,
-                tries=verdict.tries, worker="gateway", error=error, final=True,
-            )  # fmt: skip
-            try:
-                await self._bus.publish(
-                    subject, failed.to_bytes(), expect_last=newest.seq if newest else 0,
-                    message_id=f"{task.job_id}:{task.stage}:{task.run}:{verdict.attempt}:exhausted",
-                )  # fmt: skip
-            except errors.ConflictError:
-                continue
-            return

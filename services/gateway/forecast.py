@@ -219,5 +219,5 @@ class Forecast:
 
 
 def _tells(record: StageRecord) -> bool:
-    """Whether a stage says how long its like takes: one whose result was there already does not."""
-    return record.state is StageState.COMPLETED and record.timings.denoise > 0
+    """Whether a stage says how long its like takes: not one whose result was there already, nor one resumed."""
+    return record.state is StageState.COMPLETED and record.timings.denoise > 0 and record.in_one_go

@@ -14,10 +14,11 @@ import pydantic
 import structlog
 
 from gateway import pipeline
+from gateway.deadlines import Due
 from gateway.share import FairShare, withdraw
 from vidgen import contracts, errors, topology, tracing
 from vidgen.bus import Bus
-from vidgen.contracts import Event, Job, JobStatus
+from vidgen.contracts import Event, Job, JobStatus, StageState
 from vidgen.tenants import Tenants
 
 log = structlog.get_logger(__name__)
@@ -83,6 +84,7 @@ class Jobs:
         self._bus, self._looks = bus, looks or bus
         self.share = share or FairShare(bus, Tenants(bus), waiting=0)
         self._records = bus.records(topology.JOBS_BUCKET)
+        self.due = Due()
         # What this replica wrote or read last, and at which revision, with the start of a task that has come since.
         # Another may have written since: only a write that succeeds proves that it was the newest.
         self._written: OrderedDict[str, tuple[Job, int]] = OrderedDict()
@@ -113,10 +115,12 @@ class Jobs:
             if not log_read.cancel():
                 log_read.exception()  # it came to an end unasked: how does not matter
         stage = job.stage_record(job.stage) if job.stage and job.status is JobStatus.IN_PROGRESS else None
-        if stage is None or not stage.attempt:
-            return job  # nobody has begun what is due, so nobody has told how far it is
+        if stage is None or stage.state is not StageState.RUNNING:
+            return job  # nobody is at what is due, so nobody tells how far it is
         progress = await self._newest_progress(job_id)
-        current = progress is not None and progress.stage == job.stage and progress.run == job.run
+        # What an attempt told that has handed its task back is no news of the one that will go on.
+        told = (progress.stage, progress.run, progress.attempt) if progress is not None else None
+        current = told == (job.stage, job.run, stage.attempt)
         return job.model_copy(update={"progress": progress}) if current else job
 
     async def _look(self, job_id: str) -> Job | None:
@@ -256,6 +260,7 @@ class Jobs:
 
     async def _write(self, job: Job, revision: int) -> None:
         self._keep(job, await self._records.put(job.id, job.to_bytes(), revision=revision))
+        self.due.note(job)
 
     def _keep(self, job: Job, revision: int) -> None:
         self._written[job.id] = job, revision
@@ -265,7 +270,7 @@ class Jobs:
     async def request(self, event: contracts.CancelRequested | contracts.RetryRequested | contracts.Approved) -> Job:
         """Log what somebody asked of a job, and apply it at once; raises JobNotFoundError."""
         tracing.about(job_id=event.job_id)
-        with tracing.span(event.type, of=await self._trace_of(event.job_id), job_id=event.job_id, run=event.run):
+        with tracing.span(event.type, of=await self.trace_of(event.job_id), job_id=event.job_id, run=event.run):
             # The log first: from here on every replica, and every worker, knows.
             seq = await self._publish_event(event)
             applied = await self.apply(event, seq)
@@ -273,7 +278,7 @@ class Jobs:
             raise JobNotFoundError
         return applied.job
 
-    async def _trace_of(self, job_id: str) -> dict[str, str]:
+    async def trace_of(self, job_id: str) -> dict[str, str]:
         """The headers with which a job's trace goes on: what is asked of a job is not a part of who asks."""
         newest = await self._bus.last(topology.EVENTS, topology.subject_of_events(job_id)) if tracing.on() else None
         return newest.headers if newest else {}

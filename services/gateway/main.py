@@ -19,10 +19,11 @@ import uvloop
 from gateway.api.app import create_app
 from gateway.api.parts import Parts
 from gateway.consumers import MOVING_ON, TAKEN_IN, Consumers
+from gateway.deadlines import Deadlines
 from gateway.fleet import Fleet
 from gateway.forecast import Forecast
 from gateway.intake import Intake
-from gateway.jobs import Jobs
+from gateway.jobs import Jobs, now
 from gateway.keyring import Keyring
 from gateway.orphans import Orphans
 from gateway.quotas import Quotas
@@ -50,7 +51,7 @@ OPEN_FILES = 1 << 16
 COLLECT_EVERY = 5_000, 4, 2
 
 T = TypeVar("T")
-Works = bootstrap.Keeper | Consumers | Orphans | Quotas | Sweeper | Webhooks
+Works = bootstrap.Keeper | Consumers | Deadlines | Orphans | Quotas | Sweeper | Webhooks
 
 
 class StoppedError(Exception):
@@ -59,6 +60,7 @@ class StoppedError(Exception):
 
 def main() -> None:
     """Serve until told to stop. Exit code 0: drained; 1: could not start, or a part of it died."""
+    settings.refuse_arguments("vidgen-gateway")
     try:
         own = settings.read(GatewaySettings)
     except errors.FatalError as exc:
@@ -140,7 +142,7 @@ class _Gateway:
         parts = Parts(own, looks, store, jobs, intake, fleet, forecast, metrics, keyring, quotas, self._stop)
         streams = (*(TAKEN_IN if own.serves_api else ()), *(MOVING_ON if own.moves_jobs else ()))
         consumers = Consumers(connected, jobs, intake, metrics, own.intake_concurrency, streams)
-        working: list[Works] = [self._keeper, quotas, consumers]
+        working: list[Works] = [self._keeper, quotas, consumers, Deadlines(connected, jobs, now)]
         background: list[Works] = []
         if own.moves_jobs:
             working += [Orphans(connected, fleet, metrics, own.worker_silence_s), *([hooks] if hooks else [])]

@@ -68,11 +68,15 @@ def accept(
         request=request.model_copy(update={"job_id": job_id}),
         inputs=tuple(inputs),
         stages=tuple(StageRecord(stage=part.kind, work=part) for part in work),
-        deadline_at=at + timedelta(seconds=request.deadline_s) if request.deadline_s else None,
+        deadline_at=_deadline(request, at),
         created_at=at,
         updated_at=at,
     )
     return _settle(job, at)
+
+
+def _deadline(request: contracts.VideoRequest | None, since: datetime) -> datetime | None:
+    return since + timedelta(seconds=request.deadline_s) if request is not None and request.deadline_s else None
 
 
 def reject(
@@ -193,7 +197,7 @@ def _fold(job: Job, event: contracts.AnyEvent) -> Job:
             return job
         charged = _with_stage(job, _charge(record, event))
         if event.run > job.run and may_retry(job):  # its retry_requested is still under way
-            charged = _restart(charged, event.run)
+            charged = _restart(charged, event.run, event.at)
         if event.run < charged.run or charged.status.final:
             return charged
         merged = charged.stage_record(event.stage)
@@ -202,7 +206,7 @@ def _fold(job: Job, event: contracts.AnyEvent) -> Job:
         case contracts.CancelRequested() if event.run == job.run and not job.status.final:
             return job.model_copy(update={"status": JobStatus.CANCELLED, "completed_at": event.at})
         case contracts.RetryRequested() if event.run > job.run and may_retry(job):
-            return _restart(job, event.run)
+            return _restart(job, event.run, event.at)
         case contracts.Approved() if job.status is JobStatus.AWAITING_REVIEW and event.run == job.run:
             return job.model_copy(update={"approved": event.candidate})
     return job
@@ -258,7 +262,8 @@ def _merge(record: StageRecord, event: contracts.StageEvent) -> StageRecord:
     return record.model_copy(update=update)
 
 
-def _restart(job: Job, run: int) -> Job:
+def _restart(job: Job, run: int, at: datetime) -> Job:
+    """A new run from the stage that is not done; it has as much time again as the first one had."""
     stages = tuple(
         record if record.state is StageState.COMPLETED
         else record.model_copy(
@@ -270,8 +275,11 @@ def _restart(job: Job, run: int) -> Job:
         for record in job.stages
     )  # fmt: skip
     return job.model_copy(
-        update={"run": run, "status": JobStatus.QUEUED, "stages": stages, "error": None, "completed_at": None}
-    )
+        update={
+            "run": run, "status": JobStatus.QUEUED, "stages": stages, "error": None, "completed_at": None,
+            "deadline_at": _deadline(job.request, at),
+        }
+    )  # fmt: skip
 
 
 def _settle(job: Job, at: datetime) -> Job:

@@ -20,7 +20,7 @@ import structlog
 from gateway.jobs import Jobs, now
 from vidgen import artifacts, errors, topology
 from vidgen.artifacts import ArtifactStore, Stat
-from vidgen.bus import Bus
+from vidgen.bus import Bus, each
 from vidgen.contracts import Job
 from vidgen.metrics import GatewayMetrics, Kept
 from vidgen.settings import GatewaySettings
@@ -108,13 +108,7 @@ class Sweeper:
         return [found for found in old if found.key not in waited_for]
 
     async def _keys_in(self, stream: str) -> set[str]:
-        keys: set[str] = set()
-        before: int | None = None
-        while messages := await self._bus.tail(stream, before, PAGE):
-            before = messages[-1].seq
-            for message in messages:
-                keys.update(_keys_of(message.body))
-        return keys
+        return {key async for message in each(self._bus, stream) for key in _keys_of(message.body)}
 
     async def _of_ended_jobs(self, old: list[Stat], before: datetime) -> list[Stat]:
         """Those whose job ended long enough ago, or has no record any more."""

@@ -46,8 +46,9 @@ def make_engine(settings: WorkerSettings, chosen: Choice) -> Engine:
 
 def main() -> None:
     native.load_ahead()
-    from vidgen import service  # what takes long to import comes behind that
+    from vidgen import service, settings  # what takes long to import comes behind that
 
+    settings.refuse_arguments("i2v-service")
     sys.exit(service.run("i2v", make_engine))
 
 

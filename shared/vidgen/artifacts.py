@@ -140,10 +140,11 @@ def missing(key: str) -> errors.NotFoundError:
     return errors.NotFoundError(f"no object at key {key}: upload it first")
 
 
-def too_large(size: int, limit: int) -> errors.RejectedError:
+def too_large(size: int, limit: int, field: str | None = None) -> errors.RejectedError:
     return errors.RejectedError(
-        f"the object has {size:,} bytes, more than the {limit:,} allowed: send a smaller file", code="too_large"
-    )
+        f"the object has {size:,} bytes, more than the {limit:,} allowed: send a smaller file",
+        code="too_large", field=field,
+    )  # fmt: skip
 
 
 def local_file(exc: OSError) -> errors.StoreError:

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Protocol
@@ -204,3 +205,14 @@ class Bus(Protocol):
 
     async def ready(self) -> bool:
         """Whether the bus answers now."""
+
+
+async def each(bus: Bus, stream: str) -> AsyncIterator[Stored]:
+    """Everything that a stream holds, oldest first, one question a message.
+
+    Where one has waited for long, what came and went since costs nothing; `tail` would ask for all of that.
+    """
+    after = 0
+    while (message := await bus.first(stream, ">", after)) is not None:
+        yield message
+        after = message.seq

@@ -11,7 +11,7 @@ import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Generator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self, TypedDict, TypeVar, Unpack
-from urllib.parse import quote
+from urllib.parse import quote, urlsplit
 
 import httpx
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -35,13 +35,17 @@ from vidgen.contracts import (
 
 T = TypeVar("T", bound=BaseModel)
 
-Image = Path | bytes
+Image = Path | str | bytes
+"""A file, by its path, or an image's bytes."""
+
 Update = AnyEvent | Progress | Job
 """What `watch` yields: events and progress as they come, and the final Job last."""
 
 TRIES = 3
-SILENCE_S = 45.0  # the gateway sends a comment every 15 s: after three missed ones the connection is taken for dead
+SILENCE_S = 45.0  # the gateway sends a comment every 10 s: after four missed ones the connection is taken for dead
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.2, 5.0
+# Never through a proxy of the environment: `vidgen up` is here.
+THIS_MACHINE = ("127.0.0.1", "localhost", "::1")
 
 
 class Problem(BaseModel):
@@ -127,23 +131,45 @@ class _Bearer(httpx.Auth):
         yield request
 
 
+NO_ADDRESS = "it is no address: write http://HOST:PORT or https://HOST"
+
+
+def is_address(url: str) -> bool:
+    """Whether a gateway can have this URL."""
+    try:
+        parts = urlsplit(url)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is too high, brackets around no address
+        return False
+
+
 class AsyncClient:
     """A client of one gateway; use it as an async context manager, or `aclose` it.
 
     Every method raises GatewayError. What is safe to repeat is repeated when a connection breaks.
     `api_key`, or else the variable VIDGEN_API_KEY, is for gateways that ask for a key; it goes to the gateway alone.
+    What cannot be a key, or an address, raises GatewayError at once.
     """
 
     def __init__(
         self, base_url: str, *, api_key: str | None = None, timeout: float = 60.0,
         transport: httpx.AsyncBaseTransport | None = None,
     ) -> None:  # fmt: skip
+        if not is_address(base_url):
+            raise GatewayError(_unreachable(f"the URL of the gateway: {NO_ADDRESS}"))
         self.base_url = base_url.rstrip("/")
-        key = api_key or os.environ.get("VIDGEN_API_KEY")
-        self._http = httpx.AsyncClient(
-            base_url=self.base_url, timeout=httpx.Timeout(timeout, connect=5.0), transport=transport,
-            auth=_Bearer(key) if key else None,
-        )  # fmt: skip
+        key = _sendable(api_key or os.environ.get("VIDGEN_API_KEY") or "")
+        options: dict[str, Any] = {
+            "base_url": self.base_url, "timeout": httpx.Timeout(timeout, connect=5.0), "transport": transport,
+            "auth": _Bearer(key) if key else None,
+        }  # fmt: skip
+        try:
+            self._http = httpx.AsyncClient(**options, mounts=_without_proxy())
+        except ImportError as exc:  # the environment names a SOCKS proxy
+            if httpx.URL(base_url).host not in THIS_MACHINE:
+                detail = "a SOCKS proxy is set (ALL_PROXY): unset it, or pip install 'httpx[socks]'"
+                raise GatewayError(_unreachable(detail)) from exc
+            self._http = httpx.AsyncClient(**options, trust_env=False)
 
     async def aclose(self) -> None:
         await self._http.aclose()
@@ -180,6 +206,8 @@ class AsyncClient:
         elif options:
             raise TypeError("give the request whole or by its fields, not both")
         key = idempotency_key or (secrets.token_urlsafe(16) if request.job_id is None else None)
+        if key is not None and not (key.isascii() and key.isprintable()):
+            key = quote(key)  # a header takes nothing else
         headers = {"Idempotency-Key": key} if key else {}
         if not images:
             sent = {"Content-Type": "application/json", **headers}
@@ -263,7 +291,7 @@ class AsyncClient:
                 if answer.is_error:
                     await answer.aread()
                     _raise_for(answer)
-                async for kind, number, data in _server_sent(answer.aiter_lines()):
+                async for kind, number, data in _server_sent(_lines(answer.aiter_bytes())):
                     yield number, _update_of(kind, data)
 
     async def wait(self, job_id: str) -> Job:
@@ -365,7 +393,10 @@ def _given(query: Mapping[str, object]) -> dict[str, str]:
 
 def _as_part(image: Image, number: int) -> tuple[str, bytes, str]:
     """An image as a part of a form: name, bytes, content type; the type from the bytes, they know better."""
-    name, body = (image.name, image.read_bytes()) if isinstance(image, Path) else (f"image-{number}", image)
+    if isinstance(image, bytes):
+        name, body = f"image-{number}", image
+    else:
+        name, body = Path(image).name, Path(image).read_bytes()
     if body.startswith(b"\x89PNG"):
         kind = "image/png"
     elif body.startswith(b"\xff\xd8"):
@@ -377,6 +408,19 @@ def _as_part(image: Image, number: int) -> tuple[str, bytes, str]:
     else:
         kind = mimetypes.guess_type(name)[0] or "application/octet-stream"
     return name, body, kind
+
+
+def _without_proxy() -> dict[str, httpx.AsyncBaseTransport | None]:
+    return {f"all://[{host}]" if ":" in host else f"all://{host}": None for host in THIS_MACHINE}
+
+
+def _sendable(key: str) -> str:
+    """A key without the line end that a file or a shell may have left on it; what is no header is not repeated."""
+    key = key.strip()
+    if not (key.isascii() and key.isprintable()):
+        detail = "the API key has characters that no key has: copy it anew"
+        raise GatewayError(Problem(title="Unauthorized", status=401, detail=detail, code="unknown_key"))
+    return key
 
 
 def _unreachable(detail: str) -> Problem:
@@ -407,6 +451,18 @@ def _raise_for(answer: httpx.Response) -> None:
         problem = Problem(title=answer.reason_phrase, status=answer.status_code, detail=detail, code="http_error")
     after = answer.headers.get("Retry-After", "")
     raise GatewayError(problem, retry_after_s=float(after) if after.isdecimal() else None)
+
+
+async def _lines(chunks: AsyncIterator[bytes]) -> AsyncIterator[str]:
+    """The lines that have come to their end.
+
+    httpx's own `aiter_lines` ends a line wherever `str.splitlines` does, and JSON may hold U+2028 and its like.
+    """
+    rest = b""
+    async for chunk in chunks:
+        *ended, rest = (rest + chunk).split(b"\n")
+        for line in ended:
+            yield line.removesuffix(b"\r").decode(errors="replace")
 
 
 async def _server_sent(lines: AsyncIterator[str]) -> AsyncIterator[tuple[str, int | None, str]]:

@@ -215,6 +215,9 @@ def field_errors(exc: ValidationError) -> tuple[FieldError, ...]:
     """
     found = []
     wrong = exc.errors(include_url=False, include_input=False)
+    # Where an item is wrong pydantic leaves it out, and then finds that there are too few.
+    within = {error["loc"][:-1] for error in wrong}
+    wrong = [error for error in wrong if error["type"] != "too_short" or error["loc"] not in within]
     for error in wrong[:MAX_FIELD_ERRORS]:
         path = ".".join(str(part) for part in error["loc"])[:MAX_FIELD_NAME] or "request"
         found.append(FieldError(field=path, message=_remedy(error)))
@@ -517,6 +520,12 @@ class StageRecord(Message):
     cost_usd: float = 0.0
     error: JobError | None = None
     charged: tuple[str, ...] = Field((), description="The attempts (run.attempt) whose GPU seconds are in the sums.")
+
+    @property
+    def in_one_go(self) -> bool:
+        """Whether a single attempt did all of it: else `timings` may tell of its last steps alone."""
+        runs = [int(mark.partition(".")[0]) for mark in self.charged]
+        return runs.count(max(runs, default=0)) <= 1
 
 
 class Job(Message):

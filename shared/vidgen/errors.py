@@ -2,6 +2,7 @@
 
 VidgenError
 ├── RejectedError     the task or request can never succeed: fail it at once, dead-letter it, go on
+│   └── DeadlineError     not in the time that was asked for; a retry has as much again
 ├── RetryableError    it may succeed later: hand it back with back-off, up to `max_attempts`
 ├── FatalError        the task is healthy, this worker is not: hand the task back, leave
 │   └── HungError         the engine does not come back: whose fault it is nobody knows, so the task is charged a try
@@ -50,6 +51,15 @@ class RejectedError(VidgenError):
     def __init__(self, message: str | None = None, *, code: str | None = None, field: str | None = None) -> None:
         super().__init__(message, code=code)
         self.field = field
+
+
+class DeadlineError(RejectedError):
+    """The job was not done in the time that it had."""
+
+    code = "deadline_exceeded"
+
+    def __init__(self) -> None:
+        super().__init__("the job's deadline_s passed before it was done: ask for more time or less work")
 
 
 class RetryableError(VidgenError):

@@ -552,6 +552,4 @@ def _may_go_on(task: Task, stop: Stop, step: int, steps: int) -> None:
 
 def _check_deadline(task: Task) -> None:
     if task.deadline_at is not None and datetime.now(UTC) > task.deadline_at:
-        raise errors.RejectedError(
-            "the job's deadline_s passed before it was done: ask for more time or less work", code="deadline_exceeded"
-        )
+        raise errors.DeadlineError

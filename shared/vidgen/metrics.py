@@ -591,7 +591,8 @@ class GatewayMetrics(_Exposed):
                     self._inc("vidgen_redeliveries_total", stage=event.stage)
             case contracts.StageCompleted():
                 self._ended(event, job, "reused" if event.reused else "completed")
-                self._completed(event)
+                record = job.stage_record(event.stage)
+                self._completed(event, whole=record is None or record.in_one_go)
             case contracts.StageFailed():
                 self._ended(event, job, "failed" if event.final else "retried")
                 self._inc("vidgen_errors_total", stage=event.stage, code=event.error.code)
@@ -686,7 +687,7 @@ class GatewayMetrics(_Exposed):
         self._inc("vidgen_gpu_seconds_total", max(0.0, event.gpu_seconds), stage=event.stage)
         self._inc("vidgen_cost_dollars_total", max(0.0, event.cost_usd), stage=event.stage)
 
-    def _completed(self, event: contracts.StageCompleted) -> None:
+    def _completed(self, event: contracts.StageCompleted, *, whole: bool) -> None:
         size = sum(artifact.size for artifact in event.artifacts)
         self._inc("vidgen_artifact_bytes_total", size, stage=event.stage)
         made = sum(artifact.content_type == RESULT_TYPES[event.stage] for artifact in event.artifacts)
@@ -695,7 +696,7 @@ class GatewayMetrics(_Exposed):
             return  # nothing was computed: its timings would pull the histograms down
         self._inc("vidgen_steps_total", event.steps, stage=event.stage)
         self._observe_timings("vidgen", event.timings, stage=event.stage)
-        if event.steps:
+        if event.steps and whole:  # of one that went on from a checkpoint nobody says how many steps these seconds are
             self._observe("vidgen_seconds_per_step", event.timings.denoise / event.steps, stage=event.stage)
 
 

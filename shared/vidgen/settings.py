@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import re
 import secrets
 import socket
 import sys
@@ -28,7 +29,10 @@ T = TypeVar("T", bound="Settings")
 class Settings(BaseSettings):
     """What every process needs: the bus, the store, the logs."""
 
-    model_config = SettingsConfigDict(env_prefix="VIDGEN_", extra="ignore", frozen=True)
+    # An empty variable is one that is not set: a compose file or a ConfigMap cannot leave one out.
+    model_config = SettingsConfigDict(
+        env_prefix="VIDGEN_", extra="ignore", frozen=True, env_ignore_empty=True, allow_inf_nan=False
+    )
 
     nats_url: str = Field("nats://127.0.0.1:4222", description="The bus.")
     nats_user: str | None = Field(None, description="A NATS user, where the bus wants one.")
@@ -78,9 +82,15 @@ class Settings(BaseSettings):
 
     @field_validator("s3_endpoint", "s3_public_endpoint")
     @classmethod
-    def _without_credentials(cls, url: str | None) -> str | None:
-        if url is not None and "@" in url:
+    def _plain_address(cls, url: str | None) -> str | None:
+        if url is None:
+            return url
+        if "@" in url:
             raise ValueError("leave the credentials out: they have settings of their own")
+        if re.fullmatch(r"https?://[^/?#\s]+/?", url) is None:
+            raise ValueError(
+                "write http:// or https://, host and port, and nothing else; the bucket has its own setting"
+            )
         return url
 
     @property
@@ -364,11 +374,21 @@ def read(kind: type[T]) -> T:
     except ValidationError as exc:
         named = {str(field.validation_alias) for field in kind.model_fields.values()}
         wrong = "; ".join(
-            f"{path if path in named else f'VIDGEN_{path.upper()}'}: {error['msg']}"
+            f"{path if path in named else f'VIDGEN_{path.upper()}'}: {error['msg'].removeprefix('Value error, ')}"
             for error in exc.errors()
             for path in ["_".join(map(str, error["loc"]))]
         )
         raise errors.FatalError(f"the settings are wrong: {wrong}", code="settings") from exc
+
+
+def refuse_arguments(command: str) -> None:
+    """End a service that was given arguments: it has none, and who asks for help is not to be served a gateway."""
+    given = sys.argv[1:]
+    if given:
+        asked = given in (["--help"], ["-h"])
+        where = "It takes no arguments. Its settings are VIDGEN_* variables: docs/reference.md, Settings."
+        (sys.stdout if asked else sys.stderr).write(f"usage: {command}\n\n{where}\n")
+        raise SystemExit(0 if asked else 2)
 
 
 # ── the reference ────────────────────────────────────────────────────────────────────────────────────────────────

@@ -183,6 +183,18 @@ def test_every_service_can_do_little_and_says_how_it_is(store: str) -> None:
         assert once or service["healthcheck"]["test"]
 
 
+def test_gpu_workers_may_load_what_is_compiled_where_they_run_and_take_loras() -> None:
+    given = {"VIDGEN_EDIT_LORA": "/models/loras/a.safetensors", "FLASH_ATTENTION_3": "with"}
+    found = compose.services({**compose.filled(), **given})
+    workers = [service for service in found.values() if service.get("deploy")]
+    assert len(workers) == 3
+    for worker in workers:
+        assert worker["tmpfs"] == ["/tmp:exec"]
+        assert {"VIDGEN_EDIT_LORA", "VIDGEN_I2V_LORA", "VIDGEN_I2V_LORA_2"} <= set(worker["environment"])
+        assert worker["build"]["args"]["FLASH_ATTENTION_3"] == "with"
+    assert found["gateway"]["tmpfs"] == ["/tmp"]
+
+
 @pytest.mark.parametrize("store", STORES)
 def test_who_writes_into_a_volume_owns_it(store: str) -> None:
     written = set()

@@ -81,6 +81,17 @@ async def test_a_killed_nats_server_comes_back_on_its_port_with_its_data(tmp_pat
     assert not alive(server.pid)
 
 
+async def test_a_folder_may_have_any_name(tmp_path: Path) -> None:
+    folder = tmp_path / 'Jürgen\'s "データ" 😀'
+    users = folder / "ü" / "users.conf"
+    users.parent.mkdir(parents=True)
+    users.write_text("authorization {}\n")
+    async with NatsServer(folder / "nats", users=users) as server:
+        assert await publish(server, b"kept") == 1
+    async with S3Server(folder / "s3"):
+        assert (folder / "s3" / "data").is_dir()
+
+
 async def test_two_nats_servers_run_side_by_side(tmp_path: Path) -> None:
     async with NatsServer(tmp_path / "a") as one, NatsServer(tmp_path / "b", sync_always=False) as other:
         assert one.url != other.url
@@ -198,6 +209,20 @@ def test_the_services_get_this_stack_and_the_rest_of_the_users_settings(
     # One identity for each kind of service
     assert len({service.env["VIDGEN_NATS_NKEY_SEED"] for service in services}) == 3
     assert len({service.env["VIDGEN_S3_SECRET_KEY"] for service in services}) == 3
+
+
+def test_the_stack_of_one_job_asks_for_no_key_whatever_else_does(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("VIDGEN_AUTH", "on")
+
+    def auth(*, ephemeral: bool) -> str:
+        stack = Stack(tmp_path / str(ephemeral), ephemeral=ephemeral)
+        stack._let_in_the_services()
+        stack.s3.choose()
+        return stack._make_services()[0].env["VIDGEN_AUTH"]
+
+    assert (auth(ephemeral=True), auth(ephemeral=False)) == ("auto", "on")
 
 
 ORPHANS = """

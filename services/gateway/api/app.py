@@ -79,7 +79,9 @@ def create_app(parts: Parts) -> FastAPI:
     app.state.references = References(parts.store, parts.intake.decoding)
     app.state.store_reach = ops.StoreReach(parts.store)
     problems.install(app)
-    for router in ROUTERS if parts.settings.serves_api else (ops.router,):
+    routers = ROUTERS if parts.settings.serves_api else (ops.router,)
+    app.state.routes = (*app.routes, *(route for router in routers for route in router.routes))
+    for router in routers:
         app.include_router(router)
     app.add_middleware(Door, keyring=parts.keyring, quotas=parts.quotas, wanted=parts.settings.asks_for_keys)
     app.add_middleware(BodyLimit, max_image_bytes=parts.settings.max_upload_bytes)

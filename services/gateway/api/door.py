@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextlib
 from urllib.parse import urlsplit
 
-from starlette.datastructures import Headers
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.requests import cookie_parser
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from gateway.api import problems
 from gateway.api.problems import HttpError
@@ -48,6 +48,7 @@ class Door:
                     await problems.of(exc)(scope, receive, send)
                     return
                 scope.setdefault("state", {})["caller"] = caller
+                send = _kept_by_nobody(send)
             await self._app(scope, receive, send)
 
     async def _caller(self, headers: Headers, method: str) -> Caller:
@@ -68,6 +69,17 @@ class Door:
                 403, "another_page", "only the gateway's own page may do this without a key in the Authorization header"
             )
         return await self._keyring.identify(session or "") if self._wanted else OPERATOR
+
+
+def _kept_by_nobody(send: Send) -> Send:
+    """What a caller is shown is in no cache, of a browser or on the way, unless the answer says otherwise."""
+
+    async def sending(message: Message) -> None:
+        if message["type"] == "http.response.start":
+            MutableHeaders(scope=message).setdefault("Cache-Control", "no-store")
+        await send(message)
+
+    return sending
 
 
 def _of_this_machine(headers: Headers) -> bool:

@@ -37,12 +37,14 @@ class Readiness(BaseModel):
     store: Reach
 
 
+@router.head("/healthz", include_in_schema=False)
 @router.get("/healthz")
 async def healthz() -> Health:
     """Alive: the process answers, whatever it can reach."""
     return Health()
 
 
+@router.head("/readyz", include_in_schema=False)
 @router.get(
     "/readyz", response_model=Readiness, responses={503: {"model": Readiness, "description": "Not ready: see which."}}
 )

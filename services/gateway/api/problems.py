@@ -12,6 +12,7 @@ from fastapi.exceptions import RequestValidationError
 from pydantic import BaseModel, Field
 from starlette.exceptions import HTTPException
 from starlette.responses import Response
+from starlette.routing import Match
 
 from gateway.intake import InvalidRequestError
 from gateway.jobs import JobNotFoundError
@@ -142,6 +143,12 @@ async def _on_http(request: Request, exc: Exception) -> Response:
         case 404:
             return document(404, "no_such_address", "there is nothing at this address: see /docs", headers=headers)
         case 405:
-            allowed = (headers or {}).get("Allow", "another method")
-            return document(405, "method_not_allowed", f"use {allowed} at this address", headers=headers)
+            allowed = ", ".join(_methods_at(request))
+            return document(405, "method_not_allowed", f"use {allowed} at this address", headers={"Allow": allowed})
     return document(status, "http_error", MEANINGS.get(status, HTTPStatus(status).description), headers=headers)
+
+
+def _methods_at(request: Request) -> list[str]:
+    """All that an address knows: the exception names those of the first route there alone."""
+    found = (route for route in request.app.state.routes if route.matches(request.scope)[0] is not Match.NONE)
+    return sorted({method for route in found for method in getattr(route, "methods", None) or ()})

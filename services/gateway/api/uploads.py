@@ -44,7 +44,7 @@ async def prepare(request: Request, parts: PartsHere, caller: CallerHere) -> Upl
     """Make a presigned URL for one image of this type and size. It is checked when a request refers to it."""
     wanted = await bodies.read_model(request, UploadRequest)
     if wanted.size > parts.settings.max_upload_bytes:
-        raise artifacts.too_large(wanted.size, parts.settings.max_upload_bytes)
+        raise artifacts.too_large(wanted.size, parts.settings.max_upload_bytes, "size")
     key = f"{artifacts.uploads_prefix(caller.tenant)}{uuid_utils.uuid7()}.{EXTENSIONS[wanted.content_type]}"
     expires_at = datetime.now(UTC) + parts.link_life
     url = await parts.store.upload_url(key, wanted.content_type, wanted.size, expires=parts.link_life)

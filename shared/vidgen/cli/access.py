@@ -27,6 +27,7 @@ UNITS = {"h": timedelta(hours=1), "d": timedelta(days=1)}
 
 TenantId = Annotated[str, typer.Argument(metavar="TENANT", help="The tenant's id: lower case letters, digits and -.")]
 Limit = Annotated[str | None, typer.Option(metavar="N|usual", help="0: no limit; usual: what the settings say.")]
+Share = Annotated[str | None, typer.Option(metavar="N|usual", help="1 to 1000; usual: what the settings say.")]
 
 
 def _with_bus(as_json: bool, act: Callable[[Output, Bus], Awaitable[None]]) -> None:
@@ -117,7 +118,7 @@ def revoke(
 
 @tenants_app.command("set")
 def set_limits(
-    tenant: TenantId, rate: Limit = None, burst: Limit = None, jobs: Limit = None, share: Limit = None,
+    tenant: TenantId, rate: Limit = None, burst: Limit = None, jobs: Limit = None, share: Share = None,
     as_json: options.Json = False,
 ) -> None:  # fmt: skip
     """Set how much a tenant may ask for; what is not named stays as it is.

@@ -64,9 +64,7 @@ def show(seq: Seq, gateway: options.Gateway = None, as_json: options.Json = Fals
         out_put.say(f"  {letter.error.code}: {letter.error.message}")
         for wrong in letter.error.fields:
             out_put.say(f"  {wrong.field}: {wrong.message}")
-        # Whatever a client sent: what a terminal would obey is shown as an escape.
-        payload = base64.b64decode(letter.payload).decode(errors="backslashreplace")
-        out_put.say("".join(char if char.isprintable() or char == "\n" else repr(char)[1:-1] for char in payload))
+        out_put.say(base64.b64decode(letter.payload).decode(errors="backslashreplace"))
 
     ask(gateway, as_json, act)
 

@@ -15,7 +15,7 @@ from vidgen.cli.output import Output, WrongUsageError
 
 if TYPE_CHECKING:
     from vidgen.client import AsyncClient
-    from vidgen.contracts import Job
+    from vidgen.contracts import FieldError, Job
 
 JobId = Annotated[str, typer.Argument(metavar="JOB", help="The job's id.")]
 
@@ -30,7 +30,7 @@ async def client_of(gateway: str | None) -> AsyncIterator[AsyncClient]:
             "none is configured: give --gateway URL or set VIDGEN_GATEWAY_URL (`vidgen up` starts one and prints it)"
         )
         raise WrongUsageError([wrong("--gateway", remedy)])
-    async with AsyncClient(gateway, api_key=options.API_KEY.get()) as client:
+    async with AsyncClient(options.gateway_url(gateway), api_key=options.API_KEY.get()) as client:
         yield client
 
 
@@ -71,13 +71,17 @@ def submit(
 ) -> None:
     """Send a request and print its job id."""
     with output.speaking(as_json) as out_put:
-        rest: dict[str, Any] = {"review": review, "lane": lane, "labels": _labels(label or [])}
+        labels, wrong_labels = _labels(label or [])
+        rest: dict[str, Any] = {"review": review, "lane": lane, "labels": labels}
         rest |= {"job_id": job_id} if job_id is not None else {}
         rest |= {"deadline_s": deadline} if deadline is not None else {}
         rest |= {"webhook_url": webhook} if webhook is not None else {}
         request = options.request_of(
-            Wish(images, edit, motion, seed, quality, size, frames, fps, style, background, viewpoint, candidates, rest)
-        )
+            Wish(
+                images, edit, motion, seed, quality, size, frames, fps, style, background, viewpoint, candidates, rest
+            ),
+            wrong_labels,
+        )  # fmt: skip
 
         async def act() -> Job:
             async with client_of(gateway) as client:
@@ -88,14 +92,16 @@ def submit(
         out_put.say(job.id)
 
 
-def _labels(given: list[str]) -> dict[str, str]:
-    found = {}
+def _labels(given: list[str]) -> tuple[dict[str, str], list[FieldError]]:
+    """The labels, and what is none."""
+    found, none = {}, []
     for label in given:
         key, equals, value = label.partition("=")
-        if not equals or not key:
-            raise WrongUsageError([wrong("--label", f"{label!r} is no label: write KEY=VALUE")])
-        found[key] = value
-    return found
+        if equals and key:
+            found[key] = value
+        else:
+            none.append(wrong("--label", f"{label!r} is no label: write KEY=VALUE"))
+    return found, none
 
 
 def status(job_id: JobId, gateway: options.Gateway = None, as_json: options.Json = False) -> None:
@@ -245,5 +251,5 @@ def _what(job: Job) -> str:
     if wanted is None:
         return ""
     prompts = [part.prompt for part in (wanted.edit, wanted.i2v) if part is not None]
-    text = " → ".join(prompts)
+    text = " ".join(" → ".join(prompts).split())
     return text if len(text) <= 60 else f"{text[:59]}…"

@@ -70,8 +70,19 @@ def wrong(field: str, message: str) -> FieldError:
     return FieldError(field=field, message=message)
 
 
-def request_of(wish: Wish) -> VideoRequest:
+def gateway_url(given: str) -> str:
+    """The gateway's address; raises WrongUsageError where it is none."""
+    from vidgen.client import NO_ADDRESS, is_address
+
+    if not is_address(given):
+        raise WrongUsageError([wrong("--gateway", NO_ADDRESS)])
+    return given
+
+
+def request_of(wish: Wish, also: Sequence[FieldError] = ()) -> VideoRequest:
     """The request, with placeholders for the images' keys; raises WrongUsageError that names every wrong field.
+
+    `also` is what was found wrong beside it.
 
     The contracts themselves decide what is right, so the gateway will say the same.
     """
@@ -93,8 +104,8 @@ def request_of(wish: Wish) -> VideoRequest:
         request = VideoRequest.model_validate_json(_to_json(sent))
     except ValidationError as exc:
         found += (_named(error) for error in field_errors(exc))
-    if found:
-        raise WrongUsageError(_once(found))
+    if found or also:
+        raise WrongUsageError([*_once(found), *also])
     return request
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import re
 import signal
 import sys
 from collections.abc import Callable, Coroutine, Iterator, Sequence
@@ -22,6 +23,14 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 FAILED, WRONG_USAGE, INTERRUPTED, TERMINATED = 1, 2, 130, 143
+UNBROKEN = 10_000  # columns: a line of a table that nobody watches is not cut
+# What a terminal obeys, or what puts text in another order than it was written. Prompts and file names are others'.
+OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+
+
+def harmless(text: str) -> str:
+    """Text for a terminal: what it would obey is shown as an escape."""
+    return OBEYED.sub(lambda found: repr(found[0])[1:-1], text)
 
 
 class WrongUsageError(Exception):
@@ -47,7 +56,8 @@ class Output:
         from rich.console import Console
 
         # Where nobody watches, lines are not broken to a width that nobody has.
-        return Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+        watched = sys.stdout.isatty()
+        return Console(highlight=False, soft_wrap=not watched, width=None if watched else UNBROKEN)
 
     def emit(self, kind: str, values: dict[str, Any]) -> None:
         """A JSON line, where they are asked for."""
@@ -61,24 +71,30 @@ class Output:
     def say(self, text: str = "") -> None:
         """A line for people."""
         if not self.as_json:
-            self._line(text)
+            self._line(harmless(text))
 
     def note(self, text: str) -> None:
         """A line for people on standard error: for what is not the result."""
         if not self.as_json:
-            sys.stderr.write(f"{text}\n")
+            sys.stderr.write(f"{harmless(text)}\n")
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        """A table for people."""
+        """A table for people; where it is wide for the terminal, its first column is left whole: it names the rows."""
         if self.as_json:
             return
         from rich.table import Table
         from rich.text import Text
 
-        table = Table(*columns, box=None, pad_edge=False)
+        table = Table(box=None, pad_edge=False)
+        for number, column in enumerate(columns):
+            table.add_column(column, no_wrap=number == 0, overflow="fold")
         for row in rows:
-            table.add_row(*map(Text, row))
-        self.console().print(table)
+            table.add_row(*(Text(harmless(cell)) for cell in row))
+        console = self.console()
+        with console.capture() as captured:
+            console.print(table)
+        for line in captured.get().splitlines():
+            self._line(line.rstrip())
 
     def fail(self, code: str, message: str, *, exit_code: int = FAILED, errors: Sequence[FieldError] = ()) -> NoReturn:
         """Say why and end with `exit_code`."""
@@ -86,10 +102,10 @@ class Output:
             wrong = [error.model_dump() for error in errors]
             self.emit("error", {"code": code, "message": message} | ({"errors": wrong} if wrong else {}))
         else:
-            sys.stderr.write(f"vidgen: {message}\n")
+            self.note(f"vidgen: {message}")
             for error in errors:
                 if error.message not in message:
-                    sys.stderr.write(f"  {error.field}: {error.message}\n")
+                    self.note(f"  {error.field}: {error.message}")
         raise typer.Exit(exit_code)
 
     @staticmethod
@@ -124,6 +140,10 @@ def speaking(as_json: bool) -> Iterator[Output]:
         # Whoever read our output has left (`vidgen list | head`): nothing more is to be said.
         sys.stdout = None
         raise typer.Exit(FAILED) from None
+    except OSError as exc:
+        # Of this machine's files; what the network does is told by our own errors.
+        place = f"{exc.filename}: " if exc.filename is not None else ""
+        output.fail("local_file", f"{place}{exc.strerror or exc}")
 
 
 def run_async(main: Callable[[], Coroutine[Any, Any, T]]) -> T:

@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Protocol, Self
 
 from vidgen import contracts
-from vidgen.cli.output import Output
+from vidgen.cli.output import Output, harmless
 
 if TYPE_CHECKING:
     from rich.progress import Progress as Bars
@@ -211,7 +211,7 @@ class LiveView:
             if stage in self._tasks and isinstance(update, contracts.StageStarted | contracts.StageCompleted):
                 self._mark(self._tasks[stage], update)
             else:
-                self._console.print(f"{stage}: {text}" if stage else text, markup=False)
+                self._console.print(harmless(f"{stage}: {text}" if stage else text), markup=False)
 
     def _step(self, progress: contracts.Progress) -> None:
         task = self._tasks.get(progress.stage)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import tempfile
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ import typer
 
 from vidgen.cli import options, output
 from vidgen.cli.options import Wish, wrong
-from vidgen.cli.output import Output, WrongUsageError
+from vidgen.cli.output import Output
 
 if TYPE_CHECKING:
     from vidgen.cli.progress import View
@@ -57,19 +58,14 @@ def run(
         wanted = {VIDEO: out} if motion is not None else {FRAME: out}
         if frame is not None:
             wanted[FRAME] = frame
-        output.run_async(lambda: _run(out_put, request, images, wanted, gateway))
+        url = options.gateway_url(gateway) if gateway else None
+        output.run_async(lambda: _run(out_put, request, images, wanted, url))
 
 
 def _checked(wish: Wish, out: Path, frame: Path | None) -> VideoRequest:
     """The request, and places where the results can be written; raises WrongUsageError that names all that is wrong."""
     found = list(_wrong_places(wish, out, frame))
-    try:
-        request = options.request_of(wish)
-    except WrongUsageError as exc:
-        raise WrongUsageError([*exc.errors, *found]) from None
-    if found:
-        raise WrongUsageError(found)
-    return request
+    return options.request_of(wish, found)
 
 
 def _wrong_places(wish: Wish, out: Path, frame: Path | None) -> Any:
@@ -86,8 +82,12 @@ def _wrong_places(wish: Wish, out: Path, frame: Path | None) -> Any:
             continue
         if path.is_dir():
             yield wrong(name, f"{path} is a folder: name a file")
-        elif not next(parent for parent in path.absolute().parents if parent.exists()).is_dir():
+            continue
+        folder = next(parent for parent in path.absolute().parents if parent.exists())
+        if not folder.is_dir():
             yield wrong(name, f"{path} would lie in something that is no folder")
+        elif not os.access(folder, os.W_OK | os.X_OK):
+            yield wrong(name, f"{folder} cannot be written to: choose another folder")
 
 
 async def _run(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -45,7 +46,8 @@ async def _up(out_put: Output, data: Path, workers: int) -> None:
         for name, url in urls.items():
             out_put.say(f"{name:<8} {url}")
         out_put.say(f"logs     {stack.folder / 'services'}")
-        out_put.say(f"\nTo use it from another shell, with its credentials:  set -a; . {stack.environment_file}")
+        environment = shlex.quote(str(stack.environment_file))
+        out_put.say(f"\nTo use it from another shell, with its credentials:  set -a; . {environment}")
         out_put.say("Ctrl-C stops everything; the data stay.")
         lost = await stack.lost()
     out_put.fail(lost.code, lost.message)

@@ -96,7 +96,7 @@ class NatsServer(_Server):
         for stale in self.folder.glob("nats-server_*.ports"):
             stale.unlink()
         config = self.folder / "nats.conf"
-        config.write_text(self._config())
+        config.write_text(self._config(), "utf-8")
         self.process.start([executable, "-c", str(config)])
         try:
             async with asyncio.timeout(START_LIMIT):
@@ -115,7 +115,7 @@ class NatsServer(_Server):
             raise
 
     def _config(self) -> str:
-        quoted = {name: json.dumps(str(self.folder / name)) for name in ("data", "")}
+        quoted = {name: _quoted(str(self.folder / name)) for name in ("data", "")}
         return (
             f"listen: {json.dumps(f'{LOOPBACK}:{self.port}')}\n"
             f"http: {json.dumps(f'{LOOPBACK}:{self.monitor_port}')}\n"
@@ -138,7 +138,7 @@ class NatsServer(_Server):
 
     def _include(self) -> str:
         # The server takes the path of an include as one from its configuration's folder, whatever it begins with.
-        return f"include {json.dumps(os.path.relpath(self.users, self.folder))}\n" if self.users else ""
+        return f"include {_quoted(os.path.relpath(self.users, self.folder))}\n" if self.users else ""
 
     def _read_ports(self) -> bool:
         try:
@@ -147,6 +147,11 @@ class NatsServer(_Server):
         except (OSError, ValueError, KeyError, IndexError):
             return False  # not there yet, or half written
         return True
+
+
+def _quoted(text: str) -> str:
+    """As a string of the server's configuration, which knows no `\\u` and takes UTF-8 as it is."""
+    return json.dumps(text, ensure_ascii=False)
 
 
 def _port_of(url: str) -> int:

@@ -252,6 +252,8 @@ class Stack:
         env = {name: value for name, value in os.environ.items() if name not in _OWN}
         env |= {"VIDGEN_LOG_FORMAT": "json", "VIDGEN_GRACE_S": str(self._drain_s), **self._env, **self.environment()}
         env |= {"VIDGEN_HTTP_HOST": LOOPBACK, "VIDGEN_HTTP_PORT": "0"}
+        if self._ephemeral:  # nobody could make a key for it, whatever the user's other gateways ask for
+            env["VIDGEN_AUTH"] = "auto"
         env |= {"VIDGEN_METRICS_HOST": LOOPBACK, "VIDGEN_METRICS_PORT": "0"}
         gateway = Service("gateway", "gateway.main", logs, env | self._identity("gateway"))
         return [gateway, *self._make_workers(logs, env)]

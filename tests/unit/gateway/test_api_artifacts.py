@@ -182,6 +182,7 @@ async def test_an_upload_larger_than_an_image_may_be_is_refused_before_it_comes(
     limit = gateway.parts.settings.max_upload_bytes
     answer = await gateway.client.post("/v1/uploads", json={"content_type": "image/png", "size": limit + 1})
     assert (answer.status_code, answer.json()["code"]) == (413, "too_large")
+    assert [error["field"] for error in answer.json()["errors"]] == ["size"]
     allowed = await gateway.client.post("/v1/uploads", json={"content_type": "image/png", "size": limit})
     assert allowed.status_code == 201
 

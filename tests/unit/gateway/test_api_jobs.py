@@ -12,7 +12,7 @@ from structlog.testing import capture_logs
 from tests.gateways import EDIT, KEY, Gateway, completed, failed, picture, progress, put, started
 
 from gateway.intake import id_from_key
-from vidgen import errors, topology
+from vidgen import contracts, errors, topology
 from vidgen.bus import Stored
 from vidgen.contracts import Job, JobStatus
 from vidgen.testing import MemoryBus, MemoryStore
@@ -287,6 +287,27 @@ async def test_a_job_shows_its_newest_progress_while_it_runs(gateway: Gateway) -
     assert shown["progress"]["step"] == 3
 
 
+async def test_what_an_attempt_told_that_handed_its_task_back_is_no_progress_of_the_next(gateway: Gateway) -> None:
+    job = await gateway.submit()
+    subject, begun = topology.subject_of_progress(job.id), started(job)
+
+    async def shown() -> tuple[str, int | None]:
+        told = (await gateway.client.get(f"/v1/jobs/{job.id}")).json()
+        return told["stages"][0]["state"], told.get("progress", {}).get("step")
+
+    await gateway.tell(begun)
+    await gateway.parts.bus.signal(subject, progress(job, 7).to_bytes())
+    assert await shown() == ("running", 7)
+    released = begun.model_dump(include=set(contracts.StageEvent.model_fields))
+    await gateway.tell(contracts.StageReleased.model_validate(released))
+    assert await shown() == ("queued", None)
+    again = begun.model_copy(update={"attempt": 2})
+    await gateway.parts.bus.publish(topology.subject_of_events(job.id), again.to_bytes(), message_id="again")
+    assert await shown() == ("running", None)
+    await gateway.parts.bus.signal(subject, progress(job, 8).model_copy(update={"attempt": 2}).to_bytes())
+    assert await shown() == ("running", 8)
+
+
 async def test_nobody_looks_for_the_progress_of_a_stage_that_waits(gateway: Gateway) -> None:
     bus = gateway.parts.bus
     assert isinstance(bus, MemoryBus)
@@ -438,3 +459,10 @@ async def test_a_reference_that_is_too_large_in_the_store_is_named() -> None:
     answer = await gateway.client.post("/v1/jobs", json=GOOD | {"references": ["uploads/big.png"]})
     assert answer.status_code == 422
     assert answer.json()["errors"][0]["field"] == "references.0"
+
+
+async def test_what_a_caller_is_shown_is_kept_in_no_cache(gateway: Gateway) -> None:
+    job = await gateway.submit()
+    for path in (f"/v1/jobs/{job.id}", "/v1/jobs", "/v1/workers", "/v1/jobs/none", "/v1/options"):
+        assert (await gateway.client.get(path)).headers["cache-control"] == "no-store", path
+    assert "cache-control" not in (await gateway.client.get("/healthz")).headers

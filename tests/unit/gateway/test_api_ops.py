@@ -115,8 +115,25 @@ async def test_an_address_or_method_that_is_none_is_a_problem_document(
     assert (answer.status_code, answer.json()["status"], answer.json()["code"]) == (status, status, code)
     assert answer.json()["type"] == f"urn:vidgen:problem:{code}"
     assert answer.json()["title"]
-    if status == 405:
-        assert answer.headers["allow"]
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "allowed"),
+    [
+        ("DELETE", "/v1/jobs", "GET, POST"), ("HEAD", "/v1/jobs", "GET, POST"), ("POST", "/", "GET, HEAD"),
+        ("POST", "/v1/dead/7", "DELETE, GET"), ("POST", "/v1/jobs/x/artifacts/a", "GET, HEAD"),
+        ("PUT", "/v1/jobs/x/cancel", "POST"),
+    ],
+)  # fmt: skip
+async def test_every_method_of_an_address_is_named(gateway: Gateway, method: str, path: str, allowed: str) -> None:
+    answer = await gateway.client.request(method, path)
+    assert (answer.status_code, answer.headers["allow"]) == (405, allowed)
+    assert method == "HEAD" or answer.json()["detail"] == f"use {allowed} at this address"
+
+
+async def test_a_probe_may_ask_by_head(gateway: Gateway) -> None:
+    for path in ("/healthz", "/readyz"):
+        assert (await gateway.client.head(path)).status_code == 200
 
 
 def references(node: Any) -> Iterator[str]:

@@ -149,6 +149,25 @@ async def hire(gateway: Gateway, stage: Stage = "edit", **given: Any) -> None:
     await gateway.parts.bus.records(topology.WORKERS_BUCKET).put(f"{stage}.w1", worker.to_bytes())
 
 
+async def test_a_stage_that_went_on_elsewhere_does_not_tell_how_long_its_like_takes() -> None:
+    # Its timings are those of its last attempt, which may have done two steps of forty.
+    gateway = await Gateway.open()
+    await hire(gateway)
+    timings = Timings(denoise=8.0)
+    whole, resumed = await gateway.submit(), await gateway.submit()
+    await gateway.tell(completed(whole).model_copy(update={"engine": "preview", "timings": timings}))
+    begun = started(resumed)
+    given = begun.model_dump(include=set(contracts.StageReleased.model_fields) - {"type"})
+    await gateway.tell(contracts.StageReleased.model_validate(given | {"gpu_seconds": 7.0}))
+    short = {"engine": "preview", "timings": Timings(denoise=1.0), "attempt": 2}
+    await gateway.tell(completed(resumed).model_copy(update=short))
+    stages = (await gateway.parts.jobs.get(resumed.id)).stages
+    assert not stages[0].in_one_go
+
+    told = await gateway.parts.forecast.estimate([stages[0].work], "interactive")
+    assert told.stages[0].seconds_per_step == 8.0 / stages[0].work.steps
+
+
 async def place(gateway: Gateway, job: contracts.Job) -> contracts.QueuePlace | None:
     return await gateway.parts.forecast.place(await gateway.parts.jobs.get(job.id))
 

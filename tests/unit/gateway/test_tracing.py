@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Iterator
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
@@ -13,6 +14,7 @@ from tests.gateways import BOUND, EDIT, KEY, Gateway, completed, failed, started
 from tests.spans import Traced, id_of, parent_of, said, trace_of, traced, traceparent
 
 from gateway.consumers import Consumers
+from gateway.deadlines import Deadlines
 from vidgen import contracts, topology, tracing
 from vidgen.contracts import Job, JobStatus
 
@@ -190,6 +192,20 @@ async def test_a_task_whose_deliveries_ran_out_is_given_up_in_its_trace(gateway:
     given_up = seen.one("give up")
     assert (given_up.status.status_code, given_up.status.description) == (StatusCode.ERROR, "deliveries_exhausted")
     assert parent_of(given_up) == id_of(seen.one("POST /v1/jobs"))
+    assert parent_of(seen.one("decide stage_failed")) == id_of(given_up)
+
+
+async def test_a_task_that_waited_past_its_deadline_is_given_up_in_its_trace(gateway: Gateway, seen: Traced) -> None:
+    job = await gateway.submit(deadline_s=60)
+    await until(gateway, job.id, JobStatus.QUEUED)
+    late = datetime.now(UTC) + timedelta(seconds=90)
+    await Deadlines(gateway.parts.bus, gateway.parts.jobs, lambda: late).look()
+
+    await until(gateway, job.id, JobStatus.FAILED)
+
+    given_up = seen.one("give up")
+    assert (given_up.status.status_code, given_up.status.description) == (StatusCode.ERROR, "deadline_exceeded")
+    assert trace_of(given_up) == trace_of(seen.one("POST /v1/jobs"))
     assert parent_of(seen.one("decide stage_failed")) == id_of(given_up)
 
 

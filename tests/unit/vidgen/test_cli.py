@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Sequence
@@ -308,6 +309,55 @@ def test_everything_wrong_is_named_at_once_and_what_is_shared_once(photo: Path) 
     assert [error["field"].split(" ")[0] for error in line["errors"]] == ["--edit", "--seed", "-o"]
 
 
+def test_a_label_that_is_none_does_not_hide_what_else_is_wrong(photo: Path) -> None:
+    result = vidgen("submit", photo, "--edit", "", "--label", "team", "--lane", "fast", "--json", *GATEWAY)
+    assert result.exit_code == 2
+    assert [error["field"].split(" ")[0] for error in lines_of(result)[0]["errors"]] == ["--edit", "--lane", "--label"]
+
+
+def test_a_place_that_cannot_be_written_to_is_found_before_anything_starts(
+    photo: Path, tmp_path: Path, fake: type[FakeClient], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.access", lambda path, _mode: path != tmp_path)  # root may write anywhere
+    result = vidgen("run", photo, "--edit", "x", "-o", tmp_path / "new" / "a.png", *GATEWAY)
+    assert result.exit_code == 2
+    assert f"-o: {tmp_path} cannot be written to" in result.stderr
+    assert fake.sent == []
+
+
+def test_a_file_that_cannot_be_written_in_the_end_is_said_in_a_sentence(
+    photo: Path, tmp_path: Path, fake: type[FakeClient], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def full(_self: FakeClient, _job_id: str, _name: str, path: Path) -> Path:
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(fake, "download", full)
+    result = vidgen("run", photo, "--edit", "x", "-o", tmp_path / "a.png", *GATEWAY)
+    assert result.exit_code == 1
+    assert result.stderr.endswith(f"vidgen: {tmp_path / 'a.png'}: No space left on device\n")
+
+
+@pytest.mark.parametrize(
+    "url", ["gateway:8080", "http://", "http://h:99999", "ftp://h", "nats://u:secret@h:1", "http://[1", "http://h:0"]
+)
+def test_an_address_that_is_none_is_wrong_usage_and_is_not_repeated(url: str, photo: Path) -> None:
+    for command in (("list",), ("run", photo, "--edit", "x", "-o", "a.png")):
+        result = vidgen(*command, "--gateway", url)
+        assert result.exit_code == 2
+        assert "--gateway: it is no address: write http://HOST:PORT" in result.stderr
+        assert "secret" not in result.output
+
+
+@pytest.mark.parametrize("command", [("run", "--help"), ("submit", "nöne.png", "--edit", "→")])
+def test_what_an_encoding_does_not_know_is_escaped(command: tuple[str, ...]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "vidgen.cli", *command], capture_output=True, check=False, timeout=120,
+        env={**os.environ, "PYTHONIOENCODING": "ascii", "VIDGEN_GATEWAY_URL": "http://gateway"},
+    )  # fmt: skip
+    assert b"Traceback" not in done.stderr
+    assert rb"\u2026" in done.stdout or rb"n\xf6ne.png" in done.stderr
+
+
 def test_a_missing_argument_is_exit_code_2() -> None:
     assert vidgen("status").exit_code == 2
 
@@ -406,6 +456,49 @@ def test_a_payload_cannot_play_with_the_terminal() -> None:
     shown = vidgen("dead", "show", "3", *GATEWAY).stdout
     assert "\x1b" not in shown
     assert "hello" in shown
+
+
+def test_a_prompt_cannot_play_with_the_terminal_either(monkeypatch: pytest.MonkeyPatch) -> None:
+    evil = VideoRequest.model_validate(
+        {"references": ["uploads/a"], "edit": {"prompt": "a\x1b[2J\x9b1m\nhat\u202etxet"}}
+    )
+    named = made_job(error=JobError(code="x", message="\x1b]0;title\x07")).model_copy(update={"request": evil})
+
+    async def listed(*_: Any, **__: Any) -> JobPage:
+        return JobPage(jobs=(named,), next_cursor="17")
+
+    async def found(*_: Any) -> Job:
+        return named
+
+    monkeypatch.setattr(FakeClient, "list", listed)
+    monkeypatch.setattr(FakeClient, "get", found)
+    for command in (("list",), ("status", "j1")):
+        result = vidgen(*command, *GATEWAY)
+        assert not {"\x1b", "\x07", "\x9b", "\u202e"} & {*result.output}
+    assert r"a\x1b[2J\x9b1m hat\u202etxet" in vidgen("list", *GATEWAY).stdout
+
+
+def test_nothing_of_a_list_is_cut_where_nobody_watches(monkeypatch: pytest.MonkeyPatch) -> None:
+    long = made_job().model_copy(update={"id": "j" * 64})
+    wish = VideoRequest.model_validate({"references": ["uploads/a"], "edit": {"prompt": "a hat, " * 20}})
+
+    async def listed(*_: Any, **__: Any) -> JobPage:
+        return JobPage(jobs=(long.model_copy(update={"request": wish}),))
+
+    monkeypatch.setattr(FakeClient, "list", listed)
+    _, line = vidgen("list", *GATEWAY).stdout.splitlines()
+    assert line.split()[0] == "j" * 64
+
+
+def test_on_a_narrow_terminal_the_names_of_rows_stay_whole(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from vidgen.cli.output import Output
+
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "70")
+    Output(as_json=False).table(("job", "status", "what"), [("j" * 36, "in_progress", "a hat, " * 9)])
+    assert "j" * 36 in capsys.readouterr().out
 
 
 # ── what is said of a job ────────────────────────────────────────────────────────────────────────────────────────

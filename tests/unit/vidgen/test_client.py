@@ -148,6 +148,30 @@ async def test_images_go_as_a_form_without_references(tmp_path: Path) -> None:
     assert b"references" not in bodies[0]
 
 
+async def test_an_image_may_be_named_by_a_string(tmp_path: Path) -> None:
+    (tmp_path / "me.jpg").write_bytes(b"\xff\xd8\xff")
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        assert b'filename="me.jpg"' in request.content
+        return answered(job(), 202)
+
+    async with gateway(handler) as found:
+        await found.submit(images=[str(tmp_path / "me.jpg")], edit=EditParams(prompt="a hat"))
+
+
+async def test_an_idempotency_key_may_have_any_letters() -> None:
+    keys: list[str] = []
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        keys.append(request.headers["idempotency-key"])
+        return answered(job(), 202)
+
+    async with gateway(handler) as found:
+        for key in ("order 17", "Müller-1", "a\nb"):
+            await found.submit(REQUEST, idempotency_key=key)
+    assert keys == ["order 17", "M%C3%BCller-1", "a%0Ab"]
+
+
 async def test_what_no_gateway_would_take_is_not_sent() -> None:
     async with gateway(lambda _: pytest.fail("sent")) as found:
         with pytest.raises(ValidationError, match="at least one of edit and i2v"):
@@ -236,6 +260,23 @@ async def test_events_cut_anywhere_are_put_together() -> None:
     body = ACCEPTED + STEP + DONE
     async with gateway(lambda _: events(*(body[at : at + 3] for at in range(0, len(body), 3)))) as found:
         assert [type(update) for update in await watched(found)] == [Accepted, Progress, Job]
+
+
+@pytest.mark.parametrize("char", ["\u2028", "\u2029", "\u0085", "\v", "\f", "\x1e", "é", "😀"])
+async def test_only_a_line_feed_ends_a_line_of_the_stream(char: str) -> None:
+    # A prompt that was pasted from a word processor may hold U+2028: a line end to Python, a letter to JSON.
+    told = REQUEST.model_copy(update={"edit": EditParams(prompt=f"a{char}hat")})
+    body = frame("job", job(JobStatus.COMPLETED).model_copy(update={"request": told}).to_bytes())
+    for size in (1, len(body)):
+        pieces = [body[at : at + size] for at in range(0, len(body), size)]
+        async with gateway(lambda _, pieces=pieces: events(*pieces)) as found:  # type: ignore[misc]
+            done = await found.wait("j1")
+        assert done.request == told
+
+
+async def test_a_stream_with_carriage_returns_is_read_too() -> None:
+    async with gateway(lambda _: events((ACCEPTED + DONE).replace(b"\n", b"\r\n"))) as found:
+        assert [type(update) for update in await watched(found)] == [Accepted, Job]
 
 
 async def test_a_broken_stream_is_taken_up_behind_the_last_event() -> None:
@@ -409,3 +450,43 @@ async def test_the_key_goes_to_the_gateway_and_to_no_other_host(
         ("POST gateway", "Bearer vg_1_x"), ("PUT store", None), ("GET gateway", "Bearer vg_1_x"), ("GET store", None),
         ("POST gateway", "Bearer vg_2_y"), ("PUT store", None),
     ]  # fmt: skip
+
+
+async def test_a_key_may_have_a_line_end_and_one_that_is_none_is_not_repeated() -> None:
+    def answer(request: httpx.Request) -> httpx.Response:
+        assert request.headers["authorization"] == "Bearer vg_1_x"
+        return answered(job())
+
+    async with AsyncClient("http://gateway", api_key="vg_1_x\n", transport=httpx.MockTransport(answer)) as found:
+        await found.get("j1")
+    for key in ("vg_1\nsecret", "vg_1_sécret", "vg\x00secret"):
+        with pytest.raises(GatewayError, match="copy it anew") as caught:
+            AsyncClient("http://gateway", api_key=key)
+        assert "cret" not in str(caught.value)
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "localhost", "[::1]"])
+@pytest.mark.parametrize("proxy", ["http://127.0.0.1:9", "socks5://127.0.0.1:9"])
+async def test_a_gateway_on_this_machine_is_not_sought_through_a_proxy(
+    host: str, proxy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY"):
+        monkeypatch.setenv(name, proxy)
+    async with AsyncClient(f"http://{host}:8080") as found:
+        chosen = found._http._transport_for_url(httpx.URL(f"http://{host}:8080/v1/jobs"))
+        assert chosen is found._http._transport
+        if proxy.startswith("http:"):
+            assert found._http._transport_for_url(httpx.URL("https://store.example.org/a")) is not chosen
+
+
+def test_a_proxy_that_cannot_be_used_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ALL_PROXY", "socks5://127.0.0.1:9")
+    with pytest.raises(GatewayError, match=r"pip install 'httpx\[socks\]'"):
+        AsyncClient("https://gateway.example.org")
+
+
+@pytest.mark.parametrize("url", ["gateway:8080", "http://h:99999", "ftp://h", "nats://u:secret@h:1", "http://[1", ""])
+def test_a_url_that_no_gateway_can_have_is_said_and_not_repeated(url: str) -> None:
+    with pytest.raises(GatewayError, match="write http://HOST:PORT") as caught:
+        AsyncClient(url)
+    assert "secret" not in str(caught.value)

@@ -97,6 +97,10 @@ def test_every_wrong_field_is_named_at_once() -> None:
     assert set(found) == {"references", "edit.prompt", "edit.seed", "i2v.fps", "x"}
 
 
+def test_a_wrong_reference_is_not_said_to_be_missing_too() -> None:
+    assert set(wrong(json.dumps(GOOD | {"references": ["../a"]}).encode())) == {"references.0"}
+
+
 def test_the_answer_to_a_payload_that_is_wrong_everywhere_stays_small() -> None:
     payload = json.dumps(GOOD | {f"{'x' * 500}{n}": 1 for n in range(400)}).encode()
     with pytest.raises(ValidationError) as caught:

@@ -50,6 +50,12 @@ def job(**given: Any) -> contracts.Job:
     return contracts.Job(**{"id": "j1", "created_at": NOW, "updated_at": NOW, "request": request, **given})
 
 
+EDIT_WORK = contracts.EditWork(
+    prompt="x", user_prompt="x", negative_prompt=" ", steps=8, true_cfg_scale=1, guidance_scale=1, seed=5, width=64,
+    height=64, candidates=1,
+)  # fmt: skip
+
+
 def common(**given: Any) -> dict[str, Any]:
     return {"job_id": "j1", "at": NOW, "stage": "edit", "attempt": 1, "tries": 1, "worker": "w", **given}
 
@@ -293,6 +299,17 @@ def test_a_completed_stage_gives_durations_steps_and_bytes(on_gateway: metrics.G
     assert value(on_gateway, "vidgen_steps_total", stage="edit") == 8
     assert value(on_gateway, "vidgen_seconds_per_step_sum", stage="edit") == 2
     assert value(on_gateway, "vidgen_artifact_bytes_total", stage="edit") == 2000
+
+
+def test_the_seconds_of_a_few_last_steps_are_not_told_as_those_of_all(on_gateway: metrics.GatewayMetrics) -> None:
+    record = contracts.StageRecord(stage="edit", work=EDIT_WORK, charged=("1.1", "2.1", "2.2"))
+    on_gateway.observe(completed(), job(stages=(record,)))
+    assert value(on_gateway, "vidgen_seconds_per_step_count", stage="edit") is None
+    assert value(on_gateway, "vidgen_steps_total", stage="edit") == 8
+
+    again = record.model_copy(update={"charged": ("1.1", "1.2", "2.1")})  # the second run began anew
+    on_gateway.observe(completed(), job(stages=(again,)))
+    assert value(on_gateway, "vidgen_seconds_per_step_sum", stage="edit") == 2
 
 
 def test_results_are_images_and_clips_and_no_posters(on_gateway: metrics.GatewayMetrics) -> None:

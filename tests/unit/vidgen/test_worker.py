@@ -55,7 +55,10 @@ class Shop:
         await self.bench.journal.until(lambda: entries.count(entry) >= count)
 
     async def registered(self) -> WorkerInfo:
-        [record] = (await self.bench.bus.records(topology.WORKERS_BUCKET).all()).values()
+        async with asyncio.timeout(BOUND):  # a busy machine may begin the first task before the entry is written
+            while not (records := await self.bench.bus.records(topology.WORKERS_BUCKET).all()):
+                await asyncio.sleep(0)
+        [record] = records.values()
         return WorkerInfo.model_validate_json(record)
 
     async def close(self) -> None:

@@ -1,0 +1,166 @@
+"""Ends jobs whose deadline passes while they wait: for a worker, for their turn, for a review.
+
+What a worker is at, it ends itself at the next step. Deadlines are kept in mind by the gateway that wrote the record
+last; those of tasks are looked up in their queues as well, at the start and now and then, for a gateway may have died.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+from collections.abc import Callable
+from datetime import datetime, timedelta
+from typing import TYPE_CHECKING
+
+import pydantic
+import structlog
+
+from gateway import pipeline
+from gateway.share import withdraw
+from vidgen import contracts, dead, errors, eventlog, topology, tracing
+from vidgen.bus import Bus, each
+from vidgen.contracts import Job, StageRecord, StageState
+
+if TYPE_CHECKING:
+    from gateway.jobs import Jobs
+
+log = structlog.get_logger(__name__)
+
+SLACK = timedelta(seconds=2)  # behind the deadline: whoever is at the task says so himself
+AGAIN = timedelta(seconds=30)  # between two looks at one that a worker is at, who may die
+SWEEP_S = 600.0
+ENDED = 1000  # deadlines of jobs that have ended which may be kept in mind
+
+
+class Due:
+    """The deadlines of jobs, the next one first. Pure."""
+
+    def __init__(self) -> None:
+        self._next: list[tuple[datetime, str]] = []
+        self._known: dict[str, datetime] = {}
+        self.changed = asyncio.Event()
+
+    def note(self, job: Job) -> None:
+        """Take in a job as it is now."""
+        if job.deadline_at is None:
+            return
+        if job.status.final:
+            self._known.pop(job.id, None)
+            self._tidy()
+        else:
+            self.at(job.id, job.deadline_at + SLACK)
+
+    def at(self, job_id: str, when: datetime) -> None:
+        """Look at a job then."""
+        if self._known.get(job_id) != when:
+            self._known[job_id] = when
+            heapq.heappush(self._next, (when, job_id))
+            self.changed.set()
+
+    def wait_s(self, now: datetime) -> float | None:
+        """Seconds until the next job is due, None where there is none."""
+        while self._next and self._known.get(self._next[0][1]) != self._next[0][0]:
+            heapq.heappop(self._next)  # it ended, or was given more time
+        return max(0.0, (self._next[0][0] - now).total_seconds()) if self._next else None
+
+    def take(self, now: datetime) -> list[str]:
+        """The jobs that are due; they are forgotten."""
+        found = []
+        while self.wait_s(now) == 0.0:
+            _, job_id = heapq.heappop(self._next)
+            del self._known[job_id]
+            found.append(job_id)
+        return found
+
+    def _tidy(self) -> None:
+        # Of a million jobs that end long before their deadlines not all are to be kept in mind until then.
+        if len(self._next) > 2 * len(self._known) + ENDED:
+            self._next = [(when, job_id) for job_id, when in self._known.items()]
+            heapq.heapify(self._next)
+
+
+class Deadlines:
+    """Gives up what is due. Each gateway does; what is done twice does no harm."""
+
+    def __init__(self, bus: Bus, jobs: Jobs, clock: Callable[[], datetime]) -> None:
+        self._bus, self._jobs, self._due, self._clock = bus, jobs, jobs.due, clock
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Look until `stop`."""
+        time = asyncio.get_running_loop().time
+        stopping, sweep_at = asyncio.ensure_future(stop.wait()), time()
+        try:
+            while not stop.is_set():
+                if time() >= sweep_at:
+                    sweep_at = time() + SWEEP_S
+                    await self.sweep()
+                await self.look()
+                self._due.changed.clear()
+                due = self._due.wait_s(self._clock())
+                wait = sweep_at - time() if due is None else min(due, sweep_at - time())
+                changed = asyncio.ensure_future(self._due.changed.wait())
+                await asyncio.wait((changed, stopping), timeout=wait, return_when=asyncio.FIRST_COMPLETED)
+                changed.cancel()
+        finally:
+            stopping.cancel()
+
+    async def sweep(self) -> None:
+        """Take in the tasks that wait: another gateway let them in, or this one before it was started again."""
+        try:
+            for stream in (topology.TASKS, topology.HELD):
+                async for message in each(self._bus, stream):
+                    self._take_in(message.body)
+        except errors.BusError as exc:
+            log.warning(exc.message, _event="deadlines_unknown")
+
+    def _take_in(self, body: bytes) -> None:
+        try:
+            task = contracts.Task.model_validate_json(body)
+        except pydantic.ValidationError:  # of another version: its worker says so
+            return
+        if task.deadline_at is not None:
+            self._due.at(task.job_id, task.deadline_at + SLACK)
+
+    async def look(self) -> None:
+        """End what is due and waits."""
+        for job_id in self._due.take(self._clock()):
+            try:
+                await self._look_after(job_id)
+            except errors.RetryableError as exc:
+                log.warning(exc.message, _event="deadline_unknown", job=job_id)
+                self._due.at(job_id, self._clock() + AGAIN)
+            except Exception:  # a record of another version, say: one job must never stop the others
+                log.exception("a deadline could not be looked after", _event="deadline_undigested", job=job_id)
+
+    async def _look_after(self, job_id: str) -> None:
+        job = await self._jobs.find(job_id)
+        if job is None or job.status.final or job.deadline_at is None:
+            return
+        if job.deadline_at + SLACK > self._clock():  # a retry gave it more time
+            self._due.note(job)
+            return
+        record = job.stage_record(job.stage) if job.stage is not None else None
+        if record is None or record.state is StageState.RUNNING:
+            self._due.at(job_id, self._clock() + AGAIN)
+            return
+        of = await self._jobs.trace_of(job_id)
+        with tracing.span("give up", of=of, job_id=job_id, stage=record.stage, run=job.run):
+            tracing.failed(errors.DeadlineError.code)
+            await self._give_up(job, record)
+
+    async def _give_up(self, job: Job, record: StageRecord) -> None:
+        """Fail the stage that is due, as a worker would that took its task now."""
+        task = pipeline.task_of(job, record)
+        why = errors.DeadlineError()
+        error = contracts.JobError(code=why.code, message=why.message, stage=task.stage)
+        where = task.stage, task.lane, task.job_id, task.tenant
+        letter = dead.letter(
+            task.to_bytes(), topology.subject_of_task(*where), error, job_id=task.job_id, stage=task.stage
+        )
+        await dead.publish(self._bus, letter, message_id=f"{task.job_id}:{task.stage}:{task.run}:dead")
+        await eventlog.give_up(self._bus, task, "gateway", error)
+        # What is held first, as in a cancel: it is in the queue before it is no longer held.
+        await withdraw(self._bus, topology.HELD, topology.subject_of_held(*where), task.run)
+        await withdraw(self._bus, topology.TASKS, topology.subject_of_task(*where), task.run)
+        self._jobs.share.freed(task.stage, task.lane, task.tenant)
+        log.info("its deadline passed while it waited", _event="deadline_passed", job=job.id, stage=task.stage)
