@@ -21,7 +21,7 @@ from minio import Minio
 from minio.deleteobjects import DeleteObject
 from minio.error import MinioException, S3Error
 
-from vidgen import contracts, errors, presign
+from vidgen import contracts, errors, presign, threads
 from vidgen.settings import Settings
 
 UPLOADS, JOBS, CHECKPOINTS = "uploads/", "jobs/", "checkpoints/"
@@ -197,9 +197,7 @@ class S3Store:
         self, endpoint: str, access_key: str, secret_key: str, bucket: str, *, region: str = "us-east-1",
         public_endpoint: str | None = None,
     ) -> None:  # fmt: skip
-        pool = _Pools(
-            timeout=urllib3.Timeout(connect=2, read=30), retries=False, maxsize=32, cert_reqs="CERT_REQUIRED"
-        )
+        pool = _Pools(timeout=urllib3.Timeout(connect=2, read=30), retries=False, maxsize=32, cert_reqs="CERT_REQUIRED")
 
         def client(url: str) -> Minio:
             parts = urlsplit(url)
@@ -233,7 +231,7 @@ class S3Store:
                     self.bucket, key, file, size, content_type=content_type, metadata=dict(metadata or {})
                 )
 
-        await asyncio.to_thread(call)
+        await threads.run(call)
 
     async def fetch(self, key: str, path: Path, limit: int | None = None) -> int:
         def call() -> int:
@@ -255,7 +253,7 @@ class S3Store:
                     raise errors.StoreError("the object store cut a download short")
                 return size
 
-        return await asyncio.to_thread(call)
+        return await threads.run(call)
 
     async def stat(self, key: str) -> Stat | None:
         def call() -> Stat | None:
@@ -272,7 +270,7 @@ class S3Store:
             tag = found.etag or ""
             return Stat(key, found.size or 0, found.content_type or "", found.last_modified, metadata, tag)
 
-        return await asyncio.to_thread(call)
+        return await threads.run(call)
 
     async def read(self, key: str, start: int = 0, length: int = 0) -> AsyncIterator[bytes]:
         def opened() -> urllib3.BaseHTTPResponse | None:
@@ -284,13 +282,13 @@ class S3Store:
                         return None
                     raise
 
-        response = await asyncio.to_thread(opened)
+        response = await threads.run(opened)
         if response is None:
             return
         try:
             while True:
                 with _translated(key):
-                    chunk = await asyncio.to_thread(response.read, CHUNK)
+                    chunk = await threads.run(response.read, CHUNK)
                 if not chunk:
                     return
                 yield chunk
@@ -321,7 +319,7 @@ class S3Store:
                     for one in itertools.islice((one for one in found if not one.is_dir), limit)
                 ]
 
-        return await asyncio.to_thread(call)
+        return await threads.run(call)
 
     async def remove(self, keys: Sequence[str]) -> None:
         def call() -> None:
@@ -330,12 +328,12 @@ class S3Store:
             if failed:
                 raise errors.StoreError(f"the object store kept {len(failed)} objects: {failed[0].code}")
 
-        await asyncio.to_thread(call)
+        await threads.run(call)
 
     async def ready(self) -> bool:
         try:
             async with asyncio.timeout(READY_TIMEOUT):  # a store that hangs is not ready; the thread ends by itself
-                return await asyncio.to_thread(self._is_there)
+                return await threads.run(self._is_there)
         except (errors.VidgenError, TimeoutError):
             return False
 
@@ -362,4 +360,4 @@ class S3Store:
                         if exc.code not in ("BucketAlreadyOwnedByYou", "BucketAlreadyExists"):
                             raise
 
-        await asyncio.to_thread(call)
+        await threads.run(call)
