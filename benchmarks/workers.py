@@ -28,6 +28,7 @@ from vidgen.contracts import Stage
 from vidgen.handler import Policy
 from vidgen.metrics import WorkerMetrics
 from vidgen.probes import write_ready_file
+from vidgen.service import COLLECT_EVERY
 from vidgen.settings import WorkerSettings, read
 from vidgen.worker import Registration, Worker
 
@@ -47,7 +48,8 @@ async def main(counts: dict[Stage, int]) -> None:
             for stage, count in counts.items()
             for number in range(count)
         ]
-        gc.freeze()  # as the services do
+        gc.freeze()  # as the services do, and so rarely
+        gc.set_threshold(*COLLECT_EVERY)
         running = [asyncio.create_task(worker.run()) for worker in workers]
         write_ready_file(settings.ready_file, "ready")
         await asyncio.wait([asyncio.create_task(stop.wait()), *running], return_when=asyncio.FIRST_COMPLETED)

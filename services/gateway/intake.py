@@ -9,9 +9,10 @@ import asyncio
 import contextlib
 import hashlib
 import re
+import time
 import uuid
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,7 @@ MAX_REQUEST_BYTES = 128 << 10
 MAX_NAMED, MAX_FIELD_NAME = 50, 200
 FILES = 16  # references that are fetched, and decoded, at once
 REMEMBERED = 1000  # requests let in by HTTP whose message another replica may have taken
+JUST_NOW_S = 1.0  # a plain reference that was looked at since then is not looked at again
 LIMIT_TRIES = 4  # deliveries, seconds apart, before a request is turned away because its tenant has too many jobs
 TENANT = re.compile(r"^[a-z0-9][a-z0-9-]{0,31}$")
 NO_TENANT = "vidgen.requests.<tenant> wants a tenant's id: lower case letters, digits and -, at most 32"
@@ -123,16 +125,17 @@ class Intake:
 
     def __init__(
         self, bus: Bus, store: artifacts.ArtifactStore, jobs: Jobs, quotas: Quotas, max_upload_bytes: int,
-        receivers: Allowed | None = None,
+        receivers: Allowed | None = None, *, clock: Callable[[], float] = time.monotonic,
     ) -> None:  # fmt: skip
         """`receivers` are those that webhooks may go to; None: this server sends none."""
         self._bus, self._store, self._jobs, self._quotas = bus, store, jobs, quotas
-        self._max_bytes, self._receivers = max_upload_bytes, receivers
+        self._max_bytes, self._receivers, self._clock = max_upload_bytes, receivers, clock
         # What this replica lets in by HTTP comes back to it from the bus, byte for byte: nothing is left to do then.
         self._submitted: OrderedDict[tuple[str, bytes], asyncio.Future[Job | None]] = OrderedDict()
         # Plain references that were looked at: who makes ten videos of one photograph has it looked at twice, not ten
         # times. The first time nothing is asked of the store that would be in vain for a photograph that comes once.
-        self._plain: OrderedDict[str, tuple[str, images.ImageFacts]] = OrderedDict()
+        # With the object's tag, and when it was looked at.
+        self._plain: OrderedDict[str, tuple[str, float, images.ImageFacts]] = OrderedDict()
         self.scratch, self.decoding, self._files = Scratch(), Decoding(), asyncio.Semaphore(FILES)
 
     async def submit(self, request: VideoRequest, job_id: str, tenant: str, *, fresh: bool = False) -> tuple[Job, bool]:
@@ -275,18 +278,22 @@ class Intake:
     async def _check(self, key: str, index: int, job_id: str, tenant: str) -> tuple[str, images.ImageFacts]:
         """A reference that every engine can read: itself where it is plain, else a normalised copy of the job's own."""
         check_reference(key, job_id, tenant)
-        tag = ""
+        tag, at = "", self._clock()
         if (known := self._plain.get(key)) is not None:
+            before, looked_at, facts = known
+            if at - looked_at < JUST_NOW_S:  # whoever removes it in this moment might do so a moment after a look, too
+                return key, facts
             stat = await self._store.stat(key)
             tag = stat.tag if stat is not None else ""
-            if tag and tag == known[0]:
-                return key, known[1]
+            if tag and tag == before:
+                self._plain[key] = tag, at, facts
+                return key, facts
         async with self._files, self._file() as source:
             await self._store.fetch(key, source, limit=self._max_bytes)
             facts = await self.decoding.over(source, _looked_at)
             if facts.normal:
                 # The tag is that of before, so if the object was replaced meanwhile no other tag stands for its facts.
-                self._plain[key] = tag, facts
+                self._plain[key] = tag, at, facts
                 if len(self._plain) > REMEMBERED:
                     self._plain.popitem(last=False)
                 return key, facts

@@ -8,6 +8,7 @@ Loggers come from `structlog.get_logger(__name__)`; fields are bound with `struc
 
 from __future__ import annotations
 
+import functools
 import logging
 import re
 import sys
@@ -30,6 +31,7 @@ SIGNED = re.compile(
     r"([?&](?:x-amz-(?:signature|credential|security-token)|signature|awsaccesskeyid|access_token|token)=)[^&\s\"'<>]+",
     re.I,
 )
+SECRETS, NUMBERS, SEQUENCES = (SecretStr, SecretBytes), (bool, int, float), (list, tuple, set, frozenset)
 QUIET = ("httpx", "httpcore", "urllib3", "asyncio", "python_multipart")  # they log each request, or each byte
 
 
@@ -72,17 +74,24 @@ def mask_secrets(_logger: WrappedLogger, _method: str, event: EventDict) -> Even
 def _masked(value: Any, key: str = "") -> Any:
     if value is None:
         return None
-    if SECRET_KEY.search(key) or isinstance(value, SecretStr | SecretBytes):
+    if _is_secret(key) or isinstance(value, SECRETS):
         return MASK
+    if isinstance(value, NUMBERS):
+        return value
     if isinstance(value, Mapping):
         return {name: _masked(inner, str(name)) for name, inner in value.items()}
-    if isinstance(value, list | tuple | set | frozenset):
+    if isinstance(value, SEQUENCES):
         return [_masked(inner) for inner in value]
-    if isinstance(value, bool | int | float):
-        return value
     # Anything else would be rendered as text later, when nothing could be hidden any more.
     text = value if isinstance(value, str) else str(value)
-    return SIGNED.sub(rf"\1{MASK}", USERINFO.sub(f"://{MASK}@", text))
+    if "@" in text:
+        text = USERINFO.sub(f"://{MASK}@", text)
+    return SIGNED.sub(rf"\1{MASK}", text) if "=" in text else text
+
+
+@functools.lru_cache(maxsize=1000)
+def _is_secret(key: str) -> bool:
+    return SECRET_KEY.search(key) is not None
 
 
 def _rendering(settings: Settings) -> list[Processor]:

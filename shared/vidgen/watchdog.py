@@ -47,7 +47,8 @@ class Watchdog:
 
     def watch(self, work: Work, phase: Phase = "generating") -> Watch:
         """A watch over one phase of a task."""
-        shape = (phase, *(getattr(work, name, None) for name in SHAPE))
+        told = vars(work)  # for what is not there, pydantic would write an error's text first
+        shape = (phase, *(told.get(name) for name in SHAPE))
         return Watch(self._patience, self._known, shape, self._look_s, self._clock)
 
 

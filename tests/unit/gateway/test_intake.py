@@ -33,7 +33,8 @@ class Door:
         self.bus, self.store = MemoryBus(topology.Topology(ack_wait=0.05)), store or MemoryStore()
         self.jobs = Jobs(self.bus)
         quotas = Quotas(self.bus, Tenants(self.bus), GatewaySettings(**settings))
-        self.intake = Intake(self.bus, self.store, self.jobs, quotas, max_upload_bytes=1 << 20)
+        self.now = 0.0
+        self.intake = Intake(self.bus, self.store, self.jobs, quotas, max_upload_bytes=1 << 20, clock=lambda: self.now)
         self._count = 0
 
     async def publish(
@@ -73,11 +74,21 @@ async def door() -> Door:
 
 async def test_a_reference_that_comes_again_and_again_is_not_fetched_each_time(door: Door) -> None:
     for number in range(5):
+        door.now += intake.JUST_NOW_S
         await door.publish(GOOD | {"job_id": f"j{number}"})
         assert (await door.handle_one()).status is JobStatus.QUEUED
 
     assert door.store.calls["fetch"] == 2  # the first time nobody knows that it will come again
     assert door.store.calls["stat"] == 4
+
+
+async def test_a_reference_that_comes_many_times_within_a_second_is_looked_at_once(door: Door) -> None:
+    for number in range(5):
+        await door.publish(GOOD | {"job_id": f"j{number}"})
+        assert (await door.handle_one()).inputs == (KEY,)
+        door.now += intake.JUST_NOW_S / 6
+
+    assert (door.store.calls["fetch"], door.store.calls["stat"]) == (1, 0)
 
 
 async def test_no_more_references_are_on_the_gateways_disk_at_once_than_it_has_room_for() -> None:
@@ -106,8 +117,10 @@ async def test_no_more_references_are_on_the_gateways_disk_at_once_than_it_has_r
 
 async def test_a_reference_that_was_replaced_is_looked_at_again(door: Door) -> None:
     for number in range(3):
+        door.now += intake.JUST_NOW_S
         await door.publish(GOOD | {"job_id": f"j{number}"})
         await door.handle_one()
+    door.now += intake.JUST_NOW_S
     await put(door.store, KEY, b"no image")
     await door.publish(GOOD | {"job_id": "j3"})
 
@@ -116,8 +129,10 @@ async def test_a_reference_that_was_replaced_is_looked_at_again(door: Door) -> N
 
 async def test_a_reference_that_is_gone_is_refused_though_it_was_looked_at(door: Door) -> None:
     for number in range(3):
+        door.now += intake.JUST_NOW_S
         await door.publish(GOOD | {"job_id": f"j{number}"})
         await door.handle_one()
+    door.now += intake.JUST_NOW_S
     await door.store.remove([KEY])
     await door.publish(GOOD | {"job_id": "j3"})
 
