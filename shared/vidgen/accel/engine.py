@@ -218,7 +218,7 @@ class DiffusersEngine(abc.ABC):
             traceback.clear_frames(exc.__traceback__)  # they hold what there may be no room for
             fault = diffusion.as_error(exc)
             if isinstance(fault, FatalError):
-                raise fault from exc
+                raise fault from (exc if fault is not exc else None)
             log.warning(
                 f"the trial of attention in 8 bits failed, it stays in 16: {type(exc).__name__}: {exc}"[:500],
                 _event="attention_trial_failed",

@@ -100,7 +100,7 @@ def streamed(pipe: Any, device: torch.device) -> Iterator[None]:
             speed.offload(pipe, device)
         except Exception as exc:
             fault = diffusion.as_error(exc)
-            if fault is None:
+            if fault is None or fault is exc:
                 raise
             raise fault from exc
         # The compiler refuses blocks whose weights come and go.

@@ -650,6 +650,22 @@ async def test_a_full_disk_is_the_workers_fault_and_costs_its_task_no_try(bench_
     assert await bench.run() == "completed"
 
 
+async def test_a_fault_that_is_its_own_cause_ends_its_task_and_not_the_event_loop(bench_of: MakeBench) -> None:
+    """A process that computed half of each step was lost, and its error named itself as what it had come of."""
+
+    class Loses(engines.Instant):
+        def generate(self, inputs: Any, on_step: Any) -> Any:
+            gone = errors.FatalError("the other device is gone", code="partner_lost")
+            raise gone from gone
+
+    bench = bench_of(Loses())
+    await bench.queue()
+
+    with pytest.raises(errors.FatalError, match="is gone"):
+        await bench.run()
+    assert bench.events()[-1].type == "stage_released"
+
+
 async def test_a_task_that_is_too_large_for_the_disk_is_charged_and_ends(
     bench_of: MakeBench, monkeypatch: pytest.MonkeyPatch
 ) -> None:
