@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import fnmatch
 import hashlib
 import os
 import re
@@ -94,15 +96,29 @@ def read(folder: Path) -> Manifest | None:
 
 
 def write(folder: Path, manifest: Manifest) -> None:
-    """Put the manifest into its folder, all of it or nothing."""
+    """Put the manifest into its folder, all of it or nothing; raises FatalError where the folder takes none."""
     written = folder / f".{NAME}.{os.getpid()}"
-    written.write_text(manifest.model_dump_json(indent=1) + "\n", "utf-8")
-    written.replace(folder / NAME)
+    try:
+        written.write_text(manifest.model_dump_json(indent=1) + "\n", "utf-8")
+        written.replace(folder / NAME)
+    except OSError as exc:
+        with contextlib.suppress(OSError):
+            written.unlink()
+        raise FatalError(f"{folder / NAME} could not be written: {exc.strerror or exc}", code="not_written") from exc
+
+
+def walk(folder: Path) -> Iterator[Path]:
+    """Every file in a folder and below, through links to other folders as well, for models are loaded through them."""
+    seen: set[str] = set()
+    for at, folders, files in os.walk(folder, followlinks=True):
+        seen.add(os.path.realpath(at))
+        folders[:] = [name for name in folders if os.path.realpath(Path(at, name)) not in seen]  # a link may lead back
+        yield from (path for name in files if (path := Path(at, name)).is_file())
 
 
 def paths(folder: Path) -> list[str]:
     """The files that belong into the manifest of a folder, in order."""
-    found = {path for pattern in PATTERNS for path in folder.rglob(pattern) if path.is_file()}
+    found = (path for path in walk(folder) if any(fnmatch.fnmatchcase(path.name, pattern) for pattern in PATTERNS))
     names = sorted(path.relative_to(folder).as_posix() for path in found)
     return [name for name in names if name != NAME and not any(part.startswith(".") for part in name.split("/"))]
 

@@ -32,6 +32,10 @@ PICKLED = frozenset({".bin", ".ckpt", ".joblib", ".pickle", ".pkl", ".pt", ".pth
 # How diffusers and transformers name the files of a model.
 STEMS = ("diffusion_pytorch_model", "model")
 COMMIT = re.compile(r"[0-9a-f]{40}")
+CAST = ("transformer", "text_encoder")  # components that are always held in the precision that was asked for
+WIDTHS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # the bytes of a number, of the types that are cast
+SCALE = ".weight_scale"  # of a layer in FP8
+LARGEST_TABLE = 100 << 20
 # So many faults are named in a sentence; `vidgen weights verify` names them all.
 NAMED = 3
 
@@ -181,6 +185,12 @@ def require(
             f"download them with `vidgen weights pull {model} --revision COMMIT`, or set the model to their folder",
             code="weights_missing",
         )
+    if revision and found.revision and found.revision != revision:
+        raise FatalError(
+            f"the weights in {found.folder} are of {found.revision}, and {revision} is wanted: "
+            "set the revision to theirs or leave it out, or set the model to the folder of the other one",
+            code="weights_missing",
+        )
     verify(found.folder, pipelines)
     told = manifest.read(found.folder)
     if told is None or check == "structure":
@@ -321,9 +331,17 @@ def _downloaded_commit(folder: Path) -> str | None:
     return line if COMMIT.fullmatch(line) else None
 
 
-def component_sizes(folder: Path) -> dict[str, int]:
-    """The bytes of weights in each component's folder of a model."""
-    return {part.name: size for part in sorted(folder.iterdir()) if part.is_dir() and (size := _size(part))}
+def component_sizes(folder: Path, width: int | None = None) -> dict[str, int]:
+    """The bytes of weights in each component's folder of a model, as they are stored.
+
+    With `width`, as they are held where a number takes so many bytes: what is stored in 8 bits stays so, and so do its
+    scales. Of the small components, which some models keep wider than the rest, it is the larger of both.
+    """
+    sizes = {part.name: size for part in sorted(folder.iterdir()) if part.is_dir() and (size := _size(part))}
+    if width is None:
+        return sizes
+    held = {name: sum(_held(file, width) for file in _files(folder / name)) for name in sizes}
+    return {name: held[name] if name.startswith(CAST) else max(held[name], size) for name, size in sizes.items()}
 
 
 def tensor_files(component: Path) -> list[Path]:
@@ -336,7 +354,7 @@ def tensor_files(component: Path) -> list[Path]:
     for stem in STEMS:
         index, single = (component / f"{stem}.safetensors{more}" for more in (".index.json", ""))
         if index.is_file():
-            return [component / shard for shard in sorted(set(_read(index).get("weight_map", {}).values()))]
+            return [component / shard for shard in _shards(index)]
         if single.is_file():
             return [single]
     raise FatalError(f"{component} has no weights: download the model again", code="weights_missing")
@@ -349,7 +367,36 @@ def in_reading_order(folder: Path) -> list[Path]:
 
 
 def _size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*.safetensors") if path.is_file())
+    return sum(file.stat().st_size for file in _files(folder))
+
+
+def _files(folder: Path) -> list[Path]:
+    return [path for path in manifest.walk(folder) if path.suffix == ".safetensors"]
+
+
+def _held(file: Path, width: int) -> int:
+    """The bytes of a file's tensors where their numbers have this width; of one that cannot be read, its own."""
+    try:
+        with file.open("rb") as opened:
+            table = json.loads(opened.read(min(int.from_bytes(opened.read(8), "little"), LARGEST_TABLE)))
+        total = 0
+        for name, told in table.items():
+            if name != "__metadata__":
+                begin, end = told["data_offsets"]
+                stored = None if name.endswith(SCALE) else WIDTHS.get(told["dtype"])
+                total += end - begin if stored is None else (end - begin) // stored * width
+        return total
+    except (OSError, ValueError, AttributeError, KeyError, TypeError):
+        return file.stat().st_size
+
+
+def _shards(index: Path) -> list[str]:
+    """The files that an index of weights names, beside it."""
+    listed = _read(index).get("weight_map")
+    names = set(listed.values()) if isinstance(listed, dict) else {None}
+    if not all(isinstance(name, str) and name == Path(name).name and name.endswith(".safetensors") for name in names):
+        raise FatalError(f"{index} does not say which files there are: download the model again", code="weights_missing")
+    return sorted(names)
 
 
 def _read(path: Path) -> Mapping[str, Any]:
@@ -357,6 +404,8 @@ def _read(path: Path) -> Mapping[str, Any]:
         raise FatalError(f"{path.parent} has no {path.name}: download the model again", code="weights_missing")
     try:
         read = json.loads(path.read_bytes())
+    except OSError as exc:
+        raise FatalError(f"{path} cannot be read: {exc.strerror}", code="weights_missing") from exc
     except ValueError as exc:
         raise FatalError(f"{path} is not valid JSON: download the model again", code="weights_missing") from exc
     if not isinstance(read, dict):
@@ -371,17 +420,19 @@ def components(folder: Path) -> Iterator[tuple[str, str, str]]:
             continue
         if value == [None, None]:
             continue
+        if component != Path(component).name or component in ("", ".."):
+            raise _refused(folder, f"{INDEX} names a component outside of it: {component}")
         if len(value) != 2 or not all(isinstance(part, str) for part in value):
             raise _refused(folder, f"{INDEX} does not say what {component} is")
         yield component, value[0], value[1]
 
 
 def _refuse_code(folder: Path) -> None:
-    for path in sorted(folder.rglob("*")):
+    for path in sorted(manifest.walk(folder)):
         name = path.relative_to(folder).as_posix()
-        if path.suffix in PICKLED:
+        if path.suffix.lower() in PICKLED:
             raise _refused(folder, f"{name} is a pickle, which runs code when it is read; only safetensors are loaded")
-        if path.suffix == ".py":
+        if path.suffix.lower() == ".py":
             raise _refused(folder, f"{name} is code, and no code of a model is ever run")
         if name.endswith("config.json") and "auto_map" in _read(path):
             raise _refused(folder, f"{name} asks for custom code (auto_map), and no code of a model is ever run")
@@ -395,8 +446,7 @@ def _complete(folder: Path, component: str) -> None:
     if (part / "config.json").is_file() and not any(part.glob("*.safetensors")):
         raise FatalError(f"{part} has no safetensors: download the model again", code="weights_missing")
     for index in part.glob("*.safetensors.index.json"):
-        shards = set(_read(index).get("weight_map", {}).values())
-        lost = sorted(shard for shard in shards if not (part / shard).is_file())
+        lost = [shard for shard in _shards(index) if not (part / shard).is_file()]
         if lost:
             raise FatalError(f"{part} lacks {_listed(lost)}: download the model again", code="weights_missing")
 

@@ -20,6 +20,8 @@ from vidgen.accel.loader import Entry
 
 # So much of a file may lie on the device twice, as it is stored and as it is cast.
 LITTLE = 1 << 30
+# What this process takes on a GPU beside torch's tensors: its context, and the libraries' kernels.
+OWN = 1 << 30
 
 
 def begin_for(
@@ -36,11 +38,12 @@ def begin_for(
     found = weights.require(model, revision, pipelines=pipelines)
     torch.zeros(1, device=target)  # the context
     threading.Thread(target=settle, args=(target,), name="settle", daemon=True).start()
-    sizes = weights.component_sizes(found.folder)
+    dtype = diffusion.dtype_of(layout["dtype"], target)
+    sizes = weights.component_sizes(found.folder, dtype.itemsize)
     chosen = profiles.choose(layout["profile"], memory(target), sizes, work, stored_fp8=found.profile == "fp8")
     if not chosen.startswith("resident") or (chosen.endswith("fp8") and found.profile != "fp8"):
         return None
-    return begin(found, target, {"default": diffusion.dtype_of(layout["dtype"], target)})
+    return begin(found, target, {"default": dtype})
 
 
 def beginning_for(
@@ -112,6 +115,16 @@ def _convolve(device: torch.device) -> None:
 
 
 def memory(device: torch.device) -> int:
-    """The bytes of a GPU's memory that this process may use."""
+    """The bytes of a GPU's memory that this process may use: its share, of which others may have taken a part."""
     share = torch.cuda.get_per_process_memory_fraction(device)
-    return int(torch.cuda.get_device_properties(device).total_memory * share)
+    total: int = torch.cuda.get_device_properties(device).total_memory
+    return int(min(total * share, total - taken_by_others(device)))
+
+
+def taken_by_others(device: torch.device) -> int:
+    """The bytes of a GPU's memory that other processes have; a little that they have may not be seen."""
+    # In this order: what this process takes between the two is then not put down to others.
+    free, total = torch.cuda.mem_get_info(device)
+    own: int = torch.cuda.memory_reserved(device) + OWN
+    taken: int = total - free - own
+    return max(0, taken)

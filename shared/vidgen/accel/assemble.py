@@ -25,12 +25,12 @@ from vidgen import diffusion, weights
 from vidgen.accel import fp8, kernels, loader
 from vidgen.accel.ahead import begin
 from vidgen.errors import FatalError
+from vidgen.weights import SCALE
 
 P = TypeVar("P")
 Tensors = dict[str, Tensor]
 OnPhase = Callable[[str, float], None]
 
-SCALE = ".weight_scale"
 
 
 @dataclass(frozen=True)

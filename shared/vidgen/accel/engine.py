@@ -156,12 +156,17 @@ class DiffusersEngine(abc.ABC):
         return weights.require(self.model, self.revision, pipelines=self.PIPELINES)
 
     def _sizes(self, found: weights.Weights) -> Mapping[str, int]:
-        return weights.component_sizes(found.folder)
+        return weights.component_sizes(found.folder, diffusion.dtype_of(self.layout.dtype, self._device).itemsize)
 
     def _open_device(self) -> torch.device:
         device = diffusion.device_of(self.layout.device)
         if device.type == "cuda":
             torch.zeros(1, device=device)  # the context, so that its time is its own
+            if taken := ahead.taken_by_others(device):
+                log.warning(
+                    f"other processes have about {taken / profiles.GIB:.1f} GiB of this GPU: the profile is chosen "
+                    "from what they leave", _event="gpu_taken_by_others",
+                )  # fmt: skip
         return device
 
     def _load(self, found: weights.Weights, place: torch.device, dtypes: Mapping[str, torch.dtype]) -> Any:

@@ -26,9 +26,10 @@ from torch import Tensor, nn
 
 from vidgen import __version__, diffusion, manifest, weights
 from vidgen.accel import fp8, kernels, loader
-from vidgen.accel.assemble import SCALE, Part, is_model, parts_of, skeleton
+from vidgen.accel.assemble import Part, is_model, parts_of, skeleton
 from vidgen.accel.kernels import e4m3
 from vidgen.errors import FatalError
+from vidgen.weights import SCALE
 
 COMPONENTS = ("transformer", "transformer_2")
 LARGEST_SHARD = 5 * 10**9

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 from collections.abc import Callable
@@ -8,6 +9,8 @@ from typing import Any
 
 import huggingface_hub
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from vidgen import manifest, weights
 from vidgen.errors import FatalError
@@ -154,6 +157,96 @@ def test_pickles_are_refused_beside_and_instead_of_safetensors(folder: Path, nam
     with pytest.raises(FatalError, match=f"transformer/{name} is a pickle") as caught:
         weights.verify(folder)
     assert caught.value.code == "weights_refused"
+
+
+def test_a_pickle_of_any_spelling_is_one(folder: Path) -> None:
+    (folder / "transformer" / "WEIGHTS.BIN").write_bytes(bytes(10))
+    with pytest.raises(FatalError, match="is a pickle"):
+        weights.verify(folder)
+
+
+def test_what_lies_behind_a_link_to_a_folder_is_looked_into_as_well(folder: Path, tmp_path: Path) -> None:
+    """Models share a text encoder so: it was loaded, and neither searched for code nor compared with the manifest."""
+    elsewhere = (folder / "transformer").rename(tmp_path / "elsewhere")
+    (folder / "transformer").symlink_to(elsewhere)
+    (elsewhere / "back").symlink_to(folder)  # a link may lead round in a circle
+    weights.verify(folder)
+    assert [name for name in manifest.paths(folder) if name.startswith("transformer")] == [
+        "transformer/config.json", "transformer/weights.safetensors",
+    ]  # fmt: skip
+    assert weights.component_sizes(folder) == {"transformer": 100}
+    (elsewhere / "weights.bin").write_bytes(bytes(10))
+    with pytest.raises(FatalError, match=r"transformer/weights\.bin is a pickle"):
+        weights.verify(folder)
+
+
+@pytest.mark.parametrize(
+    "listed", [[], {"weight_map": []}, {"weight_map": {"a": 1}}, {"weight_map": {"a": None}}, {"weight_map": {"a": ""}},
+               {"weight_map": {"a": "../../outside.safetensors"}}, {"weight_map": {"a": "/outside.safetensors"}}],
+)  # fmt: skip
+def test_an_index_of_shards_that_does_not_name_files_beside_it_is_damaged(
+    folder: Path, tmp_path: Path, listed: Any
+) -> None:
+    (tmp_path / "outside.safetensors").write_bytes(bytes(8))
+    (folder / "transformer" / "model.safetensors.index.json").write_text(json.dumps(listed))
+    for read in (lambda: weights.verify(folder), lambda: weights.tensor_files(folder / "transformer")):
+        with pytest.raises(FatalError, match="download the model again") as caught:
+            read()
+        assert caught.value.code == "weights_missing"
+
+
+def test_a_component_outside_of_the_folder_is_refused(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "outside").mkdir()
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"../outside": ["diffusers", "AutoencoderKLWan"]}))
+    with pytest.raises(FatalError, match="outside of it") as caught:
+        weights.verify(folder)
+    assert caught.value.code == "weights_refused"
+
+
+def test_a_folder_of_another_revision_than_the_one_that_is_wanted_is_not_served(folder: Path) -> None:
+    """It was: the revision was looked at in the hub's cache only, and the job's record named the wrong one's."""
+    told = manifest.Manifest(
+        model="someone/model", revision=COMMIT, created_by="test", files=tuple(manifest.describe(folder))
+    )
+    manifest.write(folder, told)
+    assert weights.require(str(folder), COMMIT).revision == weights.require(str(folder)).revision == COMMIT
+    with pytest.raises(FatalError, match=f"are of {COMMIT}, and {'f' * 40} is wanted") as caught:
+        weights.require(str(folder), "f" * 40)
+    assert caught.value.code == "weights_missing"
+    (folder / manifest.NAME).unlink()
+    assert weights.require(str(folder), "f" * 40).revision is None  # nobody knows of which it is
+
+
+def test_a_manifest_that_cannot_be_written_says_so(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(folder))
+
+    def full(self: Path, target: Path) -> Path:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(FatalError, match="could not be written: No space left on device") as caught:
+        weights.pull("someone/model", COMMIT)
+    assert caught.value.code == "not_written"
+    assert [path.name for path in folder.glob(".*manifest*")] == []
+
+
+def test_a_model_is_as_large_as_it_is_held_not_as_it_is_stored(tmp_path: Path) -> None:
+    """Of one stored in float32 a card that holds it in bfloat16 was given the profile of a smaller card."""
+    for name, tensors in {
+        "transformer": {"wide": torch.zeros(100), "a.weight": torch.zeros(10, dtype=torch.float8_e4m3fn),
+                        "a.weight_scale": torch.zeros(5)},
+        "text_encoder": {"half": torch.zeros(100, dtype=torch.bfloat16)},
+        "vae": {"wide": torch.zeros(100)},
+    }.items():  # fmt: skip
+        (tmp_path / name).mkdir()
+        save_file(tensors, tmp_path / name / "model.safetensors", {"format": "pt"})
+    stored = (tmp_path / "vae" / "model.safetensors").stat().st_size
+    assert weights.component_sizes(tmp_path, 2) == {"text_encoder": 200, "transformer": 230, "vae": stored}
+    assert weights.component_sizes(tmp_path, 4) == {"text_encoder": 400, "transformer": 430, "vae": stored}
+    assert weights.component_sizes(tmp_path, 8)["vae"] == 800
+    (tmp_path / "vae" / "model.safetensors").write_bytes(bytes(64))
+    assert weights.component_sizes(tmp_path, 4)["vae"] == 64
 
 
 def test_code_is_refused(folder: Path) -> None:
