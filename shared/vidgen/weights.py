@@ -393,10 +393,10 @@ def _held(file: Path, width: int) -> int:
 def _shards(index: Path) -> list[str]:
     """The files that an index of weights names, beside it."""
     listed = _read(index).get("weight_map")
-    names = set(listed.values()) if isinstance(listed, dict) else {None}
+    names: list[Any] = list(listed.values()) if isinstance(listed, dict) else [None]
     if not all(isinstance(name, str) and name == Path(name).name and name.endswith(".safetensors") for name in names):
-        raise FatalError(f"{index} does not say which files there are: download the model again", code="weights_missing")
-    return sorted(names)
+        raise FatalError(f"{index} does not tell its files: download the model again", code="weights_missing")
+    return sorted(set(names))
 
 
 def _read(path: Path) -> Mapping[str, Any]:

@@ -52,7 +52,7 @@ def test_one_that_does_not_fit_is_refused_with_one_that_does() -> None:
 
 
 def test_a_snapshot_in_fp8_has_no_wide_profile_however_large_the_gpu_is() -> None:
-    with pytest.raises(FatalError, match="VIDGEN_PROFILE=resident-bf16 cannot be had .* stored in FP8") as caught:
+    with pytest.raises(FatalError, match=r"VIDGEN_PROFILE=resident-bf16 cannot be had .* stored in FP8") as caught:
         profiles.choose("resident-bf16", 140 * GIB, QWEN, WORK, stored_fp8=True)
     assert caught.value.code == "settings"
 
