@@ -205,7 +205,7 @@ class QwenEditEngine(DiffusersEngine):
     def _compiles(self, profile: profiles.Name) -> bool:
         # Two seconds of every start, and many more of the first, for what the kernels of `fuse_norms` do already.
         replays = self.layout.cuda_graphs != "off" and speed.takes_lengths(
-            speed.attention_of(self.layout.attention, self._device)
+            speed.attention_of(self.layout.attention, self._device, self._dtype)
         )
         fused = profile == "resident-fp8" and fp8.has_arithmetic(self._device)
         return super()._compiles(profile) and not (self.layout.compile == "auto" and fused and replays)

@@ -87,7 +87,7 @@ class DiffusersEngine(abc.ABC):
         """Load the weights, fuse the LoRAs and, on a GPU, run once; raises FatalError with the remedy."""
         found = self._timed("verify", self._find)
         self._device = self._timed("device", self._open_device)
-        dtype = diffusion.dtype_of(self.layout.dtype, self._device)
+        dtype = self._dtype
         profile = self._profile(self._sizes(found), stored_fp8=found.profile == "fp8")
         resident = profile is None or profile.startswith("resident")
         quantises = profile is not None and profile.endswith("fp8") and found.profile != "fp8"
@@ -156,7 +156,12 @@ class DiffusersEngine(abc.ABC):
         return weights.require(self.model, self.revision, pipelines=self.PIPELINES)
 
     def _sizes(self, found: weights.Weights) -> Mapping[str, int]:
-        return weights.component_sizes(found.folder, diffusion.dtype_of(self.layout.dtype, self._device).itemsize)
+        return weights.component_sizes(found.folder, self._dtype.itemsize)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        """The precision of what has no other."""
+        return diffusion.dtype_of(self.layout.dtype, self._device)
 
     def _open_device(self) -> torch.device:
         device = diffusion.device_of(self.layout.device)
@@ -324,7 +329,7 @@ class DiffusersEngine(abc.ABC):
                 blocks.fuse_feed_forwards(model)
                 blocks.fuse_norms(model)
         diffusion.free(self._device)  # the projections that were put side by side left gaps
-        self._attention = speed.choose_attention(transformers, self.layout.attention, self._device)
+        self._attention = speed.choose_attention(transformers, self.layout.attention, self._device, self._dtype)
         streams = profile == "offload-fp8"
         if streams:
             if (said := residency.no_room_to_pin(speed.offloadable(self._pipe).values())) is not None:

@@ -140,7 +140,7 @@ def engine(tiny_models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(wan, "REHEARSAL", wan.REHEARSAL.model_copy(
         update={"steps": 2, "num_frames": 5, "width": 32, "height": 32}))  # fmt: skip
 
-    def chosen(transformers: Any, wanted: str, device: torch.device) -> str:
+    def chosen(transformers: Any, wanted: str, device: torch.device, dtype: torch.dtype) -> str:
         return "flash3" if wanted == "auto" else wanted
 
     monkeypatch.setattr(speed, "choose_attention", chosen)
