@@ -137,7 +137,8 @@ class QwenEditEngine(DiffusersEngine):
                 denoise_s=sum(one.denoise_s for one in made), decode_s=sum(one.decode_s for one in made),
             )  # fmt: skip
 
-        return self._within_memory(attempt, state, at_once=work.candidates > 1 and self._has_room(inputs))
+        at_once = work.candidates > 1 and self._has_room(inputs)
+        return self._within_memory(attempt, state, on_step, work.steps, at_once=at_once)
 
     def _has_room(self, inputs: Inputs) -> bool:
         """Whether all candidates of a task are likely to fit beside the weights at once."""

@@ -121,7 +121,9 @@ class WanI2VEngine(DiffusersEngine):
 
     def resume(self, inputs: Inputs, on_step: OnStep, state: bytes | None) -> Generated:
         """Go on behind the step of a state that an interrupted run left; None: from the first step."""
-        return self._within_memory(lambda _, left: self._animated(inputs, on_step, left), state)
+        return self._within_memory(
+            lambda _, left: self._animated(inputs, on_step, left), state, on_step, inputs.work.steps
+        )
 
     def _animated(self, inputs: Inputs, on_step: OnStep, state: bytes | None) -> Generated:
         work = inputs.work

@@ -17,7 +17,7 @@ import torch
 
 from vidgen import diffusion, profiles, weights
 from vidgen.accel import ahead, blocks, fp8, graphs, ladder, loader, residency, speed, stepcache, trial
-from vidgen.engine import EngineInfo, Generated, Rung
+from vidgen.engine import EngineInfo, Generated, OnStep, Rung
 from vidgen.errors import FatalError
 
 log = structlog.get_logger(__name__)
@@ -71,6 +71,7 @@ class DiffusersEngine(abc.ABC):
         )
         self.load_seconds: dict[str, float] = {}
         self._loras = {component: path for component, path in loras.items() if path is not None}
+        self._content: dict[str, str] = {}  # names for what was loaded
         self.verdicts: tuple[trial.Verdict, ...] = ()
         self._attention = "torch"
         self._pipe: Any
@@ -98,6 +99,7 @@ class DiffusersEngine(abc.ABC):
         self._pipe = self._timed("weights", lambda: self._load(found, place, self._dtypes(found, dtype)))
         for component, path in self._loras.items():
             self._timed("lora", functools.partial(diffusion.fuse, self._pipe, path, component))
+            self._content[f"lora of {component}"] = weights.sampled([weights.lora_file(path)])
         self._timed("layout", lambda: self._lay_out(profile))
         self.info = replace(
             self.info, model=found.model, revision=found.revision, device=str(self._device),
@@ -188,9 +190,12 @@ class DiffusersEngine(abc.ABC):
             reading.close()  # the device is shared, and this engine's part of it is another
             reading = None
         arithmetic = fp8.has_arithmetic(self._device)
-        return assemble(
+        pipe = assemble(
             self.PIPELINE, found, place, dtypes, arithmetic=arithmetic, reading=reading, on_phase=self._add
         )  # fmt: skip
+        # Of what was read this moment. A folder's name says little of it, and a commit nothing of what was fused.
+        self._content["weights"] = weights.sampled(weights.in_reading_order(found.folder))
+        return pipe
 
     def _dtypes(self, found: weights.Weights, dtype: torch.dtype) -> dict[str, torch.dtype]:
         """The precision of each component, with a `default`."""
@@ -208,7 +213,7 @@ class DiffusersEngine(abc.ABC):
         """What decides over the numbers besides model, profile and task: of a checkpoint, too, it must be the same."""
         names = ("dtype", "attention", "compile", "cuda_graphs", "vae", "step_cache")
         narrow = [one.narrow for one in self.verdicts]
-        return {"loras": self._loras, "narrow": narrow, **{name: getattr(self.layout, name) for name in names}}
+        return self._content | {"narrow": narrow, **{name: getattr(self.layout, name) for name in names}}
 
     def _rehearsal(self) -> Callable[[], object] | None:
         """A run of the pipeline that stands for its tasks, on which attention in 8 bits can be tried; None: never."""
@@ -297,12 +302,13 @@ class DiffusersEngine(abc.ABC):
         return f"{profile}-storage"
 
     def _within_memory(
-        self, attempt: Callable[[bool, bytes | None], Generated], state: bytes | None, *, at_once: bool = False
-    ) -> Generated:
+        self, attempt: Callable[[bool, bytes | None], Generated], state: bytes | None, on_step: OnStep, steps: int,
+        *, at_once: bool = False,
+    ) -> Generated:  # fmt: skip
         """Run a task, and where memory runs out once more with less of it: see `vidgen.accel.ladder`.
 
         `attempt` takes whether the candidates are to be made one after another, and the state to go on from; `at_once`
-        says that they would not.
+        says that they would not. `on_step` hears of step 0 of `steps` where it begins again.
         """
         rungs = ("one_by_one", *self._rungs) if at_once and self._rungs else self._rungs
 
@@ -312,7 +318,7 @@ class DiffusersEngine(abc.ABC):
                     without.enter_context(self._graphs.paused())
                 return attempt(not at_once or "one_by_one" in taken, left)
 
-        return ladder.descend(self._pipe, self._device, rungs, tried, state)
+        return ladder.descend(self._pipe, self._device, rungs, tried, state, lambda: on_step(0, steps))
 
     def _lay_out(self, profile: profiles.Name | None) -> None:
         if profile is None:

@@ -62,7 +62,8 @@ class Course(diffusion.Steps):
         self._generators = generators
         self._part = part
         self._made_with = {
-            "diffusers": diffusers.__version__, "device": device.type, **{k: str(v) for k, v in made_with.items()}
+            "diffusers": diffusers.__version__, "torch": torch.__version__, "device": device.type,
+            **{k: str(v) for k, v in made_with.items()},
         }  # fmt: skip
         self._from = None if state is None else self._read(state)
         self.done: int = 0 if self._from is None else self._from["step"]
@@ -191,6 +192,11 @@ class Course(diffusion.Steps):
         finally:
             for name in ("set_timesteps", "step"):
                 vars(scheduler).pop(name, None)
+
+
+def step_of(state: bytes) -> int:
+    """The step behind which a state was made by a `Course`."""
+    return int(json.loads(checkpoints.metadata_of(state)[ENTRY])["step"])
 
 
 def _share(found: dict[str, Any], index: int) -> dict[str, Any]:

@@ -73,7 +73,7 @@ def test_another_device_of_the_same_kind_or_another_run_may_go_on(path: Path) ->
 
 
 def of_the_future(data: bytes) -> bytes:
-    return data.replace(b'schema_version\\":1', b'schema_version\\":2')
+    return data.replace(b'schema_version\\":2', b'schema_version\\":3')
 
 
 @pytest.mark.parametrize(
@@ -84,6 +84,7 @@ def of_the_future(data: bytes) -> bytes:
         (lambda data: data[:5], "damaged"),
         (lambda data: b"", "damaged"),
         (lambda data: data[:-3] + b"xyz", "damaged"),
+        (lambda data: data.replace(b'"mine":"kept"', b'"mine":"kepu"'), "damaged"),
         (lambda data: b"\xff" * len(data), "damaged"),
         (lambda data: data[:8] + b"[" * (len(data) - 8), "damaged"),
         (lambda data: STATE, "another version"),

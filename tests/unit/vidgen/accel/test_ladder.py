@@ -68,13 +68,19 @@ class Run:
 
     def __init__(
         self, engine: Any, work: Work, picture: Path, state: bytes | None = None, until: int = 0,
-        stop: Callable[[int, int], Exception] = Suspended,
+        stop: Callable[[int, int], Exception] = Suspended, again: Callable[[int, int], Exception] | None = None,
     ) -> None:  # fmt: skip
+        self.again: list[bool] = []  # for each time that it began again, whether the VAE made tiles by then
         self.seen: list[tuple[int, int]] = []
         self.raised: Any = None
         self.logs: list[Any] = []
 
         def on_step(step: int, steps: int) -> None:
+            if step == 0:
+                self.again.append(engine._pipe.vae.use_tiling)
+                if again is not None:
+                    raise again(step, steps)
+                return
             self.seen.append((step, steps))
             if len(self.seen) == until:
                 raise stop(step, steps)
@@ -381,6 +387,57 @@ def test_a_cancel_gets_through_on_each_rung_and_leaves_the_engine_as_it_was(
     assert not streams(engine._pipe.transformer)
     assert engine._pipe.vae.use_tiling is False
     assert np.array_equal(Run(engine, work, picture).pixels, whole.pixels)
+
+
+def test_that_it_begins_again_is_said_before_what_that_takes(
+    engines: dict[str, Any], picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To pin the weights may take longer than an engine may be silent: the worker took it for one that hangs."""
+    Cramped(engines[A14B], monkeypatch).steps()
+    offload = speed.offload
+
+    def pinned(*given: Any) -> None:
+        assert run_again() == 2
+        offload(*given)
+
+    heard: list[int] = []
+
+    def run_again() -> int:
+        return len(heard)
+
+    monkeypatch.setattr(speed, "offload", pinned)
+    engine, work = engines[A14B], work_of(A14B)
+    made = engine.resume(
+        engine.prepare(work, [picture]), lambda step, steps: heard.append(step) if step == 0 else None, None
+    )
+    assert made.rungs == ("vae_tiling", "offload")
+
+
+@pytest.mark.parametrize(("candidates", "step"), [(1, 2), (2, 2)])
+def test_what_is_wanted_back_while_it_begins_again_is_handed_back_with_the_state_that_there_is(
+    engines: dict[str, Any], picture: Path, monkeypatch: pytest.MonkeyPatch, candidates: int, step: int
+) -> None:
+    engine, work = engines[QWEN], work_of(QWEN, candidates=candidates)
+    whole = Run(engine, work, picture)
+    with monkeypatch.context() as patch:
+        Cramped(engine, patch).everything()
+        run = Run(engine, work, picture, again=Suspended)
+    assert isinstance(run.raised, Suspended)
+    assert (run.raised.step, run.raised.steps) == (step, STEPS)
+    assert run.rungs == ALL[-3 + (candidates == 1) :][:1]
+    assert not engine._pipe.vae.use_tiling
+    gone_on = Run(engine, work, picture, run.raised.state)
+    assert gone_on.seen == counted(done=step)
+    assert np.array_equal(gone_on.pixels, whole.pixels)
+
+
+def test_what_is_wanted_back_before_there_is_any_state_is_handed_back_without(
+    engines: dict[str, Any], picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Cramped(engines[A14B], monkeypatch).steps()
+    run = Run(engines[A14B], work_of(A14B), picture, again=Suspended)
+    assert isinstance(run.raised, Suspended)
+    assert (run.raised.state, run.raised.step) == (None, 0)
 
 
 # ── in the middle ────────────────────────────────────────────────────────────────────────────────────────────────

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from vidgen import checkpoints
 from vidgen.checkpoints import UnusableError
 from vidgen.contracts import EditWork, I2VWork, Work
 from vidgen.errors import Suspended
+from vidgen.weights import SAMPLE
 
 pytestmark = pytest.mark.timeout(600)  # importing diffusers takes minutes on a machine that is busy
 
@@ -214,16 +216,45 @@ def test_a_state_of_another_schedule_or_of_more_candidates_is_refused_before_any
     assert Run(engine, other, picture).same_as(whole)
 
 
-def test_a_state_made_with_other_settings_or_another_scheduler_is_refused(make: Make, picture: Path) -> None:
+def test_a_state_of_weights_of_the_same_name_is_refused_where_they_are_others(
+    make: Make, picture: Path, tmp_path: Path, tiny_models: dict[str, Path]
+) -> None:
+    """It was told by the folder's name alone, and a LoRA by its path: half a picture of each came out."""
+    engine, work = make(A14B), work_of(A14B)
+    left = Run(engine, work, picture, until=2).left
+    folder = shutil.copytree(tiny_models[A14B], tmp_path / tiny_models[A14B].name)
+    same = type(engine)(str(folder), layout=engine.layout)
+    same.setup()
+    assert same.resume(same.prepare(work, [picture]), ignore, left).output.frames.shape[0] == work.num_frames
+
+    [file] = (folder / "transformer_2").glob("*.safetensors")
+    data = bytearray(file.read_bytes())
+    data[-SAMPLE // 2] ^= 1
+    file.write_bytes(data)
+    other = type(engine)(str(folder), layout=engine.layout)
+    other.setup()
+    assert other.info == engine.info
+    with pytest.raises(UnusableError, match="made with"):
+        other.resume(other.prepare(work, [picture]), ignore, left)
+
+
+def test_a_state_made_with_other_settings_or_another_scheduler_is_refused(
+    make: Make, picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from diffusers import DPMSolverMultistepScheduler
 
     engine, work = make(A14B), work_of(A14B)
     left = Run(engine, work, picture, until=2).left
 
-    engine._loras = {"transformer": "another"}
+    content = engine._content
+    engine._content = content | {"lora of transformer": "another"}
     with pytest.raises(UnusableError, match="made with"):
         engine.resume(engine.prepare(work, [picture]), ignore, left)
-    engine._loras = {}
+    engine._content = content
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "__version__", "another")
+        with pytest.raises(UnusableError, match="made with"):
+            engine.resume(engine.prepare(work, [picture]), ignore, left)
     engine._pipe.scheduler = DPMSolverMultistepScheduler()
     with pytest.raises(UnusableError, match="of a UniPCMultistepScheduler"):
         engine.resume(engine.prepare(work, [picture]), ignore, left)
