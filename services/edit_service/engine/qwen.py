@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import structlog
+import torch
 from diffusers import QwenImageEditPlusPipeline
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus
 from PIL import Image
@@ -123,17 +124,24 @@ class QwenEditEngine(DiffusersEngine):
         """Go on behind the step of a state that an interrupted run left; None: from the first step.
 
         Several candidates are one batch where it is likely to fit, else made one after another, with the same noise
-        each. Then `on_step` counts the steps of all of them, and there is no state to go on from.
+        each. Then `on_step` counts the steps of all of them; what was left so goes on so.
         """
         work = inputs.work
 
         def attempt(one_by_one: bool, left: bytes | None) -> Generated:
-            parts = [resume.WHOLE]
-            if one_by_one:
-                parts = [Part(index, work.candidates) for index in range(work.candidates)]
-            made = [self._edited(inputs, on_step, left, part) for part in parts]
+            begun = None if left is None else resume.part_of(left)
+            if begun is None and not one_by_one:
+                whole = self._edited(inputs, on_step, left, resume.WHOLE)
+                return replace(whole, output=Edited(work, whole.output))
+            made: list[Generated] = []
+            pixels = [] if begun is None else [one.numpy() for one in begun.made]
+            for index in range(len(pixels), work.candidates):
+                part = Part(index, work.candidates, tuple(map(torch.from_numpy, pixels)))
+                own = left if begun is None or begun.index == index else None
+                made.append(self._edited(inputs, on_step, own, part))
+                pixels.extend(made[-1].output)
             return Generated(
-                Edited(work, np.concatenate([one.output for one in made])),
+                Edited(work, np.stack(pixels)),
                 denoise_s=sum(one.denoise_s for one in made), decode_s=sum(one.decode_s for one in made),
             )  # fmt: skip
 

@@ -11,8 +11,10 @@ import pytest
 import structlog
 import torch
 from PIL import Image
+from safetensors.torch import load, save
 from torch import nn
 
+from vidgen import checkpoints
 from vidgen.accel import ladder, residency, speed
 from vidgen.accel.engine import DiffusersEngine, Layout
 from vidgen.contracts import EditWork, I2VWork, Work
@@ -515,16 +517,50 @@ def test_a_candidate_made_alone_is_bit_for_bit_the_task_with_its_seed(
         assert np.array_equal(alone.pixels[0], run.pixels[index])
 
 
-@pytest.mark.parametrize("until", [1, STEPS + 1])
-def test_candidates_one_after_another_leave_no_state_and_say_so(
-    engines: dict[str, Any], picture: Path, monkeypatch: pytest.MonkeyPatch, until: int
+@pytest.mark.parametrize("until", range(1, 3 * STEPS))
+@pytest.mark.parametrize("room", [1 << 20, 100 << 30])
+def test_candidates_one_after_another_go_on_from_any_step_and_none_is_made_twice(
+    engines: dict[str, Any], picture: Path, monkeypatch: pytest.MonkeyPatch, until: int, room: int
+) -> None:
+    engine, work = engines[QWEN], work_of(QWEN, candidates=3)
+    monkeypatch.setattr(DiffusersEngine, "_free_memory", lambda self: 1 << 20)
+    whole = Run(engine, work, picture)
+    left = Run(engine, work, picture, until=until)
+    assert isinstance(left.raised, Suspended)
+    assert (left.raised.step, left.raised.steps) == (until, 3 * STEPS)
+
+    monkeypatch.setattr(DiffusersEngine, "_free_memory", lambda self: room)  # elsewhere there may be more
+    run = Run(engine, work, picture, left.raised.state)
+
+    assert run.seen == counted(candidates=3)[until:]
+    assert np.array_equal(run.pixels, whole.pixels)
+
+
+def test_they_may_be_left_again_and_again(
+    engines: dict[str, Any], picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, work = engines[QWEN], work_of(QWEN, candidates=2)
+    monkeypatch.setattr(DiffusersEngine, "_free_memory", lambda self: 1 << 20)
+    whole, state = Run(engine, work, picture), None
+    for step in range(1, 2 * STEPS):
+        run = Run(engine, work, picture, state, until=1)
+        assert run.seen == [(step, 2 * STEPS)]
+        state = run.raised.state
+    assert np.array_equal(Run(engine, work, picture, state).pixels, whole.pixels)
+
+
+def test_a_state_of_candidates_that_lacks_one_is_refused(
+    engines: dict[str, Any], picture: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(DiffusersEngine, "_free_memory", lambda self: 1 << 20)
-    run = Run(engines[QWEN], work_of(QWEN, candidates=2), picture, until=until)
-    assert isinstance(run.raised, Suspended)
-    assert run.raised.state is None
-    assert (run.raised.step, run.raised.steps) == (until, 2 * STEPS)
-    assert "one after another" in run.logged("checkpoint_failed")[0]["event"]
+    left = Run(engines[QWEN], work_of(QWEN, candidates=2), picture, until=STEPS + 1).raised.state
+    tensors = {name: one for name, one in load(left).items() if name != "made.0"}
+    broken = save(tensors, checkpoints.metadata_of(left))
+    refused = Run(engines[QWEN], work_of(QWEN, candidates=2), picture, broken)
+    assert isinstance(refused.raised, checkpoints.UnusableError)
+    assert refused.seen == []
+    another = Run(engines[QWEN], work_of(QWEN, candidates=3), picture, left)
+    assert isinstance(another.raised, checkpoints.UnusableError)
 
 
 def test_each_candidate_goes_on_from_its_share_of_a_state_of_all_of_them(
