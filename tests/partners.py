@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass, field
 
 import torch
@@ -48,3 +49,10 @@ class Small:
 
     def transformers(self) -> list[Doubles]:
         return [Doubles()]
+
+
+class Stuck(Small):
+    """One that does not come back."""
+
+    def setup(self) -> None:
+        threading.Event().wait()

@@ -322,8 +322,8 @@ class Handler:
             if self._device_lost:  # while this task waited for it
                 turn.stop.now("released")
                 turn.stop.check()
-            if self._pace is not None:
-                done = begun.step if begun else 0
+            done = begun.step if begun else 0
+            if self._pace is not None and done < task.work.steps:  # candidates may have more, all together
                 turn.frees_in(self._pace * (task.work.steps - done) + decoding)
 
             watch = self._watchdog.watch(task.work)

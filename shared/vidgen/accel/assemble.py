@@ -32,7 +32,6 @@ Tensors = dict[str, Tensor]
 OnPhase = Callable[[str, float], None]
 
 
-
 @dataclass(frozen=True)
 class Part:
     """A component of a pipeline: its class, from one of two libraries, and its folder."""

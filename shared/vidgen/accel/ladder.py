@@ -76,6 +76,7 @@ def _say(begins_again: Callable[[], object], state: bytes | None) -> None:
     except Suspended as exc:
         if state is not None:
             exc.state, exc.step = state, resume.step_of(state)
+            exc.steps = max(exc.steps, exc.step + 1)  # of candidates there may be others
         raise
 
 

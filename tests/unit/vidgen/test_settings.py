@@ -25,7 +25,9 @@ def only_these(monkeypatch: pytest.MonkeyPatch) -> None:
         ("CHECKPOINT", "on"), ("ENGINE", "qwen"), ("VERIFY_WEIGHTS", "all"),
     ],
 )  # fmt: skip
-def test_a_value_that_is_none_is_named_with_its_variable(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+def test_a_value_that_is_none_is_named_with_its_variable(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str
+) -> None:
     monkeypatch.setenv(f"VIDGEN_{name}", value)
     with pytest.raises(FatalError, match=f"VIDGEN_{name}: ") as caught:
         read(WorkerSettings)

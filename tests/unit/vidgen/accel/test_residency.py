@@ -265,6 +265,28 @@ def test_memory_that_runs_out_on_the_way_is_for_another_try(
     assert np.array_equal(pixels_of(engine, picture), before)
 
 
+@pytest.mark.parametrize(("wanted", "sleeps"), [("auto", True), ("memory", False)])
+def test_weights_that_the_host_does_not_take_after_all_sleep_on_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wanted: str, sleeps: bool
+) -> None:
+    """What is free may not be pinned, and then no task of the other stage was ever done."""
+    model = Odd()
+    before = model.bits()
+
+    def refuse(self: residency._InMemory, *given: Any, **more: Any) -> None:
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(residency._InMemory, "__init__", refuse)
+    kept = Residency([model], CPU, wanted, tmp_path)
+    if sleeps:
+        kept.sleep()
+        kept.wake()
+    else:
+        with pytest.raises(RuntimeError, match="out of memory"):
+            kept.sleep()
+    assert model.bits() == before
+
+
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts open files in /proc")
 def test_a_home_on_disk_that_is_left_closes_its_files(tmp_path: Path) -> None:
     before = len(list(Path("/proc/self/fd").iterdir()))

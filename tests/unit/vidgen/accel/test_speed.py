@@ -118,9 +118,7 @@ def test_what_is_compiled_is_kept_where_the_setting_says(monkeypatch: pytest.Mon
     assert speed.os.environ["TRITON_CACHE_DIR"] == "/its/own"
 
 
-def test_where_nothing_can_be_kept_it_is_compiled_all_the_same(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
+def test_where_nothing_can_be_kept_it_is_compiled_all_the_same(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A volume that is mounted to be read was the end of the worker, in the middle of its warm-up."""
     for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
         monkeypatch.setenv(name, "")
