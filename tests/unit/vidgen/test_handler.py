@@ -17,7 +17,7 @@ import structlog
 from tests import engines
 from tests.workbench import BOUND, Bench, LoopClock, one_thread, settled, task_of, tidied
 
-from vidgen import artifacts, contracts, errors, results, topology
+from vidgen import artifacts, checkpoints, contracts, errors, results, topology
 from vidgen.contracts import MAX_REFERENCES
 from vidgen.engine import Engine, Finished
 from vidgen.eta import Pace
@@ -1478,16 +1478,30 @@ def truncated(bench: Bench) -> None:
 
 def of_another_schema(bench: Bench) -> None:
     [key] = [key for key in bench.store.objects if key.startswith("checkpoints/")]
-    bench.store.add(key, bench.store.objects[key].replace(b'_version\\":1', b'_version\\":2'))
+    bench.store.add(key, bench.store.objects[key].replace(b'_version\\":2', b'_version\\":3'))
 
 
 def not_for_the_engine(bench: Bench) -> None:
-    """The header fits, but not what the engine finds in it."""
+    """The header fits, but not what the engine finds behind it."""
+
+    def resume(inputs: Any, on_step: Any, state: bytes | None) -> Any:
+        if state is not None:
+            raise checkpoints.UnusableError("nothing of this engine's is in the state")
+        return engines.Resumes.resume(engine, inputs, on_step, None)
+
+    engine: Any = bench.engine
+    engine.resume = resume
+
+
+def with_another_number(bench: Bench) -> None:
+    """One digit of what the engine left, where no tensor lies."""
     [key] = [key for key in bench.store.objects if key.startswith("checkpoints/")]
-    bench.store.add(key, bench.store.objects[key].replace(b'"made":', b'"mode":'))
+    bench.store.add(key, bench.store.objects[key].replace(b'"step":"2"', b'"step":"3"'))
 
 
-@pytest.mark.parametrize("spoil", [another_model, another_profile, truncated, of_another_schema, not_for_the_engine])
+@pytest.mark.parametrize(
+    "spoil", [another_model, another_profile, truncated, of_another_schema, not_for_the_engine, with_another_number]
+)
 async def test_a_checkpoint_that_does_not_fit_is_refused_and_the_task_starts_over(
     bench_of: MakeBench, spoil: Callable[[Bench], None]
 ) -> None:
