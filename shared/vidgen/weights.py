@@ -188,7 +188,7 @@ def require(
             f"download them with `vidgen weights pull {model} --revision COMMIT`, or set the model to their folder",
             code="weights_missing",
         )
-    if revision and found.revision and found.revision != revision:
+    if revision and COMMIT.fullmatch(revision) and found.revision not in (None, revision):
         raise FatalError(
             f"the weights in {found.folder} are of {found.revision}, and {revision} is wanted: "
             "set the revision to theirs or leave it out, or set the model to the folder of the other one",

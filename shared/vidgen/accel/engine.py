@@ -169,7 +169,7 @@ class DiffusersEngine(abc.ABC):
         device = diffusion.device_of(self.layout.device)
         if device.type == "cuda":
             torch.zeros(1, device=device)  # the context, so that its time is its own
-            if taken := ahead.taken_by_others(device):
+            if (taken := ahead.taken_by_others(device)) > profiles.GIB:
                 log.warning(
                     f"other processes have about {taken / profiles.GIB:.1f} GiB of this GPU: the profile is chosen "
                     "from what they leave", _event="gpu_taken_by_others",

@@ -214,8 +214,14 @@ def test_a_folder_of_another_revision_than_the_one_that_is_wanted_is_not_served(
     with pytest.raises(FatalError, match=f"are of {COMMIT}, and {'f' * 40} is wanted") as caught:
         weights.require(str(folder), "f" * 40)
     assert caught.value.code == "weights_missing"
+    assert weights.require(str(folder), "main").revision == COMMIT  # a branch may be anywhere
     (folder / manifest.NAME).unlink()
     assert weights.require(str(folder), "f" * 40).revision is None  # nobody knows of which it is
+
+
+def test_a_cached_model_is_served_at_a_branch_as_well(empty_cache: Path) -> None:
+    cached(empty_cache)
+    assert weights.require("someone/model", "main").revision == weights.require("someone/model").revision == COMMIT
 
 
 def test_a_manifest_that_cannot_be_written_says_so(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
