@@ -25,6 +25,8 @@ NAME = "vidgen.manifest.json"
 PATTERNS = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
 WEIGHTS = (".safetensors", ".safetensors.index.json")
 SHA256 = re.compile(r"[0-9a-f]{64}")
+COMMIT = re.compile(r"[0-9a-f]{40}")
+NOTES = Path(".cache", "huggingface", "download")  # of the hub's client, beside what it downloads into a plain folder
 # Enough for a fast disk; hashing lets go of the interpreter's lock.
 THREADS = 8
 BLOCK = 4 << 20
@@ -73,7 +75,7 @@ class Manifest(BaseModel):
 
 @dataclass(frozen=True)
 class Fault:
-    """A file that is not as it should be: `missing`, `extra`, `wrong size` or `wrong checksum`."""
+    """A file that is not as it should be: `missing`, `extra`, `wrong size`, `wrong checksum`, `of another revision`."""
 
     path: str
     what: str
@@ -183,6 +185,19 @@ def hashes(folder: Path, names: list[str], on_bytes: OnBytes = _unheard) -> Iter
             ) from exc
 
 
+def commits(folder: Path) -> dict[str, str]:
+    """Of which commit each file is, as the hub's client noted beside a plain folder; not all need have a note."""
+    found = {}
+    for name in paths(folder):
+        try:
+            commit = (folder / NOTES / f"{name}.metadata").read_text("utf-8").partition("\n")[0].strip()
+        except (OSError, UnicodeDecodeError):
+            continue
+        if COMMIT.fullmatch(commit):
+            found[name] = commit
+    return found
+
+
 def of_hub(folder: Path) -> dict[str, str]:
     """The checksums that the hub told of the large files when they were downloaded.
 
@@ -191,7 +206,7 @@ def of_hub(folder: Path) -> dict[str, str]:
     sums = {}
     for name in paths(folder):
         path = folder / name
-        note = folder / ".cache" / "huggingface" / "download" / f"{name}.metadata"
+        note = folder / NOTES / f"{name}.metadata"
         if path.is_symlink():
             told = path.resolve().name
         else:

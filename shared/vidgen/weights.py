@@ -11,7 +11,6 @@ import importlib.util
 import io
 import json
 import os
-import re
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -33,7 +32,6 @@ PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "safetensors")
 PICKLED = frozenset({".bin", ".ckpt", ".joblib", ".pickle", ".pkl", ".pt", ".pth"})
 # How diffusers and transformers name the files of a model.
 STEMS = ("diffusion_pytorch_model", "model")
-COMMIT = re.compile(r"[0-9a-f]{40}")
 CAST = ("transformer", "text_encoder")  # components that are always held in the precision that was asked for
 WIDTHS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # the bytes of a number, of the types that are cast
 SCALE = ".weight_scale"  # of a layer in FP8
@@ -110,12 +108,14 @@ def pull(
     file that broke off goes on where it did. `on_progress` hears of the phases `download` and `check`, in bytes, in
     any thread. Raises FatalError where `revision` is no full commit id: a branch or tag can be moved to other weights.
     """
-    if revision is None or not COMMIT.fullmatch(revision):
+    if revision is None or not manifest.COMMIT.fullmatch(revision):
         raise FatalError(
             f"{model} is only downloaded at a pinned commit, not at {revision or 'its newest'}: "
             "set the revision to the 40 hexadecimal digits of the commit that you trust",
             code="weights_unpinned",
         )
+    if to is not None and (told := _manifest(to)) is not None and (told.model, told.revision) != (model, revision):
+        (to / manifest.NAME).unlink()  # from now on it is not what the folder holds
     folder = _download(model, revision, to, on_progress)
     verify(folder, pipelines)
     wrong = _account_for(folder, model, revision, on_progress)
@@ -188,7 +188,7 @@ def require(
             f"download them with `vidgen weights pull {model} --revision COMMIT`, or set the model to their folder",
             code="weights_missing",
         )
-    if revision and COMMIT.fullmatch(revision) and found.revision not in (None, revision):
+    if revision and manifest.COMMIT.fullmatch(revision) and found.revision not in (None, revision):
         raise FatalError(
             f"the weights in {found.folder} are of {found.revision}, and {revision} is wanted: "
             "set the revision to theirs or leave it out, or set the model to the folder of the other one",
@@ -196,6 +196,12 @@ def require(
         )
     verify(found.folder, pipelines)
     told = manifest.read(found.folder)
+    if told is None and len(revisions := set(manifest.commits(found.folder).values())) > 1:
+        raise FatalError(
+            f"the files in {found.folder} are of {len(revisions)} revisions, as a download leaves them that broke off: "
+            "download the model again",
+            code="weights_damaged",
+        )
     if told is None or check == "structure":
         return found
     wrong = manifest.check(found.folder, told) if check == "full" else manifest.wrong_sizes(found.folder, told)
@@ -274,11 +280,20 @@ def _account_for(folder: Path, model: str, revision: str, on_progress: OnProgres
     """Write the manifest of what was downloaded; where that is not what the hub told of it, say so instead."""
     files = manifest.describe(folder, on_bytes=counted(folder, manifest.paths(folder), on_progress))
     sums = manifest.of_hub(folder)
-    wrong = [file for file in files if sums.get(file.path, file.sha256) != file.sha256]
+    notes = manifest.commits(folder)
+    wrong = [manifest.Fault(file.path, "wrong checksum") for file in files
+             if sums.get(file.path, file.sha256) != file.sha256]  # fmt: skip
+    # Of a model that was there before: one file where there are shards now, or shards where there is one, is loaded.
+    if notes:
+        names = (file.path for file in files)
+        others = [
+            name for name in names if notes.get(name, "" if name.endswith(manifest.WEIGHTS) else revision) != revision
+        ]
+        wrong += [manifest.Fault(name, "of another revision") for name in others]
     if not wrong:
         made = manifest.Manifest(model=model, revision=revision, created_by=f"vidgen {__version__}", files=tuple(files))
         manifest.write(folder, made)
-    return [manifest.Fault(file.path, "wrong checksum") for file in wrong]
+    return wrong
 
 
 def counted(folder: Path, names: Collection[str], on_progress: OnProgress) -> manifest.OnBytes:
@@ -319,19 +334,14 @@ def _cached(model: str, revision: str | None) -> Weights | None:
     except (OSError, ValueError):  # not in the cache; not an id at all
         return None
     # The cache names a snapshot's folder after its commit.
-    commit = folder.name if COMMIT.fullmatch(folder.name) else None
+    commit = folder.name if manifest.COMMIT.fullmatch(folder.name) else None
     told = _manifest(folder)
     return Weights(folder, model, commit, _size(folder), told.profile if told else "bf16")
 
 
 def _downloaded_commit(folder: Path) -> str | None:
     """The commit that the hub's client noted beside files it downloaded into a plain folder."""
-    note = folder / ".cache" / "huggingface" / "download" / f"{INDEX}.metadata"
-    try:
-        line = note.read_text("utf-8").partition("\n")[0].strip()
-    except (OSError, UnicodeDecodeError):
-        return None
-    return line if COMMIT.fullmatch(line) else None
+    return manifest.commits(folder).get(INDEX)
 
 
 def sampled(files: Sequence[Path]) -> str:

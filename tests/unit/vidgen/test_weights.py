@@ -429,6 +429,69 @@ def test_a_download_that_is_not_what_the_hub_tells_is_refused(folder: Path, monk
     assert manifest.read(folder) is None
 
 
+def noted(folder: Path, commit: str, *names: str) -> None:
+    for name in names:
+        note = folder / manifest.NOTES / f"{name}.metadata"
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.write_text(f"{commit}\n{'e' * 40}\n0\n")
+
+
+@pytest.mark.parametrize(("commit", "refused"), [("b" * 40, True), (None, True), (COMMIT, False)])
+def test_weights_that_another_revision_left_in_the_folder_are_not_this_ones(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, commit: str | None, refused: bool
+) -> None:
+    """What is in shards now and was one file then, or the other way round: the old one may be what is loaded."""
+    (folder / "transformer" / "model.safetensors").write_bytes(bytes(100))
+    noted(folder, COMMIT, *(name for name in manifest.paths(folder) if not name.endswith("/model.safetensors")))
+    if commit is not None:
+        noted(folder, commit, "transformer/model.safetensors")
+    if not refused:
+        assert pulled(folder, monkeypatch).revision == COMMIT
+        return
+    with pytest.raises(FatalError, match=r"transformer/model\.safetensors: of another revision") as caught:
+        pulled(folder, monkeypatch)
+    assert caught.value.code == "weights_damaged"
+    assert manifest.read(folder) is None
+
+
+def test_what_somebody_put_beside_the_weights_does_no_harm(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    noted(folder, COMMIT, *manifest.paths(folder))
+    (folder / "notes.txt").write_text("mine")
+    assert pulled(folder, monkeypatch).revision == COMMIT
+
+
+def test_a_download_over_another_revision_that_breaks_off_leaves_nothing_that_is_served(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sizes were those of the old manifest, as they are from one training to the next: half of each was served."""
+    pulled(folder, monkeypatch)
+    names = manifest.paths(folder)
+    noted(folder, COMMIT, *names)
+
+    def breaks_off(*_: Any, **__: Any) -> str:
+        noted(folder, "b" * 40, names[0])
+        raise OSError("the network is gone")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", breaks_off)
+    with pytest.raises(FatalError, match="could not be downloaded"):
+        weights.pull("someone/model", "b" * 40, to=folder)
+    with pytest.raises(FatalError, match="are of 2 revisions") as caught:
+        weights.require(str(folder))
+    assert caught.value.code == "weights_damaged"
+
+
+def test_the_same_download_again_keeps_its_manifest(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pulled(folder, monkeypatch)
+
+    def breaks_off(*_: Any, **__: Any) -> str:
+        raise OSError("the network is gone")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", breaks_off)
+    with pytest.raises(FatalError, match="could not be downloaded"):
+        weights.pull("someone/model", COMMIT, to=folder)
+    assert weights.require(str(folder)).revision == COMMIT
+
+
 def test_without_a_manifest_the_hubs_checksums_serve(folder: Path) -> None:
     found = weights.require(str(folder))
     with pytest.raises(FatalError, match="vidgen weights pull") as caught:
