@@ -462,6 +462,18 @@ def test_a_run_that_was_gone_on_with_begins_again_behind_the_step_that_it_had(
     assert np.array_equal(run.pixels, whole.pixels)
 
 
+@pytest.mark.parametrize("kind", [QWEN, A14B])
+def test_what_fails_behind_the_last_step_goes_on_from_what_the_scheduler_had_gathered_before_it(
+    engines: dict[str, Any], picture: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    engine, work = engines[kind], work_of(kind)
+    whole = Run(engine, work, picture)
+    Cramped(engine, monkeypatch).weights()
+    run = Run(engine, work, picture)
+    assert run.seen == [*counted(), *counted(done=2) * 2]  # the last step changes in place what it finds
+    assert np.array_equal(run.pixels, whole.pixels)
+
+
 def test_a_run_on_a_lower_rung_can_be_gone_on_with_on_the_highest(
     engines: dict[str, Any], picture: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load, save
 
-from vidgen import checkpoints
+from vidgen import checkpoints, diffusion
 from vidgen.checkpoints import UnusableError
 from vidgen.contracts import EditWork, I2VWork, Work
 from vidgen.errors import Suspended
@@ -214,6 +214,36 @@ def test_a_state_of_another_schedule_or_of_more_candidates_is_refused_before_any
 
     assert seen == []
     assert Run(engine, other, picture).same_as(whole)
+
+
+@pytest.mark.parametrize("kind", [QWEN, A14B])
+def test_noise_that_is_drawn_behind_a_step_is_that_of_the_whole_run(
+    make: Make, picture: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """These schedulers draw none behind the first; the generators are where they would be for one that does."""
+    engine, work, drawn = make(kind), work_of(kind), []
+
+    def remembered(seed: int, count: int = 1) -> list[torch.Generator]:
+        drawn.append([torch.Generator("cpu").manual_seed(seed + k) for k in range(count)])
+        return drawn[-1]
+
+    monkeypatch.setattr(diffusion, "generators", remembered)
+    left = Run(engine, work, picture, until=2).left
+    Run(engine, work, picture, left)
+    Run(engine, work, picture)
+    [_, gone_on, whole] = drawn
+    assert torch.equal(gone_on[0].get_state(), whole[0].get_state())
+    assert not torch.equal(gone_on[0].get_state(), torch.Generator("cpu").manual_seed(7).get_state())
+
+
+def test_latents_in_another_precision_are_refused(make: Make, picture: Path) -> None:
+    engine, work = make(QWEN), work_of(QWEN)
+    left = Run(engine, work, picture, until=2).left
+    assert left is not None
+    tensors = load(left)
+    tensors["latents"] = tensors["latents"].bfloat16()
+    with pytest.raises(UnusableError, match="takes latents as"):
+        engine.resume(engine.prepare(work, [picture]), ignore, save(tensors, checkpoints.metadata_of(left)))
 
 
 def test_a_state_of_weights_of_the_same_name_is_refused_where_they_are_others(
