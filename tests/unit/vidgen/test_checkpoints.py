@@ -36,6 +36,15 @@ def test_a_state_comes_back_with_its_step_its_tensors_and_its_own_metadata(path:
     assert checkpoints.metadata_of(found.state)["mine"] == "kept"
 
 
+@pytest.mark.parametrize("length", range(8))
+def test_tensors_begin_where_every_kind_of_number_may(tmp_path: Path, length: int) -> None:
+    state = safetensors({"mine": "x" * length}, b"tensors")
+    checkpoints.write(tmp_path / "checkpoint", state, TASK, INFO, 3, 8)
+    written = (tmp_path / "checkpoint").read_bytes()
+    assert int.from_bytes(written[:8], "little") % 8 == 0
+    assert checkpoints.read(tmp_path / "checkpoint", TASK, INFO).step == 3
+
+
 def test_the_file_is_one_that_the_safetensors_library_reads(tmp_path: Path) -> None:
     import torch
     from safetensors.torch import load_file, save

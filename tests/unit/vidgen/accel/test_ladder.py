@@ -433,6 +433,42 @@ def test_what_is_wanted_back_while_it_begins_again_is_handed_back_with_the_state
     assert np.array_equal(gone_on.pixels, whole.pixels)
 
 
+def test_what_is_wanted_back_behind_the_last_step_of_a_candidate_has_something_left_to_do(
+    engines: dict[str, Any], picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its own steps the first candidate is done, and a checkpoint of which nothing is left is refused."""
+    engine, work = engines[QWEN], work_of(QWEN, candidates=2)
+    monkeypatch.setattr(DiffusersEngine, "_free_memory", lambda self: 1 << 20)
+    left = Run(engine, work, picture, until=STEPS).raised.state
+    with monkeypatch.context() as patch:
+        Cramped(engine, patch).everything()
+        run = Run(engine, work, picture, left, again=Suspended)
+    assert run.raised.state == left
+    assert 0 < run.raised.step < run.raised.steps
+
+
+def test_a_decode_that_breaks_off_leaves_no_frames_in_the_vae(
+    engines: dict[str, Any], picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They would take of the room that the next rung is about to make."""
+    engine = engines[A14B]
+    vae, kept = engine._pipe.vae, []
+
+    def breaks_off(*args: Any, feat_cache: list[Any], **more: Any) -> Any:
+        feat_cache[0] = torch.zeros(1)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def on_step(step: int, steps: int) -> None:
+        if step == 0:
+            kept.extend(vae._feat_map)
+
+    monkeypatch.setattr(vae.decoder, "forward", breaks_off)
+    with pytest.raises(RetryableError):
+        engine.resume(engine.prepare(work_of(A14B), [picture]), on_step, None)
+    assert kept
+    assert not any(torch.is_tensor(one) for one in kept)
+
+
 def test_what_is_wanted_back_before_there_is_any_state_is_handed_back_without(
     engines: dict[str, Any], picture: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
