@@ -20,8 +20,6 @@ from vidgen.accel.loader import Entry
 
 # So much of a file may lie on the device twice, as it is stored and as it is cast.
 LITTLE = 1 << 30
-# What this process takes on a GPU beside torch's tensors: its context, and the libraries' kernels.
-OWN = 1 << 30
 
 
 def begin_for(
@@ -125,6 +123,7 @@ def taken_by_others(device: torch.device) -> int:
     """The bytes of a GPU's memory that other processes have; a little that they have may not be seen."""
     # In this order: what this process takes between the two is then not put down to others.
     free, total = torch.cuda.mem_get_info(device)
-    own: int = torch.cuda.memory_reserved(device) + OWN
+    # Beside torch's tensors it has a context and the libraries' kernels, for which each profile has a reserve.
+    own: int = torch.cuda.memory_reserved(device) + profiles.RESERVE
     taken: int = total - free - own
     return max(0, taken)

@@ -81,7 +81,7 @@ def test_what_other_processes_have_taken_is_not_this_ones_to_use(monkeypatch: py
         return ahead.memory(device) / GIB, ahead.taken_by_others(device) / GIB
 
     assert seen() == (80, 0)  # its own context is nobody else's
-    assert seen(free=59 * GIB) == (60, 20)
+    assert seen(free=58.5 * GIB) == (60, 20)
     assert seen(own=20 * GIB) == (80, 0)  # another model of this process
     assert seen(own=10 * GIB, share=0.5) == (40, 10)
     assert seen(share=0.9) == (70, 10)
