@@ -123,6 +123,25 @@ async def test_who_is_cancelled_over_an_engine_that_hangs_is_cancelled() -> None
         await watching
 
 
+async def test_who_is_cancelled_in_the_moment_in_which_a_hang_is_noticed_is_cancelled() -> None:
+    watching: asyncio.Task[None] | None = None
+
+    def clock() -> float:
+        if watching is not None and not watching.cancelling():
+            watching.cancel()
+        return asyncio.get_running_loop().time()
+
+    async def watches() -> None:
+        dog = Watchdog(Patience(least_s=0.0, first_s=0.0), look_s=LOOK_S, clock=clock)
+        await dog.watch(work_of("edit")).over(asyncio.Event().wait())
+
+    task = asyncio.create_task(watches())
+    await asyncio.sleep(0)
+    watching = task
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
 async def test_a_process_that_stood_still_was_not_silent() -> None:
     """After a SIGSTOP, or on a machine that slept, the clock jumps while the engine could not have said anything."""
     clock = Clock()

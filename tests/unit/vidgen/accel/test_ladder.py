@@ -361,6 +361,17 @@ def test_weights_that_do_not_come_back_are_the_end_of_the_worker(
     assert run.raised.code == "weights_lost"
 
 
+def test_what_may_be_tried_again_for_another_reason_takes_no_rung(
+    engines: dict[str, Any], picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lost(*args: Any, **options: Any) -> Any:
+        raise RetryableError("a moment, please", code="busy")
+
+    monkeypatch.setattr(engines[QWEN]._pipe.vae, "decode", lost)
+    run = Run(engines[QWEN], work_of(QWEN), picture)
+    assert (run.raised.code, run.rungs, run.again) == ("busy", (), [])
+
+
 def test_another_fault_takes_no_rung(engines: dict[str, Any], picture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*args: Any, **options: Any) -> Any:
         raise ValueError("odd")
