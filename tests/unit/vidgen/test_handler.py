@@ -1366,6 +1366,29 @@ async def test_the_state_is_stored_before_the_log_says_so_and_the_task_is_handed
     assert [*order, entries.index("nak")] == sorted([*order, entries.index("nak")])
 
 
+async def test_of_a_task_with_more_steps_than_one_candidate_has_nobody_knows_when_it_is_done(
+    bench_of: MakeBench,
+) -> None:
+    """By the steps of one the device was free at once: the next task was taken while others idled."""
+    bench = bench_of()
+    await bench.queue()
+    await left_behind_step_two(bench)
+    [key] = [key for key in bench.store.objects if key.startswith("checkpoints/")]
+    path = bench.handler._scratch.path()
+    state = engines.safetensors({"step": "2", "made": "7: 1 2"})
+    checkpoints.write(path, state, task_of(), bench.engine.info, 9, 16)
+    bench.store.add(key, path.read_bytes())
+    bench.use(second := engines.Resumes())
+    bench.handler._pace = 1.0
+    gate = second.hold("generate", step=3)
+    turn = bench.turn()
+    running = await bench.begin(turn)
+    await reached(gate)
+    assert turn.left_s is None
+    gate.open()
+    assert await ended(running) == "completed"
+
+
 async def test_a_first_attempt_asks_the_store_for_no_checkpoint(bench_of: MakeBench) -> None:
     bench = bench_of(engines.Resumes())
     await bench.queue()
