@@ -5,6 +5,7 @@ Only a diffusers folder of safetensors with known classes passes: nothing in it 
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import importlib.metadata
 import importlib.util
@@ -32,6 +33,7 @@ PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "safetensors")
 PICKLED = frozenset({".bin", ".ckpt", ".joblib", ".pickle", ".pkl", ".pt", ".pth"})
 # How diffusers and transformers name the files of a model.
 STEMS = ("diffusion_pytorch_model", "model")
+DISK_REFUSES = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM})
 CAST = ("transformer", "text_encoder")  # components that are always held in the precision that was asked for
 WIDTHS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # the bytes of a number, of the types that are cast
 SCALE = ".weight_scale"  # of a layer in FP8
@@ -245,6 +247,12 @@ def _download(model: str, revision: str, to: Path | None, on_progress: OnProgres
             )
         )  # fmt: skip
     except (OSError, ValueError, RuntimeError) as exc:  # its HTTP errors are OSErrors, its validation ValueErrors
+        if isinstance(exc, OSError) and exc.errno in DISK_REFUSES:
+            raise FatalError(
+                f"{model} could not be written to {exc.filename or to or 'the cache of the hub'} ({exc.strerror}): make "
+                "room there, or name another folder (--to); what is downloaded by now is kept",
+                code="not_written",
+            ) from exc
         raise FatalError(
             f"{model} at {revision} could not be downloaded ({type(exc).__name__}: {_first_line(exc)}): "
             "check the id, the commit, the network and, for a gated model, HF_TOKEN",

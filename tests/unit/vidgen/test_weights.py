@@ -3,6 +3,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -314,6 +315,19 @@ def test_a_download_fetches_no_pickles_and_no_code_and_is_verified(
     _without_index(folder)
     with pytest.raises(FatalError, match=r"model_index\.json"):
         weights.pull("someone/model", COMMIT)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES])
+def test_a_disk_that_does_not_take_a_download_is_not_put_down_to_the_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def download(*_: Any, **__: Any) -> str:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    with pytest.raises(FatalError, match=rf"written to {tmp_path} \({os.strerror(number)}\): make room") as caught:
+        weights.pull("someone/model", COMMIT, to=tmp_path)
+    assert caught.value.code == "not_written"
 
 
 def test_a_failed_download_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
