@@ -248,9 +248,10 @@ def _download(model: str, revision: str, to: Path | None, on_progress: OnProgres
         )  # fmt: skip
     except (OSError, ValueError, RuntimeError) as exc:  # its HTTP errors are OSErrors, its validation ValueErrors
         if isinstance(exc, OSError) and exc.errno in DISK_REFUSES:
+            where = exc.filename or to or "the hub's cache"
             raise FatalError(
-                f"{model} could not be written to {exc.filename or to or 'the cache of the hub'} ({exc.strerror}): make "
-                "room there, or name another folder (--to); what is downloaded by now is kept",
+                f"{model} could not be written to {where} ({exc.strerror}): make room there, or name another folder "
+                "(--to); what is downloaded by now is kept",
                 code="not_written",
             ) from exc
         raise FatalError(
