@@ -168,6 +168,9 @@ class DiffusersEngine(abc.ABC):
     def _open_device(self) -> torch.device:
         device = diffusion.device_of(self.layout.device)
         if device.type == "cuda":
+            # Of this thread, in which all is computed: Triton and graphs launch on the current device, wherever the
+            # tensors are.
+            torch.cuda.set_device(device)
             torch.zeros(1, device=device)  # the context, so that its time is its own
             if (taken := ahead.taken_by_others(device)) > profiles.GIB:
                 log.warning(

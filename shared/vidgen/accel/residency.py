@@ -323,7 +323,7 @@ class _OnDisk:
         for number, group in enumerate(groups):
             kept = _Kept(group, pinned=pinned)
             if pinned:
-                torch.cuda.synchronize()
+                torch.cuda.synchronize(group[0].device)
             file = tempfile.TemporaryFile(prefix="vidgen-asleep-", dir=folder)  # noqa: SIM115  as long as this lives
             self._files.append(file)
             kept.write(file, str(number))

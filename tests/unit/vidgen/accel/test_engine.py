@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import structlog
+import torch
 from PIL import Image
 from tests import checkpoints
 from tests.workbench import work_of
 
+from vidgen import diffusion
 from vidgen.errors import FatalError
 
 AREAS = {"reference_area": 64 * 64, "condition_area": 56 * 56}
@@ -37,6 +39,41 @@ def make(tiny_models: dict[str, Path]) -> Callable[..., Any]:
         return engine
 
     return made
+
+
+def test_the_gpu_that_is_set_is_the_current_one_of_the_thread_that_computes(
+    tiny_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a second GPU it was not: our kernels and graphs were launched on the first one, with what lay on the second."""
+    from edit_service.engine.qwen import QwenEditEngine
+    from vidgen.accel import ahead
+
+    told: list[object] = []
+    second = torch.device("cuda", 1)
+    monkeypatch.setattr(diffusion, "device_of", lambda wanted: second)
+    monkeypatch.setattr(torch, "zeros", lambda *size, device: told.append(("context", device)))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: told.append(("current", device)))
+    monkeypatch.setattr(ahead, "taken_by_others", lambda device: 0)
+    engine = QwenEditEngine("model")
+    assert engine._open_device() == second
+    assert told == [("current", second), ("context", second)]
+
+
+@pytest.mark.parametrize(("gib", "says"), [(1, False), (20, True)])
+def test_what_other_processes_have_of_the_gpu_is_said(
+    tiny_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch, gib: int, says: bool
+) -> None:
+    from edit_service.engine.qwen import QwenEditEngine
+    from vidgen.accel import ahead
+
+    monkeypatch.setattr(diffusion, "device_of", lambda wanted: torch.device("cuda", 0))
+    monkeypatch.setattr(torch, "zeros", lambda *size, device: None)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(ahead, "taken_by_others", lambda device: gib << 30)
+    engine = QwenEditEngine("model")
+    with structlog.testing.capture_logs() as logs:
+        engine._open_device()
+    assert ["gpu_taken_by_others"] * says == [entry["_event"] for entry in logs]
 
 
 def test_an_fp8_snapshot_is_served_as_it_is_stored(make: Callable[..., Any], snapshot: Path) -> None:
