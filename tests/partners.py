@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from dataclasses import dataclass, field
 
@@ -55,4 +56,6 @@ class Stuck(Small):
     """One that does not come back."""
 
     def setup(self) -> None:
+        sys.stdout.write("stuck\n")
+        sys.stdout.flush()
         threading.Event().wait()

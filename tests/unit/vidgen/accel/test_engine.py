@@ -44,7 +44,7 @@ def make(tiny_models: dict[str, Path]) -> Callable[..., Any]:
 def test_the_gpu_that_is_set_is_the_current_one_of_the_thread_that_computes(
     tiny_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a second GPU it was not: our kernels and graphs were launched on the first one, with what lay on the second."""
+    """Of a second GPU it was not: our kernels and graphs were launched on the first, with what lay there."""
     from edit_service.engine.qwen import QwenEditEngine
     from vidgen.accel import ahead
 

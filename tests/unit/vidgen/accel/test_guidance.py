@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -214,15 +215,23 @@ def test_it_ends_with_its_worker_even_where_it_hangs(environment: None) -> None:
     program = (
         "import os; from tests import partners; from vidgen.accel import guidance; "
         "partner = guidance.Partner(partners.Stuck, 'cuda:1'); partner.start(); "
-        "print(partner._process.pid, flush=True); os._exit(1)"
+        "print(partner._process.pid, flush=True); input(); os._exit(1)"
     )
-    worker = subprocess.run(
-        [sys.executable, "-c", program], stdout=subprocess.PIPE, text=True, timeout=300, check=False
-    )
-    pid, give_up = int(worker.stdout), time.monotonic() + 120
-    while alive(pid):
-        assert time.monotonic() < give_up
+    command = [sys.executable, "-c", program]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as worker:
+        assert worker.stdin is not None
+        assert worker.stdout is not None
+        pid = int(worker.stdout.readline())
+        assert worker.stdout.readline() == "stuck\n"
+        assert alive(pid)
+        worker.stdin.write("\n")
+    give_up = time.monotonic() + 30
+    while alive(pid) and time.monotonic() < give_up:
         time.sleep(0.05)
+    outlived = alive(pid)
+    if outlived:
+        os.kill(pid, signal.SIGKILL)
+    assert not outlived
 
 
 def alive(pid: int) -> bool:
