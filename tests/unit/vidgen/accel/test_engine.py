@@ -260,3 +260,28 @@ def test_one_graph_serves_all_blocks_and_all_sizes_and_lengths(tiny_models: dict
         engine.generate(inputs, lambda step, of: None)
         assert counters["stats"]["unique_graphs"] == 1
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    ("total", "allocated", "reserved", "free", "recorded", "left"),
+    [
+        (80, 60, 60, 19, 0, 19), (80, 60, 70, 9, 0, 19), (80, 60, 60, 5, 0, 5), (24, 20, 20, 100, 0, 4),
+        (80, 60, 60, 19, 3, 16),
+    ],
+)  # fmt: skip
+def test_the_room_that_a_task_finds_is_what_is_free_and_what_torch_keeps_for_it(
+    tiny_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch, total: int, allocated: int, reserved: int, free: int,
+    recorded: int, left: int,
+) -> None:  # fmt: skip
+    from edit_service.engine.qwen import QwenEditEngine
+    from vidgen.accel import graphs
+
+    engine: Any = QwenEditEngine("model")
+    engine._device = torch.device("cuda", 0)
+    engine._graphs = graphs.Graphs()
+    monkeypatch.setattr(engine, "_memory", lambda: total)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: allocated)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: reserved)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 100))
+    monkeypatch.setattr(graphs.Graphs, "held", lambda self: recorded)
+    assert engine._free_memory() == left

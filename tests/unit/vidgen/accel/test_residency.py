@@ -113,6 +113,23 @@ def test_a_model_that_was_laid_out_anew_moves_into_a_new_home(home: str, tmp_pat
     assert model.bits() == before
 
 
+@homes
+@pytest.mark.usefixtures("small_chunks")
+def test_weights_that_were_elsewhere_meanwhile_and_are_others_sleep_as_they_are_now(home: str, tmp_path: Path) -> None:
+    """As those are that streamed, for a task that found no room; to look at their shapes tells nothing of that."""
+    model = Odd()
+    kept = Residency([model], CPU, home, tmp_path)
+    kept.sleep()
+    kept.wake()
+    model.left.data = torch.randn(600, 600)
+    before = model.bits()
+
+    kept.sleep()
+    kept.wake()
+
+    assert model.bits() == before
+
+
 def test_to_sleep_or_to_wake_twice_is_to_do_it_once(tmp_path: Path) -> None:
     model = Odd()
     before = model.bits()
