@@ -13,7 +13,7 @@ import pytest
 import structlog
 import torch
 from PIL import Image
-from safetensors.torch import load, save
+from safetensors.torch import load, load_file, save, save_file
 
 from vidgen import checkpoints, diffusion
 from vidgen.checkpoints import UnusableError
@@ -266,6 +266,27 @@ def test_a_state_of_weights_of_the_same_name_is_refused_where_they_are_others(
     assert other.info == engine.info
     with pytest.raises(UnusableError, match="made with"):
         other.resume(other.prepare(work, [picture]), ignore, left)
+
+
+def test_a_state_of_another_lora_at_the_same_path_is_refused(
+    make: Make, picture: Path, tmp_path: Path, tiny_models: dict[str, Path]
+) -> None:
+    from tests import checkpoints as tiny
+
+    engine = make(A14B)
+    file, work = tiny.lora(tmp_path, make(A14B)._pipe), work_of(A14B)
+
+    def with_it() -> Any:
+        made: Any = type(engine)(str(tiny_models[A14B]), lora=str(file), layout=engine.layout)
+        made.setup()
+        return made
+
+    left = Run(with_it(), work, picture, until=2).left
+    assert with_it().resume(engine.prepare(work, [picture]), ignore, left).output.frames.shape[0] == work.num_frames
+    save_file({name: 2 * one for name, one in load_file(file).items()}, file)
+    for unlike in (engine, with_it()):
+        with pytest.raises(UnusableError, match="made with"):
+            unlike.resume(engine.prepare(work, [picture]), ignore, left)
 
 
 def test_a_state_made_with_other_settings_or_another_scheduler_is_refused(
