@@ -109,6 +109,14 @@ def write(folder: Path, manifest: Manifest) -> None:
         raise FatalError(f"{folder / NAME} could not be written: {exc.strerror or exc}", code="not_written") from exc
 
 
+def remove(folder: Path) -> None:
+    """Take the manifest away; raises FatalError where the folder does not let it."""
+    try:
+        (folder / NAME).unlink(missing_ok=True)
+    except OSError as exc:
+        raise FatalError(f"{folder / NAME} could not be removed: {exc.strerror or exc}", code="not_written") from exc
+
+
 def walk(folder: Path) -> Iterator[Path]:
     """Every file in a folder and below, through links to other folders as well, for models are loaded through them."""
     seen: set[str] = set()

@@ -117,7 +117,7 @@ def pull(
             code="weights_unpinned",
         )
     if to is not None and (told := _manifest(to)) is not None and (told.model, told.revision) != (model, revision):
-        (to / manifest.NAME).unlink()  # from now on it is not what the folder holds
+        manifest.remove(to)  # from now on it is not what the folder holds
     folder = _download(model, revision, to, on_progress)
     verify(folder, pipelines)
     wrong = _account_for(folder, model, revision, on_progress)

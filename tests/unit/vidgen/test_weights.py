@@ -494,6 +494,21 @@ def test_a_download_over_another_revision_that_breaks_off_leaves_nothing_that_is
     assert caught.value.code == "weights_damaged"
 
 
+def test_a_folder_that_does_not_let_go_of_its_manifest_takes_no_other_revision(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pulled(folder, monkeypatch)
+
+    def refuse(self: Path, missing_ok: bool = False) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with pytest.raises(FatalError, match="could not be removed: Read-only file system") as caught:
+        weights.pull("someone/model", "b" * 40, to=folder)
+    assert caught.value.code == "not_written"
+    assert weights.require(str(folder)).revision == COMMIT
+
+
 def test_the_same_download_again_keeps_its_manifest(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pulled(folder, monkeypatch)
 
