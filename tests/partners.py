@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import threading
 from dataclasses import dataclass, field
 
 import torch
@@ -48,3 +50,12 @@ class Small:
 
     def transformers(self) -> list[Doubles]:
         return [Doubles()]
+
+
+class Stuck(Small):
+    """One that does not come back."""
+
+    def setup(self) -> None:
+        sys.stdout.write("stuck\n")
+        sys.stdout.flush()
+        threading.Event().wait()

@@ -37,7 +37,7 @@ class UnusableError(errors.VidgenError):
 class Header(Message):
     """Whose state it is: a task goes on from it only where all of this is the same."""
 
-    schema_version: Literal[1] = 1
+    schema_version: Literal[2] = 2
     fingerprint: str
     engine: str
     model: str
@@ -92,7 +92,7 @@ def write(path: Path, state: bytes, task: Task, info: EngineInfo, step: int, ste
     table, tensors = _split(state)
     header = Header(
         fingerprint=results.fingerprint(task), engine=info.name, model=info.model, revision=info.revision,
-        profile=info.profile, step=step, steps=steps, sha256=hashlib.sha256(tensors).hexdigest(),
+        profile=info.profile, step=step, steps=steps, sha256=_digest(table, tensors),
     )  # fmt: skip
     table[METADATA] = {**table.get(METADATA, {}), HEADER: header.model_dump_json()}
     packed = json.dumps(table, separators=(",", ":")).encode()
@@ -116,8 +116,8 @@ def read(path: Path, task: Task, info: EngineInfo) -> Found:
         header = Header.model_validate_json(table[METADATA][HEADER])
     except (KeyError, TypeError, pydantic.ValidationError) as exc:
         raise UnusableError("the checkpoint is of another version of this program") from exc
-    if hashlib.sha256(tensors).hexdigest() != header.sha256:
-        raise UnusableError("the checkpoint is damaged: its tensors are not those that were stored")
+    if _digest(table, tensors) != header.sha256:
+        raise UnusableError("the checkpoint is damaged: it is not what was stored")
     differs = difference(header, task, info)
     if differs is not None:
         raise UnusableError(differs)
@@ -144,6 +144,14 @@ def metadata_of(state: bytes) -> dict[str, str]:
     """A safetensors file's own metadata; raises UnusableError for what is no such file."""
     metadata = _split(state)[0].get(METADATA, {})
     return dict(metadata) if isinstance(metadata, dict) else {}
+
+
+def _digest(table: dict[str, Any], tensors: memoryview) -> str:
+    """Of all that the engine left: its scheduler's numbers stand in the table."""
+    metadata = {name: value for name, value in table.get(METADATA, {}).items() if name != HEADER}
+    said = hashlib.sha256(json.dumps(table | {METADATA: metadata}, sort_keys=True).encode())
+    said.update(tensors)
+    return said.hexdigest()
 
 
 def _split(state: bytes) -> tuple[dict[str, Any], memoryview]:

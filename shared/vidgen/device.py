@@ -20,6 +20,7 @@ log = structlog.get_logger(__name__)
 
 HOLD_SWITCHES = 9.0  # so that switching takes a tenth of the time at the most
 LONGEST_HOLD_S = 120.0
+SWITCH_TRIES = 3  # for want of memory, one after another: then it is the worker, and not a task after the next one
 
 
 class Device(Protocol):
@@ -98,7 +99,8 @@ class TakingTurns:
     """A device on which only one of the engines is awake at a time. Made and used in one event loop.
 
     `awake` is the stage whose engine is. `on_switch` is told each stage that was woken, and the seconds that it took.
-    An engine that takes longer than `bears_s` to sleep or to wake hangs: SwitchHungError for the task that waits.
+    An engine that takes longer than `bears_s` to sleep or to wake hangs: SwitchHungError for the task that waits. What
+    a task can be tried again for becomes a FatalError where it happens `SWITCH_TRIES` times without a switch between.
     """
 
     def __init__(
@@ -117,6 +119,7 @@ class TakingTurns:
         self._waiting: list[_Waiter] = []
         self._taken = False
         self._switching: asyncio.Task[None] | None = None
+        self._failed = 0  # switches, since one went well
         # A switch belongs to no job: what it logs must not name the one that happened to end before it.
         self._context = contextvars.copy_context()
 
@@ -176,6 +179,11 @@ class TakingTurns:
                 f"the engines could not change places: {type(exc).__name__}: {exc}", code="setup_failed"
             )
             fault.__cause__ = exc
+        self._failed = 0 if fault is None else self._failed + 1
+        if isinstance(fault, errors.RetryableError) and self._failed >= SWITCH_TRIES:
+            # Every task of the stage would be given up for it, one after another.
+            last, fault = fault, errors.FatalError(f"{fault.message}, {self._failed} times in a row", code=fault.code)
+            fault.__cause__ = last
         if fault is None:
             self._awake, self._since = stage, self._clock()
             self._switch_s = self._since - begun
@@ -183,6 +191,8 @@ class TakingTurns:
             log.info(f"{stage} has the device", _event="switched", awake=stage, seconds=round(self._switch_s, 3))
         elif any(waiter.stage == stage and not waiter.granted.done() for waiter in self._waiting):
             self._first(stage).granted.set_exception(fault)
+        else:
+            log.warning(fault.message, _event="switch_failed", stage=stage, code=fault.code)
         self._taken = False
         self._advance((at, time.time()) if fault is None else None)
 

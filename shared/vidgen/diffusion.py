@@ -140,11 +140,11 @@ def faults(steps: Steps) -> Iterator[None]:
         if exc is steps.stopped_by or not isinstance(exc, Exception):
             raise
         fault = as_error(exc)
-        if fault is None:
-            raise
         if isinstance(fault, RetryableError):
             free(steps.device)
             fault.state = steps.kept()
+        if fault is None or fault is exc:  # an exception that is its own cause has causes without end
+            raise
         raise fault from exc
 
 
@@ -160,6 +160,8 @@ def moving(what: str, device: torch.device) -> Iterator[None]:
             free(device)
             raise RetryableError(f"{what}: {fault.message}", code=fault.code) from exc
         if isinstance(fault, FatalError):
+            if fault is exc:
+                raise
             raise fault from exc
         raise FatalError(f"{what}: {type(exc).__name__}: {exc}", code="setup_failed") from exc
 

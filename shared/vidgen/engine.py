@@ -51,7 +51,8 @@ class Finished:
 class OnStep(Protocol):
     """Called after each denoising step; raises `errors.Cancelled` to stop the engine there.
 
-    An engine that ran out of memory begins again: then `step` goes back, and `steps` may be another number.
+    An engine that ran out of memory begins again: it says so with step 0, before what that takes. Then `step` goes
+    back, and `steps` may be another number.
 
     `errors.Suspended`, one of those, asks an engine that is `Resumable` for its state.
     """

@@ -11,7 +11,7 @@ import contextlib
 import contextvars
 import errno
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -327,8 +327,8 @@ class Handler:
             if self._device_lost:  # while this task waited for it
                 turn.stop.now("released")
                 turn.stop.check()
-            if self._pace is not None:
-                done = begun.step if begun else 0
+            done = begun.step if begun else 0
+            if self._pace is not None and done < task.work.steps:  # candidates may have more, all together
                 turn.frees_in(self._pace * (task.work.steps - done) + decoding)
 
             watch = self._watchdog.watch(task.work)
@@ -483,14 +483,23 @@ async def _disk_told_apart(scratch: Scratch) -> AsyncIterator[None]:
     try:
         yield
     except Exception as exc:
-        cause: BaseException | None = exc
-        while cause is not None and not (isinstance(cause, OSError) and cause.errno in DISK_FAILS):
-            cause = cause.__cause__
-        if not isinstance(cause, OSError) or await asyncio.to_thread(scratch.fills_its_disk):
+        found = (one for one in _causes(exc) if isinstance(one, OSError) and one.errno in DISK_FAILS)
+        cause = next(found, None)
+        if cause is None or await asyncio.to_thread(scratch.fills_its_disk):
             raise
         raise errors.FatalError(
             f"this worker's disk fails ({cause.strerror}): make room in VIDGEN_WORK_DIR, or mend it", code="disk_failed"
         ) from exc
+
+
+def _causes(exc: BaseException) -> Iterator[BaseException]:
+    """An exception and what it came of; each once, for one may be said to have come of itself."""
+    seen: set[int] = set()
+    cause: BaseException | None = exc
+    while cause is not None and id(cause) not in seen:
+        seen.add(id(cause))
+        yield cause
+        cause = cause.__cause__
 
 
 async def _all_of(*works: Awaitable[T]) -> list[T]:

@@ -5,6 +5,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import fnmatch
 import hashlib
 import os
 import re
@@ -23,6 +25,8 @@ NAME = "vidgen.manifest.json"
 PATTERNS = ("*.safetensors", "*.json", "*.txt", "*.model", "*.jinja")
 WEIGHTS = (".safetensors", ".safetensors.index.json")
 SHA256 = re.compile(r"[0-9a-f]{64}")
+COMMIT = re.compile(r"[0-9a-f]{40}")
+NOTES = Path(".cache", "huggingface", "download")  # of the hub's client, beside what it downloads into a plain folder
 # Enough for a fast disk; hashing lets go of the interpreter's lock.
 THREADS = 8
 BLOCK = 4 << 20
@@ -71,7 +75,7 @@ class Manifest(BaseModel):
 
 @dataclass(frozen=True)
 class Fault:
-    """A file that is not as it should be: `missing`, `extra`, `wrong size` or `wrong checksum`."""
+    """A file that is not as it should be: `missing`, `extra`, `wrong size`, `wrong checksum`, `of another revision`."""
 
     path: str
     what: str
@@ -94,15 +98,37 @@ def read(folder: Path) -> Manifest | None:
 
 
 def write(folder: Path, manifest: Manifest) -> None:
-    """Put the manifest into its folder, all of it or nothing."""
+    """Put the manifest into its folder, all of it or nothing; raises FatalError where the folder takes none."""
     written = folder / f".{NAME}.{os.getpid()}"
-    written.write_text(manifest.model_dump_json(indent=1) + "\n", "utf-8")
-    written.replace(folder / NAME)
+    try:
+        written.write_text(manifest.model_dump_json(indent=1) + "\n", "utf-8")
+        written.replace(folder / NAME)
+    except OSError as exc:
+        with contextlib.suppress(OSError):
+            written.unlink()
+        raise FatalError(f"{folder / NAME} could not be written: {exc.strerror or exc}", code="not_written") from exc
+
+
+def remove(folder: Path) -> None:
+    """Take the manifest away; raises FatalError where the folder does not let it."""
+    try:
+        (folder / NAME).unlink(missing_ok=True)
+    except OSError as exc:
+        raise FatalError(f"{folder / NAME} could not be removed: {exc.strerror or exc}", code="not_written") from exc
+
+
+def walk(folder: Path) -> Iterator[Path]:
+    """Every file in a folder and below, through links to other folders as well, for models are loaded through them."""
+    seen: set[str] = set()
+    for at, folders, files in os.walk(folder, followlinks=True):
+        seen.add(os.path.realpath(at))
+        folders[:] = [name for name in folders if os.path.realpath(Path(at, name)) not in seen]  # a link may lead back
+        yield from (path for name in files if (path := Path(at, name)).is_file())
 
 
 def paths(folder: Path) -> list[str]:
     """The files that belong into the manifest of a folder, in order."""
-    found = {path for pattern in PATTERNS for path in folder.rglob(pattern) if path.is_file()}
+    found = (path for path in walk(folder) if any(fnmatch.fnmatchcase(path.name, pattern) for pattern in PATTERNS))
     names = sorted(path.relative_to(folder).as_posix() for path in found)
     return [name for name in names if name != NAME and not any(part.startswith(".") for part in name.split("/"))]
 
@@ -167,6 +193,19 @@ def hashes(folder: Path, names: list[str], on_bytes: OnBytes = _unheard) -> Iter
             ) from exc
 
 
+def commits(folder: Path) -> dict[str, str]:
+    """Of which commit each file is, as the hub's client noted beside a plain folder; not all need have a note."""
+    found = {}
+    for name in paths(folder):
+        try:
+            commit = (folder / NOTES / f"{name}.metadata").read_text("utf-8").partition("\n")[0].strip()
+        except (OSError, UnicodeDecodeError):
+            continue
+        if COMMIT.fullmatch(commit):
+            found[name] = commit
+    return found
+
+
 def of_hub(folder: Path) -> dict[str, str]:
     """The checksums that the hub told of the large files when they were downloaded.
 
@@ -175,7 +214,7 @@ def of_hub(folder: Path) -> dict[str, str]:
     sums = {}
     for name in paths(folder):
         path = folder / name
-        note = folder / ".cache" / "huggingface" / "download" / f"{name}.metadata"
+        note = folder / NOTES / f"{name}.metadata"
         if path.is_symlink():
             told = path.resolve().name
         else:

@@ -41,7 +41,7 @@ class Need:
 def needs(parts: Mapping[str, int], work: int, *, stored_fp8: bool = False) -> tuple[Need, ...]:
     """What each profile needs, fastest first.
 
-    `parts` is the size of each component's weights as they are stored, `work` what a task takes beside them, both in
+    `parts` is the size of each component's weights as they are held, `work` what a task takes beside them, both in
     bytes. What is stored in FP8 is not widened again.
     """
     transformers = sum(parts.get(name, 0) for name in TRANSFORMERS)
@@ -69,6 +69,12 @@ def choose(wanted: str, total: int, parts: Mapping[str, int], work: int, *, stor
     for name in NAMES:
         if wanted == name and name in fitting:
             return name
+    if wanted in NAMES and wanted not in [need.name for need in found]:
+        raise FatalError(
+            f"VIDGEN_PROFILE={wanted} cannot be had of a model that is stored in FP8, which is not widened again: "
+            "leave it out, or set the model to the one that it was made of",
+            code="settings",
+        )
     told = ", ".join(f"{need.name} {need.bytes / GIB:.0f} GiB" for need in found)
     remedy = "use a larger GPU or a smaller model" if not fitting else f"VIDGEN_PROFILE={fitting[0]} fits"
     raise FatalError(

@@ -81,6 +81,10 @@ class Scratch:
                 if keep:
                     self._rooms.append(room)
 
+    def close(self) -> None:
+        """Remove the folder and what is in it now; by itself it goes with the process."""
+        self._release()
+
     def fills_its_disk(self) -> bool:
         """Whether what is in the folder is half of all that its disk can hold: reads the sizes, so in a thread."""
         try:

@@ -43,6 +43,7 @@ from vidgen.engine import Engine, Sleeper
 from vidgen.jetstream import JetStreamBus
 from vidgen.metrics import WorkerMetrics
 from vidgen.patience import PatientStore
+from vidgen.scratch import Scratch
 from vidgen.settings import WorkerSettings, read
 from vidgen.settlement import Policy
 from vidgen.watchdog import Patience, over_setup
@@ -122,6 +123,7 @@ class _Service:
     async def run(self) -> None:
         self._take_signals()
         settings = self._settings
+        await asyncio.to_thread(_try_out, settings.work_dir)
         gpus = ",".join("cpu" if gpu.uuid == "cpu" else str(gpu.index) for gpu in self._monitor.read())
         structlog.contextvars.bind_contextvars(worker=settings.worker_id, gpu=gpus)
         probing = probes.serve(
@@ -324,6 +326,15 @@ class _Service:
             return False, f"the worker waits for {self._waits_for}"
         states = [worker.state for worker in self._workers]
         return all(state in ("ready", "busy") for state in states), f"the worker is {' and '.join(states)}"
+
+
+def _try_out(work_dir: Path | None) -> None:
+    """Raise FatalError where nothing can be written there: a model takes minutes to load, and no task a moment."""
+    try:
+        Scratch(work_dir).close()
+    except errors.StoreError as exc:
+        where = f"VIDGEN_WORK_DIR={work_dir}" if work_dir is not None else "the folder for temporary files"
+        raise errors.FatalError(f"{where} cannot be used: {exc.message}", code="settings") from exc
 
 
 async def _run_all(workers: Sequence[Worker]) -> None:

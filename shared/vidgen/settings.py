@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
-from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
@@ -95,7 +95,7 @@ class Settings(BaseSettings):
 
     @property
     def traces_url(self) -> str | None:
-        """Where spans are sent; None: there are none. An empty variable is one that is not set."""
+        """Where spans are sent; None: there are none."""
         if self.otlp_traces_endpoint:
             return self.otlp_traces_endpoint
         return f"{self.otlp_endpoint.rstrip('/')}/v1/traces" if self.otlp_endpoint else None
@@ -281,7 +281,7 @@ class WorkerSettings(Settings):
     engine: Literal["auto", "preview", "real"] = Field(
         "auto", description="auto: the real model where its weights and a GPU are found, else the CPU preview."
     )
-    device: str = Field("auto", description="auto, cpu, cuda or cuda:N.")
+    device: str = Field("auto", pattern=r"^(auto|cpu|cuda(:\d+)?)$", description="auto, cpu, cuda or cuda:N.")
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
         "auto", description="auto: bfloat16 on a GPU, float32 on the CPU."
     )
@@ -344,10 +344,25 @@ class WorkerSettings(Settings):
     i2v_lora: str | None = Field(None, description="A LoRA; with Wan 2.2 that of the high-noise expert.")
     i2v_lora_2: str | None = Field(None, description="The LoRA of Wan 2.2's low-noise expert.")
     i2v_guidance_device: str | None = Field(
-        None,
+        None, pattern=r"^(cpu|cuda(:\d+)?)$",
         description="A second GPU, such as `cuda:1`, for one clip: half of each step with guidance is computed there, "
         "by a process of its own.",
-    )
+    )  # fmt: skip
+
+    @field_validator("attention")
+    @classmethod
+    def _of_numbers_that_it_takes(cls, attention: str, given: ValidationInfo) -> str:
+        if given.data.get("dtype") == "float32" and attention in ("flash3", "flash3-8bit", "sage"):
+            raise ValueError(f"{attention} takes no float32: leave it or VIDGEN_DTYPE out")
+        return attention
+
+    @field_validator("i2v_guidance_device")
+    @classmethod
+    def _another_gpu(cls, second: str | None, given: ValidationInfo) -> str | None:
+        first = {"auto": "cuda:0", "cuda": "cuda:0"}.get(device := given.data.get("device", "cpu"), device)
+        if second is not None and second != "cpu" and {"cuda": "cuda:0"}.get(second, second) == first:
+            raise ValueError(f"{second} is the first GPU (VIDGEN_DEVICE={device}): name another one")
+        return second
 
     def layout(self) -> dict[str, Any]:
         """How an engine is laid into the device: the fields of `vidgen.accel.engine.Layout`."""

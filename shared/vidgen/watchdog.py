@@ -65,10 +65,10 @@ class Watch:
         self._anew = False
 
     def heard(self, step: int) -> None:
-        """The engine says that it is behind a step."""
+        """The engine says that it is behind a step, or with step 0 that it begins again."""
         now = self._clock()
         self._longest, self._at = max(self._longest, now - self._at), now
-        self._anew = self._anew or step < self._step
+        self._anew = self._anew or step < max(1, self._step)
         self._step = step
 
     @property
@@ -90,7 +90,9 @@ class Watch:
                 f"the engine was silent for {exc.silent_s:.0f} s while {self._shape[0]}, behind step {self._step}: it "
                 "hangs, or VIDGEN_HANG_* do not fit this model"
             ) from None
-        self.heard(self._step)
+        self._longest = max(self._longest, self._clock() - self._at)
+        if self._anew:  # what it took with less memory tells nothing of the next task
+            return made
         self._known[self._shape] = max(self._longest, self._known.get(self._shape, 0.0))
         return made
 

@@ -5,11 +5,13 @@ Only a diffusers folder of safetensors with known classes passes: nothing in it 
 
 from __future__ import annotations
 
+import errno
+import hashlib
 import importlib.metadata
 import importlib.util
 import io
 import json
-import re
+import os
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -31,7 +33,12 @@ PACKAGES = ("torch", "diffusers", "transformers", "accelerate", "safetensors")
 PICKLED = frozenset({".bin", ".ckpt", ".joblib", ".pickle", ".pkl", ".pt", ".pth"})
 # How diffusers and transformers name the files of a model.
 STEMS = ("diffusion_pytorch_model", "model")
-COMMIT = re.compile(r"[0-9a-f]{40}")
+DISK_REFUSES = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM})
+CAST = ("transformer", "text_encoder")  # components that are always held in the precision that was asked for
+WIDTHS = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}  # the bytes of a number, of the types that are cast
+SCALE = ".weight_scale"  # of a layer in FP8
+LARGEST_TABLE = 100 << 20
+SAMPLES, SAMPLE = 32, 4096  # of a file's content, and the bytes of each
 # So many faults are named in a sentence; `vidgen weights verify` names them all.
 NAMED = 3
 
@@ -103,12 +110,14 @@ def pull(
     file that broke off goes on where it did. `on_progress` hears of the phases `download` and `check`, in bytes, in
     any thread. Raises FatalError where `revision` is no full commit id: a branch or tag can be moved to other weights.
     """
-    if revision is None or not COMMIT.fullmatch(revision):
+    if revision is None or not manifest.COMMIT.fullmatch(revision):
         raise FatalError(
             f"{model} is only downloaded at a pinned commit, not at {revision or 'its newest'}: "
             "set the revision to the 40 hexadecimal digits of the commit that you trust",
             code="weights_unpinned",
         )
+    if to is not None and (told := _manifest(to)) is not None and (told.model, told.revision) != (model, revision):
+        manifest.remove(to)  # from now on it is not what the folder holds
     folder = _download(model, revision, to, on_progress)
     verify(folder, pipelines)
     wrong = _account_for(folder, model, revision, on_progress)
@@ -181,8 +190,20 @@ def require(
             f"download them with `vidgen weights pull {model} --revision COMMIT`, or set the model to their folder",
             code="weights_missing",
         )
+    if revision and manifest.COMMIT.fullmatch(revision) and found.revision not in (None, revision):
+        raise FatalError(
+            f"the weights in {found.folder} are of {found.revision}, and {revision} is wanted: "
+            "set the revision to theirs or leave it out, or set the model to the folder of the other one",
+            code="weights_missing",
+        )
     verify(found.folder, pipelines)
     told = manifest.read(found.folder)
+    if told is None and len(revisions := set(manifest.commits(found.folder).values())) > 1:
+        raise FatalError(
+            f"the files in {found.folder} are of {len(revisions)} revisions, as a download leaves them that broke off: "
+            "download the model again",
+            code="weights_damaged",
+        )
     if told is None or check == "structure":
         return found
     wrong = manifest.check(found.folder, told) if check == "full" else manifest.wrong_sizes(found.folder, told)
@@ -226,6 +247,13 @@ def _download(model: str, revision: str, to: Path | None, on_progress: OnProgres
             )
         )  # fmt: skip
     except (OSError, ValueError, RuntimeError) as exc:  # its HTTP errors are OSErrors, its validation ValueErrors
+        if isinstance(exc, OSError) and exc.errno in DISK_REFUSES:
+            where = exc.filename or to or "the hub's cache"
+            raise FatalError(
+                f"{model} could not be written to {where} ({exc.strerror}): make room there, or name another folder "
+                "(--to); what is downloaded by now is kept",
+                code="not_written",
+            ) from exc
         raise FatalError(
             f"{model} at {revision} could not be downloaded ({type(exc).__name__}: {_first_line(exc)}): "
             "check the id, the commit, the network and, for a gated model, HF_TOKEN",
@@ -261,11 +289,20 @@ def _account_for(folder: Path, model: str, revision: str, on_progress: OnProgres
     """Write the manifest of what was downloaded; where that is not what the hub told of it, say so instead."""
     files = manifest.describe(folder, on_bytes=counted(folder, manifest.paths(folder), on_progress))
     sums = manifest.of_hub(folder)
-    wrong = [file for file in files if sums.get(file.path, file.sha256) != file.sha256]
+    notes = manifest.commits(folder)
+    wrong = [manifest.Fault(file.path, "wrong checksum") for file in files
+             if sums.get(file.path, file.sha256) != file.sha256]  # fmt: skip
+    # Of a model that was there before: one file where there are shards now, or shards where there is one, is loaded.
+    if notes:
+        names = (file.path for file in files)
+        others = [
+            name for name in names if notes.get(name, "" if name.endswith(manifest.WEIGHTS) else revision) != revision
+        ]
+        wrong += [manifest.Fault(name, "of another revision") for name in others]
     if not wrong:
         made = manifest.Manifest(model=model, revision=revision, created_by=f"vidgen {__version__}", files=tuple(files))
         manifest.write(folder, made)
-    return [manifest.Fault(file.path, "wrong checksum") for file in wrong]
+    return wrong
 
 
 def counted(folder: Path, names: Collection[str], on_progress: OnProgress) -> manifest.OnBytes:
@@ -306,24 +343,45 @@ def _cached(model: str, revision: str | None) -> Weights | None:
     except (OSError, ValueError):  # not in the cache; not an id at all
         return None
     # The cache names a snapshot's folder after its commit.
-    commit = folder.name if COMMIT.fullmatch(folder.name) else None
+    commit = folder.name if manifest.COMMIT.fullmatch(folder.name) else None
     told = _manifest(folder)
     return Weights(folder, model, commit, _size(folder), told.profile if told else "bf16")
 
 
 def _downloaded_commit(folder: Path) -> str | None:
     """The commit that the hub's client noted beside files it downloaded into a plain folder."""
-    note = folder / ".cache" / "huggingface" / "download" / f"{INDEX}.metadata"
-    try:
-        line = note.read_text("utf-8").partition("\n")[0].strip()
-    except (OSError, UnicodeDecodeError):
-        return None
-    return line if COMMIT.fullmatch(line) else None
+    return manifest.commits(folder).get(INDEX)
 
 
-def component_sizes(folder: Path) -> dict[str, int]:
-    """The bytes of weights in each component's folder of a model."""
-    return {part.name: size for part in sorted(folder.iterdir()) if part.is_dir() and (size := _size(part))}
+def sampled(files: Sequence[Path]) -> str:
+    """A name for what files hold: of their sizes and of a sample of each, so not for those who mean to deceive.
+
+    It takes milliseconds where they were just read. Raises FatalError where one cannot be.
+    """
+    said = hashlib.sha256()
+    for path in files:
+        try:
+            with path.open("rb", buffering=0) as file:
+                size = os.fstat(file.fileno()).st_size
+                said.update(size.to_bytes(8, "little"))
+                for number in range(SAMPLES):
+                    said.update(os.pread(file.fileno(), SAMPLE, max(0, size - SAMPLE) * number // (SAMPLES - 1)))
+        except OSError as exc:
+            raise FatalError(f"{path} cannot be read: {exc.strerror}", code="weights_missing") from exc
+    return said.hexdigest()[:32]
+
+
+def component_sizes(folder: Path, width: int | None = None) -> dict[str, int]:
+    """The bytes of weights in each component's folder of a model, as they are stored.
+
+    With `width`, as they are held where a number takes so many bytes: what is stored in 8 bits stays so, and so do its
+    scales. Of the small components, which some models keep wider than the rest, it is the larger of both.
+    """
+    sizes = {part.name: size for part in sorted(folder.iterdir()) if part.is_dir() and (size := _size(part))}
+    if width is None:
+        return sizes
+    held = {name: sum(_held(file, width) for file in _files(folder / name)) for name in sizes}
+    return {name: held[name] if name.startswith(CAST) else max(held[name], size) for name, size in sizes.items()}
 
 
 def tensor_files(component: Path) -> list[Path]:
@@ -336,7 +394,7 @@ def tensor_files(component: Path) -> list[Path]:
     for stem in STEMS:
         index, single = (component / f"{stem}.safetensors{more}" for more in (".index.json", ""))
         if index.is_file():
-            return [component / shard for shard in sorted(set(_read(index).get("weight_map", {}).values()))]
+            return [component / shard for shard in _shards(index)]
         if single.is_file():
             return [single]
     raise FatalError(f"{component} has no weights: download the model again", code="weights_missing")
@@ -349,7 +407,36 @@ def in_reading_order(folder: Path) -> list[Path]:
 
 
 def _size(folder: Path) -> int:
-    return sum(path.stat().st_size for path in folder.rglob("*.safetensors") if path.is_file())
+    return sum(file.stat().st_size for file in _files(folder))
+
+
+def _files(folder: Path) -> list[Path]:
+    return [path for path in manifest.walk(folder) if path.suffix == ".safetensors"]
+
+
+def _held(file: Path, width: int) -> int:
+    """The bytes of a file's tensors where their numbers have this width; of one that cannot be read, its own."""
+    try:
+        with file.open("rb") as opened:
+            table = json.loads(opened.read(min(int.from_bytes(opened.read(8), "little"), LARGEST_TABLE)))
+        total = 0
+        for name, told in table.items():
+            if name != "__metadata__":
+                begin, end = told["data_offsets"]
+                stored = None if name.endswith(SCALE) else WIDTHS.get(told["dtype"])
+                total += end - begin if stored is None else (end - begin) // stored * width
+        return total
+    except (OSError, ValueError, AttributeError, KeyError, TypeError):
+        return file.stat().st_size
+
+
+def _shards(index: Path) -> list[str]:
+    """The files that an index of weights names, beside it."""
+    listed = _read(index).get("weight_map")
+    names: list[Any] = list(listed.values()) if isinstance(listed, dict) else [None]
+    if not all(isinstance(name, str) and name == Path(name).name and name.endswith(".safetensors") for name in names):
+        raise FatalError(f"{index} does not tell its files: download the model again", code="weights_missing")
+    return sorted(set(names))
 
 
 def _read(path: Path) -> Mapping[str, Any]:
@@ -357,6 +444,8 @@ def _read(path: Path) -> Mapping[str, Any]:
         raise FatalError(f"{path.parent} has no {path.name}: download the model again", code="weights_missing")
     try:
         read = json.loads(path.read_bytes())
+    except OSError as exc:
+        raise FatalError(f"{path} cannot be read: {exc.strerror}", code="weights_missing") from exc
     except ValueError as exc:
         raise FatalError(f"{path} is not valid JSON: download the model again", code="weights_missing") from exc
     if not isinstance(read, dict):
@@ -371,17 +460,19 @@ def components(folder: Path) -> Iterator[tuple[str, str, str]]:
             continue
         if value == [None, None]:
             continue
+        if component != Path(component).name or component in ("", ".."):
+            raise _refused(folder, f"{INDEX} names a component outside of it: {component}")
         if len(value) != 2 or not all(isinstance(part, str) for part in value):
             raise _refused(folder, f"{INDEX} does not say what {component} is")
         yield component, value[0], value[1]
 
 
 def _refuse_code(folder: Path) -> None:
-    for path in sorted(folder.rglob("*")):
+    for path in sorted(manifest.walk(folder)):
         name = path.relative_to(folder).as_posix()
-        if path.suffix in PICKLED:
+        if path.suffix.lower() in PICKLED:
             raise _refused(folder, f"{name} is a pickle, which runs code when it is read; only safetensors are loaded")
-        if path.suffix == ".py":
+        if path.suffix.lower() == ".py":
             raise _refused(folder, f"{name} is code, and no code of a model is ever run")
         if name.endswith("config.json") and "auto_map" in _read(path):
             raise _refused(folder, f"{name} asks for custom code (auto_map), and no code of a model is ever run")
@@ -395,8 +486,7 @@ def _complete(folder: Path, component: str) -> None:
     if (part / "config.json").is_file() and not any(part.glob("*.safetensors")):
         raise FatalError(f"{part} has no safetensors: download the model again", code="weights_missing")
     for index in part.glob("*.safetensors.index.json"):
-        shards = set(_read(index).get("weight_map", {}).values())
-        lost = sorted(shard for shard in shards if not (part / shard).is_file())
+        lost = [shard for shard in _shards(index) if not (part / shard).is_file()]
         if lost:
             raise FatalError(f"{part} lacks {_listed(lost)}: download the model again", code="weights_missing")
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import structlog
+import torch
 from diffusers import QwenImageEditPlusPipeline
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit_plus
 from PIL import Image
@@ -123,21 +124,29 @@ class QwenEditEngine(DiffusersEngine):
         """Go on behind the step of a state that an interrupted run left; None: from the first step.
 
         Several candidates are one batch where it is likely to fit, else made one after another, with the same noise
-        each. Then `on_step` counts the steps of all of them, and there is no state to go on from.
+        each. Then `on_step` counts the steps of all of them; what was left so goes on so.
         """
         work = inputs.work
 
         def attempt(one_by_one: bool, left: bytes | None) -> Generated:
-            parts = [resume.WHOLE]
-            if one_by_one:
-                parts = [Part(index, work.candidates) for index in range(work.candidates)]
-            made = [self._edited(inputs, on_step, left, part) for part in parts]
+            begun = None if left is None else resume.part_of(left)
+            if begun is None and not one_by_one:
+                whole = self._edited(inputs, on_step, left, resume.WHOLE)
+                return replace(whole, output=Edited(work, whole.output))
+            made: list[Generated] = []
+            pixels = [] if begun is None else [one.numpy() for one in begun.made]
+            for index in range(len(pixels), work.candidates):
+                part = Part(index, work.candidates, tuple(map(torch.from_numpy, pixels)))
+                own = left if begun is None or begun.index == index else None
+                made.append(self._edited(inputs, on_step, own, part))
+                pixels.extend(made[-1].output)
             return Generated(
-                Edited(work, np.concatenate([one.output for one in made])),
+                Edited(work, np.stack(pixels)),
                 denoise_s=sum(one.denoise_s for one in made), decode_s=sum(one.decode_s for one in made),
             )  # fmt: skip
 
-        return self._within_memory(attempt, state, at_once=work.candidates > 1 and self._has_room(inputs))
+        at_once = work.candidates > 1 and self._has_room(inputs)
+        return self._within_memory(attempt, state, on_step, work.steps, at_once=at_once)
 
     def _has_room(self, inputs: Inputs) -> bool:
         """Whether all candidates of a task are likely to fit beside the weights at once."""
@@ -205,7 +214,7 @@ class QwenEditEngine(DiffusersEngine):
     def _compiles(self, profile: profiles.Name) -> bool:
         # Two seconds of every start, and many more of the first, for what the kernels of `fuse_norms` do already.
         replays = self.layout.cuda_graphs != "off" and speed.takes_lengths(
-            speed.attention_of(self.layout.attention, self._device)
+            speed.attention_of(self.layout.attention, self._device, self._dtype)
         )
         fused = profile == "resident-fp8" and fp8.has_arithmetic(self._device)
         return super()._compiles(profile) and not (self.layout.compile == "auto" and fused and replays)

@@ -82,9 +82,19 @@ class WanI2VEngine(DiffusersEngine):
         self._texts: dict[str, torch.Tensor] = {}
         self._partner: Partner | None = None
         if guidance_device is not None:
-            other = replace(layout, device=guidance_device, step_cache=1)
-            make = functools.partial(WanI2VEngine, model, revision=revision, lora=lora, lora_2=lora_2, layout=other)
-            self._partner = Partner(make, guidance_device)
+            self._twin = functools.partial(WanI2VEngine, model, revision=revision, lora=lora, lora_2=lora_2)
+            self._guidance_device = guidance_device
+            self._pair_up()
+
+    def _pair_up(self) -> None:
+        other = replace(self.layout, device=self._guidance_device, step_cache=1)
+        self._partner = Partner(functools.partial(self._twin, layout=other), self._guidance_device)
+
+    def settle_for(self, profile: profiles.Name) -> None:
+        """Take this profile in `setup`, on both devices where there are two."""
+        super().settle_for(profile)
+        if self._partner is not None:
+            self._pair_up()
 
     def setup(self) -> Mapping[str, float]:
         """Set up as every engine, and meanwhile on the second device where there is one."""
@@ -121,7 +131,9 @@ class WanI2VEngine(DiffusersEngine):
 
     def resume(self, inputs: Inputs, on_step: OnStep, state: bytes | None) -> Generated:
         """Go on behind the step of a state that an interrupted run left; None: from the first step."""
-        return self._within_memory(lambda _, left: self._animated(inputs, on_step, left), state)
+        return self._within_memory(
+            lambda _, left: self._animated(inputs, on_step, left), state, on_step, inputs.work.steps
+        )
 
     def _animated(self, inputs: Inputs, on_step: OnStep, state: bytes | None) -> Generated:
         work = inputs.work

@@ -42,13 +42,14 @@ def begin_for(
     found = weights.require(model, revision, pipelines=pipelines)
     torch.zeros(1, device=target)  # the context
     threading.Thread(target=settle, args=(target,), name="settle", daemon=True).start()
-    sizes = weights.component_sizes(found.folder)
+    dtype = diffusion.dtype_of(layout["dtype"], target)
+    sizes = weights.component_sizes(found.folder, dtype.itemsize)
     chosen = profiles.choose(layout["profile"], memory(target), sizes, work, stored_fp8=found.profile == "fp8")
     if chosen.endswith("fp8") and found.profile != "fp8":
         return None
     streams = chosen.startswith("offload")
     place = torch.device("cpu") if streams else target
-    return begin(found, place, {"default": diffusion.dtype_of(layout["dtype"], target)}, streams=streams)
+    return begin(found, place, {"default": dtype}, streams=streams)
 
 
 def beginning_for(
@@ -165,6 +166,17 @@ def _convolve(device: torch.device) -> None:
 
 
 def memory(device: torch.device) -> int:
-    """The bytes of a GPU's memory that this process may use."""
+    """The bytes of a GPU's memory that this process may use: its share, of which others may have taken a part."""
     share = torch.cuda.get_per_process_memory_fraction(device)
-    return int(torch.cuda.get_device_properties(device).total_memory * share)
+    total: int = torch.cuda.get_device_properties(device).total_memory
+    return int(min(total * share, total - taken_by_others(device)))
+
+
+def taken_by_others(device: torch.device) -> int:
+    """The bytes of a GPU's memory that other processes have; a little that they have may not be seen."""
+    # In this order: what this process takes between the two is then not put down to others.
+    free, total = torch.cuda.mem_get_info(device)
+    # Beside torch's tensors it has a context and the libraries' kernels, for which each profile has a reserve.
+    own: int = torch.cuda.memory_reserved(device) + profiles.RESERVE
+    taken: int = total - free - own
+    return max(0, taken)

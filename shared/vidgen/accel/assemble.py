@@ -24,12 +24,11 @@ from transformers.utils import logging as transformers_logging
 from vidgen import diffusion, weights
 from vidgen.accel import ahead, fp8, kernels, loader
 from vidgen.errors import FatalError
+from vidgen.weights import SCALE
 
 P = TypeVar("P")
 Tensors = dict[str, Tensor]
 OnPhase = Callable[[str, float], None]
-
-SCALE = ".weight_scale"
 
 
 @dataclass(frozen=True)

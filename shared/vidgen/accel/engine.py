@@ -17,7 +17,7 @@ import torch
 
 from vidgen import diffusion, profiles, weights
 from vidgen.accel import ahead, blocks, fp8, graphs, ladder, loader, residency, speed, stepcache, trial
-from vidgen.engine import EngineInfo, Generated, Rung
+from vidgen.engine import EngineInfo, Generated, OnStep, Rung
 from vidgen.errors import FatalError
 
 log = structlog.get_logger(__name__)
@@ -71,6 +71,7 @@ class DiffusersEngine(abc.ABC):
         )
         self.load_seconds: dict[str, float] = {}
         self._loras = {component: path for component, path in loras.items() if path is not None}
+        self._content: dict[str, str] = {}  # names for what was loaded
         self.verdicts: tuple[trial.Verdict, ...] = ()
         self._attention = "torch"
         self._pipe: Any
@@ -88,7 +89,7 @@ class DiffusersEngine(abc.ABC):
         """Load the weights, fuse the LoRAs and, on a GPU, run once; raises FatalError with the remedy."""
         found = self._timed("verify", self._find)
         self._device = self._timed("device", self._open_device)
-        dtype = diffusion.dtype_of(self.layout.dtype, self._device)
+        dtype = self._dtype
         profile = self._profile(self._sizes(found), stored_fp8=found.profile == "fp8")
         resident = profile is None or profile.startswith("resident")
         quantises = profile is not None and profile.endswith("fp8") and found.profile != "fp8"
@@ -100,6 +101,7 @@ class DiffusersEngine(abc.ABC):
         self._pipe = self._timed("weights", lambda: self._load(found, place, self._dtypes(found, dtype)))
         for component, path in self._loras.items():
             self._timed("lora", functools.partial(diffusion.fuse, self._pipe, path, component))
+            self._content[f"lora of {component}"] = weights.sampled([weights.lora_file(path)])
         self._timed("layout", lambda: self._lay_out(profile))
         self.info = replace(
             self.info, model=found.model, revision=found.revision, device=str(self._device),
@@ -158,12 +160,25 @@ class DiffusersEngine(abc.ABC):
         return weights.require(self.model, self.revision, pipelines=self.PIPELINES)
 
     def _sizes(self, found: weights.Weights) -> Mapping[str, int]:
-        return weights.component_sizes(found.folder)
+        return weights.component_sizes(found.folder, self._dtype.itemsize)
+
+    @property
+    def _dtype(self) -> torch.dtype:
+        """The precision of what has no other."""
+        return diffusion.dtype_of(self.layout.dtype, self._device)
 
     def _open_device(self) -> torch.device:
         device = diffusion.device_of(self.layout.device)
         if device.type == "cuda":
+            # Of this thread, in which all is computed: Triton and graphs launch on the current device, wherever the
+            # tensors are.
+            torch.cuda.set_device(device)
             torch.zeros(1, device=device)  # the context, so that its time is its own
+            if (taken := ahead.taken_by_others(device)) > profiles.GIB:
+                log.warning(
+                    f"other processes have about {taken / profiles.GIB:.1f} GiB of this GPU: the profile is chosen "
+                    "from what they leave", _event="gpu_taken_by_others",
+                )  # fmt: skip
         return device
 
     def _load(self, found: weights.Weights, place: torch.device, dtypes: Mapping[str, torch.dtype]) -> Any:
@@ -182,9 +197,12 @@ class DiffusersEngine(abc.ABC):
         if reading is None and self._streams:
             reading = ahead.begin(found, place, dtypes, streams=True)
         arithmetic = fp8.has_arithmetic(self._device)
-        return assemble(
+        pipe = assemble(
             self.PIPELINE, found, place, dtypes, arithmetic=arithmetic, reading=reading, on_phase=self._add
         )  # fmt: skip
+        # Of what was read this moment. A folder's name says little of it, and a commit nothing of what was fused.
+        self._content["weights"] = weights.sampled(weights.in_reading_order(found.folder))
+        return pipe
 
     def _dtypes(self, found: weights.Weights, dtype: torch.dtype) -> dict[str, torch.dtype]:
         """The precision of each component, with a `default`."""
@@ -202,7 +220,7 @@ class DiffusersEngine(abc.ABC):
         """What decides over the numbers besides model, profile and task: of a checkpoint, too, it must be the same."""
         names = ("dtype", "attention", "compile", "cuda_graphs", "vae", "step_cache")
         narrow = [one.narrow for one in self.verdicts]
-        return {"loras": self._loras, "narrow": narrow, **{name: getattr(self.layout, name) for name in names}}
+        return self._content | {"narrow": narrow, **{name: getattr(self.layout, name) for name in names}}
 
     def _rehearsal(self) -> Callable[[], object] | None:
         """A run of the pipeline that stands for its tasks, on which attention in 8 bits can be tried; None: never."""
@@ -222,7 +240,7 @@ class DiffusersEngine(abc.ABC):
             traceback.clear_frames(exc.__traceback__)  # they hold what there may be no room for
             fault = diffusion.as_error(exc)
             if isinstance(fault, FatalError):
-                raise fault from exc
+                raise fault from (exc if fault is not exc else None)
             log.warning(
                 f"the trial of attention in 8 bits failed, it stays in 16: {type(exc).__name__}: {exc}"[:500],
                 _event="attention_trial_failed",
@@ -291,12 +309,13 @@ class DiffusersEngine(abc.ABC):
         return f"{profile}-storage"
 
     def _within_memory(
-        self, attempt: Callable[[bool, bytes | None], Generated], state: bytes | None, *, at_once: bool = False
-    ) -> Generated:
+        self, attempt: Callable[[bool, bytes | None], Generated], state: bytes | None, on_step: OnStep, steps: int,
+        *, at_once: bool = False,
+    ) -> Generated:  # fmt: skip
         """Run a task, and where memory runs out once more with less of it: see `vidgen.accel.ladder`.
 
         `attempt` takes whether the candidates are to be made one after another, and the state to go on from; `at_once`
-        says that they would not.
+        says that they would not. `on_step` hears of step 0 of `steps` where it begins again.
         """
         rungs = ("one_by_one", *self._rungs) if at_once and self._rungs else self._rungs
 
@@ -306,7 +325,7 @@ class DiffusersEngine(abc.ABC):
                     without.enter_context(self._graphs.paused())
                 return attempt(not at_once or "one_by_one" in taken, left)
 
-        return ladder.descend(self._pipe, self._device, rungs, tried, state)
+        return ladder.descend(self._pipe, self._device, rungs, tried, state, lambda: on_step(0, steps))
 
     def _lay_out(self, profile: profiles.Name | None) -> None:
         if profile is None:
@@ -323,7 +342,7 @@ class DiffusersEngine(abc.ABC):
                 blocks.fuse_feed_forwards(model)
                 blocks.fuse_norms(model)
         diffusion.free(self._device)  # the projections that were put side by side left gaps
-        self._attention = speed.choose_attention(transformers, self.layout.attention, self._device)
+        self._attention = speed.choose_attention(transformers, self.layout.attention, self._device, self._dtype)
         streams = profile == "offload-fp8"
         if streams:
             if (said := residency.no_room_to_pin(speed.offloadable(self._pipe).values())) is not None:

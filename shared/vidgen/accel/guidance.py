@@ -7,7 +7,10 @@ inputs of one forward and gives back the prediction. So steps, resuming and canc
 from __future__ import annotations
 
 import contextlib
+import ctypes
+import os
 import pickle
+import signal
 import socket
 import subprocess
 import sys
@@ -26,6 +29,7 @@ from vidgen.errors import FatalError, RejectedError, RetryableError, VidgenError
 FAULTS: dict[str, type[VidgenError]] = {kind.__name__: kind for kind in (RejectedError, RetryableError, FatalError)}
 HOOK = "vidgen_guidance"
 PREDICTION = "prediction"
+DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 
 Make = Callable[[], Any]
 
@@ -48,7 +52,7 @@ class Partner:
             # In a session of its own: a Ctrl-C is for the worker. It ends when this end of the socket is closed,
             # whatever ends this process.
             self._process = subprocess.Popen(  # noqa: S603  our own command line, no shell
-                [sys.executable, "-P", "-m", __name__, str(theirs.fileno())],
+                [sys.executable, "-P", "-m", __name__, str(theirs.fileno()), str(os.getpid())],
                 stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()], start_new_session=True,
             )  # fmt: skip
         self._connection = Connection(ours.detach())
@@ -193,6 +197,19 @@ def _fault(exc: VidgenError) -> bytes:
     return _packed({}, fault=type(exc).__name__, code=exc.code, message=exc.message)
 
 
+def _on_a_leash(parent: int) -> None:
+    """Leave with the worker, and not before it: even from a kernel that hangs, where no closed socket is noticed.
+
+    A manager of services tells all of its processes to end; the worker then still wants the step that it is at.
+    """
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    with contextlib.suppress(AttributeError, OSError):  # Linux alone
+        ctypes.CDLL(None).prctl(DIE_WITH_PARENT, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+
+
 if __name__ == "__main__":
+    _on_a_leash(int(sys.argv[2]))
     with contextlib.suppress(EOFError, ConnectionError):
         serve(Connection(int(sys.argv[1])))

@@ -17,9 +17,9 @@ import torch
 from torch import nn
 
 from vidgen import diffusion
-from vidgen.accel import loader, residency, speed
+from vidgen.accel import loader, residency, resume, speed
 from vidgen.engine import Generated, Rung
-from vidgen.errors import FatalError, RetryableError, VidgenError
+from vidgen.errors import FatalError, RetryableError, Suspended, VidgenError
 
 log = structlog.get_logger(__name__)
 
@@ -37,17 +37,21 @@ ACTS: dict[Rung, str] = {
 def descend(
     pipe: Any, device: torch.device, rungs: Sequence[Rung],
     attempt: Callable[[tuple[Rung, ...], bytes | None], Generated], state: bytes | None,
+    begins_again: Callable[[], object],
 ) -> Generated:  # fmt: skip
     """Try a task, and where memory runs out once more, each time one rung further down.
 
     `attempt` takes the rungs that are taken by then, and the state to go on from: the one that is given, or what the
-    try before it left. `one_by_one` is its own to do, the other rungs are done to the pipeline. What is raised, too,
-    says in its `rungs` which they were.
+    try before it left. `one_by_one` is its own to do, the other rungs are done to the pipeline. Before each try but the
+    first `begins_again` is called, which may raise to end it there. What is raised, too, says in its `rungs` which they
+    were.
     """
     taken: tuple[Rung, ...] = ()
     with contextlib.ExitStack() as lowered:
         while True:
             try:
+                if taken:
+                    _say(begins_again, state)
                 if taken and taken[-1] in LOWER:
                     lowered.enter_context(LOWER[taken[-1]](pipe, device))
                 return replace(attempt(taken, state), rungs=taken)
@@ -63,6 +67,17 @@ def descend(
             rung = rungs[len(taken)]
             log.warning(f"{said}: once more, {ACTS[rung]}", _event="memory_rung", rung=rung)
             taken = (*taken, rung)
+
+
+def _say(begins_again: Callable[[], object], state: bytes | None) -> None:
+    """Before the next rung, which may take a minute: whoever asks for the state then has the one that there is."""
+    try:
+        begins_again()
+    except Suspended as exc:
+        if state is not None:
+            exc.state, exc.step = state, resume.step_of(state)
+            exc.steps = max(exc.steps, exc.step + 1)  # of candidates there may be others
+        raise
 
 
 @contextlib.contextmanager
@@ -100,7 +115,7 @@ def streamed(pipe: Any, device: torch.device) -> Iterator[None]:
             speed.offload(pipe, device)
         except Exception as exc:
             fault = diffusion.as_error(exc)
-            if fault is None:
+            if fault is None or fault is exc:
                 raise
             raise fault from exc
         # The compiler refuses blocks whose weights come and go.

@@ -6,13 +6,13 @@ One tensor after another, so that a model larger than the memory can be quantise
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import inspect
 import json
 import math
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -26,9 +26,11 @@ from torch import Tensor, nn
 
 from vidgen import __version__, diffusion, manifest, weights
 from vidgen.accel import fp8, kernels, loader
-from vidgen.accel.assemble import SCALE, Part, is_model, parts_of, skeleton
+from vidgen.accel.assemble import Part, is_model, parts_of, skeleton
 from vidgen.accel.kernels import e4m3
-from vidgen.errors import FatalError
+from vidgen.errors import FatalError, StoreError
+from vidgen.scratch import Scratch
+from vidgen.weights import SCALE
 
 COMPONENTS = ("transformer", "transformer_2")
 LARGEST_SHARD = 5 * 10**9
@@ -71,13 +73,14 @@ def quantize(
     if to.exists():
         raise FatalError(f"{to} is there already: name a new folder, or delete it", code="usage")
     try:
-        to.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{to.name}.", dir=to.parent) as scratch, torch.no_grad():
-            folder = Path(scratch) / to.name
+        # Half a model: what one that was killed has left there goes when the next one begins.
+        with contextlib.closing(Scratch(to.parent)) as scratch, torch.no_grad():
+            folder = scratch.folder() / to.name
             _write(source, folder, loras or {}, least, on_progress)
             folder.rename(to)
-    except OSError as exc:
-        raise FatalError(f"{to} could not be written: {exc.strerror or exc}", code="not_written") from exc
+    except (OSError, StoreError) as exc:
+        reason = exc.message if isinstance(exc, StoreError) else exc.strerror or exc
+        raise FatalError(f"{to} could not be written: {reason}", code="not_written") from exc
     return weights.require(str(to))
 
 

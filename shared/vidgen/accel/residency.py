@@ -14,18 +14,23 @@ import json
 import math
 import re
 import tempfile
+import traceback
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Literal
 
+import structlog
 import torch
 from torch import Tensor, nn
 
 from vidgen import diffusion
 from vidgen.accel import loader
+from vidgen.errors import RetryableError
 from vidgen.profiles import GIB
+
+log = structlog.get_logger(__name__)
 
 Home = Literal["memory", "disk"]
 
@@ -237,7 +242,7 @@ class Residency:
         kept = _Kept(small, pinned=pinned)
         size = sum(_rounded(storage.numel()) for group in groups for storage in group)
         home = home_for(self._wanted, size, host_memory())
-        large = _InMemory(groups, pinned=pinned) if home == "memory" else _OnDisk(groups, self._folder, pinned=pinned)
+        large = self._home(groups, home, pinned=pinned)
         diffusion.synchronize(self._device)
         begins = {
             storage.data_ptr(): (chunk, begin)
@@ -246,6 +251,19 @@ class Residency:
         }
         self._places = [_Place.at(tensor, *begins[tensor.untyped_storage().data_ptr()]) for tensor in tensors]
         self._small, self._large = kept, large
+
+    def _home(self, groups: Sequence[Sequence[Tensor]], home: Home, *, pinned: bool) -> _InMemory | _OnDisk:
+        if home == "memory":
+            try:
+                return _InMemory(groups, pinned=pinned)
+            except (RuntimeError, MemoryError) as exc:  # less can be pinned than is free
+                if self._wanted != "auto" or not isinstance(diffusion.as_error(exc), RetryableError):
+                    raise
+                traceback.clear_frames(exc.__traceback__)  # they hold what was pinned by then
+                log.warning(f"the host's memory does not take the weights, they sleep on disk: {exc}"[:300],
+                            _event="asleep_on_disk")  # fmt: skip
+            loader.give_back(self._device)
+        return _OnDisk(groups, self._folder, pinned=pinned)
 
 
 @dataclass(frozen=True)
@@ -347,7 +365,7 @@ class _OnDisk:
         for number, group in enumerate(groups):
             kept = _Kept(group, pinned=pinned)
             if pinned:
-                torch.cuda.synchronize()
+                torch.cuda.synchronize(group[0].device)
             file = tempfile.TemporaryFile(prefix="vidgen-asleep-", dir=folder)  # noqa: SIM115  as long as this lives
             self._files.append(file)
             kept.write(file, str(number))

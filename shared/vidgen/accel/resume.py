@@ -26,17 +26,21 @@ from vidgen.engine import OnStep
 log = structlog.get_logger(__name__)
 
 ENTRY = "diffusers"  # of the file's metadata
-LATENTS, GENERATOR = "latents", "generator.{}"
-FIELDS = ("made_with", "step", "generators", "scheduler", "state", "tensors")
+LATENTS, GENERATOR, MADE = "latents", "generator.{}", "made.{}"
+FIELDS = ("made_with", "step", "generators", "part", "scheduler", "state", "tensors")
 CONFIG = "_internal_dict"  # of a scheduler: of the model, not of the run
 
 
 @dataclass(frozen=True)
 class Part:
-    """A run's share of a task: all of it, or candidate `index` of `count` that are made one after another."""
+    """A run's share of a task: all of it, or candidate `index` of `count` that are made one after another.
+
+    `made` is what those before it came to: pixels of one shape.
+    """
 
     index: int = 0
     count: int = 1
+    made: tuple[torch.Tensor, ...] = ()
 
 
 WHOLE = Part()
@@ -48,8 +52,8 @@ class Course(diffusion.Steps):
     `generators` are those of the task's candidates. `made_with` is what besides model, profile and task decides over
     the numbers, such as a LoRA: a state made with something else is refused. Raises UnusableError.
 
-    As one `part` of several it goes on from its share of a state, tells the steps of all parts together, and leaves no
-    state: what the parts before it made is not in it.
+    As one `part` of several it goes on from its share of a state of all, or from its own, tells the steps of all parts
+    together, and leaves its own state with what the parts before it made.
 
     What fails behind the last step but one, such as a decode that has no room, can be tried again from there: that is
     `kept`.
@@ -62,17 +66,21 @@ class Course(diffusion.Steps):
         self._generators = generators
         self._part = part
         self._made_with = {
-            "diffusers": diffusers.__version__, "device": device.type, **{k: str(v) for k, v in made_with.items()}
+            "diffusers": diffusers.__version__, "torch": torch.__version__, "device": device.type,
+            **{k: str(v) for k, v in made_with.items()},
         }  # fmt: skip
         self._from = None if state is None else self._read(state)
         self.done: int = 0 if self._from is None else self._from["step"]
+        of_all = self._from is not None and self._from["part"] is None
         if part.count > 1:
             self._generators = [generators[part.index]]
-            self._from = None if self._from is None else _share(self._from, part.index)
+            if self._from is not None and of_all:
+                self._from = _share(self._from, part.index)
 
         def told(step: int, steps: int) -> None:
-            before = part.count * self.done + part.index * steps
-            on_step(before + step, part.count * (self.done + steps))
+            whole = self.done + steps
+            before = part.count * self.done + part.index * steps if of_all else part.index * whole + self.done
+            on_step(before + step, part.count * whole)
 
         super().__init__(told, device)
         self._begun = state
@@ -123,11 +131,11 @@ class Course(diffusion.Steps):
                  for name, value in vars(scheduler).items() if name != CONFIG}  # fmt: skip
 
         def packed() -> bytes:
-            if self._part.count > 1:
-                raise UnusableError("candidates that are made one after another leave no checkpoint")
-            tensors = {LATENTS: _kept(latents), **generators}
+            made = {MADE.format(index): _kept(one) for index, one in enumerate(self._part.made)}
+            tensors = {LATENTS: _kept(latents), **generators, **made}
+            part = {"index": self._part.index, "count": self._part.count} if self._part.count > 1 else None
             described = {
-                "made_with": self._made_with, "step": step, "generators": len(self._generators),
+                "made_with": self._made_with, "step": step, "generators": len(self._generators), "part": part,
                 "scheduler": type(scheduler).__name__,
                 "state": {name: _described(value, name, tensors) for name, value in state.items()},
             }  # fmt: skip
@@ -136,18 +144,15 @@ class Course(diffusion.Steps):
         return packed
 
     def _read(self, state: bytes) -> dict[str, Any]:
-        try:
-            found: dict[str, Any] = json.loads(checkpoints.metadata_of(state)[ENTRY])
-            found["tensors"] = load(state)
-            found = {name: found[name] for name in FIELDS}
-            if LATENTS not in found["tensors"] or not isinstance(found["step"], int):
-                raise KeyError(LATENTS)
-        except (KeyError, TypeError, ValueError, SafetensorError) as exc:
-            raise UnusableError(f"the checkpoint's state cannot be read: {type(exc).__name__}") from exc
+        found = _unpacked(state)
         if found["made_with"] != self._made_with:
             raise UnusableError(f"the checkpoint was made with {found['made_with']}, here are {self._made_with}")
-        if found["generators"] != len(self._generators):
-            raise UnusableError(f"the checkpoint is of {found['generators']} at once, not {len(self._generators)}")
+        part = {"index": self._part.index, "count": self._part.count}
+        if found["part"] is not None and found["part"] != part:
+            raise UnusableError(f"the checkpoint is of part {found['part']}, this is {part}")
+        expected = len(self._generators) if found["part"] is None else 1
+        if found["generators"] != expected:
+            raise UnusableError(f"the checkpoint is of {found['generators']} at once, not {expected}")
         return found
 
     @contextlib.contextmanager
@@ -191,6 +196,37 @@ class Course(diffusion.Steps):
         finally:
             for name in ("set_timesteps", "step"):
                 vars(scheduler).pop(name, None)
+
+
+def step_of(state: bytes) -> int:
+    """The step behind which a state was made by a `Course`, of its own part; raises UnusableError."""
+    step: int = _unpacked(state)["step"]
+    return step
+
+
+def part_of(state: bytes) -> Part | None:
+    """The part of several that a state was left in, None for one of all of a task; raises UnusableError."""
+    found = _unpacked(state)
+    if found["part"] is None:
+        return None
+    try:
+        made = tuple(found["tensors"][MADE.format(index)] for index in range(found["part"]["index"]))
+        return Part(found["part"]["index"], found["part"]["count"], made)
+    except (KeyError, TypeError) as exc:
+        raise UnusableError("the checkpoint lacks what was made before it") from exc
+
+
+def _unpacked(state: bytes) -> dict[str, Any]:
+    try:
+        found: dict[str, Any] = json.loads(checkpoints.metadata_of(state)[ENTRY])
+        found["tensors"] = load(state)
+        found = {name: found[name] for name in FIELDS}
+        names = {LATENTS, *(GENERATOR.format(index) for index in range(found["generators"]))}
+        if not found["tensors"].keys() >= names or not isinstance(found["step"], int):
+            raise KeyError(LATENTS)
+    except (KeyError, TypeError, ValueError, SafetensorError) as exc:
+        raise UnusableError(f"the checkpoint's state cannot be read: {type(exc).__name__}") from exc
+    return found
 
 
 def _share(found: dict[str, Any], index: int) -> dict[str, Any]:

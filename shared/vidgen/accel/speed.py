@@ -6,16 +6,20 @@ import importlib
 import importlib.util
 import inspect
 import os
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import structlog
 import torch
 from torch import nn
 
 from vidgen import profiles
 from vidgen.accel import autoencoder, blocks, graphs, kernels, residency
 from vidgen.errors import FatalError
+
+log = structlog.get_logger(__name__)
 
 # diffusers' names of the attention kernels, by ours.
 ATTENTION = {
@@ -31,9 +35,11 @@ ROUND = {
 }  # fmt: skip
 
 
-def choose_attention(transformers: Sequence[nn.Module], wanted: str, device: torch.device) -> str:
+def choose_attention(
+    transformers: Sequence[nn.Module], wanted: str, device: torch.device, dtype: torch.dtype = torch.bfloat16
+) -> str:
     """Set the attention kernels of the transformers, and say which; raises FatalError for one that is not here."""
-    name = attention_of(wanted, device)
+    name = attention_of(wanted, device, dtype)
     if name not in ATTENTION:
         raise FatalError(
             f"attention {wanted} is unknown: use auto, {', '.join(ATTENTION)} for VIDGEN_ATTENTION", code="settings"
@@ -55,10 +61,12 @@ def choose_attention(transformers: Sequence[nn.Module], wanted: str, device: tor
     return name
 
 
-def attention_of(wanted: str, device: torch.device) -> str:
-    """The attention that a setting means on a device."""
+def attention_of(wanted: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The attention that a setting means on a device, for queries of this type."""
     if wanted != "auto":
         return wanted
+    if dtype not in (torch.bfloat16, torch.float16):  # FlashAttention 3 takes nothing wider
+        return "torch"
     hopper = torch.cuda.get_device_capability(device) == HOPPER
     return "flash3" if hopper and importlib.util.find_spec(PACKAGES["flash3"]) is not None else "torch"
 
@@ -88,7 +96,19 @@ def takes_lengths(attention: str) -> bool:
 
 
 def keep_compiled(folder: Path) -> None:
-    """Have inductor and Triton keep what they compile in this folder; their own variables, where set, win."""
+    """Have inductor and Triton keep what they compile in this folder; their own variables, where set, win.
+
+    Where the folder takes nothing they keep it where they do by themselves: they need a place to compile at all.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as exc:
+        log.warning(
+            f"VIDGEN_COMPILE_CACHE={folder} cannot be written to ({exc.strerror}): the next start compiles again",
+            _event="compile_cache_unusable",
+        )
+        return
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(folder / "inductor"))
     os.environ.setdefault("TRITON_CACHE_DIR", str(folder / "triton"))
 

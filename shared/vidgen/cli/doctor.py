@@ -128,7 +128,7 @@ def _demand(stage: Stage, settings: WorkerSettings) -> profiles.Demand | None:
     found = weights.locate(*settings.model_of(stage))
     if used.uuid == "cpu" or used.memory_total is None or found is None:
         return None
-    parts = weights.component_sizes(found.folder)
+    parts = weights.component_sizes(found.folder, 4 if settings.dtype == "float32" else 2)
     return profiles.Demand(
         found.model, used.memory_total, parts, profiles.WORK[stage], stored_fp8=found.profile == "fp8"
     )

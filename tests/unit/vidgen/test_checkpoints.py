@@ -36,6 +36,15 @@ def test_a_state_comes_back_with_its_step_its_tensors_and_its_own_metadata(path:
     assert checkpoints.metadata_of(found.state)["mine"] == "kept"
 
 
+@pytest.mark.parametrize("length", range(8))
+def test_tensors_begin_where_every_kind_of_number_may(tmp_path: Path, length: int) -> None:
+    state = safetensors({"mine": "x" * length}, b"tensors")
+    checkpoints.write(tmp_path / "checkpoint", state, TASK, INFO, 3, 8)
+    written = (tmp_path / "checkpoint").read_bytes()
+    assert int.from_bytes(written[:8], "little") % 8 == 0
+    assert checkpoints.read(tmp_path / "checkpoint", TASK, INFO).step == 3
+
+
 def test_the_file_is_one_that_the_safetensors_library_reads(tmp_path: Path) -> None:
     import torch
     from safetensors.torch import load_file, save
@@ -73,7 +82,7 @@ def test_another_device_of_the_same_kind_or_another_run_may_go_on(path: Path) ->
 
 
 def of_the_future(data: bytes) -> bytes:
-    return data.replace(b'schema_version\\":1', b'schema_version\\":2')
+    return data.replace(b'schema_version\\":2', b'schema_version\\":3')
 
 
 @pytest.mark.parametrize(
@@ -84,6 +93,7 @@ def of_the_future(data: bytes) -> bytes:
         (lambda data: data[:5], "damaged"),
         (lambda data: b"", "damaged"),
         (lambda data: data[:-3] + b"xyz", "damaged"),
+        (lambda data: data.replace(b'"mine":"kept"', b'"mine":"kepu"'), "damaged"),
         (lambda data: b"\xff" * len(data), "damaged"),
         (lambda data: data[:8] + b"[" * (len(data) - 8), "damaged"),
         (lambda data: STATE, "another version"),

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any, get_args
 
 import pytest
+import structlog
 from hypothesis import given
 from hypothesis import strategies as st
 from tests import engines
@@ -278,6 +279,40 @@ async def test_an_engine_that_cannot_be_woken_costs_the_one_task_for_which_it_wa
     await house.use("i2v")
 
     assert house.journal == ["edit sleeps", "edit wakes", "edit", "edit sleeps", "i2v wakes", "i2v"]
+
+
+async def test_an_engine_that_can_never_be_woken_does_not_use_up_the_tries_of_all_its_tasks(house: House) -> None:
+    """Its queue was emptied into the dead letters, one task after another, by a worker that found itself healthy."""
+    no_room = errors.RetryableError("no memory", code="out_of_memory")
+    house.engines["i2v"].faults = [no_room] * 5
+    for _ in range(2):
+        with pytest.raises(errors.RetryableError):
+            await house.use("i2v")
+    with pytest.raises(errors.FatalError, match="no memory, 3 times in a row") as caught:
+        await house.use("i2v")
+    assert caught.value.code == "out_of_memory"
+
+
+async def test_a_switch_that_goes_well_forgives_those_before(house: House) -> None:
+    no_room = errors.RetryableError("no memory", code="out_of_memory")
+    for _ in range(3):
+        house.engines["i2v"].faults = [no_room] * 2
+        for _ in range(2):
+            with pytest.raises(errors.RetryableError):
+                await house.use("i2v")
+        await house.use("edit")
+
+
+async def test_what_goes_wrong_where_nobody_waits_any_more_is_in_the_log(house: House) -> None:
+    house.engines["i2v"].faults = [errors.FatalError("the device is lost", code="cuda_error")]
+    house.engines["i2v"].door.clear()
+    gone = asyncio.create_task(house.use("i2v"))
+    await house.at_the_door("i2v")
+    gone.cancel()
+    with structlog.testing.capture_logs() as logs:
+        house.engines["i2v"].door.set()
+        await house.use("edit")
+    assert [entry["code"] for entry in logs if entry["_event"] == "switch_failed"] == ["cuda_error"]
 
 
 async def test_what_no_engine_should_raise_is_fatal(house: House) -> None:

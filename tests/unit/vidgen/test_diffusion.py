@@ -95,3 +95,15 @@ def test_cropping_keeps_the_middle() -> None:
 def test_seeds_of_candidates_wrap_around() -> None:
     first, second = diffusion.generators(2**32 - 1, 2)
     assert (first.initial_seed(), second.initial_seed()) == (2**32 - 1, 0)
+
+
+@pytest.mark.parametrize("raised", [FatalError("the partner is gone"), RetryableError("no room")])
+def test_an_error_that_has_its_name_already_is_not_its_own_cause(raised: VidgenError) -> None:
+    """Whoever follows the causes of such a one never comes to an end: a worker's event loop stood still for ever."""
+    steps = diffusion.Steps(lambda step, steps: None, CPU)
+    with pytest.raises(type(raised)) as caught, diffusion.faults(steps):
+        raise raised
+    assert caught.value.__cause__ is not caught.value
+    with pytest.raises(VidgenError) as moved, diffusion.moving("the model could not be woken", CPU):
+        raise raised
+    assert moved.value.__cause__ is not moved.value

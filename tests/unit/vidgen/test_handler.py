@@ -17,7 +17,7 @@ import structlog
 from tests import engines
 from tests.workbench import BOUND, Bench, LoopClock, one_thread, settled, task_of, tidied
 
-from vidgen import artifacts, contracts, errors, eventlog, results, topology
+from vidgen import artifacts, checkpoints, contracts, errors, eventlog, results, topology
 from vidgen.contracts import MAX_REFERENCES
 from vidgen.engine import Engine, Finished
 from vidgen.eta import Pace
@@ -671,6 +671,22 @@ async def test_a_full_disk_is_the_workers_fault_and_costs_its_task_no_try(bench_
     assert (bench.events()[-1].type, bench.events()[-1].tries) == ("stage_released", 0)
     bench.use(engines.Instant())
     assert await bench.run() == "completed"
+
+
+async def test_a_fault_that_is_its_own_cause_ends_its_task_and_not_the_event_loop(bench_of: MakeBench) -> None:
+    """A process that computed half of each step was lost, and its error named itself as what it had come of."""
+
+    class Loses(engines.Instant):
+        def generate(self, inputs: Any, on_step: Any) -> Any:
+            gone = errors.FatalError("the other device is gone", code="partner_lost")
+            raise gone from gone
+
+    bench = bench_of(Loses())
+    await bench.queue()
+
+    with pytest.raises(errors.FatalError, match="is gone"):
+        await bench.run()
+    assert bench.events()[-1].type == "stage_released"
 
 
 async def test_a_task_that_is_too_large_for_the_disk_is_charged_and_ends(
@@ -1373,6 +1389,29 @@ async def test_the_state_is_stored_before_the_log_says_so_and_the_task_is_handed
     assert [*order, entries.index("nak")] == sorted([*order, entries.index("nak")])
 
 
+async def test_of_a_task_with_more_steps_than_one_candidate_has_nobody_knows_when_it_is_done(
+    bench_of: MakeBench,
+) -> None:
+    """By the steps of one the device was free at once: the next task was taken while others idled."""
+    bench = bench_of()
+    await bench.queue()
+    await left_behind_step_two(bench)
+    [key] = [key for key in bench.store.objects if key.startswith("checkpoints/")]
+    path = bench.handler._scratch.path()
+    state = engines.safetensors({"step": "2", "made": "7: 1 2"})
+    checkpoints.write(path, state, task_of(), bench.engine.info, 9, 16)
+    bench.store.add(key, path.read_bytes())
+    bench.use(second := engines.Resumes())
+    bench.handler._pace = 1.0
+    gate = second.hold("generate", step=3)
+    turn = bench.turn()
+    running = await bench.begin(turn)
+    await reached(gate)
+    assert turn.left_s is None
+    gate.open()
+    assert await ended(running) == "completed"
+
+
 async def test_a_first_attempt_asks_the_store_for_no_checkpoint(bench_of: MakeBench) -> None:
     bench = bench_of(engines.Resumes())
     await bench.queue()
@@ -1485,16 +1524,30 @@ def truncated(bench: Bench) -> None:
 
 def of_another_schema(bench: Bench) -> None:
     [key] = [key for key in bench.store.objects if key.startswith("checkpoints/")]
-    bench.store.add(key, bench.store.objects[key].replace(b'_version\\":1', b'_version\\":2'))
+    bench.store.add(key, bench.store.objects[key].replace(b'_version\\":2', b'_version\\":3'))
 
 
 def not_for_the_engine(bench: Bench) -> None:
-    """The header fits, but not what the engine finds in it."""
+    """The header fits, but not what the engine finds behind it."""
+
+    def resume(inputs: Any, on_step: Any, state: bytes | None) -> Any:
+        if state is not None:
+            raise checkpoints.UnusableError("nothing of this engine's is in the state")
+        return engines.Resumes.resume(engine, inputs, on_step, None)
+
+    engine: Any = bench.engine
+    engine.resume = resume
+
+
+def with_another_number(bench: Bench) -> None:
+    """One digit of what the engine left, where no tensor lies."""
     [key] = [key for key in bench.store.objects if key.startswith("checkpoints/")]
-    bench.store.add(key, bench.store.objects[key].replace(b'"made":', b'"mode":'))
+    bench.store.add(key, bench.store.objects[key].replace(b'"step":"2"', b'"step":"3"'))
 
 
-@pytest.mark.parametrize("spoil", [another_model, another_profile, truncated, of_another_schema, not_for_the_engine])
+@pytest.mark.parametrize(
+    "spoil", [another_model, another_profile, truncated, of_another_schema, not_for_the_engine, with_another_number]
+)
 async def test_a_checkpoint_that_does_not_fit_is_refused_and_the_task_starts_over(
     bench_of: MakeBench, spoil: Callable[[Bench], None]
 ) -> None:

@@ -41,6 +41,28 @@ def test_less_memory_never_gives_a_larger_profile() -> None:
     assert chosen == sorted(chosen)
 
 
+@pytest.mark.parametrize("number", range(3))
+def test_a_profile_fits_where_its_last_byte_does(number: int) -> None:
+    need = profiles.needs(WAN, WORK)[number]
+    assert profiles.choose("auto", need.bytes, WAN, WORK) == need.name
+    if number < 2:
+        assert profiles.choose("auto", need.bytes - 1, WAN, WORK) == profiles.NAMES[number + 1]
+    else:
+        with pytest.raises(FatalError):
+            profiles.choose("auto", need.bytes - 1, WAN, WORK)
+
+
+def test_weights_that_stream_take_a_part_of_their_largest_component() -> None:
+    streams = profiles.needs(QWEN, WORK)[-1]
+    assert streams.bytes == QWEN["transformer"] // 16 + WORK + profiles.RESERVE
+
+
+def test_two_models_share_what_the_one_that_sees_less_sees() -> None:
+    large, small = demands(139.8), demands(79.2)
+    for mixed in ([large[0], small[1]], [small[0], large[1]]):
+        assert profiles.share("auto", mixed) == profiles.share("auto", small)
+
+
 def test_a_profile_can_be_asked_for_where_it_fits() -> None:
     assert profiles.choose("offload-fp8", 80 * GIB, QWEN, WORK) == "offload-fp8"
 
@@ -49,6 +71,12 @@ def test_one_that_does_not_fit_is_refused_with_one_that_does() -> None:
     with pytest.raises(FatalError, match="VIDGEN_PROFILE=resident-fp8 fits") as caught:
         profiles.choose("resident-bf16", 48 * GIB, QWEN, WORK)
     assert caught.value.code == "gpu_too_small"
+
+
+def test_a_snapshot_in_fp8_has_no_wide_profile_however_large_the_gpu_is() -> None:
+    with pytest.raises(FatalError, match=r"VIDGEN_PROFILE=resident-bf16 cannot be had .* stored in FP8") as caught:
+        profiles.choose("resident-bf16", 140 * GIB, QWEN, WORK, stored_fp8=True)
+    assert caught.value.code == "settings"
 
 
 def test_a_gpu_that_is_too_small_is_told_what_each_needs() -> None:

@@ -128,6 +128,19 @@ async def test_a_gpu_too_small_for_any_profile_is_told_what_each_needs_and_no_ta
     assert caught.value.code == "gpu_too_small"
 
 
+async def test_a_work_dir_that_takes_nothing_ends_the_start_before_the_model_is_loaded(tmp_path: Path) -> None:
+    """It was found out behind that, minutes later, and by a message that named no setting."""
+
+    def make_engine(settings: WorkerSettings, chosen: choice.Choice) -> Engine:
+        raise AssertionError("nothing is to be loaded")
+
+    (tmp_path / "file").write_text("")
+    settings = WorkerSettings(engine="preview", work_dir=tmp_path / "file" / "scratch", metrics_port=0)
+    with pytest.raises(FatalError, match=r"VIDGEN_WORK_DIR=.*/file/scratch cannot be used") as caught:
+        await service._Service({"edit": make_engine}, settings).run()
+    assert caught.value.code == "settings"
+
+
 @pytest.mark.parametrize("stages", [("edit",), ("edit", "i2v")])
 async def test_an_engine_is_told_whether_it_is_alone_and_is_made_where_nothing_waits_for_it(
     stages: tuple[Stage, ...],

@@ -77,6 +77,29 @@ async def test_an_engine_that_begins_again_with_less_memory_is_borne_as_at_first
     assert watch.bears_s == 900
 
 
+async def test_it_is_so_from_the_moment_at_which_it_begins_again_and_later_tasks_are_not() -> None:
+    clock = Clock()
+    dog = Watchdog(Patience(factor=10, least_s=60, first_s=900), look_s=LOOK_S, clock=clock)
+    await learnt(dog, clock, 0.5)
+    watch = dog.watch(work_of("edit"))
+    assert watch.bears_s == 60
+    watch.heard(0)  # before a step was done
+    assert watch.bears_s == 900
+    clock.now += 500
+    assert await watch.over(done()) == "done"
+    assert dog.watch(work_of("edit")).bears_s == 60
+
+
+async def test_the_silence_behind_the_last_step_counts_as_well() -> None:
+    clock = Clock()
+    dog = Watchdog(Patience(factor=10, least_s=60, first_s=900), look_s=LOOK_S, clock=clock)
+    watch = dog.watch(work_of("edit"))
+    watch.heard(1)
+    clock.now += 30
+    assert await watch.over(done()) == "done"
+    assert dog.watch(work_of("edit")).bears_s == 300
+
+
 async def test_silence_beyond_that_is_a_hang() -> None:
     clock = Clock()
     dog = Watchdog(Patience(factor=10, least_s=5 * LOOK_S, first_s=10 * LOOK_S), look_s=LOOK_S, clock=clock)
@@ -98,6 +121,25 @@ async def test_who_is_cancelled_over_an_engine_that_hangs_is_cancelled() -> None
     watching.cancel()
     with pytest.raises(asyncio.CancelledError):
         await watching
+
+
+async def test_who_is_cancelled_in_the_moment_in_which_a_hang_is_noticed_is_cancelled() -> None:
+    watching: asyncio.Task[None] | None = None
+
+    def clock() -> float:
+        if watching is not None and not watching.cancelling():
+            watching.cancel()
+        return asyncio.get_running_loop().time()
+
+    async def watches() -> None:
+        dog = Watchdog(Patience(least_s=0.0, first_s=0.0), look_s=LOOK_S, clock=clock)
+        await dog.watch(work_of("edit")).over(asyncio.Event().wait())
+
+    task = asyncio.create_task(watches())
+    await asyncio.sleep(0)
+    watching = task
+    with pytest.raises(asyncio.CancelledError):
+        await task
 
 
 async def test_a_process_that_stood_still_was_not_silent() -> None:

@@ -1,13 +1,17 @@
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import huggingface_hub
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from vidgen import manifest, weights
 from vidgen.errors import FatalError
@@ -156,6 +160,102 @@ def test_pickles_are_refused_beside_and_instead_of_safetensors(folder: Path, nam
     assert caught.value.code == "weights_refused"
 
 
+def test_a_pickle_of_any_spelling_is_one(folder: Path) -> None:
+    (folder / "transformer" / "WEIGHTS.BIN").write_bytes(bytes(10))
+    with pytest.raises(FatalError, match="is a pickle"):
+        weights.verify(folder)
+
+
+def test_what_lies_behind_a_link_to_a_folder_is_looked_into_as_well(folder: Path, tmp_path: Path) -> None:
+    """Models share a text encoder so: it was loaded, and neither searched for code nor compared with the manifest."""
+    elsewhere = (folder / "transformer").rename(tmp_path / "elsewhere")
+    (folder / "transformer").symlink_to(elsewhere)
+    (elsewhere / "back").symlink_to(folder)  # a link may lead round in a circle
+    weights.verify(folder)
+    assert [name for name in manifest.paths(folder) if name.startswith("transformer")] == [
+        "transformer/config.json", "transformer/weights.safetensors",
+    ]  # fmt: skip
+    assert weights.component_sizes(folder) == {"transformer": 100}
+    (elsewhere / "weights.bin").write_bytes(bytes(10))
+    with pytest.raises(FatalError, match=r"transformer/weights\.bin is a pickle"):
+        weights.verify(folder)
+
+
+@pytest.mark.parametrize(
+    "listed", [[], {"weight_map": []}, {"weight_map": {"a": 1}}, {"weight_map": {"a": None}}, {"weight_map": {"a": ""}},
+               {"weight_map": {"a": "../../outside.safetensors"}}, {"weight_map": {"a": "/outside.safetensors"}}],
+)  # fmt: skip
+def test_an_index_of_shards_that_does_not_name_files_beside_it_is_damaged(
+    folder: Path, tmp_path: Path, listed: Any
+) -> None:
+    (tmp_path / "outside.safetensors").write_bytes(bytes(8))
+    (folder / "transformer" / "model.safetensors.index.json").write_text(json.dumps(listed))
+    for read in (lambda: weights.verify(folder), lambda: weights.tensor_files(folder / "transformer")):
+        with pytest.raises(FatalError, match="download the model again") as caught:
+            read()
+        assert caught.value.code == "weights_missing"
+
+
+def test_a_component_outside_of_the_folder_is_refused(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "outside").mkdir()
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps(index | {"../outside": ["diffusers", "AutoencoderKLWan"]}))
+    with pytest.raises(FatalError, match="outside of it") as caught:
+        weights.verify(folder)
+    assert caught.value.code == "weights_refused"
+
+
+def test_a_folder_of_another_revision_than_the_one_that_is_wanted_is_not_served(folder: Path) -> None:
+    """It was: the revision was looked at in the hub's cache only, and the job's record named the wrong one's."""
+    told = manifest.Manifest(
+        model="someone/model", revision=COMMIT, created_by="test", files=tuple(manifest.describe(folder))
+    )
+    manifest.write(folder, told)
+    assert weights.require(str(folder), COMMIT).revision == weights.require(str(folder)).revision == COMMIT
+    with pytest.raises(FatalError, match=f"are of {COMMIT}, and {'f' * 40} is wanted") as caught:
+        weights.require(str(folder), "f" * 40)
+    assert caught.value.code == "weights_missing"
+    assert weights.require(str(folder), "main").revision == COMMIT  # a branch may be anywhere
+    (folder / manifest.NAME).unlink()
+    assert weights.require(str(folder), "f" * 40).revision is None  # nobody knows of which it is
+
+
+def test_a_cached_model_is_served_at_a_branch_as_well(empty_cache: Path) -> None:
+    cached(empty_cache)
+    assert weights.require("someone/model", "main").revision == weights.require("someone/model").revision == COMMIT
+
+
+def test_a_manifest_that_cannot_be_written_says_so(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: str(folder))
+
+    def full(self: Path, target: Path) -> Path:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "replace", full)
+    with pytest.raises(FatalError, match="could not be written: No space left on device") as caught:
+        weights.pull("someone/model", COMMIT)
+    assert caught.value.code == "not_written"
+    assert [path.name for path in folder.glob(".*manifest*")] == []
+
+
+def test_a_model_is_as_large_as_it_is_held_not_as_it_is_stored(tmp_path: Path) -> None:
+    """Of one stored in float32 a card that holds it in bfloat16 was given the profile of a smaller card."""
+    for name, tensors in {
+        "transformer": {"wide": torch.zeros(100), "a.weight": torch.zeros(10, dtype=torch.float8_e4m3fn),
+                        "a.weight_scale": torch.zeros(5)},
+        "text_encoder": {"half": torch.zeros(100, dtype=torch.bfloat16)},
+        "vae": {"wide": torch.zeros(100)},
+    }.items():  # fmt: skip
+        (tmp_path / name).mkdir()
+        save_file(tensors, tmp_path / name / "model.safetensors", {"format": "pt"})
+    stored = (tmp_path / "vae" / "model.safetensors").stat().st_size
+    assert weights.component_sizes(tmp_path, 2) == {"text_encoder": 200, "transformer": 230, "vae": stored}
+    assert weights.component_sizes(tmp_path, 4) == {"text_encoder": 400, "transformer": 430, "vae": stored}
+    assert weights.component_sizes(tmp_path, 8)["vae"] == 800
+    (tmp_path / "vae" / "model.safetensors").write_bytes(bytes(64))
+    assert weights.component_sizes(tmp_path, 4)["vae"] == 64
+
+
 def test_code_is_refused(folder: Path) -> None:
     (folder / "transformer" / "modeling.py").write_text("")
     with pytest.raises(FatalError, match=r"modeling\.py is code") as caught:
@@ -215,6 +315,19 @@ def test_a_download_fetches_no_pickles_and_no_code_and_is_verified(
     _without_index(folder)
     with pytest.raises(FatalError, match=r"model_index\.json"):
         weights.pull("someone/model", COMMIT)
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EROFS, errno.EACCES])
+def test_a_disk_that_does_not_take_a_download_is_not_put_down_to_the_network(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    def download(*_: Any, **__: Any) -> str:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    with pytest.raises(FatalError, match=rf"written to {tmp_path} \({os.strerror(number)}\): make room") as caught:
+        weights.pull("someone/model", COMMIT, to=tmp_path)
+    assert caught.value.code == "not_written"
 
 
 def test_a_failed_download_names_the_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -328,6 +441,84 @@ def test_a_download_that_is_not_what_the_hub_tells_is_refused(folder: Path, monk
         pulled(folder, monkeypatch)
     assert caught.value.code == "weights_damaged"
     assert manifest.read(folder) is None
+
+
+def noted(folder: Path, commit: str, *names: str) -> None:
+    for name in names:
+        note = folder / manifest.NOTES / f"{name}.metadata"
+        note.parent.mkdir(parents=True, exist_ok=True)
+        note.write_text(f"{commit}\n{'e' * 40}\n0\n")
+
+
+@pytest.mark.parametrize(("commit", "refused"), [("b" * 40, True), (None, True), (COMMIT, False)])
+def test_weights_that_another_revision_left_in_the_folder_are_not_this_ones(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, commit: str | None, refused: bool
+) -> None:
+    """What is in shards now and was one file then, or the other way round: the old one may be what is loaded."""
+    (folder / "transformer" / "model.safetensors").write_bytes(bytes(100))
+    noted(folder, COMMIT, *(name for name in manifest.paths(folder) if not name.endswith("/model.safetensors")))
+    if commit is not None:
+        noted(folder, commit, "transformer/model.safetensors")
+    if not refused:
+        assert pulled(folder, monkeypatch).revision == COMMIT
+        return
+    with pytest.raises(FatalError, match=r"transformer/model\.safetensors: of another revision") as caught:
+        pulled(folder, monkeypatch)
+    assert caught.value.code == "weights_damaged"
+    assert manifest.read(folder) is None
+
+
+def test_what_somebody_put_beside_the_weights_does_no_harm(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    noted(folder, COMMIT, *manifest.paths(folder))
+    (folder / "notes.txt").write_text("mine")
+    assert pulled(folder, monkeypatch).revision == COMMIT
+
+
+def test_a_download_over_another_revision_that_breaks_off_leaves_nothing_that_is_served(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The sizes were those of the old manifest, as they are from one training to the next: half of each was served."""
+    pulled(folder, monkeypatch)
+    names = manifest.paths(folder)
+    noted(folder, COMMIT, *names)
+
+    def breaks_off(*_: Any, **__: Any) -> str:
+        noted(folder, "b" * 40, names[0])
+        raise OSError("the network is gone")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", breaks_off)
+    with pytest.raises(FatalError, match="could not be downloaded"):
+        weights.pull("someone/model", "b" * 40, to=folder)
+    with pytest.raises(FatalError, match="are of 2 revisions") as caught:
+        weights.require(str(folder))
+    assert caught.value.code == "weights_damaged"
+
+
+def test_a_folder_that_does_not_let_go_of_its_manifest_takes_no_other_revision(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pulled(folder, monkeypatch)
+
+    def refuse(self: Path, missing_ok: bool = False) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(Path, "unlink", refuse)
+    with pytest.raises(FatalError, match="could not be removed: Read-only file system") as caught:
+        weights.pull("someone/model", "b" * 40, to=folder)
+    assert caught.value.code == "not_written"
+    assert weights.require(str(folder)).revision == COMMIT
+
+
+def test_the_same_download_again_keeps_its_manifest(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pulled(folder, monkeypatch)
+
+    def breaks_off(*_: Any, **__: Any) -> str:
+        raise OSError("the network is gone")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", breaks_off)
+    with pytest.raises(FatalError, match="could not be downloaded"):
+        weights.pull("someone/model", COMMIT, to=folder)
+    assert weights.require(str(folder)).revision == COMMIT
 
 
 def test_without_a_manifest_the_hubs_checksums_serve(folder: Path) -> None:

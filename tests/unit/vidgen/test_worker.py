@@ -565,7 +565,7 @@ async def test_a_batch_task_whose_turn_it_is_makes_no_way(steady: Steady, loop_c
 
 async def test_a_task_that_made_way_three_times_runs_to_its_end(steady: Steady, loop_clock: LoopClock) -> None:
     async with open_shop(engines.Resumes()) as shop:
-        steps = [shop.engine.hold("generate", 1, step) for step in range(1, 7)]
+        steps = [shop.engine.hold("generate", 1, step) for step in range(1, 9)]
         await shop.queue(1, lane="batch", steps=20)
         shop.start()
         await reached(steps[0])
@@ -577,10 +577,11 @@ async def test_a_task_that_made_way_three_times_runs_to_its_end(steady: Steady, 
             await looked(shop, loop_clock)
         shop.engine.open_all()
 
-        await shop.until("stage_completed", 4)
+        await shop.until("stage_completed", 5)
 
         assert shop.bench.events("j1")[-1].type == "stage_completed"
         assert max(event.preempted for event in shop.bench.events("j1")[:-1]) == 3
+        assert shop.engine.generated == [1, 2, 1, 4, 1, 6, 1, 8]  # a fourth one waits
 
 
 async def test_a_worker_whose_engine_cannot_go_on_lets_the_batch_task_run(

@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -88,6 +89,26 @@ def test_a_gpu_that_is_too_small_is_told_of_before_anything_is_read(
     monkeypatch.setattr(ahead, "memory", lambda device: 4 * GIB)
     with pytest.raises(FatalError, match="this GPU has 4 GiB"):
         begin_for(tiny_models["wan2.2-a14b-i2v"])
+
+
+def test_what_other_processes_have_taken_is_not_this_ones_to_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A profile was chosen from all that a GPU has, and then loading died of what another process had taken."""
+    found = {"share": 1.0, "free": 79 * GIB, "own": 0}
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda device: found["share"])
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=80 * GIB))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (found["free"], 80 * GIB))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: found["own"])
+    device = torch.device("cuda", 0)
+
+    def seen(**now: Any) -> tuple[float, float]:
+        found.update(now)
+        return ahead.memory(device) / GIB, ahead.taken_by_others(device) / GIB
+
+    assert seen() == (80, 0)  # its own context is nobody else's
+    assert seen(free=58.5 * GIB) == (60, 20)
+    assert seen(own=20 * GIB) == (80, 0)  # another model of this process
+    assert seen(own=10 * GIB, share=0.5) == (40, 10)
+    assert seen(share=0.9) == (70, 10)
 
 
 @pytest.mark.usefixtures("gpu")

@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import structlog
+import torch
 from PIL import Image
 from tests import checkpoints
 from tests.workbench import work_of
 
+from vidgen import diffusion
 from vidgen.errors import FatalError
 
 AREAS = {"reference_area": 64 * 64, "condition_area": 56 * 56}
@@ -37,6 +39,41 @@ def make(tiny_models: dict[str, Path]) -> Callable[..., Any]:
         return engine
 
     return made
+
+
+def test_the_gpu_that_is_set_is_the_current_one_of_the_thread_that_computes(
+    tiny_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a second GPU it was not: our kernels and graphs were launched on the first, with what lay there."""
+    from edit_service.engine.qwen import QwenEditEngine
+    from vidgen.accel import ahead
+
+    told: list[object] = []
+    second = torch.device("cuda", 1)
+    monkeypatch.setattr(diffusion, "device_of", lambda wanted: second)
+    monkeypatch.setattr(torch, "zeros", lambda *size, device: told.append(("context", device)))
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: told.append(("current", device)))
+    monkeypatch.setattr(ahead, "taken_by_others", lambda device: 0)
+    engine = QwenEditEngine("model")
+    assert engine._open_device() == second
+    assert told == [("current", second), ("context", second)]
+
+
+@pytest.mark.parametrize(("gib", "says"), [(1, False), (20, True)])
+def test_what_other_processes_have_of_the_gpu_is_said(
+    tiny_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch, gib: int, says: bool
+) -> None:
+    from edit_service.engine.qwen import QwenEditEngine
+    from vidgen.accel import ahead
+
+    monkeypatch.setattr(diffusion, "device_of", lambda wanted: torch.device("cuda", 0))
+    monkeypatch.setattr(torch, "zeros", lambda *size, device: None)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(ahead, "taken_by_others", lambda device: gib << 30)
+    engine = QwenEditEngine("model")
+    with structlog.testing.capture_logs() as logs:
+        engine._open_device()
+    assert ["gpu_taken_by_others"] * says == [entry["_event"] for entry in logs]
 
 
 def test_an_fp8_snapshot_is_served_as_it_is_stored(make: Callable[..., Any], snapshot: Path) -> None:
@@ -260,3 +297,28 @@ def test_one_graph_serves_all_blocks_and_all_sizes_and_lengths(tiny_models: dict
         engine.generate(inputs, lambda step, of: None)
         assert counters["stats"]["unique_graphs"] == 1
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize(
+    ("total", "allocated", "reserved", "free", "recorded", "left"),
+    [
+        (80, 60, 60, 19, 0, 19), (80, 60, 70, 9, 0, 19), (80, 60, 60, 5, 0, 5), (24, 20, 20, 100, 0, 4),
+        (80, 60, 60, 19, 3, 16),
+    ],
+)  # fmt: skip
+def test_the_room_that_a_task_finds_is_what_is_free_and_what_torch_keeps_for_it(
+    tiny_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch, total: int, allocated: int, reserved: int, free: int,
+    recorded: int, left: int,
+) -> None:  # fmt: skip
+    from edit_service.engine.qwen import QwenEditEngine
+    from vidgen.accel import graphs
+
+    engine: Any = QwenEditEngine("model")
+    engine._device = torch.device("cuda", 0)
+    engine._graphs = graphs.Graphs()
+    monkeypatch.setattr(engine, "_memory", lambda: total)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda device: allocated)
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: reserved)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free, 100))
+    monkeypatch.setattr(graphs.Graphs, "held", lambda self: recorded)
+    assert engine._free_memory() == left

@@ -430,7 +430,7 @@ def test_sleep_lets_go_of_graphs_and_the_memory_ladder_does_without(
             raise RetryableError("memory ran out", code="out_of_memory")
         return Generated("made", denoise_s=0.0, decode_s=0.0)
 
-    assert engine._within_memory(attempt, None).rungs == ("vae_tiling",)
+    assert engine._within_memory(attempt, None, lambda step, steps: None, 2).rungs == ("vae_tiling",)
     assert told == ["paused", "on"]
 
 

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import functools
 import os
+import signal
+import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -205,6 +208,59 @@ def test_what_goes_wrong_there_is_told_with_its_device_and_its_end_makes_the_wor
     with pytest.raises(FatalError, match="is gone"):
         predicted(partner, 1.0)
     partner.close()
+
+
+def test_it_ends_with_its_worker_even_where_it_hangs(environment: None) -> None:
+    """It kept its GPU: the worker that was started next found no room there."""
+    program = (
+        "import os; from tests import partners; from vidgen.accel import guidance; "
+        "partner = guidance.Partner(partners.Stuck, 'cuda:1'); partner.start(); "
+        "print(partner._process.pid, flush=True); input(); os._exit(1)"
+    )
+    command = [sys.executable, "-c", program]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as worker:
+        assert worker.stdin is not None
+        assert worker.stdout is not None
+        pid = int(worker.stdout.readline())
+        assert worker.stdout.readline() == "stuck\n"
+        assert alive(pid)
+        worker.stdin.write("\n")
+    give_up = time.monotonic() + 30
+    while alive(pid) and time.monotonic() < give_up:
+        time.sleep(0.05)
+    outlived = alive(pid)
+    if outlived:
+        os.kill(pid, signal.SIGKILL)
+    assert not outlived
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_who_tells_all_processes_to_end_does_not_end_it_before_its_worker(environment: None) -> None:
+    partner = partner_of(partners.Small())
+    partner.ready(INFO)
+    partner._process.terminate()
+    assert torch.equal(predicted(partner, 3.0), torch.full((1, 1, 1, 4, 4), 6.0))
+    partner.close()
+    assert partner._process.returncode == 0
+
+
+def test_both_devices_take_the_profile_that_is_settled_for(tiny_models: dict[str, Path]) -> None:
+    """In one process with the edit, this one's followed from both models, and the partner's from its own alone."""
+    from i2v_service.engine.wan import WanI2VEngine
+    from vidgen.accel.engine import Layout
+
+    layout = Layout(device="cuda:0", step_cache=2)
+    engine: Any = WanI2VEngine(str(tiny_models["wan2.2-a14b-i2v"]), guidance_device="cuda:1", layout=layout)
+    engine.settle_for("resident-fp8")
+    twin = engine._partner._make()
+    assert (engine.layout.profile, twin.layout.profile) == ("resident-fp8", "resident-fp8")
+    assert (twin.layout.device, twin.layout.step_cache, twin._partner) == ("cuda:1", 1, None)
 
 
 def test_one_that_laid_its_model_out_otherwise_is_refused(pair: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,8 +11,10 @@ import pytest
 import structlog
 import torch
 from PIL import Image
+from safetensors.torch import load, save
 from torch import nn
 
+from vidgen import checkpoints
 from vidgen.accel import ladder, residency, speed
 from vidgen.accel.engine import DiffusersEngine, Layout
 from vidgen.contracts import EditWork, I2VWork, Work
@@ -68,13 +70,19 @@ class Run:
 
     def __init__(
         self, engine: Any, work: Work, picture: Path, state: bytes | None = None, until: int = 0,
-        stop: Callable[[int, int], Exception] = Suspended,
+        stop: Callable[[int, int], Exception] = Suspended, again: Callable[[int, int], Exception] | None = None,
     ) -> None:  # fmt: skip
+        self.again: list[bool] = []  # for each time that it began again, whether the VAE made tiles by then
         self.seen: list[tuple[int, int]] = []
         self.raised: Any = None
         self.logs: list[Any] = []
 
         def on_step(step: int, steps: int) -> None:
+            if step == 0:
+                self.again.append(engine._pipe.vae.use_tiling)
+                if again is not None:
+                    raise again(step, steps)
+                return
             self.seen.append((step, steps))
             if len(self.seen) == until:
                 raise stop(step, steps)
@@ -353,6 +361,17 @@ def test_weights_that_do_not_come_back_are_the_end_of_the_worker(
     assert run.raised.code == "weights_lost"
 
 
+def test_what_may_be_tried_again_for_another_reason_takes_no_rung(
+    engines: dict[str, Any], picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def lost(*args: Any, **options: Any) -> Any:
+        raise RetryableError("a moment, please", code="busy")
+
+    monkeypatch.setattr(engines[QWEN]._pipe.vae, "decode", lost)
+    run = Run(engines[QWEN], work_of(QWEN), picture)
+    assert (run.raised.code, run.rungs, run.again) == ("busy", (), [])
+
+
 def test_another_fault_takes_no_rung(engines: dict[str, Any], picture: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(*args: Any, **options: Any) -> Any:
         raise ValueError("odd")
@@ -383,6 +402,93 @@ def test_a_cancel_gets_through_on_each_rung_and_leaves_the_engine_as_it_was(
     assert np.array_equal(Run(engine, work, picture).pixels, whole.pixels)
 
 
+def test_that_it_begins_again_is_said_before_what_that_takes(
+    engines: dict[str, Any], picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To pin the weights may take longer than an engine may be silent: the worker took it for one that hangs."""
+    Cramped(engines[A14B], monkeypatch).steps()
+    offload = speed.offload
+
+    def pinned(*given: Any) -> None:
+        assert run_again() == 2
+        offload(*given)
+
+    heard: list[int] = []
+
+    def run_again() -> int:
+        return len(heard)
+
+    monkeypatch.setattr(speed, "offload", pinned)
+    engine, work = engines[A14B], work_of(A14B)
+    made = engine.resume(
+        engine.prepare(work, [picture]), lambda step, steps: heard.append(step) if step == 0 else None, None
+    )
+    assert made.rungs == ("vae_tiling", "offload")
+
+
+@pytest.mark.parametrize(("candidates", "step"), [(1, 2), (2, 2)])
+def test_what_is_wanted_back_while_it_begins_again_is_handed_back_with_the_state_that_there_is(
+    engines: dict[str, Any], picture: Path, monkeypatch: pytest.MonkeyPatch, candidates: int, step: int
+) -> None:
+    engine, work = engines[QWEN], work_of(QWEN, candidates=candidates)
+    whole = Run(engine, work, picture)
+    with monkeypatch.context() as patch:
+        Cramped(engine, patch).everything()
+        run = Run(engine, work, picture, again=Suspended)
+    assert isinstance(run.raised, Suspended)
+    assert (run.raised.step, run.raised.steps) == (step, STEPS)
+    assert run.rungs == ALL[-3 + (candidates == 1) :][:1]
+    assert not engine._pipe.vae.use_tiling
+    gone_on = Run(engine, work, picture, run.raised.state)
+    assert gone_on.seen == counted(done=step)
+    assert np.array_equal(gone_on.pixels, whole.pixels)
+
+
+def test_what_is_wanted_back_behind_the_last_step_of_a_candidate_has_something_left_to_do(
+    engines: dict[str, Any], picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its own steps the first candidate is done, and a checkpoint of which nothing is left is refused."""
+    engine, work = engines[QWEN], work_of(QWEN, candidates=2)
+    monkeypatch.setattr(DiffusersEngine, "_free_memory", lambda self: 1 << 20)
+    left = Run(engine, work, picture, until=STEPS).raised.state
+    with monkeypatch.context() as patch:
+        Cramped(engine, patch).everything()
+        run = Run(engine, work, picture, left, again=Suspended)
+    assert run.raised.state == left
+    assert 0 < run.raised.step < run.raised.steps
+
+
+def test_a_decode_that_breaks_off_leaves_no_frames_in_the_vae(
+    engines: dict[str, Any], picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They would take of the room that the next rung is about to make."""
+    engine = engines[A14B]
+    vae, kept = engine._pipe.vae, []
+
+    def breaks_off(*args: Any, feat_cache: list[Any], **more: Any) -> Any:
+        feat_cache[0] = torch.zeros(1)
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def on_step(step: int, steps: int) -> None:
+        if step == 0:
+            kept.extend(vae._feat_map)
+
+    monkeypatch.setattr(vae.decoder, "forward", breaks_off)
+    with pytest.raises(RetryableError):
+        engine.resume(engine.prepare(work_of(A14B), [picture]), on_step, None)
+    assert kept
+    assert not any(torch.is_tensor(one) for one in kept)
+
+
+def test_what_is_wanted_back_before_there_is_any_state_is_handed_back_without(
+    engines: dict[str, Any], picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Cramped(engines[A14B], monkeypatch).steps()
+    run = Run(engines[A14B], work_of(A14B), picture, again=Suspended)
+    assert isinstance(run.raised, Suspended)
+    assert (run.raised.state, run.raised.step) == (None, 0)
+
+
 # ── in the middle ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -400,6 +506,18 @@ def test_a_run_that_was_gone_on_with_begins_again_behind_the_step_that_it_had(
 
     assert run.rungs == ("vae_tiling", "offload")
     assert run.seen == counted(done=2) * 3
+    assert np.array_equal(run.pixels, whole.pixels)
+
+
+@pytest.mark.parametrize("kind", [QWEN, A14B])
+def test_what_fails_behind_the_last_step_goes_on_from_what_the_scheduler_had_gathered_before_it(
+    engines: dict[str, Any], picture: Path, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    engine, work = engines[kind], work_of(kind)
+    whole = Run(engine, work, picture)
+    Cramped(engine, monkeypatch).weights()
+    run = Run(engine, work, picture)
+    assert run.seen == [*counted(), *counted(done=2) * 2]  # the last step changes in place what it finds
     assert np.array_equal(run.pixels, whole.pixels)
 
 
@@ -458,16 +576,50 @@ def test_a_candidate_made_alone_is_bit_for_bit_the_task_with_its_seed(
         assert np.array_equal(alone.pixels[0], run.pixels[index])
 
 
-@pytest.mark.parametrize("until", [1, STEPS + 1])
-def test_candidates_one_after_another_leave_no_state_and_say_so(
-    engines: dict[str, Any], picture: Path, monkeypatch: pytest.MonkeyPatch, until: int
+@pytest.mark.parametrize("until", range(1, 3 * STEPS))
+@pytest.mark.parametrize("room", [1 << 20, 100 << 30])
+def test_candidates_one_after_another_go_on_from_any_step_and_none_is_made_twice(
+    engines: dict[str, Any], picture: Path, monkeypatch: pytest.MonkeyPatch, until: int, room: int
+) -> None:
+    engine, work = engines[QWEN], work_of(QWEN, candidates=3)
+    monkeypatch.setattr(DiffusersEngine, "_free_memory", lambda self: 1 << 20)
+    whole = Run(engine, work, picture)
+    left = Run(engine, work, picture, until=until)
+    assert isinstance(left.raised, Suspended)
+    assert (left.raised.step, left.raised.steps) == (until, 3 * STEPS)
+
+    monkeypatch.setattr(DiffusersEngine, "_free_memory", lambda self: room)  # elsewhere there may be more
+    run = Run(engine, work, picture, left.raised.state)
+
+    assert run.seen == counted(candidates=3)[until:]
+    assert np.array_equal(run.pixels, whole.pixels)
+
+
+def test_they_may_be_left_again_and_again(
+    engines: dict[str, Any], picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, work = engines[QWEN], work_of(QWEN, candidates=2)
+    monkeypatch.setattr(DiffusersEngine, "_free_memory", lambda self: 1 << 20)
+    whole, state = Run(engine, work, picture), None
+    for step in range(1, 2 * STEPS):
+        run = Run(engine, work, picture, state, until=1)
+        assert run.seen == [(step, 2 * STEPS)]
+        state = run.raised.state
+    assert np.array_equal(Run(engine, work, picture, state).pixels, whole.pixels)
+
+
+def test_a_state_of_candidates_that_lacks_one_is_refused(
+    engines: dict[str, Any], picture: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(DiffusersEngine, "_free_memory", lambda self: 1 << 20)
-    run = Run(engines[QWEN], work_of(QWEN, candidates=2), picture, until=until)
-    assert isinstance(run.raised, Suspended)
-    assert run.raised.state is None
-    assert (run.raised.step, run.raised.steps) == (until, 2 * STEPS)
-    assert "one after another" in run.logged("checkpoint_failed")[0]["event"]
+    left = Run(engines[QWEN], work_of(QWEN, candidates=2), picture, until=STEPS + 1).raised.state
+    tensors = {name: one for name, one in load(left).items() if name != "made.0"}
+    broken = save(tensors, checkpoints.metadata_of(left))
+    refused = Run(engines[QWEN], work_of(QWEN, candidates=2), picture, broken)
+    assert isinstance(refused.raised, checkpoints.UnusableError)
+    assert refused.seen == []
+    another = Run(engines[QWEN], work_of(QWEN, candidates=3), picture, left)
+    assert isinstance(another.raised, checkpoints.UnusableError)
 
 
 def test_each_candidate_goes_on_from_its_share_of_a_state_of_all_of_them(

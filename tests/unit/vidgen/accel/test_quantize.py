@@ -1,7 +1,11 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -205,6 +209,26 @@ def test_what_breaks_half_way_leaves_nothing(qwen: Path, tmp_path: Path, monkeyp
         quantized(qwen, tmp_path / "fp8")
     assert caught.value.code == "not_written"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_one_left_goes_when_the_next_one_begins(qwen: Path, tmp_path: Path) -> None:
+    """Half a model, twenty gigabytes, lay hidden beside the snapshots for ever."""
+    program = (
+        "import os, signal, sys; from pathlib import Path; from vidgen import weights; "
+        "from vidgen.accel import quantize as q; "
+        "q.quantize(weights.require(sys.argv[1]), Path(sys.argv[2]), "
+        f"least={LEAST}, on_progress=lambda *_: os.kill(os.getpid(), signal.SIGKILL))"
+    )
+    path = os.pathsep.join([str(checkpoints.SHIM), *sys.path])
+    killed = subprocess.run(
+        [sys.executable, "-c", program, str(qwen), str(tmp_path / "fp8")], env=os.environ | {"PYTHONPATH": path},
+        timeout=300, check=False,
+    )  # fmt: skip
+    assert killed.returncode == -signal.SIGKILL
+    assert [file.name for file in tmp_path.rglob("*.safetensors")] != []
+
+    quantized(qwen, tmp_path / "fp8")
+    assert [found.name for found in tmp_path.iterdir()] == ["fp8"]
 
 
 def test_a_snapshot_of_another_making_is_refused(qwen: Path, tmp_path: Path) -> None:

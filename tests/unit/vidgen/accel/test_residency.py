@@ -113,6 +113,23 @@ def test_a_model_that_was_laid_out_anew_moves_into_a_new_home(home: str, tmp_pat
     assert model.bits() == before
 
 
+@homes
+@pytest.mark.usefixtures("small_chunks")
+def test_weights_that_were_elsewhere_meanwhile_and_are_others_sleep_as_they_are_now(home: str, tmp_path: Path) -> None:
+    """As those are that streamed, for a task that found no room; to look at their shapes tells nothing of that."""
+    model = Odd()
+    kept = Residency([model], CPU, home, tmp_path)
+    kept.sleep()
+    kept.wake()
+    model.left.data = torch.randn(600, 600)
+    before = model.bits()
+
+    kept.sleep()
+    kept.wake()
+
+    assert model.bits() == before
+
+
 def test_to_sleep_or_to_wake_twice_is_to_do_it_once(tmp_path: Path) -> None:
     model = Odd()
     before = model.bits()
@@ -263,6 +280,28 @@ def test_memory_that_runs_out_on_the_way_is_for_another_try(
             engine.wake()
     engine.wake()
     assert np.array_equal(pixels_of(engine, picture), before)
+
+
+@pytest.mark.parametrize(("wanted", "sleeps"), [("auto", True), ("memory", False)])
+def test_weights_that_the_host_does_not_take_after_all_sleep_on_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, wanted: str, sleeps: bool
+) -> None:
+    """What is free may not be pinned, and then no task of the other stage was ever done."""
+    model = Odd()
+    before = model.bits()
+
+    def refuse(self: residency._InMemory, *given: Any, **more: Any) -> None:
+        raise RuntimeError("CUDA error: out of memory")
+
+    monkeypatch.setattr(residency._InMemory, "__init__", refuse)
+    kept = Residency([model], CPU, wanted, tmp_path)
+    if sleeps:
+        kept.sleep()
+        kept.wake()
+    else:
+        with pytest.raises(RuntimeError, match="out of memory"):
+            kept.sleep()
+    assert model.bits() == before
 
 
 @pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts open files in /proc")

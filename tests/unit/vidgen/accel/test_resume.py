@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,13 @@ import pytest
 import structlog
 import torch
 from PIL import Image
-from safetensors.torch import load, save
+from safetensors.torch import load, load_file, save, save_file
 
-from vidgen import checkpoints
+from vidgen import checkpoints, diffusion
 from vidgen.checkpoints import UnusableError
 from vidgen.contracts import EditWork, I2VWork, Work
 from vidgen.errors import Suspended
+from vidgen.weights import SAMPLE
 
 pytestmark = pytest.mark.timeout(600)  # importing diffusers takes minutes on a machine that is busy
 
@@ -214,16 +216,96 @@ def test_a_state_of_another_schedule_or_of_more_candidates_is_refused_before_any
     assert Run(engine, other, picture).same_as(whole)
 
 
-def test_a_state_made_with_other_settings_or_another_scheduler_is_refused(make: Make, picture: Path) -> None:
+@pytest.mark.parametrize("kind", [QWEN, A14B])
+def test_noise_that_is_drawn_behind_a_step_is_that_of_the_whole_run(
+    make: Make, picture: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """These schedulers draw none behind the first; the generators are where they would be for one that does."""
+    engine, work, drawn = make(kind), work_of(kind), []
+
+    def remembered(seed: int, count: int = 1) -> list[torch.Generator]:
+        drawn.append([torch.Generator("cpu").manual_seed(seed + k) for k in range(count)])
+        return drawn[-1]
+
+    monkeypatch.setattr(diffusion, "generators", remembered)
+    left = Run(engine, work, picture, until=2).left
+    Run(engine, work, picture, left)
+    Run(engine, work, picture)
+    [_, gone_on, whole] = drawn
+    assert torch.equal(gone_on[0].get_state(), whole[0].get_state())
+    assert not torch.equal(gone_on[0].get_state(), torch.Generator("cpu").manual_seed(7).get_state())
+
+
+def test_latents_in_another_precision_are_refused(make: Make, picture: Path) -> None:
+    engine, work = make(QWEN), work_of(QWEN)
+    left = Run(engine, work, picture, until=2).left
+    assert left is not None
+    tensors = load(left)
+    tensors["latents"] = tensors["latents"].bfloat16()
+    with pytest.raises(UnusableError, match="takes latents as"):
+        engine.resume(engine.prepare(work, [picture]), ignore, save(tensors, checkpoints.metadata_of(left)))
+
+
+def test_a_state_of_weights_of_the_same_name_is_refused_where_they_are_others(
+    make: Make, picture: Path, tmp_path: Path, tiny_models: dict[str, Path]
+) -> None:
+    """It was told by the folder's name alone, and a LoRA by its path: half a picture of each came out."""
+    engine, work = make(A14B), work_of(A14B)
+    left = Run(engine, work, picture, until=2).left
+    folder = shutil.copytree(tiny_models[A14B], tmp_path / tiny_models[A14B].name)
+    same = type(engine)(str(folder), layout=engine.layout)
+    same.setup()
+    assert same.resume(same.prepare(work, [picture]), ignore, left).output.frames.shape[0] == work.num_frames
+
+    [file] = (folder / "transformer_2").glob("*.safetensors")
+    data = bytearray(file.read_bytes())
+    data[-SAMPLE // 2] ^= 1
+    file.write_bytes(data)
+    other = type(engine)(str(folder), layout=engine.layout)
+    other.setup()
+    assert other.info == engine.info
+    with pytest.raises(UnusableError, match="made with"):
+        other.resume(other.prepare(work, [picture]), ignore, left)
+
+
+def test_a_state_of_another_lora_at_the_same_path_is_refused(
+    make: Make, picture: Path, tmp_path: Path, tiny_models: dict[str, Path]
+) -> None:
+    from tests import checkpoints as tiny
+
+    engine = make(A14B)
+    file, work = tiny.lora(tmp_path, make(A14B)._pipe), work_of(A14B)
+
+    def with_it() -> Any:
+        made: Any = type(engine)(str(tiny_models[A14B]), lora=str(file), layout=engine.layout)
+        made.setup()
+        return made
+
+    left = Run(with_it(), work, picture, until=2).left
+    assert with_it().resume(engine.prepare(work, [picture]), ignore, left).output.frames.shape[0] == work.num_frames
+    save_file({name: 2 * one for name, one in load_file(file).items()}, file)
+    for unlike in (engine, with_it()):
+        with pytest.raises(UnusableError, match="made with"):
+            unlike.resume(engine.prepare(work, [picture]), ignore, left)
+
+
+def test_a_state_made_with_other_settings_or_another_scheduler_is_refused(
+    make: Make, picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from diffusers import DPMSolverMultistepScheduler
 
     engine, work = make(A14B), work_of(A14B)
     left = Run(engine, work, picture, until=2).left
 
-    engine._loras = {"transformer": "another"}
+    content = engine._content
+    engine._content = content | {"lora of transformer": "another"}
     with pytest.raises(UnusableError, match="made with"):
         engine.resume(engine.prepare(work, [picture]), ignore, left)
-    engine._loras = {}
+    engine._content = content
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "__version__", "another")
+        with pytest.raises(UnusableError, match="made with"):
+            engine.resume(engine.prepare(work, [picture]), ignore, left)
     engine._pipe.scheduler = DPMSolverMultistepScheduler()
     with pytest.raises(UnusableError, match="of a UniPCMultistepScheduler"):
         engine.resume(engine.prepare(work, [picture]), ignore, left)

@@ -6,6 +6,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import structlog
 import torch
 from torch import nn
 
@@ -79,6 +80,17 @@ def test_flash_attention_3_is_chosen_on_a_hopper_alone(
     assert speed.choose_attention([Model()], "auto", CPU) == name
 
 
+@pytest.mark.parametrize(
+    ("dtype", "name"), [(torch.float32, "torch"), (torch.float16, "flash3"), (torch.bfloat16, "flash3")]
+)
+def test_by_itself_it_is_not_chosen_for_numbers_that_it_does_not_take(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, name: str
+) -> None:
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(speed.importlib.util, "find_spec", lambda package: object())
+    assert speed.choose_attention([Model()], "auto", CPU, dtype) == name
+
+
 def test_without_flash_attention_3_a_hopper_uses_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(speed.importlib.util, "find_spec", lambda package: None)
@@ -104,3 +116,15 @@ def test_what_is_compiled_is_kept_where_the_setting_says(monkeypatch: pytest.Mon
     speed.keep_compiled(tmp_path)
     assert Path(cache_dir()) == tmp_path / "inductor"
     assert speed.os.environ["TRITON_CACHE_DIR"] == "/its/own"
+
+
+def test_where_nothing_can_be_kept_it_is_compiled_all_the_same(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """A volume that is mounted to be read was the end of the worker, in the middle of its warm-up."""
+    for name in ("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    (tmp_path / "file").write_text("")
+    with structlog.testing.capture_logs() as logs:
+        speed.keep_compiled(tmp_path / "file" / "cache")
+    assert [entry["_event"] for entry in logs] == ["compile_cache_unusable"]
+    assert speed.os.environ.keys().isdisjoint(("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"))

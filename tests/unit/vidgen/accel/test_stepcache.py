@@ -22,10 +22,11 @@ class Line(nn.Module, CacheMixin):
     def __init__(self) -> None:
         super().__init__()
         self.calls: list[float] = []
+        self.more = 0.0
 
     def forward(self, timestep: torch.Tensor, slope: float) -> tuple[torch.Tensor]:
         self.calls.append(float(timestep.max()))
-        return (torch.full((2, 3), 1 + slope * float(timestep.max())),)
+        return (torch.full((2, 3), 1 + self.more + slope * float(timestep.max())),)
 
 
 def run(cache: stepcache.StepCache, *models: Any, done: int = 0, steps: int = STEPS) -> list[float]:
@@ -89,3 +90,22 @@ def test_a_run_that_goes_on_from_a_checkpoint_leaves_out_the_same_steps_once_it_
     run(cache, whole)
     run(resumed, rest, done=7)
     assert [time for time in rest.calls if time < 1000 - 10.0 * 9] == [t for t in whole.calls if t < 1000 - 10.0 * 9]
+
+
+@pytest.mark.parametrize("done", range(3, STEPS - 2))
+def test_nothing_is_foretold_from_another_run(done: int) -> None:
+    """The run before may have been of another task; one that goes on may have a step to leave out as its first."""
+    model, cache = Line(), stepcache.StepCache(2)
+    cache.attach([model])
+    run(cache, model)
+    model.more = 100.0
+    assert run(cache, model, done=done) == pytest.approx([100.0] * 2 * (STEPS - done), abs=1e-3)
+
+
+def test_two_predictions_of_one_moment_make_no_line() -> None:
+    known = stepcache._Known()
+    known.add(500.0, torch.zeros(1))
+    known.add(500.0, torch.ones(1))
+    assert not known.makes_a_line
+    known.add(490.0, torch.ones(1))
+    assert known.makes_a_line

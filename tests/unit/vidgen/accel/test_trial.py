@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -90,6 +92,21 @@ def test_what_is_not_a_number_proves_nothing(model: Any, monkeypatch: pytest.Mon
     assert (found.narrow, found.error) == ((), 0.0)
 
 
+def test_one_forward_that_is_not_a_number_is_not_passed_over_for_the_others(
+    model: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made, calls = flash3.attended, itertools.count()
+
+    def sometimes(query: Any, key: Any, value: Any, lengths: Any) -> Any:
+        found = made(query, key, value, lengths)
+        return found if next(calls) < len(blocks.attentions(model)) else torch.full_like(found, float("nan"))
+
+    monkeypatch.setattr(flash3, "attended", sometimes)
+    forward = run(model)
+    [found] = trial.tried([model], lambda: [forward() for _ in range(2)])
+    assert (found.narrow, found.layer_errors) == ((), (math.inf, math.inf))
+
+
 def test_a_model_that_was_not_run_is_not_narrowed(model: Any) -> None:
     [found] = trial.tried([model], lambda: None)
     assert found.narrow == ()
@@ -140,7 +157,7 @@ def engine(tiny_models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(wan, "REHEARSAL", wan.REHEARSAL.model_copy(
         update={"steps": 2, "num_frames": 5, "width": 32, "height": 32}))  # fmt: skip
 
-    def chosen(transformers: Any, wanted: str, device: torch.device) -> str:
+    def chosen(transformers: Any, wanted: str, device: torch.device, dtype: torch.dtype) -> str:
         return "flash3" if wanted == "auto" else wanted
 
     monkeypatch.setattr(speed, "choose_attention", chosen)
