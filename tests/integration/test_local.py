@@ -82,7 +82,7 @@ async def test_a_killed_nats_server_comes_back_on_its_port_with_its_data(tmp_pat
 
 
 async def test_a_folder_may_have_any_name(tmp_path: Path) -> None:
-    folder = tmp_path / 'Jürgen\'s "データ" 😀'
+    folder = tmp_path / 'Büro\'s "データ" 😀'
     users = folder / "ü" / "users.conf"
     users.parent.mkdir(parents=True)
     users.write_text("authorization {}\n")
