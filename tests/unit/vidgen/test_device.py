@@ -18,7 +18,7 @@ from tests import engines
 from tests.spans import id_of, parent_of, traced
 from tests.workbench import BOUND, Bench, settled
 
-from vidgen import errors, profiles, tracing
+from vidgen import device, errors, profiles, tracing
 from vidgen.contracts import Stage
 from vidgen.device import HOLD_SWITCHES, LONGEST_HOLD_S, TakingTurns, next_stage, views
 from vidgen.testing import FakeClock
@@ -163,6 +163,16 @@ async def test_the_stage_that_is_awake_has_the_device_at_once_and_the_other_wake
             journal.append(stage)
     first, other = STAGES[1], STAGES[0]
     assert journal == [first, *([f"{first} sleeps", f"{other} wakes"] if takes_turns else []), other]
+
+
+def test_one_model_beside_a_preview_has_nobody_to_share_its_gpu_with() -> None:
+    class Asks(Naps):
+        def demand(self) -> profiles.Demand | None:
+            return profiles.Demand("model", 80 << 30, {"transformer": 1 << 30}, 1 << 30)
+
+    clock = FakeClock()
+    both: Any = {"edit": Asks("edit", [], clock), "i2v": Naps("i2v", [], clock)}
+    assert device.share(both, "auto") is None  # and it chooses its profile itself
 
 
 @pytest.fixture
