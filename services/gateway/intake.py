@@ -152,7 +152,8 @@ class Intake:
         request = request.model_copy(update={"job_id": job_id})
         async with self._quotas.room(tenant):
             job = await self._prepare(request, job_id, now(), tenant)
-            # The stream compares ids whatever the subject: those of two tenants must not be the same.
+            # The stream compares ids whatever the subject, if only for a moment: those of two tenants must not be the
+            # same.
             message_id = job_id if tenant == DEFAULT_TENANT else f"{tenant}:{job_id}"
             subject, body = topology.subject_of_requests(tenant), request.to_bytes()
             with self._submitting(subject, body) as submitted:
@@ -327,7 +328,9 @@ class Intake:
         job, new = await self._jobs.create(pipeline.reject(request, job_id, exc.errors, at, tenant))
         error = contracts.JobError(code=exc.code, message=exc.message, fields=exc.errors)
         letter = dead.letter(delivery.body, delivery.subject, error, job_id=job_id, at=at)
-        await dead.publish(self._bus, letter, message_id=f"request:{delivery.seq}:{job_id}")
+        # One for all copies of a request.
+        message_id = f"request:{job_id}:{hashlib.sha256(delivery.body).hexdigest()[:16]}"
+        await dead.publish(self._bus, letter, message_id=message_id)
         log.info("a request was turned away", _event="request_rejected", job=job_id, new=new, errors=len(exc.errors))
         return job
 

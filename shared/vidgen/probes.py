@@ -15,11 +15,80 @@ from starlette.applications import Starlette
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
+from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from vidgen import errors
 
 WILDCARDS = {"0.0.0.0": "127.0.0.1", "::": "::1", "": "127.0.0.1"}  # noqa: S104  read, not bound
 GRACE = 5.0
+HEAD_BYTES = 64 << 10
+HEAD_S = 30.0
+
+
+class _Connection(HttpToolsProtocol):
+    """uvicorn's connection, with bounds on the head of a request: `HEAD_BYTES`, and `HEAD_S` for it to be whole.
+
+    What may come behind a body is bound as a head is. uvicorn itself keeps however many bytes of either come, and waits
+    for ever for the first one.
+    """
+
+    _due: asyncio.TimerHandle | None = None  # while a head is waited for
+    _bytes = 0  # since a head or a part of a body was whole
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]  # as uvicorn's
+        super().connection_made(transport)
+        self._await_head()
+
+    def data_received(self, data: bytes) -> None:
+        if not self._answering():
+            self._await_head()
+        self._bytes += len(data)
+        super().data_received(data)
+        if self._bytes > HEAD_BYTES:
+            self._refuse(b"431 Request Header Fields Too Large")
+
+    def on_message_begin(self) -> None:
+        super().on_message_begin()
+        self._await_head()
+
+    def on_headers_complete(self) -> None:
+        self._leave_head()
+        super().on_headers_complete()
+
+    def on_body(self, body: bytes) -> None:
+        self._bytes = 0
+        super().on_body(body)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._leave_head()
+        super().connection_lost(exc)
+
+    def _await_head(self) -> None:
+        if self._due is None:
+            self._bytes = 0
+            self._due = self.loop.call_later(HEAD_S, self._on_late)
+
+    def _leave_head(self) -> None:
+        self._bytes = 0
+        if self._due is not None:
+            self._due.cancel()
+            self._due = None
+
+    def _on_late(self) -> None:
+        self._due = None
+        if self._answering():  # what came behind a request whose answer is a long one
+            self._await_head()
+        else:
+            self._refuse(b"408 Request Timeout")
+
+    def _answering(self) -> bool:
+        return self.cycle is not None and not self.cycle.response_complete
+
+    def _refuse(self, status: bytes) -> None:
+        self._leave_head()
+        if not self._answering():
+            self.transport.write(b"HTTP/1.1 " + status + b"\r\ncontent-length: 0\r\nconnection: close\r\n\r\n")
+        self.transport.close()
 
 
 class _Server(uvicorn.Server):
@@ -51,7 +120,7 @@ async def run_app(app: Any, host: str, port: int, *, grace: float = GRACE) -> As
     listener = _bound(host, port)
     try:
         config = uvicorn.Config(
-            app, log_config=None, access_log=False, ws="none", server_header=False,
+            app, http=_Connection, log_config=None, access_log=False, ws="none", server_header=False,
             timeout_graceful_shutdown=max(1, round(grace)),
         )  # fmt: skip
         server = _Server(config)

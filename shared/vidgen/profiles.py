@@ -22,6 +22,7 @@ RESERVE = 3 * GIB // 2
 # Layers outside the blocks stay in bfloat16: their share of a transformer, and the scales.
 FP8_SHARE = 0.52
 TRANSFORMERS = ("transformer", "transformer_2")
+VAE = "vae"  # small: where weights stream, it stays
 # What one task takes beside the weights, at the largest common size.
 WORK: Mapping[Stage, int] = {
     "edit": 5 * GIB,  # one image of a megapixel with one reference: 3.9 GiB measured, graphs included

@@ -27,6 +27,7 @@ DAY = 86400.0
 ACK_WAIT = 60.0
 TASK_DELIVERIES = 30  # where workers are killed by the dozen, a task goes through many hands before one can begin it
 DUPLICATE_WINDOW = 3600.0
+LEAST_WINDOW = 0.1  # that a server takes
 WORKER_TTL = 20.0
 
 
@@ -143,7 +144,12 @@ SUBJECT_CONTROL_ALL = "vidgen.control.*"
 SUBJECT_USAGE = "vidgen.usage"  # what one gateway let in of each tenant's requests, for the others
 
 STREAMS = (
-    Stream(REQUESTS, ("vidgen.requests", "vidgen.requests.*"), "workqueue", discard="new", max_bytes=1 << 30),
+    # A server compares ids over all subjects, so one tenant's request would be dropped for another's. The gateway tells
+    # copies apart by the job's id.
+    Stream(
+        REQUESTS, ("vidgen.requests", "vidgen.requests.*"), "workqueue", discard="new", max_bytes=1 << 30,
+        duplicate_window=LEAST_WINDOW,
+    ),
     Stream(
         # `.>` takes what was queued before there were tenants, too.
         TASKS, ("vidgen.tasks.*.*.>",), "workqueue", discard="new", max_bytes=1 << 30,

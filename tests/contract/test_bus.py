@@ -102,6 +102,17 @@ async def test_a_message_id_is_known_across_the_subjects_of_a_stream_and_after_c
     assert await bus.pull(QUEUE, 0) is None
 
 
+async def test_two_tenants_requests_with_one_message_id_are_both_kept(bus: Bus) -> None:
+    """Of a stream the server compares ids whatever the subject: it dropped the second one, and acknowledged it."""
+    first = await bus.publish(topology.subject_of_requests("acme"), b"theirs", message_id="order-7")
+    async with asyncio.timeout(BOUND):
+        while (await bus.publish(topology.subject_of_requests("umbrella"), b"ours", message_id="order-7")) == first:
+            pass  # for a moment it is dropped
+
+    requests = topology.Consumer(topology.REQUESTS, topology.GATEWAY)
+    assert [(await taken(bus, requests)).body for _ in range(2)] == [b"theirs", b"ours"]
+
+
 async def test_message_ids_of_two_streams_are_apart(bus: Bus) -> None:
     await bus.publish(event("j1"), b"event", message_id="a")
 

@@ -10,14 +10,20 @@ import importlib
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from vidgen import diffusion, profiles, weights
-from vidgen.accel import loader
+from vidgen.accel import loader, residency
 from vidgen.accel.loader import Entry
+from vidgen.errors import FatalError
 
+# The layers of an attention whose weights become one, in their order.
+QKV = ("to_q", "to_k", "to_v")
+ADDED_QKV = ("add_q_proj", "add_k_proj", "add_v_proj")
 # So much of a file may lie on the device twice, as it is stored and as it is cast.
 LITTLE = 1 << 30
 
@@ -28,7 +34,7 @@ def begin_for(
     """Begin to read a model to where an engine with this `Layout`, alone on its device, will want it.
 
     `layout` are its fields and `work` the bytes that a task takes: `Layout` itself comes with all that takes so long.
-    None where it will not be on a GPU as it is stored. Raises FatalError, as the engine would.
+    None where there is no GPU, or where it is quantised on its way. Raises FatalError, as the engine would.
     """
     target = diffusion.device_of(layout["device"])
     if target.type != "cuda":
@@ -38,9 +44,11 @@ def begin_for(
     threading.Thread(target=settle, args=(target,), name="settle", daemon=True).start()
     sizes = weights.component_sizes(found.folder)
     chosen = profiles.choose(layout["profile"], memory(target), sizes, work, stored_fp8=found.profile == "fp8")
-    if not chosen.startswith("resident") or (chosen.endswith("fp8") and found.profile != "fp8"):
+    if chosen.endswith("fp8") and found.profile != "fp8":
         return None
-    return begin(found, target, {"default": diffusion.dtype_of(layout["dtype"], target)})
+    streams = chosen.startswith("offload")
+    place = torch.device("cpu") if streams else target
+    return begin(found, place, {"default": diffusion.dtype_of(layout["dtype"], target)}, streams=streams)
 
 
 def beginning_for(
@@ -53,15 +61,60 @@ def beginning_for(
     return begun.result
 
 
-def begin(found: weights.Weights, device: torch.device, dtypes: Mapping[str, torch.dtype]) -> loader.Reading:
-    """Begin to read all weights of a verified model to a device."""
+def begin(
+    found: weights.Weights, device: torch.device, dtypes: Mapping[str, torch.dtype], *, streams: bool = False
+) -> loader.Reading:
+    """Begin to read all weights of a verified model to a device; those that are to stream to pinned memory of the host.
+
+    Raises FatalError where the host has no room for them.
+    """
     widest = max(dtype.itemsize for dtype in dtypes.values())
 
     def waits(entries: Sequence[Entry]) -> bool:
         """Whether so much of a file will be cast that there must not be many such files at once."""
         return sum(entry.end - entry.begin for entry in entries if entry.dtype.itemsize > widest) > LITTLE
 
-    return loader.Reading(weights.in_reading_order(found.folder), device, waits)
+    return loader.Reading(
+        weights.in_reading_order(found.folder), device, waits, places(found.folder, widest) if streams else None
+    )
+
+
+def places(folder: Path, widest: int) -> Callable[[Path, Sequence[Entry]], dict[str, Tensor]]:
+    """Where the weights of a model that streams are read to: side by side in memory that is pinned where a GPU is.
+
+    Those of the VAE, and of numbers wider than `widest` bytes, which will be cast, have memory of their own. What the
+    transformer's blocks will join lies so that it is one already. Raises FatalError where the host has no room.
+    """
+    streams = [name for name, *_ in weights.components(folder) if name != profiles.VAE]
+    size = sum(file.stat().st_size for name in streams for file in weights.tensor_files(folder / name))
+    if (said := residency.no_room_for(size)) is not None:
+        raise FatalError(f"{said}, or a GPU that holds them all", code="host_memory")
+    slabs = residency.Slabs(size, pinned=torch.cuda.is_available())
+
+    def made(file: Path, entries: Sequence[Entry]) -> dict[str, Tensor]:
+        beside = [entry for entry in entries if file.parent.name in streams and entry.dtype.itemsize <= widest]
+        rows = _rows(beside)
+        given = slabs.places([sum(entry.end - entry.begin for entry in row) for row in rows])
+        found: dict[str, Tensor] = {}
+        for row, memory in zip(rows, given, strict=True):
+            for entry, part in zip(row, memory.split([entry.end - entry.begin for entry in row]), strict=True):
+                found[entry.name] = part.view(entry.dtype).reshape(entry.shape)
+        return found | loader.made([entry for entry in entries if entry.name not in found], torch.device("cpu"))
+
+    return made
+
+
+def _rows(entries: Sequence[Entry]) -> list[list[Entry]]:
+    """Entries that are to lie without a gap between them, in their order, and each other one alone."""
+    found: dict[tuple[object, ...], list[tuple[int, Entry]]] = {}
+    for entry in entries:
+        *owner, layer, what = ("", *entry.name.split("."))
+        kind = next((names for names in (QKV, ADDED_QKV) if layer in names), None)
+        if kind is None:
+            found[(entry.name,)] = [(0, entry)]
+        else:
+            found.setdefault((*owner, kind, what, entry.dtype), []).append((kind.index(layer), entry))
+    return [[entry for _, entry in sorted(row, key=lambda placed: placed[0])] for row in found.values()]
 
 
 def settle(device: torch.device) -> None:

@@ -22,8 +22,7 @@ from transformers import modeling_utils
 from transformers.utils import logging as transformers_logging
 
 from vidgen import diffusion, weights
-from vidgen.accel import fp8, kernels, loader
-from vidgen.accel.ahead import begin
+from vidgen.accel import ahead, fp8, kernels, loader
 from vidgen.errors import FatalError
 
 P = TypeVar("P")
@@ -71,7 +70,7 @@ def assemble(
     transformers_logging.disable_progress_bar()
     begun = time.perf_counter()
     with diffusion.loading(f"the weights in {found.folder}", "download the model again"):
-        reading = reading or begin(found, device, dtypes)
+        reading = reading or ahead.begin(found, device, dtypes)
         try:
             parts = parts_of(found.folder)
             models = sorted((part for part in parts if is_model(part)), key=lambda part: part.library == "diffusers")

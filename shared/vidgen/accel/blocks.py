@@ -5,6 +5,7 @@ What is computed stays the same, up to the rounding of a fused step.
 
 from __future__ import annotations
 
+import itertools
 import types
 from collections.abc import Sequence
 from typing import Any
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vidgen.accel.ahead import ADDED_QKV, QKV
 from vidgen.accel.fp8 import Fp8Linear
 from vidgen.accel.kernels import e4m3, flash3, projections
 
@@ -153,8 +155,8 @@ def fuse_projections(model: nn.Module) -> int:
             kind == "Attention"
             and type(getattr(attention, "processor", None)).__name__ == "QwenDoubleStreamAttnProcessor2_0"
         ):
-            attention.to_qkv = _side_by_side(attention, ("to_q", "to_k", "to_v"))
-            attention.to_added_qkv = _side_by_side(attention, ("add_q_proj", "add_k_proj", "add_v_proj"))
+            attention.to_qkv = _side_by_side(attention, QKV)
+            attention.to_added_qkv = _side_by_side(attention, ADDED_QKV)
             attention.processor = JointAttention()
             fused += 1
         elif (
@@ -162,7 +164,7 @@ def fuse_projections(model: nn.Module) -> int:
             and not attention.is_cross_attention
             and not isinstance(attention.processor, SelfAttention)
         ):
-            attention.to_qkv = _side_by_side(attention, ("to_q", "to_k", "to_v"))
+            attention.to_qkv = _side_by_side(attention, QKV)
             attention.processor = SelfAttention()
             fused += 1
     return fused
@@ -333,20 +335,34 @@ def _places(x: Tensor) -> Tensor:
 def _side_by_side(attention: Any, names: Sequence[str]) -> nn.Module:
     layers = [getattr(attention, name) for name in names]
     if isinstance(layers[0], Fp8Linear):
-        # As bytes: not every build of torch joins e4m3.
-        weight = torch.cat([layer.weight.view(torch.uint8) for layer in layers]).view(layers[0].weight.dtype)
-        scale = torch.cat([layer.weight_scale for layer in layers])
-        bias = torch.cat([layer.bias for layer in layers]) if layers[0].bias is not None else None
+        weight = _below([layer.weight.data for layer in layers])
+        scale = _below([layer.weight_scale.data for layer in layers])
+        bias = _below([layer.bias.data for layer in layers]) if layers[0].bias is not None else None
         for name in names:
             delattr(attention, name)
         return Fp8Linear(weight, scale, bias, arithmetic=layers[0].arithmetic)
-    weight = torch.cat([layer.weight.data for layer in layers])
+    weight = _below([layer.weight.data for layer in layers])
     with torch.device("meta"):
         made = nn.Linear(weight.shape[1], weight.shape[0], bias=layers[0].bias is not None)
     state = {"weight": weight}
     if layers[0].bias is not None:
-        state["bias"] = torch.cat([layer.bias.data for layer in layers])
+        state["bias"] = _below([layer.bias.data for layer in layers])
     made.load_state_dict(state, assign=True)
     for name in names:
         delattr(attention, name)
     return made.requires_grad_(False)
+
+
+def _below(tensors: Sequence[Tensor]) -> Tensor:
+    """The rows of all tensors, one's below another's; without a copy where they lie so already (`ahead.places`)."""
+    first = tensors[0]
+    begins = itertools.accumulate((one.numel() for one in tensors), initial=first.storage_offset())
+    place = first.untyped_storage().data_ptr()
+    if all(
+        one.is_contiguous()
+        and (one.dtype, one.untyped_storage().data_ptr(), one.storage_offset()) == (first.dtype, place, begin)
+        for one, begin in zip(tensors, begins, strict=False)
+    ):
+        return first.as_strided((sum(one.shape[0] for one in tensors), *first.shape[1:]), first.stride())
+    # As bytes: not every build of torch joins e4m3.
+    return torch.cat([one.contiguous().view(torch.uint8) for one in tensors]).view(first.dtype)

@@ -75,6 +75,7 @@ class DiffusersEngine(abc.ABC):
         self._attention = "torch"
         self._pipe: Any
         self._begun: loader.Reading | None = None
+        self._streams = False  # as it is stored
         self._residency: residency.Residency | None = None
         self._graphs: graphs.Graphs | None = None
         self._rungs: tuple[Rung, ...] = ()  # none before the end of the warm-up: what has no room for that has none
@@ -95,6 +96,7 @@ class DiffusersEngine(abc.ABC):
             self._timed("compiler", speed.import_compiler)
         # What is quantised or offloaded must never be on the device as a whole.
         place = self._device if resident and not quantises else torch.device("cpu")
+        self._streams = not resident and not quantises
         self._pipe = self._timed("weights", lambda: self._load(found, place, self._dtypes(found, dtype)))
         for component, path in self._loras.items():
             self._timed("lora", functools.partial(diffusion.fuse, self._pipe, path, component))
@@ -177,6 +179,8 @@ class DiffusersEngine(abc.ABC):
         if reading is not None and reading.device != place:
             reading.close()  # the device is shared, and this engine's part of it is another
             reading = None
+        if reading is None and self._streams:
+            reading = ahead.begin(found, place, dtypes, streams=True)
         arithmetic = fp8.has_arithmetic(self._device)
         return assemble(
             self.PIPELINE, found, place, dtypes, arithmetic=arithmetic, reading=reading, on_phase=self._add

@@ -1,7 +1,8 @@
 """Reads safetensors at the rate of the disk, or from the page cache at the rate of the bus.
 
 Threads read the files in chunks; on a GPU into pinned buffers, each copied to the device on a stream of its own while
-the next chunk is read. Tensors are stored apart, so that each can be replaced or moved and its memory given back.
+the next chunk is read. Unless who reads them says where they are to lie, tensors are stored apart, so that each can be
+replaced or moved and its memory given back.
 """
 
 from __future__ import annotations
@@ -72,7 +73,8 @@ class Reading:
     """Some safetensors files on their way to a device, in the precision in which they are stored.
 
     It begins at once, in threads of its own, and goes through the files in their order; any thread may `take` them.
-    Of files for which `waits` says so there are never more than two on the device that nobody has taken.
+    Of files for which `waits` says so there are never more than two on the device that nobody has taken. Where `places`
+    is given, it makes the tensors of each file, with nothing in them yet, on that device.
     """
 
     def __init__(
@@ -80,8 +82,10 @@ class Reading:
         files: Sequence[Path],
         device: torch.device,
         waits: Callable[[Sequence[Entry]], bool] = lambda entries: False,
+        places: Callable[[Path, Sequence[Entry]], dict[str, Tensor]] | None = None,
     ) -> None:
         self.files, self.device = tuple(files), device
+        self._places = places or (lambda file, entries: made(entries, device))
         self.seconds = 0.0  # from the beginning to the last file's end
         self._waits, self._waiting = waits, set[Path]()
         self._room = threading.Semaphore(AHEAD)
@@ -147,7 +151,7 @@ class Reading:
             handle = handles.enter_context(file.open("rb", buffering=0)).fileno()
         except OSError as exc:
             raise _broken(file, f"it cannot be read: {exc.strerror}") from exc
-        tensors = _made(entries, self.device)
+        tensors = self._places(file, entries)
         ready = torch.cuda.current_stream(self.device).record_event() if self.device.type == "cuda" else None
         chunks = list(_chunks((entry, tensors[entry.name]) for entry in entries))
 
@@ -242,7 +246,7 @@ def _entry(name: str, told: dict[str, Any], base: int) -> Entry:
     return Entry(name, DTYPES[told["dtype"]], shape, base + begin, base + end)
 
 
-def _made(entries: Sequence[Entry], device: torch.device) -> dict[str, Tensor]:
+def made(entries: Sequence[Entry], device: torch.device) -> dict[str, Tensor]:
     """Tensors for a file's entries, with nothing in them yet."""
     if device.type == "cuda":
         # The allocator then splits one block, instead of asking the driver a thousand times.

@@ -3,7 +3,7 @@
 They are copied there once, at the first sleep. To sleep is then to let go of the device's tensors, and to wake is to
 copy them back: modules, compiled blocks and hooks stay as they are, and so does every bit of the weights.
 
-And where they are while they stream: side by side in pinned host memory.
+And where they are while they stream: side by side in pinned host memory, read there, or moved.
 """
 
 from __future__ import annotations
@@ -65,10 +65,10 @@ def _number(file: Path, pattern: str) -> int | None:
 def pin(modules: Iterable[nn.Module], *, pinned: bool = True) -> None:
     """Move all weights into pinned host memory, side by side; what is moved is let go of where it was.
 
-    Pinned by itself each would take a power of two, by half as much again and more.
+    Pinned by itself each would take a power of two, by half as much again and more. What is pinned stays where it is.
     """
     lies_in: dict[int, list[Tensor]] = {}
-    for tensor in _tensors(modules):
+    for tensor in _movable(modules):
         lies_in.setdefault(tensor.untyped_storage().data_ptr(), []).append(tensor)
     shared = list(lies_in.values())
     for size, held in _slabs([_rounded(tensors[0].untyped_storage().nbytes()) for tensors in shared]):
@@ -90,18 +90,60 @@ def _give_back_what_was_let_go() -> None:
 
 def no_room_to_pin(modules: Iterable[nn.Module]) -> str | None:
     """What to say where `pin` would take the last of the host's memory, and the worker with it; None where not."""
-    storages = {one.data_ptr(): one for one in (tensor.untyped_storage() for tensor in _tensors(modules))}
-    needed = RESERVE + sum(size for size, _ in _slabs([_rounded(one.nbytes()) for one in storages.values()]))
+    storages = {one.data_ptr(): one for one in (tensor.untyped_storage() for tensor in _movable(modules))}
+    if not storages:
+        return None
+    size = sum(size for size, _ in _slabs([_rounded(one.nbytes()) for one in storages.values()]))
+    return no_room_for(size, sum(one.nbytes() for one in storages.values() if one.device.type == "cpu"))
+
+
+def no_room_for(size: int, given_back: int = 0) -> str | None:
+    """What to say where the host has no room for so many bytes of weights that stream; None where it has.
+
+    `given_back` are those that it is given back on the way.
+    """
     free = host_memory()
     if free is None:
         return None
-    left = free + sum(one.nbytes() for one in storages.values() if one.device.type == "cpu")  # is let go of meanwhile
-    if left >= needed + SLAB:
+    left, needed = free + given_back, size + RESERVE + SLAB
+    if left >= needed:
         return None
     return (
-        f"the host has {left / GIB:.0f} GiB for weights that stream, which take {(needed + SLAB) / GIB:.0f} GiB: "
+        f"the host has {left / GIB:.0f} GiB for weights that stream, which take {needed / GIB:.0f} GiB: "
         "give the worker more memory"
     )
+
+
+class Slabs:
+    """Pinned host memory for weights that stream and come file by file, side by side as `pin` lays them.
+
+    `size` is about what they take in all: slabs become smaller towards its end.
+    """
+
+    def __init__(self, size: int, *, pinned: bool) -> None:
+        self._left, self._pinned = size, pinned
+        self._slabs: list[Tensor] = []
+        self._filled: list[int] = []
+
+    def places(self, sizes: Sequence[int]) -> list[Tensor]:
+        """As many bytes as each of the sizes says, in their order, with nothing in them yet."""
+        found: dict[int, Tensor] = {}
+        for number in sorted(range(len(sizes)), key=lambda number: -sizes[number]):
+            size = _rounded(sizes[number])
+            rooms = (slab for slab, memory in enumerate(self._slabs) if self._filled[slab] + size <= memory.numel())
+            slab = next(rooms, len(self._slabs))
+            if slab == len(self._slabs):
+                self._slabs.append(torch.empty(self._next(size), dtype=torch.uint8, pin_memory=self._pinned))
+                self._filled.append(0)
+            found[number] = self._slabs[slab][self._filled[slab] :][: sizes[number]]
+            self._filled[slab] += size
+            self._left -= size
+        return [found[number] for number in range(len(sizes))]
+
+    def _next(self, least: int) -> int:
+        """The bytes of a new slab: a power of two, with nothing behind what is left."""
+        fits = 1 << (max(SMALL, min(SLAB, self._left)).bit_length() - 1)
+        return max(fits, _power(least))
 
 
 def _slabs(sizes: Sequence[int]) -> list[tuple[int, list[tuple[int, int]]]]:
@@ -329,6 +371,11 @@ def _tensors(modules: Iterable[nn.Module], device: torch.device | None = None) -
             if device in (None, tensor.device) and tensor.numel() and id(tensor) not in seen:
                 seen.add(id(tensor))
                 yield tensor
+
+
+def _movable(modules: Iterable[nn.Module]) -> Iterator[Tensor]:
+    """Every tensor that is not in pinned memory already."""
+    return (tensor for tensor in _tensors(modules) if not tensor.is_pinned())
 
 
 def _storages(tensors: Iterable[Tensor]) -> list[Tensor]:

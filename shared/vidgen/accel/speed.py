@@ -180,7 +180,9 @@ def offload(pipe: Any, device: torch.device) -> None:
 
 def offloadable(pipe: Any) -> dict[str, nn.Module]:
     """The parts of a pipeline that can stream; the VAE, which is small, stays."""
-    return {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module) and name != "vae"}
+    return {
+        name: part for name, part in pipe.components.items() if isinstance(part, nn.Module) and name != profiles.VAE
+    }
 
 
 def has_eight_bits() -> bool:

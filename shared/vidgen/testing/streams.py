@@ -7,6 +7,7 @@ import json
 import secrets
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from datetime import datetime, timedelta
 
 from vidgen import errors, topology
 from vidgen.bus import Depth, Held, Stored
@@ -30,7 +31,7 @@ class MemoryStream:
     def __init__(self, config: topology.Stream, clock: Clock) -> None:
         self.config, self._clock = config, clock
         self.messages: dict[int, Stored] = {}
-        self.ids: dict[str, int] = {}
+        self.ids: dict[str, tuple[int, datetime]] = {}
         self.limit: int | None = None
         self.last_seq = 0
         self._sequences: dict[str, list[int]] = {}
@@ -40,7 +41,9 @@ class MemoryStream:
 
     def publish(self, subject: str, body: bytes, message_id: str, expect_last: int | None, sent: dict[str, str]) -> int:
         if message_id in self.ids:
-            return self.ids[message_id]
+            seq, at = self.ids[message_id]
+            if self._clock.now() - at < timedelta(seconds=self.config.duplicate_window):
+                return seq
         held = self._sequences.get(subject, [])
         if expect_last is not None and expect_last != (held[-1] if held else 0):
             raise errors.ConflictError()
@@ -52,7 +55,7 @@ class MemoryStream:
                 raise errors.QueueFullError("the bus is full: maximum messages exceeded")
             self.remove(next(iter(self.messages)))
         seq = self.store(subject, body, {**sent, "Nats-Msg-Id": message_id})
-        self.ids[message_id] = seq
+        self.ids[message_id] = seq, self._clock.now()
         return seq
 
     def store(self, subject: str, body: bytes, headers: dict[str, str]) -> int:

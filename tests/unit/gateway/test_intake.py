@@ -229,6 +229,20 @@ async def test_the_message_id_of_a_client_names_the_job(door: Door) -> None:
     assert (await door.handle_one()).id == id_from_key("order-7")
 
 
+async def test_copies_of_a_request_by_its_message_id_are_one_job_or_one_refusal(door: Door) -> None:
+    """The bus keeps them all but for a moment: it would compare the ids of one tenant with those of another."""
+    for body, message_id in ((GOOD, "order-7"), (b"{", "order-8")):
+        copies = []
+        for _ in range(3):
+            await door.publish(body, message_id=message_id)
+            door.bus.forget_ids(topology.REQUESTS)
+            copies.append(await door.handle_one())
+        assert copies[0] == copies[1] == copies[2]
+        assert len(await door.events(copies[0].id)) == 1
+    assert len(await door.bus.tail(topology.TASKS, None, 10)) == 1
+    assert len(await door.letters()) == 1
+
+
 async def test_a_request_that_is_delivered_again_is_the_same_job(door: Door) -> None:
     await door.publish(GOOD)
     delivery = await door.take()
@@ -355,6 +369,18 @@ async def tenants_door(**settings: Any) -> Door:
     for key in (KEY, "uploads/acme/photo.png", "uploads/umbrella/photo.png", "jobs/j1/edit-0.png"):
         await put(door.store, key, picture())
     return door
+
+
+async def test_two_tenants_requests_with_one_message_id_are_two_jobs() -> None:
+    door = await tenants_door()
+    jobs = []
+    for tenant in ("acme", "umbrella"):
+        body = GOOD | {"references": [f"uploads/{tenant}/photo.png"]}
+        await door.publish(body, message_id="order-7", subject=topology.subject_of_requests(tenant))
+        door.bus.forget_ids(topology.REQUESTS)
+        jobs.append(await door.handle_one())
+    assert [job.tenant for job in jobs] == ["acme", "umbrella"]
+    assert jobs[0].id != jobs[1].id
 
 
 async def test_a_request_belongs_to_the_tenant_on_whose_subject_it_came() -> None:

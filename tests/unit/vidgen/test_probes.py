@@ -185,3 +185,127 @@ def test_the_ready_file_holds_the_url_and_replaces_an_older_one(tmp_path: Path) 
 
 def test_without_a_ready_file_nobody_is_told() -> None:
     probes.write_ready_file(None, "http://127.0.0.1:4711")
+
+
+@contextlib.asynccontextmanager
+async def connected(url: str) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
+    reader, writer = await asyncio.open_connection("127.0.0.1", int(url.rsplit(":", 1)[1]))
+    try:
+        yield reader, writer
+    finally:
+        writer.close()
+        with contextlib.suppress(ConnectionError):
+            await writer.wait_closed()
+
+
+async def rest_of(reader: asyncio.StreamReader) -> bytes:
+    async with asyncio.timeout(10):
+        return await reader.read()
+
+
+async def one_answer(reader: asyncio.StreamReader) -> bytes:
+    async with asyncio.timeout(10):
+        head = await reader.readuntil(b"\r\n\r\n")
+        length = next(int(line[15:]) for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:"))
+        return head + await reader.readexactly(length)
+
+
+REQUEST = b"GET /healthz HTTP/1.1\r\nhost: a\r\n"
+
+
+def served() -> contextlib.AbstractAsyncContextManager[str]:
+    return probes.serve("127.0.0.1", 0, healthy=fine, ready=ready, metrics=figures)
+
+
+@pytest.mark.parametrize("before", [b"", REQUEST + b"\r\n"], ids=["first", "behind another"])
+@pytest.mark.parametrize("head", [REQUEST + b"x: ", b"GET /"], ids=["a header", "a path"])
+async def test_a_head_without_an_end_is_refused_before_it_fills_the_memory(before: bytes, head: bytes) -> None:
+    """200 MB of one header made a gateway 400 MB larger, and no key was asked for."""
+    async with served() as url, connected(url) as (reader, writer):
+        writer.write(before)
+        if before:
+            assert b" 200 " in await one_answer(reader)
+        writer.write(head)
+        sent = 0
+        with contextlib.suppress(ConnectionError):
+            while sent < 64 << 20:
+                writer.write(b"a" * (1 << 16))
+                await writer.drain()
+                sent += 1 << 16
+        assert sent < 32 << 20  # what the system keeps on its way
+
+    async with served() as url, connected(url) as (reader, writer):
+        writer.write(head + b"a" * (probes.HEAD_BYTES + 1))
+        assert (await rest_of(reader)).startswith(b"HTTP/1.1 431 ")
+
+
+@pytest.mark.parametrize("endless", [b"x: a\r\n", b"x"], ids=["fields behind a body", "a field behind a body"])
+async def test_what_comes_behind_a_body_has_an_end_too(endless: bytes) -> None:
+    async def read(request: Request) -> Response:
+        return PlainTextResponse(str(len(await request.body())))
+
+    head = b"POST / HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n"
+    body = b"40000\r\n" + b"b" * 0x40000 + b"\r\n"
+    app = Starlette(routes=[Route("/", read, methods=["POST"])])
+    async with probes.run_app(app, "127.0.0.1", 0) as url:
+        async with connected(url) as (reader, writer):
+            for part in (head, body, body, b"0\r\nx: a\r\n\r\n"):
+                writer.write(part)
+            assert (await one_answer(reader)).endswith(b"524288")
+        async with connected(url) as (reader, writer):
+            writer.write(head + b"1\r\nb\r\n0\r\n")
+            sent = 0
+            with contextlib.suppress(ConnectionError):
+                while sent < 64 << 20:
+                    writer.write(endless * ((1 << 16) // len(endless)))
+                    await writer.drain()
+                    sent += 1 << 16
+            assert sent < 32 << 20
+
+
+async def test_a_long_head_and_requests_behind_one_another_are_answered() -> None:
+    async with served() as url, connected(url) as (reader, writer):
+        long = REQUEST + b"x: " + b"a" * (probes.HEAD_BYTES // 2) + b"\r\n\r\n"
+        for _ in range(3):
+            writer.write(long)
+            assert b" 200 " in await one_answer(reader)
+        writer.write(long * 4)
+        for _ in range(4):
+            assert b" 200 " in await one_answer(reader)
+
+
+@pytest.mark.parametrize("before", [b"", REQUEST + b"\r\n"], ids=["first", "behind another"])
+@pytest.mark.parametrize("slow", [b"", b"\r", b"GET /hea"], ids=["nothing", "a line's end", "a part"])
+async def test_who_never_ends_a_head_is_given_up(monkeypatch: pytest.MonkeyPatch, before: bytes, slow: bytes) -> None:
+    monkeypatch.setattr(probes, "HEAD_S", 0.1)
+    async with served() as url, connected(url) as (reader, writer):
+        writer.write(before)
+        if before:
+            assert b" 200 " in await one_answer(reader)
+        writer.write(slow)
+        said = await rest_of(reader)
+        assert said.startswith(b"HTTP/1.1 408 ") if slow or not before else said == b""  # silent: as after any answer
+
+
+async def test_an_answer_that_takes_long_is_not_cut_off_by_what_comes_behind_its_request(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(probes, "HEAD_S", 0.05)
+    began, go_on = asyncio.Event(), asyncio.Event()
+
+    async def long(_request: Request) -> Response:
+        began.set()
+        await go_on.wait()
+        return PlainTextResponse("at last")
+
+    app = Starlette(routes=[Route("/", long)])
+    async with probes.run_app(app, "127.0.0.1", 0) as url, connected(url) as (reader, writer):
+        writer.write(b"GET / HTTP/1.1\r\nhost: a\r\n\r\nGET /hea")
+        await began.wait()
+        late = asyncio.Event()
+        asyncio.get_running_loop().call_later(0.3, late.set)  # several times what a head may take
+        await late.wait()
+        go_on.set()
+        assert (await rest_of(reader)).endswith(
+            b"at lastHTTP/1.1 408 Request Timeout\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
+        )

@@ -1,5 +1,8 @@
 from __future__ import annotations
 
+import itertools
+import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from vidgen import profiles, weights
-from vidgen.accel import ahead, loader
+from vidgen.accel import ahead, loader, residency
 from vidgen.accel.loader import Entry
 from vidgen.errors import FatalError
 from vidgen.settings import WorkerSettings
@@ -21,12 +24,20 @@ class BegunError(Exception):
     """Stands for the threads that would read to a GPU."""
 
 
+@pytest.fixture(scope="module")
+def snapshot(tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from vidgen.accel import quantize
+
+    folder = tmp_path_factory.mktemp("snapshot") / "fp8"
+    return quantize.quantize(weights.require(str(tiny_models["wan2.2-a14b-i2v"])), folder, least=16).folder
+
+
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU of 80 GiB, to which nothing can be read."""
 
-    def begin(found: weights.Weights, device: torch.device, dtypes: Any) -> loader.Reading:
-        raise BegunError(f"{found.folder.name} to {device} in {dtypes['default']}")
+    def begin(found: weights.Weights, device: torch.device, dtypes: Any, *, streams: bool) -> loader.Reading:
+        raise BegunError(f"{found.folder.name} to {device} in {dtypes['default']}{', to stream' * streams}")
 
     monkeypatch.setattr(ahead.diffusion, "device_of", lambda wanted: torch.device("cuda", 0))
     monkeypatch.setattr(torch, "zeros", lambda *size, device=None, **more: torch.empty(0))
@@ -53,8 +64,21 @@ def test_a_model_that_will_be_on_the_gpu_as_it_is_stored_is_begun(tiny_models: d
 
 @pytest.mark.usefixtures("gpu")
 @pytest.mark.parametrize("profile", ["resident-fp8", "offload-fp8"])
-def test_one_that_is_quantised_or_streams_is_not(tiny_models: dict[str, Path], profile: str) -> None:
+def test_one_that_is_quantised_on_its_way_is_not(tiny_models: dict[str, Path], profile: str) -> None:
     assert begin_for(tiny_models["wan2.2-a14b-i2v"], profile=profile) is None
+
+
+@pytest.mark.usefixtures("gpu")
+@pytest.mark.parametrize(
+    ("profile", "begun"),
+    [
+        ("resident-fp8", r"fp8 to cuda:0 in torch\.bfloat16$"),
+        ("offload-fp8", r"fp8 to cpu in torch\.bfloat16, to stream$"),
+    ],
+)
+def test_what_is_stored_in_fp8_is_begun_wherever_it_will_be(snapshot: Path, profile: str, begun: str) -> None:
+    with pytest.raises(BegunError, match=begun):
+        begin_for(snapshot, profile=profile)
 
 
 @pytest.mark.usefixtures("gpu")
@@ -95,11 +119,74 @@ def test_a_file_waits_where_much_of_it_will_be_cast(
     monkeypatch: pytest.MonkeyPatch, tiny_models: dict[str, Path], stored: torch.dtype, wanted: torch.dtype, waits: bool
 ) -> None:
     given: list[Any] = []
-    monkeypatch.setattr(loader, "Reading", lambda files, device, waits: given.append(waits))
+    monkeypatch.setattr(loader, "Reading", lambda files, device, waits, places: given.append(waits))
     ahead.begin(weights.require(str(tiny_models["wan2.2-a14b-i2v"])), CPU, {"default": wanted})
     much = [Entry("a", stored, (1 << 30,), 8, 8 + (1 << 30) * stored.itemsize)]
     assert given[0](much) is waits
     assert not given[0]([Entry("a", stored, (4,), 8, 8 + 4 * stored.itemsize)])
+
+
+def entry(name: str, dtype: torch.dtype, *shape: int) -> Entry:
+    return Entry(name, dtype, shape, 8, 8 + math.prod(shape) * dtype.itemsize)
+
+
+@pytest.fixture
+def component(tmp_path: Path) -> Path:
+    """A folder of a model with a transformer of 4 KiB and a VAE."""
+    for name in ("transformer", "vae"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text("{}")
+        (tmp_path / name / "diffusion_pytorch_model.safetensors").write_bytes(bytes(4096))
+    index = {name: ["diffusers", "Model"] for name in ("transformer", "vae")}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    return tmp_path
+
+
+def test_what_streams_is_read_side_by_side_and_what_becomes_one_weight_as_one(component: Path) -> None:
+    e4m3, bf16 = torch.float8_e4m3fn, torch.bfloat16
+    # In the order of the file: neither that of the layers, nor all beside one another.
+    told = [
+        entry("blocks.0.attn.to_k.weight", e4m3, 32, 32), entry("blocks.0.attn.to_out.0.weight", e4m3, 32, 32),
+        entry("blocks.0.attn.to_q.weight", e4m3, 32, 32), entry("blocks.0.attn.add_v_proj.weight", e4m3, 32, 32),
+        entry("blocks.0.attn.to_v.weight", e4m3, 32, 32), entry("blocks.1.attn.to_q.weight", e4m3, 32, 32),
+        entry("blocks.0.attn.to_q.bias", bf16, 32), entry("blocks.0.attn.to_k.bias", bf16, 32),
+        entry("scalar", bf16), entry("none", bf16, 0, 4),
+        entry("blocks.2.attn.to_q.weight", e4m3, 3, 3), entry("blocks.2.attn.to_k.weight", bf16, 3, 3),
+    ]  # fmt: skip
+    made = ahead.places(component, bf16.itemsize)(component / "transformer" / "a.safetensors", told)
+    assert {name: (tensor.dtype, tuple(tensor.shape)) for name, tensor in made.items()} == {
+        one.name: (one.dtype, one.shape) for one in told
+    }
+    assert len({tensor.untyped_storage().data_ptr() for tensor in made.values()}) == 1
+
+    def place(name: str) -> tuple[int, int]:
+        tensor = made[name]
+        return tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes
+
+    names = [f"blocks.0.attn.to_{which}.weight" for which in "qkv"]
+    assert all(place(one)[1] == place(other)[0] for one, other in itertools.pairwise(names))
+    held = sorted(place(one.name) for one in told if made[one.name].numel())
+    assert all(end <= begin for (_, end), (begin, _) in itertools.pairwise(held))
+    # The first of each row lies as torch's allocator lays tensors.
+    firsts = [made[name].data_ptr() for name in made if "to_k" not in name and "to_v" not in name and name != "none"]
+    assert len({first % residency.ALIGNED for first in firsts}) == 1
+
+
+def test_what_will_not_stream_or_will_be_cast_has_memory_of_its_own(component: Path) -> None:
+    told = [entry(name, torch.float32, 64) for name in "ab"] + [entry("c", torch.bfloat16, 64)]
+    places = ahead.places(component, torch.bfloat16.itemsize)
+    for part, apart in (("vae", "abc"), ("transformer", "ab")):
+        made = places(component / part / "a.safetensors", told)
+        assert {name for name, tensor in made.items() if tensor.untyped_storage().nbytes() == tensor.nbytes} == {*apart}
+
+
+def test_a_host_without_room_for_what_streams_is_told_of_before_anything_is_read(
+    component: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(residency, "host_memory", lambda: GIB)
+    with pytest.raises(FatalError, match=r"the host has 1 GiB.*or a GPU that holds them all") as caught:
+        ahead.places(component, 2)
+    assert caught.value.code == "host_memory"
 
 
 def test_settling_in_does_no_harm_where_there_is_nothing_to_settle() -> None:

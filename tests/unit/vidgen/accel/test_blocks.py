@@ -316,3 +316,22 @@ def test_a_turn_that_spreads_what_is_large_leaves_products_as_they_are() -> None
     turned = [flash3.plain_spread(one) for one in (query, key)]
     assert error((turned[0] * turned[1]).sum(-1), (query * key).sum(-1)) < 1e-5
     assert turned[0].abs().max() < 0.5 * query.abs().max()
+
+
+def test_weights_that_lie_behind_one_another_are_one_without_a_copy() -> None:
+    slab = torch.arange(24.0)
+    first, second, third, other = (*slab[6:24].view(3, 3, 2), torch.arange(18.0, 24.0).view(3, 2))
+    joined = blocks._below([first, second, third])
+    assert torch.equal(joined, torch.cat([first, second, third]))
+    assert joined.data_ptr() == first.data_ptr()
+    apart = torch.arange(30.0)[12:18].view(3, 2)  # as far into its memory as the second is into the slab
+    for rows in (
+        [second, first],
+        [first, third],
+        [first, other],
+        [first, apart],
+        [first, slab.as_strided((3, 2), (1, 3), 12)],
+    ):
+        joined = blocks._below(rows)
+        assert torch.equal(joined, torch.cat(rows))
+        assert joined.data_ptr() != first.data_ptr()

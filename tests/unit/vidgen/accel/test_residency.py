@@ -286,6 +286,22 @@ def test_weights_are_pinned_side_by_side_and_stay_what_they_are() -> None:
     assert {name for name, bits in model.bits().items() if bits != before[name]} == {"left"}
 
 
+def test_what_is_pinned_already_stays_where_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = Odd()
+    stays = model.embedding.weight.untyped_storage().data_ptr()
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda self: self.untyped_storage().data_ptr() == stays)
+    before, left = model.bits(), model.left.untyped_storage().data_ptr()
+    residency.pin([model], pinned=False)
+    assert model.bits() == before
+    assert model.embedding.weight.untyped_storage().data_ptr() == stays
+    assert model.left.untyped_storage().data_ptr() not in (left, stays)
+
+    # Nor does it need room any more.
+    monkeypatch.setattr(torch.Tensor, "is_pinned", lambda self: True)
+    monkeypatch.setattr(residency, "host_memory", lambda: 0)
+    assert residency.no_room_to_pin([model]) is None
+
+
 PEAK = """
 import re, sys
 import torch
@@ -345,6 +361,28 @@ def test_what_is_pinned_takes_little_more_than_it_is() -> None:
     assert sum(size for size, _ in slabs) < 1.05 * sum(sizes) < sum(residency._power(size) for size in sizes) / 1.3
 
 
+def test_what_is_read_to_pinned_memory_takes_little_more_than_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Wan2.2-A14B in FP8 in its files: a text encoder of 24 layers and a table, and forty blocks twice.
+    files = [[256384 * 4096 * 2], *([[4096 * 4096 * 2] * 4 + [4096 * 10240 * 2] * 3] * 24)]
+    files += [([5120 * 5120 * 3] * 2 + [5120 * 5120] * 2 + [5120 * 13824] * 2 + [5120 * 4] * 12) * 10] * 8
+    taken: list[int] = []
+    real = torch.empty
+
+    def empty(size: int, *, dtype: torch.dtype, pin_memory: bool) -> torch.Tensor:
+        assert pin_memory
+        taken.append(size)
+        return real(size, dtype=dtype, device="meta")
+
+    monkeypatch.setattr(residency.torch, "empty", empty)
+    size = sum(map(sum, files))
+    slabs = residency.Slabs(size, pinned=True)
+    for file in files:
+        found = slabs.places(file)
+        assert [place.numel() for place in found] == file
+    assert all(one == 1 << one.bit_length() - 1 for one in taken)
+    assert size <= sum(taken) < 1.02 * size
+
+
 def test_a_host_without_room_for_what_streams_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
     model = Odd()
     monkeypatch.setattr(residency, "host_memory", lambda: 2 * GIB)
@@ -354,3 +392,11 @@ def test_a_host_without_room_for_what_streams_is_told_so(monkeypatch: pytest.Mon
     for enough in (4 * GIB, None):
         monkeypatch.setattr(residency, "host_memory", lambda enough=enough: enough)
         assert residency.no_room_to_pin([model]) is None
+
+
+def test_room_for_what_streams_is_what_it_takes_and_what_a_task_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(residency, "host_memory", lambda: 10 * GIB)
+    assert residency.no_room_for(7 * GIB) is None
+    assert residency.no_room_for(9 * GIB, given_back=2 * GIB) is None
+    said = residency.no_room_for(7 * GIB + 1)
+    assert said == "the host has 10 GiB for weights that stream, which take 10 GiB: give the worker more memory"
