@@ -85,16 +85,6 @@ def judge(task: contracts.Task, newest: contracts.AnyEvent | None, max_attempts:
     return Run(attempt, tries, newest.checkpoint, newest.preempted, alone)
 
 
-def is_elsewhere(newest: contracts.AnyEvent | None, worker: str, deliveries: int) -> bool:
-    """Whether a task that is to be run, given out for the `deliveries`-th time, runs at another worker by its log.
-
-    A bus that was killed may forget that it gave a task away, and gives it for the first time once more. What that
-    worker says of it, by the message, settles it here as well; if it has died, the lease runs out or the gateway hands
-    the task out again: for the second time.
-    """
-    return deliveries == 1 and isinstance(newest, contracts.StageStarted) and newest.worker != worker
-
-
 def standing(
     task: contracts.Task, attempt: int, newest: contracts.AnyEvent | None
 ) -> Literal["mine", "cancelled", "fenced"]:

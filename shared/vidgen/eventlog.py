@@ -126,7 +126,12 @@ async def outlook(
 
 
 async def _is_elsewhere(bus: Bus, newest: contracts.AnyEvent | None, worker: str, deliveries: int) -> bool:
-    """Whether another worker has it: at a first delivery the log is believed, at a later one that worker is asked."""
+    """Whether another worker has it: at a first delivery the log is believed, at a later one that worker is asked.
+
+    A bus that was killed may forget that it gave a task away, and gives it for the first time once more: behind its
+    start, when who has it may not be back yet to be asked. What that worker says of it, by the message, settles it here
+    as well; if it has died, the lease runs out or the gateway hands the task out again: for the second time.
+    """
     if not isinstance(newest, contracts.StageStarted) or newest.worker == worker:
         return False
     subject = topology.subject_of_worker(newest.stage, newest.worker)
@@ -149,8 +154,9 @@ async def claim(
         verdict = attempts.judge(task, seen.event, max_attempts)
         if isinstance(verdict, attempts.Drop):
             return verdict
-        # First of all: its last try may be the one that is under way.
-        if verdict.attempt > 1 and attempts.is_elsewhere(seen.event, worker, deliveries):
+        # First of all: its last try may be the one that is under way. Once more, though `outlook` looked: since then
+        # this one may have waited to be alone, and another may have begun.
+        if verdict.attempt > 1 and await _is_elsewhere(bus, seen.event, worker, deliveries):
             return attempts.Leave()
         if isinstance(verdict, attempts.Exhausted):
             return verdict

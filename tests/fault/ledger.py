@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable, Collection, Iterator
@@ -26,6 +27,7 @@ ENDED = (
     contracts.StageCompleted, contracts.StageFailed, contracts.StageReleased, contracts.StageCancelled,
 )  # fmt: skip
 SAID_AS = {"reused": "completed", "dead": "failed", "rejected": "failed"}  # a worker's outcomes, as events have them
+AGAIN = "again"
 KINDS = ("completed", "failed", "retried", "cancelled")  # `released` needs no event where nothing was begun
 BY = {"vidgen_jobs_total": "status", "vidgen_tasks_total": "outcome"}  # the label by which a counter is compared
 STATUS = {
@@ -194,38 +196,29 @@ class Ledger:
         for event in (event for found in log.values() for event in found if isinstance(event, ENDED)):
             said[event.worker][SAID_AS.get(_end(event), _end(event))] += 1
         for child in [child for child in [*self.system.alive, *self.system.dead] if child.role == "worker"]:
-            outcomes = await self._settled(child) if child in self.system.alive else _outcomes(child)
+            outcomes = await self._settled(child)
             logged, told = Counter[str](), said[self.system.id_of(child.name)]
             for outcome, count in outcomes.items():
                 logged[SAID_AS.get(outcome, outcome)] += count
-            missing = [kind for kind in told.keys() | logged.keys() if logged[kind] > told[kind] and kind in KINDS]
+            missing = [kind for kind in KINDS if logged[kind] > told[kind]]
             more = sum((told - logged).values())
-            if missing or (child in self.system.alive and more > logged["lost"]):
+            if missing or (child.ended is None and more > logged["lost"]):
                 self.wrong.append(f"{child.name} logged {dict(logged)}, the jobs' logs say {dict(told)} of it")
 
     async def _settled(self, child: Child) -> Counter[str]:
-        """A living worker's tasks by outcome, once its counters say what its log does."""
-        logged, counted = Counter[str](), Counter[str]()
-        again, counted_again = 0, 0
-        try:
+        """A worker's tasks by outcome; where it lives, once its counters say what its log does."""
+        logged, counted = _outcomes(child), Counter[str]()
+        with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(10), httpx.AsyncClient() as http:
-                while True:
-                    logged, counted = _outcomes(child), Counter[str]()
-                    again = sum(record["deliveries"] > 1 for record in _tasks(child))
-                    counted_again = 0
-                    for family in text_string_to_metric_families((await http.get(f"{child.url}/metrics")).text):
-                        for sample in family.samples:
-                            if sample.name == "vidgen_worker_tasks_total" and sample.value:
-                                counted[sample.labels["outcome"]] += int(sample.value)
-                            elif sample.name == "vidgen_worker_redeliveries_total":
-                                counted_again += int(sample.value)
-                    if (counted, counted_again) == (logged, again):
-                        return logged
+                while child.ended is None and (logged or child.url):  # else it has only just begun
+                    with contextlib.suppress(httpx.HTTPError):  # it may be about to leave
+                        counted = _counted_by((await http.get(f"{child.url}/metrics")).text)
+                    logged = _outcomes(child)
+                    if counted == logged:
+                        break
                     await asyncio.sleep(POLL_S)
-        except TimeoutError:
-            self.wrong.append(
-                f"{child.name} counts {counted}, {counted_again} again; its log has {logged}, {again} again"
-            )
+        if child.ended is None and counted != logged:
+            self.wrong.append(f"{child.name} counts {dict(counted)}, its log says {dict(logged)}")
         return logged
 
     async def _counted(self, names: Collection[str]) -> dict[str, float]:
@@ -270,12 +263,23 @@ def _end(event: Any) -> str:
             return "cancelled"
 
 
-def _tasks(child: Child) -> list[dict[str, Any]]:
-    return [record for record in child.records() if record.get("event") == "task"]
-
-
 def _outcomes(child: Child) -> Counter[str]:
-    return Counter(record["outcome"] for record in _tasks(child))
+    """A worker's tasks by outcome, and the deliveries that were not the first, by its log."""
+    tasks = [record for record in child.records() if record.get("event") == "task"]
+    again = sum(record["deliveries"] > 1 for record in tasks)
+    return +Counter({**Counter(record["outcome"] for record in tasks), AGAIN: again})
+
+
+def _counted_by(text: str) -> Counter[str]:
+    """The same by its counters."""
+    counted = Counter[str]()
+    for family in text_string_to_metric_families(text):
+        for sample in family.samples:
+            if sample.name == "vidgen_worker_tasks_total":
+                counted[sample.labels["outcome"]] += int(sample.value)
+            elif sample.name == "vidgen_worker_redeliveries_total":
+                counted[AGAIN] += int(sample.value)
+    return +counted
 
 
 def _story(events: list[Any]) -> str:

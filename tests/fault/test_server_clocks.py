@@ -44,6 +44,7 @@ async def campaign_of_the_bus(lab: Lab, *, steps: int, jobs: int, kills: int) ->
                 await system.kill(lab.chance.choice(system.of("worker")))
         ends = await Ledger(system).audit()
         assert ends == {"completed": jobs}, _ends(system)
+        assert not _overtaken(system), _overtaken(system)
         left = sum(
             record.get("event") in ("held_already", "held_elsewhere")
             for child in system.alive + system.dead
@@ -85,6 +86,20 @@ async def campaign_of_the_store(lab: Lab, *, steps: int, jobs: int, away_s: floa
 
 def _ends(system: System) -> list[str]:
     return [str(event) for event in system.events if isinstance(event, contracts.StageFailed | contracts.JobFailed)]
+
+
+def _overtaken(system: System) -> list[str]:
+    """The attempts that were overtaken while their workers lived: who began, and who began next."""
+    dead = {system.id_of(child.name) for child in system.dead}
+    begun: dict[tuple[str, str], contracts.StageStarted] = {}
+    overtaken = []
+    for event in (event for event in system.events if isinstance(event, contracts.StageEvent)):
+        before = begun.pop((event.job_id, event.stage), None)
+        if isinstance(event, contracts.StageStarted):
+            begun[event.job_id, event.stage] = event
+            if before is not None and before.worker not in dead:
+                overtaken.append(f"{event.job_id} {event.stage}: {before.worker}, at {event.at} by {event.worker}")
+    return overtaken
 
 
 async def test_a_bus_whose_clock_steps_by_an_hour_has_no_task_run_twice(lab: Lab) -> None:
