@@ -14,7 +14,6 @@ from hypothesis import HealthCheck, settings
 from tests import checkpoints
 from tests.servers import running_nats, skipped_at_home
 
-from vidgen import threads
 from vidgen.artifacts import S3Store
 from vidgen.local import NatsServer, S3Server
 
@@ -25,7 +24,6 @@ os.environ.setdefault("MKL_CBWR", "AUTO,STRICT")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Tests compute beside the stacks that others started: their workers are to have their share.
 os.environ.setdefault("VIDGEN_NICE", "0")
-threads.STAYS_S = 0.01  # the loop of each test waits for them at its end
 checkpoints.install_shim()  # before any test imports transformers
 
 # Nothing is asserted about time, and a busy machine is no failure. CI draws the same examples each time, so that

@@ -23,7 +23,7 @@ from minio import Minio
 from minio.deleteobjects import DeleteObject
 from minio.error import MinioException, S3Error
 
-from vidgen import contracts, errors, presign, threads
+from vidgen import contracts, errors, presign
 from vidgen.settings import Settings
 
 UPLOADS, JOBS, CHECKPOINTS = "uploads/", "jobs/", "checkpoints/"
@@ -220,7 +220,9 @@ class S3Store:
         self, endpoint: str, access_key: str, secret_key: str, bucket: str, *, region: str = "us-east-1",
         public_endpoint: str | None = None,
     ) -> None:  # fmt: skip
-        pool = _Pools(timeout=urllib3.Timeout(connect=2, read=30), retries=False, maxsize=32, cert_reqs="CERT_REQUIRED")
+        pool = _Pools(
+            timeout=urllib3.Timeout(connect=2, read=30), retries=False, maxsize=32, cert_reqs="CERT_REQUIRED"
+        )
 
         def client(url: str) -> Minio:
             parts = urlsplit(url)
@@ -254,7 +256,7 @@ class S3Store:
                     self.bucket, key, file, size, content_type=content_type, metadata=dict(metadata or {})
                 )
 
-        await threads.run(call)
+        await asyncio.to_thread(call)
 
     async def fetch(self, key: str, path: Path, limit: int | None = None) -> int:
         def call() -> int:
@@ -276,7 +278,7 @@ class S3Store:
                     raise errors.StoreError("the object store cut a download short")
                 return size
 
-        return await threads.run(call)
+        return await asyncio.to_thread(call)
 
     async def stat(self, key: str) -> Stat | None:
         def call() -> Stat | None:
@@ -293,7 +295,7 @@ class S3Store:
             tag = found.etag or ""
             return Stat(key, found.size or 0, found.content_type or "", found.last_modified, metadata, tag)
 
-        return await threads.run(call)
+        return await asyncio.to_thread(call)
 
     async def read(self, key: str, start: int = 0, length: int = 0) -> AsyncIterator[bytes]:
         def opened() -> urllib3.BaseHTTPResponse | None:
@@ -305,13 +307,13 @@ class S3Store:
                         return None
                     raise
 
-        response = await threads.run(opened)
+        response = await asyncio.to_thread(opened)
         if response is None:
             return
         try:
             while True:
                 with _translated(key):
-                    chunk = await threads.run(response.read, CHUNK)
+                    chunk = await asyncio.to_thread(response.read, CHUNK)
                 if not chunk:
                     return
                 yield chunk
@@ -342,7 +344,7 @@ class S3Store:
                     for one in itertools.islice((one for one in found if not one.is_dir), limit)
                 ]
 
-        return await threads.run(call)
+        return await asyncio.to_thread(call)
 
     async def remove(self, keys: Sequence[str]) -> None:
         def call() -> None:
@@ -351,12 +353,12 @@ class S3Store:
             if failed:
                 raise errors.StoreError(f"the object store kept {len(failed)} objects: {failed[0].code}")
 
-        await threads.run(call)
+        await asyncio.to_thread(call)
 
     async def ready(self) -> bool:
         try:
             async with asyncio.timeout(READY_TIMEOUT):  # a store that hangs is not ready; the thread ends by itself
-                return await threads.run(self._is_there)
+                return await asyncio.to_thread(self._is_there)
         except (errors.VidgenError, TimeoutError):
             return False
 
@@ -383,4 +385,4 @@ class S3Store:
                         if exc.code not in ("BucketAlreadyOwnedByYou", "BucketAlreadyExists"):
                             raise
 
-        await threads.run(call)
+        await asyncio.to_thread(call)

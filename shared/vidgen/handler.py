@@ -21,7 +21,7 @@ from typing import Any, Literal, TypeVar
 import pydantic
 import structlog
 
-from vidgen import attempts, checkpoints, contracts, errors, eventlog, results, threads, topology, tracing
+from vidgen import attempts, checkpoints, contracts, errors, eventlog, results, topology, tracing
 from vidgen.artifacts import ArtifactStore, check_key
 from vidgen.bus import Bus, Delivery
 from vidgen.company import Company, Place
@@ -313,7 +313,7 @@ class Handler:
     ) -> results.Made:
         task = held.task
         with clocks.timed("prepare"):
-            preparing = threads.run(self._engine.prepare, task.work, gathered.files)
+            preparing = asyncio.to_thread(self._engine.prepare, task.work, gathered.files)
             inputs = await self._watchdog.watch(task.work, "preparing").over(preparing)
             begun = await self._begun_elsewhere(held, gathered.folder)
         decoding = self._decoding.value or 0.0
@@ -358,7 +358,7 @@ class Handler:
         clocks.denoise, clocks.decode = generated.denoise_s, generated.decode_s
         reporter.phase("finishing")
         with clocks.timed("encode"):
-            finishing = threads.run(self._finish, task, generated.output, gathered.folder)
+            finishing = asyncio.to_thread(self._finish, task, generated.output, gathered.folder)
             return await self._watchdog.watch(task.work, "finishing").over(finishing)
 
     def _finish(self, task: Task, output: Any, folder: Path) -> results.Made:
