@@ -15,7 +15,7 @@ from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from http import HTTPStatus
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 from urllib.parse import urlsplit
 
 import urllib3
@@ -194,25 +194,6 @@ def _translated(key: str = "") -> Iterator[None]:
         raise local_file(exc) from exc
 
 
-class _Pools(urllib3.PoolManager):
-    """urllib3's pools, of which each host's is looked up by its name alone.
-
-    To take each URL apart and put its pool's settings together again is a twelfth of what a small call costs.
-    """
-
-    def __init__(self, **settings: Any) -> None:
-        super().__init__(**settings)
-        self._by_host: dict[str, urllib3.HTTPConnectionPool] = {}
-
-    def urlopen(self, method: str, url: str, redirect: bool = True, **kw: Any) -> urllib3.BaseHTTPResponse:  # type: ignore[override]
-        # Redirects are not followed, as with `retries=False` they never are.
-        scheme, _, host, path = url.split("/", 3)
-        pool = self._by_host.get(scheme + host)
-        if pool is None:
-            pool = self._by_host[scheme + host] = self.connection_from_url(url)
-        return pool.urlopen(method, f"/{path}", redirect=False, assert_same_host=False, **kw)
-
-
 class S3Store:
     """A bucket of an S3 server. Calls run in threads: as fast as any async client (FACTS §2)."""
 
@@ -220,7 +201,7 @@ class S3Store:
         self, endpoint: str, access_key: str, secret_key: str, bucket: str, *, region: str = "us-east-1",
         public_endpoint: str | None = None,
     ) -> None:  # fmt: skip
-        pool = _Pools(
+        pool = urllib3.PoolManager(
             timeout=urllib3.Timeout(connect=2, read=30), retries=False, maxsize=32, cert_reqs="CERT_REQUIRED"
         )
 
