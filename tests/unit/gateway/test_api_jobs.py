@@ -259,6 +259,7 @@ async def test_a_form_whose_request_is_no_json_is_a_bad_request(gateway: Gateway
         ("multipart/form-data; boundary=x", b"nothing of the kind"),
         ("multipart/form-data; boundary=x", b'--x\r\nContent-Disposition: form-data; name="request"\r\n\r\n{}'),
         ("multipart/form-data; boundary=x", b"--x\r\n" + b"A: b\r\n" * 100),
+        ("multipart/form-data; boundary=x", b"--x\r\nA: " + b"b" * 100_000),  # kept in memory, as a file is not
     ],
 )
 async def test_a_body_that_is_no_form_is_a_bad_request(gateway: Gateway, content_type: str, body: bytes) -> None:
