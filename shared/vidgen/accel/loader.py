@@ -92,7 +92,8 @@ class Reading:
         self._landed: dict[Path, Future[dict[str, Tensor]]] = {file: Future() for file in files}
         self._left = threading.Event()
         self._threads = threading.local()
-        self._coordinator = threading.Thread(target=self._run, name="reader", daemon=True)
+        # A copy, made before the thread begins: `take` may take out of the other one before it has.
+        self._coordinator = threading.Thread(target=self._run, args=(dict(self._landed),), name="reader", daemon=True)
         self._coordinator.start()
 
     def take(self, file: Path) -> dict[str, Tensor]:
@@ -111,9 +112,8 @@ class Reading:
         self._room.release()
         self._coordinator.join()
 
-    def _run(self) -> None:
+    def _run(self, landed: Mapping[Path, Future[dict[str, Tensor]]]) -> None:
         begun = time.perf_counter()
-        landed = dict(self._landed)  # `take` takes out of the other one
         try:
             with (
                 _in_short_turns(),

@@ -83,6 +83,30 @@ def test_any_file_reads_as_the_library_reads_it(
         assert same(loader.read([file], CPU), load_file(file))
 
 
+def test_files_may_be_asked_for_before_their_thread_has_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who asked in that moment waited for ever."""
+    save_file({"a": torch.ones(4)}, tmp_path / "x.safetensors")
+    asked = threading.Event()
+    run = loader.Reading._run
+
+    def late(self: loader.Reading, *given: Any) -> None:
+        assert asked.wait(10)
+        run(self, *given)
+
+    monkeypatch.setattr(loader.Reading, "_run", late)
+    file = tmp_path / "x.safetensors"
+    reading = loader.Reading([file], CPU)
+    taken: list[dict[str, torch.Tensor]] = []
+    taking = threading.Thread(target=lambda: taken.append(reading.take(file)), daemon=True)
+    taking.start()
+    while file in reading._landed:
+        assert taking.is_alive()
+    asked.set()
+    taking.join(10)
+    assert [one["a"].tolist() for one in taken] == [[1.0] * 4]
+    reading.close()
+
+
 def test_no_files_hold_no_tensors() -> None:
     assert loader.read([], CPU) == {}
 
