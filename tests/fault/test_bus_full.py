@@ -18,9 +18,9 @@ async def limit(system: System, stream: str, max_bytes: int) -> None:
     await js.update_stream(config.evolve(max_bytes=max_bytes))
 
 
-async def ask(system: System, seed: int) -> httpx.Response:
+async def ask(system: System, seed: int, reference: str = PHOTO) -> httpx.Response:
     shape = {"steps": 2, "seed": seed, "width": 320, "height": 192}
-    body: dict[str, Any] = {"references": [PHOTO], "edit": {"prompt": "work", **shape}}
+    body: dict[str, Any] = {"references": [reference], "edit": {"prompt": "work", **shape}}
     async with httpx.AsyncClient(base_url=system.of("gateway")[0].url, timeout=60) as http:
         key = {"Idempotency-Key": f"{system.prefix}-{seed}"}
         return await http.post("/v1/jobs", content=json.dumps(body), headers=key | {"Content-Type": "application/json"})

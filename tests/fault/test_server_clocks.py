@@ -67,7 +67,8 @@ async def campaign_of_the_store(lab: Lab, *, steps: int, jobs: int, away_s: floa
             await system.submit(share)
             await beginning
             clock.write_text(str(lab.chance.choice((-20, 20)) * MINUTE))
-            told = await test_bus_full.ask(system, 0)
+            # Not the one that was looked at a moment ago: of that nothing is asked of the store.
+            told = await test_bus_full.ask(system, 0, "uploads/another.jpg")
             assert (told.status_code, told.json()["code"]) == (503, "store_clock"), told.text
             await asyncio.sleep(away_s)
             clock.write_text("0")
