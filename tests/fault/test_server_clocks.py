@@ -81,6 +81,7 @@ async def campaign_of_the_store(lab: Lab, *, steps: int, jobs: int, away_s: floa
             for record in child.records()
             if "clock" in record.get("message", "")
         ]
+        assert said  # by workers, whose results had to wait
         told = f"{steps} steps within and {steps} beyond what S3 bears, these for {away_s} s"
         return f"{told}, {len(said)} calls that were refused made again: {dict(ends)}"
 
