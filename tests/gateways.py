@@ -18,6 +18,7 @@ from PIL import Image
 
 from gateway.api.app import create_app
 from gateway.api.parts import Parts
+from gateway.decoding import Decoders
 from gateway.fleet import Fleet
 from gateway.forecast import Forecast
 from gateway.intake import Intake
@@ -36,6 +37,7 @@ from vidgen.testing import MemoryBus, MemoryStore
 BOUND = 60.0  # how long to wait for what must come
 KEY = "uploads/photo.png"
 EDIT = {"prompt": "at the beach"}
+DECODERS = Decoders()  # of all gateways of this process: each is a process of its own, once it is wanted
 
 
 def now() -> datetime:
@@ -66,7 +68,8 @@ class Gateway:
 
     @classmethod
     async def open(
-        cls, bus: MemoryBus | None = None, store: ArtifactStore | None = None, **settings: Any
+        cls, bus: MemoryBus | None = None, store: ArtifactStore | None = None, decoders: Decoders | None = None,
+        **settings: Any,
     ) -> Gateway:  # fmt: skip
         bus = bus or MemoryBus()
         if store is None:
@@ -76,7 +79,7 @@ class Gateway:
         tenants = Tenants(bus)
         jobs = Jobs(bus, FairShare(bus, tenants, own.tenant_waiting))
         quotas = Quotas(bus, tenants, own)
-        intake = Intake(bus, store, jobs, quotas, own.max_upload_bytes)
+        intake = Intake(bus, store, jobs, quotas, own.max_upload_bytes, decoders=decoders or DECODERS)
         fleet = Fleet(bus)
         forecast = Forecast(bus, jobs, fleet)
         parts = Parts(own, bus, store, jobs, intake, fleet, forecast, GatewayMetrics(), Keyring(bus), quotas)

@@ -22,7 +22,8 @@ import pydantic_core
 import structlog
 
 from gateway import pipeline, plan
-from gateway.decoding import Decoding
+from gateway.decoder import Decoder
+from gateway.decoding import Decoders, Decoding
 from gateway.jobs import JobIdTakenError, Jobs, now
 from gateway.quotas import LimitError, Quotas
 from gateway.receivers import Allowed
@@ -125,7 +126,8 @@ class Intake:
 
     def __init__(
         self, bus: Bus, store: artifacts.ArtifactStore, jobs: Jobs, quotas: Quotas, max_upload_bytes: int,
-        receivers: Allowed | None = None, *, clock: Callable[[], float] = time.monotonic,
+        receivers: Allowed | None = None, *, decoders: Decoders | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:  # fmt: skip
         """`receivers` are those that webhooks may go to; None: this server sends none."""
         self._bus, self._store, self._jobs, self._quotas = bus, store, jobs, quotas
@@ -136,7 +138,8 @@ class Intake:
         # times. The first time nothing is asked of the store that would be in vain for a photograph that comes once.
         # With the object's tag, and when it was looked at.
         self._plain: OrderedDict[str, tuple[str, float, images.ImageFacts]] = OrderedDict()
-        self.scratch, self.decoding, self._files = Scratch(), Decoding(), asyncio.Semaphore(FILES)
+        self.scratch, self.decoding = Scratch(), Decoding(decoders=decoders)
+        self._files = asyncio.Semaphore(FILES)
 
     async def submit(self, request: VideoRequest, job_id: str, tenant: str, *, fresh: bool = False) -> tuple[Job, bool]:
         """Let a tenant's request in by HTTP: checked first, durable once this returns; True where the job is new.
@@ -298,7 +301,7 @@ class Intake:
                     self._plain.popitem(last=False)
                 return key, facts
             async with self._file(".png") as target:
-                facts = await self.decoding.over(source, lambda path: images.normalise(path, target))
+                facts = await self.decoding.over(source, lambda decoder, path: decoder.normalise(path, target))
                 own = artifacts.artifact_key(job_id, f"reference-{index}.png")
                 await self._store.put(own, target, "image/png")
                 return own, facts
@@ -335,9 +338,9 @@ class Intake:
         return job
 
 
-def _looked_at(path: Path) -> images.ImageFacts:
+def _looked_at(decoder: Decoder, path: Path) -> images.ImageFacts:
     """What an image is. A plain one is used where it lies in the store, so this copy has done its service."""
-    facts = images.inspect(path)
+    facts = decoder.inspect(path)
     if facts.normal:
         _remove(path)
     return facts

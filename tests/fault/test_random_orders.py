@@ -20,7 +20,7 @@ from hypothesis.stateful import rule, run_state_machine_as_test
 from tests.engines import Instant
 from tests.fault.orders import Answer, Orders, Question, Way
 from tests.fault.system import Lab
-from tests.gateways import KEY, picture
+from tests.gateways import DECODERS, KEY, picture
 
 from gateway.consumers import Consumers
 from gateway.intake import Intake, parse
@@ -123,7 +123,7 @@ class Doubles:
         if self.gateway is None:
             jobs = Jobs(self.bus)
             quotas = Quotas(self.bus, Tenants(self.bus), GatewaySettings())
-            intake = Intake(self.bus, self.store, jobs, quotas, 1 << 20)
+            intake = Intake(self.bus, self.store, jobs, quotas, 1 << 20, decoders=DECODERS)
             consumers = Consumers(self.bus, jobs, intake, GatewayMetrics(), concurrency=1)
             self.gateway = jobs, intake, asyncio.ensure_future(consumers.run(asyncio.Event()))
         return self.gateway[:2]

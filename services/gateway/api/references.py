@@ -8,8 +8,9 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 from gateway.api.forms import IMAGE_FIELD
+from gateway.decoder import Decoder
 from gateway.decoding import Decoding
-from vidgen import artifacts, errors, images
+from vidgen import artifacts, errors
 from vidgen.artifacts import ArtifactStore
 from vidgen.contracts import FieldError
 
@@ -65,10 +66,10 @@ class References:
             await self._store.put(key, reference.path, reference.content_type)
 
 
-def _examine(path: Path) -> Reference:
-    facts = images.inspect(path)
+def _examine(decoder: Decoder, path: Path) -> Reference:
+    facts = decoder.inspect(path)
     if not facts.normal:
         plain = path.with_suffix(".png")
-        facts = images.normalise(path, plain)
+        facts = decoder.normalise(path, plain)
         path = plain
     return Reference(path, f"image/{facts.format.lower()}", artifacts.sha256_of(path))

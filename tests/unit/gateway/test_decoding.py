@@ -6,12 +6,14 @@ import asyncio
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from PIL import Image
-from tests.gateways import BOUND, EDIT, KEY, Gateway, picture, put
+from tests.gateways import BOUND, DECODERS, EDIT, KEY, Gateway, picture, put
 
+from gateway.decoder import Decoder
 from gateway.decoding import Decoding
 from vidgen import errors, images
 from vidgen.testing import MemoryStore
@@ -24,17 +26,25 @@ class Desk:
     """Where images are worked on, for as long as nobody says that they are done."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.decoding = folder, Decoding(MOST)
+        self.folder, self.decoding = folder, Decoding(MOST, DECODERS)
         self.lock, self.go_on = threading.Lock(), threading.Event()
         self.now: list[str] = []
         self.begun: list[str] = []
+        started, first = threading.Barrier(DECODERS.count), self.image("first", 1600)
+
+        def start(decoder: Decoder) -> None:  # whose process is slow to start would be passed by
+            decoder.pixels(first)
+            started.wait(BOUND)
+
+        with ThreadPoolExecutor(DECODERS.count) as threads:
+            list(threads.map(DECODERS.use, [start] * DECODERS.count))
 
     def image(self, name: str, pixels: int) -> Path:
         path = self.folder / name
         Image.new("RGB", (100, pixels // 100)).save(path, "PNG")
         return path
 
-    def work(self, path: Path) -> str:
+    def work(self, decoder: Decoder, path: Path) -> str:
         with self.lock:
             self.now.append(path.name)
             self.begun.append(path.name)
@@ -83,7 +93,7 @@ async def test_who_leaves_or_fails_gives_the_room_back(tmp_path: Path) -> None:
     with pytest.raises(errors.RejectedError):
         await desk.ask(tmp_path / "none")
 
-    def fails(path: Path) -> None:
+    def fails(decoder: Decoder, path: Path) -> None:
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
@@ -98,22 +108,22 @@ async def test_who_leaves_or_fails_gives_the_room_back(tmp_path: Path) -> None:
 
 
 async def test_requests_and_forms_share_the_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    store, now, most, inspect = MemoryStore(), 0, 0, images.inspect
+    store, now, most, inspect = MemoryStore(), 0, 0, Decoder.inspect
     lock = threading.Lock()
 
-    def counted(path: Path) -> images.ImageFacts:
+    def counted(decoder: Decoder, path: Path) -> images.ImageFacts:
         nonlocal now, most
         with lock:
             now += 1
             most = max(most, now)
         try:
             threading.Event().wait(0.02)
-            return inspect(path)
+            return inspect(decoder, path)
         finally:
             with lock:
                 now -= 1
 
-    monkeypatch.setattr(images, "inspect", counted)
+    monkeypatch.setattr(Decoder, "inspect", counted)
     keys = [KEY.replace("photo", f"photo-{number}") for number in range(4)]
     for key in keys:
         await put(store, key, picture())

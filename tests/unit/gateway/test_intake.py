@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.gateways import EDIT, KEY, picture, put
+from tests.gateways import DECODERS, EDIT, KEY, picture, put
 
 from gateway import intake
+from gateway.decoding import Decoders
 from gateway.intake import LIMIT_TRIES, Intake, InvalidRequestError, id_from_key, parse
 from gateway.jobs import Jobs, parse_event
 from gateway.quotas import Quotas
@@ -29,12 +30,17 @@ GOOD: dict[str, Any] = {"references": [KEY], "edit": EDIT}
 class Door:
     """The intake on doubles."""
 
-    def __init__(self, store: MemoryStore | None = None, **settings: Any) -> None:
+    def __init__(
+        self, store: MemoryStore | None = None, decoders: Decoders | None = None, **settings: Any
+    ) -> None:  # fmt: skip
         self.bus, self.store = MemoryBus(topology.Topology(ack_wait=0.05)), store or MemoryStore()
         self.jobs = Jobs(self.bus)
         quotas = Quotas(self.bus, Tenants(self.bus), GatewaySettings(**settings))
         self.now = 0.0
-        self.intake = Intake(self.bus, self.store, self.jobs, quotas, max_upload_bytes=1 << 20, clock=lambda: self.now)
+        self.intake = Intake(
+            self.bus, self.store, self.jobs, quotas, max_upload_bytes=1 << 20, decoders=decoders or DECODERS,
+            clock=lambda: self.now,
+        )  # fmt: skip
         self._count = 0
 
     async def publish(

@@ -17,7 +17,7 @@ import pydantic
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tests.gateways import BOUND, EDIT, KEY, Gateway, completed, failed, picture, put, started
+from tests.gateways import BOUND, DECODERS, EDIT, KEY, Gateway, completed, failed, picture, put, started
 
 from gateway import pipeline, plan
 from gateway.intake import Intake
@@ -134,7 +134,7 @@ async def queued(gateway: Gateway) -> list[Webhook]:
 async def gateway() -> Gateway:
     gateway = await Gateway.open()
     parts = gateway.parts
-    intake = Intake(parts.bus, parts.store, parts.jobs, parts.quotas, 1 << 20, Allowed())
+    intake = Intake(parts.bus, parts.store, parts.jobs, parts.quotas, 1 << 20, Allowed(), decoders=DECODERS)
     object.__setattr__(parts, "intake", intake)
     return gateway
 
@@ -187,7 +187,7 @@ async def test_a_request_from_the_bus_that_is_turned_away_is_told(gateway: Gatew
 async def test_a_receiver_that_may_not_be_is_not_told_that_it_was_turned_away(receivers: Allowed | None) -> None:
     gateway = await Gateway.open()
     bus, jobs = gateway.parts.bus, gateway.parts.jobs
-    intake = Intake(bus, gateway.parts.store, jobs, gateway.parts.quotas, 1 << 20, receivers)
+    intake = Intake(bus, gateway.parts.store, jobs, gateway.parts.quotas, 1 << 20, receivers, decoders=DECODERS)
     body = {"job_id": "bad", "references": [KEY], "edit": EDIT, "webhook_url": "https://127.0.0.1/"}
     await bus.publish(topology.SUBJECT_REQUESTS, json.dumps(body).encode(), message_id="m")
     job = await intake.handle(await bus.pull(topology.Consumer(topology.REQUESTS, topology.GATEWAY)))
