@@ -273,7 +273,9 @@ class Jobs:
         with tracing.span(event.type, of=await self.trace_of(event.job_id), job_id=event.job_id, run=event.run):
             # The log first: from here on every replica, and every worker, knows.
             seq = await self._publish_event(event)
-            applied = await self.apply(event, seq)
+            # Of two approvals at once, which have one message id, the log keeps the first, and so must the record.
+            logged = await self._bus.get(topology.EVENTS, seq) if isinstance(event, contracts.Approved) else None
+            applied = await self.apply(parse_event(logged.body) if logged else event, seq)
         if applied is None:
             raise JobNotFoundError
         return applied.job
@@ -301,7 +303,10 @@ class Jobs:
         return await self.request(contracts.RetryRequested(job_id=job_id, run=job.run + 1, at=now()))
 
     async def approve(self, job_id: str, candidate: int) -> Job:
-        """Let a reviewed job go on with one of its candidates; raises NotPossibleError, RejectedError."""
+        """Let a reviewed job go on with one of its candidates; raises NotPossibleError, RejectedError.
+
+        Of several who choose at once, the first in the job's log is the one who chose.
+        """
         job = await self.get(job_id)
         if job.approved is not None and job.approved == candidate:
             return job
@@ -311,7 +316,12 @@ class Jobs:
         count = len(edit.artifacts) if edit else 0
         if not 0 <= candidate < count:
             raise errors.RejectedError(f"choose a candidate from 0 to {count - 1}", field="candidate")
-        return await self.request(contracts.Approved(job_id=job_id, run=job.run, at=now(), candidate=candidate))
+        job = await self.request(contracts.Approved(job_id=job_id, run=job.run, at=now(), candidate=candidate))
+        if job.approved is None:
+            raise NotPossibleError(f"job {job_id} is {job.status}: it does not wait for a review any more")
+        if job.approved != candidate:
+            raise NotPossibleError(f"job {job_id} goes on with candidate {job.approved}: somebody else was first")
+        return job
 
     async def list(
         self, status: JobStatus | None, cursor: str | None, limit: int, tenant: str | None = None
