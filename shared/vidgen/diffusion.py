@@ -21,6 +21,8 @@ OUT_OF_MEMORY = ("out of memory", "ALLOC_FAILED", "can't allocate memory", "not 
 # How it says that the device, or this process's context on it, is lost.
 DEVICE_LOST = ("CUDA", "cuDNN", "CUBLAS", "CUDNN", "NCCL", "HIP error", "device-side assert", "device lost")
 
+NOT_FINITE = "not_finite"
+
 
 def device_of(wanted: str) -> torch.device:
     """The device that `auto`, `cpu`, `cuda` or `cuda:N` means here; raises FatalError where there is none."""
@@ -107,6 +109,8 @@ class Steps:
         # cancel would leave a queue behind. It costs the launch of one kernel per step.
         synchronize(self.device)
         self.ended = time.perf_counter()
+        if "latents" in tensors:  # before anybody is told of the step, or keeps it for another worker
+            require_finite(tensors["latents"], f"the latents behind step {index + 1}")
         try:
             self.on_step(index + 1, pipe.num_timesteps)
         except BaseException as exc:
@@ -142,7 +146,8 @@ def faults(steps: Steps) -> Iterator[None]:
         fault = as_error(exc)
         if isinstance(fault, RetryableError):
             free(steps.device)
-            fault.state = steps.kept()
+            # What went wrong with the numbers may have begun where nobody saw it yet.
+            fault.state = None if fault.code == NOT_FINITE else steps.kept()
         if fault is None or fault is exc:  # an exception that is its own cause has causes without end
             raise
         raise fault from exc
@@ -184,6 +189,20 @@ def as_error(exc: Exception) -> VidgenError | None:
     if isinstance(exc, ValueError):
         return RejectedError(f"the model refuses these inputs: {line}", code="invalid_input")
     return None
+
+
+def require_finite(numbers: torch.Tensor, what: str) -> None:
+    """Raise RetryableError `not_finite` where some are NaN or infinite; waits for the device.
+
+    Encoded they would be a black picture, and nobody would hear of it.
+    """
+    import torch
+
+    if not torch.isfinite(numbers).all():
+        raise RetryableError(
+            f"{what} are not all finite numbers, so there is no picture in them: another worker may make one; else ask "
+            "for less guidance, or take another precision (VIDGEN_PROFILE) or LoRA", code=NOT_FINITE,
+        )  # fmt: skip
 
 
 def synchronize(device: torch.device) -> None:

@@ -190,6 +190,7 @@ class QwenEditEngine(DiffusersEngine):
                 **guidance,
                 **given,
             ).images
+            diffusion.require_finite(pictures, "the decoded pixels")
             pixels = diffusion.cropped(diffusion.to_pixels(pictures), work.width, work.height).cpu().numpy()
         return Generated(pixels, denoise_s=steps.denoise_s, decode_s=steps.decode_s())
 

@@ -156,6 +156,7 @@ class WanI2VEngine(DiffusersEngine):
                 output_type="pt",
                 **given,
             ).frames[0]
+            diffusion.require_finite(clip, "the decoded pixels")
             pixels = diffusion.to_pixels(clip[: work.num_frames])
             frames = diffusion.on_host(diffusion.cropped(pixels, work.width, work.height))
         return Generated(Animated(work, frames), denoise_s=steps.denoise_s, decode_s=steps.decode_s())
@@ -227,8 +228,15 @@ class WanI2VEngine(DiffusersEngine):
         return rehearse
 
     def _warm_up(self) -> None:
-        grey = Image.new("RGB", (WARM_UP.width, WARM_UP.height), (128, 128, 128))
-        self.generate(Inputs(WARM_UP, self._laid_out(grey)), lambda step, steps: None)
+        self._run_grey(WARM_UP)
+
+    def _run_what_works(self) -> None:
+        # With guidance, for half of what a sick task came of may have been the second device's.
+        self._run_grey(WARM_UP if self._partner is None else WARM_UP.model_copy(update={"guidance_scale": 2.0}))
+
+    def _run_grey(self, work: I2VWork) -> None:
+        grey = Image.new("RGB", (work.width, work.height), (128, 128, 128))
+        self.generate(Inputs(work, self._laid_out(grey)), lambda step, steps: None)
 
 
 def _scene(width: int, height: int) -> Image.Image:

@@ -18,7 +18,7 @@ import torch
 from vidgen import diffusion, profiles, weights
 from vidgen.accel import ahead, blocks, fp8, graphs, ladder, loader, residency, speed, stepcache, trial
 from vidgen.engine import EngineInfo, Generated, OnStep, Rung
-from vidgen.errors import FatalError
+from vidgen.errors import FatalError, RetryableError
 
 log = structlog.get_logger(__name__)
 
@@ -79,6 +79,7 @@ class DiffusersEngine(abc.ABC):
         self._streams = False  # as it is stored
         self._residency: residency.Residency | None = None
         self._graphs: graphs.Graphs | None = None
+        self._in_doubt = False  # whether it runs to see if it still can
         self._rungs: tuple[Rung, ...] = ()  # none before the end of the warm-up: what has no room for that has none
 
     def go_on_with(self, reading: loader.Reading | None) -> None:
@@ -315,7 +316,8 @@ class DiffusersEngine(abc.ABC):
         """Run a task, and where memory runs out once more with less of it: see `vidgen.accel.ladder`.
 
         `attempt` takes whether the candidates are to be made one after another, and the state to go on from; `at_once`
-        says that they would not. `on_step` hears of step 0 of `steps` where it begins again.
+        says that they would not. `on_step` hears of step 0 of `steps` where it begins again. Raises FatalError where
+        its numbers are none, and those of any task are.
         """
         rungs = ("one_by_one", *self._rungs) if at_once and self._rungs else self._rungs
 
@@ -325,7 +327,34 @@ class DiffusersEngine(abc.ABC):
                     without.enter_context(self._graphs.paused())
                 return attempt(not at_once or "one_by_one" in taken, left)
 
-        return ladder.descend(self._pipe, self._device, rungs, tried, state, lambda: on_step(0, steps))
+        try:
+            return ladder.descend(self._pipe, self._device, rungs, tried, state, lambda: on_step(0, steps))
+        except RetryableError as exc:
+            if exc.code == diffusion.NOT_FINITE and not self._in_doubt:
+                on_step(0, steps)  # it is silent for a while now, as one that begins again
+                self._doubt(exc)
+            raise
+
+    def _doubt(self, fault: RetryableError) -> None:
+        """Find out whether it was the task: raises FatalError where what worked before gives no numbers, either.
+
+        Else a sick device would take one task after another, fast, and use up the tries of all of them.
+        """
+        self._in_doubt = True
+        try:
+            self._run_what_works()
+        except RetryableError as exc:
+            if exc.code == diffusion.NOT_FINITE:
+                raise FatalError(
+                    f"{self.info.model} on {self.info.device} makes no finite numbers of any task: check its weights "
+                    "and LoRAs, the profile, and the GPU's memory", code=diffusion.NOT_FINITE,
+                ) from fault  # fmt: skip
+        finally:
+            self._in_doubt = False
+
+    def _run_what_works(self) -> None:
+        """Run a task of which finite numbers come, if of any."""
+        self._warm_up()
 
     def _lay_out(self, profile: profiles.Name | None) -> None:
         if profile is None:

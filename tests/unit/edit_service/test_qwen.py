@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -323,3 +325,66 @@ def test_damaged_weights_are_fatal(
     with pytest.raises(FatalError, match="download the model again") as caught:
         make(model=str(tmp_path / "damaged"))
     assert caught.value.code == "weights_missing"
+
+
+# ── numbers that are none ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@contextlib.contextmanager
+def spoiling(module: Any, at: Callable[[int], bool] = lambda call: True, of: slice = slice(None)) -> Iterator[None]:
+    """Let a module's forwards at some calls come out as NaN, for some of a batch."""
+    calls = itertools.count()
+
+    def spoil(_module: Any, _given: Any, made: Any) -> Any:
+        if at(next(calls)):
+            (made[0] if isinstance(made, tuple) else made)[of] = float("nan")
+
+    hook = module.register_forward_hook(spoil)
+    try:
+        yield
+    finally:
+        hook.remove()
+
+
+@pytest.mark.parametrize(("candidates", "step_cache"), [(1, 1), (3, 1), (1, 3)])
+def test_latents_that_are_no_numbers_end_the_task_at_once_and_not_as_a_black_picture(
+    make: Callable[..., QwenEditEngine], photo: Path, candidates: int, step_cache: int
+) -> None:
+    """They were stored as a picture, all black, and the job completed."""
+    engine = make(step_cache=step_cache)
+    before, told = pixels(engine, photo, steps=8, candidates=candidates), []
+    wanted = engine.prepare(work(steps=8, candidates=candidates), [photo])
+    with (
+        spoiling(engine._pipe.transformer, at=lambda call: call == 1, of=slice(candidates - 1, None)),
+        pytest.raises(RetryableError, match="the latents behind step 2") as caught,
+    ):
+        engine.generate(wanted, lambda step, steps: told.append(step))
+    assert (caught.value.code, caught.value.state) == ("not_finite", None)
+    assert told == [1, 0]  # the step was told to nobody, nor kept; then it is silent for a while
+    assert np.array_equal(before, pixels(engine, photo, steps=8, candidates=candidates))
+
+
+def test_pixels_that_are_no_numbers_are_no_picture_either(engine: QwenEditEngine, photo: Path) -> None:
+    broken = spoiling(engine._pipe.vae.decoder, at=lambda call: call == 0)
+    with broken, pytest.raises(RetryableError, match="the decoded pixels") as caught:
+        pixels(engine, photo)
+    assert (caught.value.code, caught.value.state) == ("not_finite", None)
+
+
+def test_an_engine_that_makes_no_numbers_of_anything_is_unfit_and_its_tasks_are_not(
+    engine: QwenEditEngine, photo: Path
+) -> None:
+    before = pixels(engine, photo)
+    with spoiling(engine._pipe.transformer), pytest.raises(FatalError, match="of any task") as caught:
+        pixels(engine, photo)
+    assert caught.value.code == "not_finite"
+    assert np.array_equal(before, pixels(engine, photo))
+
+
+def test_a_cancel_comes_before_an_engine_looks_what_became_of_it(engine: QwenEditEngine, photo: Path) -> None:
+    def cancel(step: int, steps: int) -> None:
+        if step == 0:
+            raise Cancelled
+
+    with spoiling(engine._pipe.transformer), pytest.raises(Cancelled):
+        engine.generate(engine.prepare(work(), [photo]), cancel)

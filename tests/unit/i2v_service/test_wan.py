@@ -282,3 +282,40 @@ def test_only_the_last_texts_are_remembered(two_experts: WanI2VEngine, monkeypat
     for text in ("one", "two", "one", "three"):
         two_experts._embedded(text)
     assert list(two_experts._texts) == ["one", "three"]
+
+
+def spoil(_module: Any, _given: Any, made: Any) -> None:
+    (made[0] if isinstance(made, tuple) else made).fill_(float("nan"))
+
+
+def once(_module: Any, _given: Any, made: Any) -> None:
+    if not hasattr(_module, "spoilt"):
+        _module.spoilt = True
+        spoil(_module, _given, made)
+
+
+@pytest.mark.parametrize("part", ["transformer", "vae.decoder"])
+def test_numbers_that_are_none_are_no_clip(engine: WanI2VEngine, frame: Path, part: str) -> None:
+    """They were stored as a clip, all black, and the job completed."""
+    before, module = frames(engine, frame), engine._pipe
+    for name in part.split("."):
+        module = getattr(module, name)
+    hook = module.register_forward_hook(once)
+    try:
+        with pytest.raises(RetryableError) as caught:
+            frames(engine, frame)
+    finally:
+        hook.remove()
+        del module.spoilt
+    assert (caught.value.code, caught.value.state) == ("not_finite", None)
+    assert np.array_equal(before, frames(engine, frame))
+
+
+def test_an_engine_that_makes_no_numbers_of_anything_is_unfit(engine: WanI2VEngine, frame: Path) -> None:
+    hook = engine.transformers()[-1].register_forward_hook(spoil)
+    try:
+        with pytest.raises(FatalError) as caught:
+            frames(engine, frame)
+    finally:
+        hook.remove()
+    assert caught.value.code == "not_finite"

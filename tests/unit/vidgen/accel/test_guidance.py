@@ -163,6 +163,42 @@ def test_an_answer_to_a_step_that_broke_off_is_not_taken_for_another(
     assert np.array_equal(frames(pair, work(seed=8), picture), frames(alone, work(seed=8), picture))
 
 
+def test_a_partner_without_room_costs_this_device_no_rung(
+    alone: Any, pair: Any, picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tiles and streaming here give no room there: the task was made three times, slower each time, for nothing."""
+    begun: list[object] = []
+
+    def no_room() -> Any:
+        begun.append(None)
+        answer = guidance._fault(RetryableError("the device ran out of memory", code="out_of_memory"))
+        recv()
+        return answer
+
+    recv = pair._partner._connection.recv_bytes
+    with monkeypatch.context() as patch:
+        patch.setattr(pair, "_rungs", ("vae_tiling", "offload"))
+        patch.setattr(pair._partner._connection, "recv_bytes", no_room)
+        with pytest.raises(RetryableError, match="cpu: the device ran out of memory") as caught:
+            frames(pair, work(), picture)
+    assert (caught.value.code, caught.value.rungs, len(begun)) == ("partner_out_of_memory", (), 1)
+    assert np.array_equal(frames(pair, work(), picture), frames(alone, work(), picture))
+
+
+def test_a_partner_that_predicts_no_numbers_makes_the_worker_unfit(
+    pair: Any, picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spoilt(*asked: Any) -> Any:
+        tensors, told = answer()
+        return {name: one.fill_(float("nan")) for name, one in tensors.items()}, told
+
+    answer = pair._partner._answer
+    monkeypatch.setattr(pair._partner, "_answer", spoilt)
+    with pytest.raises(FatalError) as caught:
+        frames(pair, work(), picture)
+    assert caught.value.code == "not_finite"
+
+
 # ── the partner by itself ────────────────────────────────────────────────────────────────────────────────────────────
 
 INFO = partners.Small().info
@@ -190,7 +226,7 @@ def test_what_goes_wrong_there_is_told_with_its_device_and_its_end_makes_the_wor
     partner.ready(INFO)
     with pytest.raises(RetryableError, match="cuda:1: the device ran out of memory") as no_room:
         predicted(partner, partners.NO_ROOM)
-    assert no_room.value.code == "out_of_memory"
+    assert no_room.value.code == "partner_out_of_memory"
     with pytest.raises(RejectedError, match="cuda:1: the model refuses these inputs"):
         predicted(partner, partners.UNUSABLE)
     assert torch.equal(predicted(partner, 3.0), torch.full((1, 1, 1, 4, 4), 6.0))
