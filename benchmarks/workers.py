@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import os
 import signal
 import sys
@@ -21,14 +20,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 import uvloop
 
 from engines import HoldingEngine, Shape
-from vidgen import gpu, jetstream, telemetry
+from vidgen import garbage, gpu, jetstream, telemetry
 from vidgen.artifacts import S3Store
 from vidgen.bus import Bus
 from vidgen.contracts import Stage
 from vidgen.handler import Policy
 from vidgen.metrics import WorkerMetrics
 from vidgen.probes import write_ready_file
-from vidgen.service import COLLECT_EVERY
 from vidgen.settings import WorkerSettings, read
 from vidgen.worker import Registration, Worker
 
@@ -48,8 +46,7 @@ async def main(counts: dict[Stage, int]) -> None:
             for stage, count in counts.items()
             for number in range(count)
         ]
-        gc.freeze()  # as the services do, and so rarely
-        gc.set_threshold(*COLLECT_EVERY)
+        garbage.collect_rarely()
         running = [asyncio.create_task(worker.run()) for worker in workers]
         write_ready_file(settings.ready_file, "ready")
         await asyncio.wait([asyncio.create_task(stop.wait()), *running], return_when=asyncio.FIRST_COMPLETED)

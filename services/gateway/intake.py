@@ -42,6 +42,7 @@ JUST_NOW_S = 1.0  # a plain reference that was looked at since then is not looke
 LIMIT_TRIES = 4  # deliveries, seconds apart, before a request is turned away because its tenant has too many jobs
 TENANT = re.compile(r"^[a-z0-9][a-z0-9-]{0,31}$")
 NO_TENANT = "vidgen.requests.<tenant> wants a tenant's id: lower case letters, digits and -, at most 32"
+MADE_OF_A_KEY = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-5[0-9a-f]{3}-[0-9a-f]{4}-[0-9a-f]{12}")  # by `id_from_key`
 JOB_NAMESPACE = uuid.UUID("5f0c7f2e-64b5-5f0e-9a55-6b1f1f0a7c11")
 
 
@@ -112,6 +113,12 @@ def id_from_key(key: str, tenant: str = DEFAULT_TENANT) -> str:
     return str(uuid.uuid5(own, key))
 
 
+def check_id(job_id: str, key: str, tenant: str) -> None:
+    """JobIdTakenError for an id that stands for a key, if not for this one: who guesses it could come first."""
+    if MADE_OF_A_KEY.fullmatch(job_id) and job_id != id_from_key(key, tenant):
+        raise JobIdTakenError(job_id, "stands for somebody's key, as each UUID of version 5 does")
+
+
 def id_from_position(at: datetime, stream: str, seq: int) -> str:
     """A UUIDv7 (RFC 9562) made of a message's own time and place: the same however often it is delivered."""
     chance = hashlib.sha256(f"{stream}:{seq}:{at.timestamp()}".encode()).digest()
@@ -141,17 +148,20 @@ class Intake:
         self.scratch, self.decoding = Scratch(), Decoding(decoders=decoders)
         self._files = asyncio.Semaphore(FILES)
 
-    async def submit(self, request: VideoRequest, job_id: str, tenant: str, *, fresh: bool = False) -> tuple[Job, bool]:
+    async def submit(
+        self, request: VideoRequest, job_id: str, tenant: str, *, key: str = "", fresh: bool = False
+    ) -> tuple[Job, bool]:
         """Let a tenant's request in by HTTP: checked first, durable once this returns; True where the job is new.
 
-        `fresh`: the id was made for this request, so no job can have it. Raises InvalidRequestError, JobIdTakenError,
-        LimitError, and BusError or StoreError with nothing half accepted.
+        `key` is what the id stands for. `fresh`: it was made for this request, so no job can have it. Raises
+        InvalidRequestError, JobIdTakenError, LimitError, and BusError or StoreError with nothing half accepted.
         """
         tracing.about(job_id=job_id)
         existing = None if fresh else await self._jobs.find(job_id)
         if existing is not None:
             await self._jobs.enter(existing, tenant)
             return existing, False
+        check_id(job_id, key, tenant)
         request = request.model_copy(update={"job_id": job_id})
         async with self._quotas.room(tenant):
             job = await self._prepare(request, job_id, now(), tenant)
@@ -160,7 +170,8 @@ class Intake:
             message_id = job_id if tenant == DEFAULT_TENANT else f"{tenant}:{job_id}"
             subject, body = topology.subject_of_requests(tenant), request.to_bytes()
             with self._submitting(subject, body) as submitted:
-                await self._bus.publish(subject, body, message_id=message_id)
+                headers = {topology.HEADER_KEY: key.encode().hex()} if key else None
+                await self._bus.publish(subject, body, message_id=message_id, headers=headers)
                 try:
                     job, new = await self._jobs.create(job)
                 except errors.BusError as exc:
@@ -203,6 +214,8 @@ class Intake:
             if existing is not None:
                 await self._jobs.enter(existing, tenant)
                 return existing
+            if request.job_id:
+                check_id(job_id, _key(delivery), tenant)
             async with self._quotas.room(tenant):
                 job, _ = await self._jobs.create(await self._prepare(request, job_id, at, tenant))
         except InvalidRequestError as exc:
@@ -230,8 +243,11 @@ class Intake:
     async def _turn_away(
         self, delivery: Delivery, request: VideoRequest | None, exc: InvalidRequestError, at: datetime, tenant: str
     ) -> Job:
-        job_id = _claimed_id(delivery.body) or self._identify(delivery, tenant)
+        claimed = _claimed_id(delivery.body)
+        job_id = claimed or self._identify(delivery, tenant)
         try:
+            if claimed:
+                check_id(claimed, _key(delivery), tenant)
             return await self._record_rejected(delivery, request, job_id, exc, at, tenant)
         except JobIdTakenError:
             return await self._record_rejected(delivery, request, _position(delivery), exc, at, tenant)
@@ -352,6 +368,14 @@ def _remove(path: Path) -> None:
 
 def _position(delivery: Delivery) -> str:
     return id_from_position(delivery.at, topology.REQUESTS, delivery.seq)
+
+
+def _key(delivery: Delivery) -> str:
+    """The key that a request's id stands for, as the gateway that let it in said; empty where it did not."""
+    try:
+        return bytes.fromhex(delivery.headers.get(topology.HEADER_KEY, "")).decode()
+    except ValueError:
+        return ""
 
 
 def _as_invalid(field: str, exc: errors.VidgenError) -> InvalidRequestError:

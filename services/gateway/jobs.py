@@ -45,8 +45,8 @@ class JobIdTakenError(errors.ConflictError):
 
     code = "job_id_taken"
 
-    def __init__(self, job_id: str) -> None:
-        super().__init__(f"the id {job_id} is taken: choose another one, or send none")
+    def __init__(self, job_id: str, why: str = "is taken") -> None:
+        super().__init__(f"the id {job_id} {why}: choose another one, or send none")
 
 
 class NotPossibleError(errors.ConflictError):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
 import os
 import resource
 import secrets
@@ -31,7 +30,7 @@ from gateway.receivers import Allowed, Receivers
 from gateway.retention import Keep, Sweeper
 from gateway.share import FairShare
 from gateway.webhooks import Webhooks
-from vidgen import bootstrap, errors, jetstream, probes, settings, telemetry, tracing, webhooks
+from vidgen import bootstrap, errors, garbage, jetstream, probes, settings, telemetry, tracing, webhooks
 from vidgen.artifacts import S3Store
 from vidgen.jetstream import JetStreamBus
 from vidgen.metrics import GatewayMetrics
@@ -46,9 +45,6 @@ FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.25, 4.0
 HTTP_GRACE_S = 5.0
 DRAIN_S = 10.0
 OPEN_FILES = 1 << 16
-# By the usual 700 it takes 3 % of the time, and finds hardly anything. But each feed, and each call that is given up,
-# leaves dozens of objects in a circle, half a megabyte in a thousand jobs: all is looked through every 40,000 objects.
-COLLECT_EVERY = 5_000, 4, 2
 
 T = TypeVar("T")
 Works = bootstrap.Keeper | Consumers | Deadlines | Orphans | Quotas | Sweeper | Webhooks
@@ -152,8 +148,7 @@ class _Gateway:
         stopped = asyncio.create_task(self._stop.wait(), name="stop")
         try:
             async with probes.run_app(create_app(parts), own.http_host, own.http_port, grace=HTTP_GRACE_S) as url:
-                gc.freeze()  # what is loaded stays: the collector need not look at it each time
-                gc.set_threshold(*COLLECT_EVERY)
+                garbage.collect_rarely()
                 probes.write_ready_file(own.ready_file, url)
                 log.info("ready for requests", _event="ready", url=url)
                 await asyncio.wait((consuming, stopped), return_when=asyncio.FIRST_COMPLETED)

@@ -21,8 +21,6 @@ OUT_OF_MEMORY = ("out of memory", "ALLOC_FAILED", "can't allocate memory", "not 
 # How it says that the device, or this process's context on it, is lost.
 DEVICE_LOST = ("CUDA", "cuDNN", "CUBLAS", "CUDNN", "NCCL", "HIP error", "device-side assert", "device lost")
 
-NOT_FINITE = "not_finite"
-
 
 def device_of(wanted: str) -> torch.device:
     """The device that `auto`, `cpu`, `cuda` or `cuda:N` means here; raises FatalError where there is none."""
@@ -147,7 +145,7 @@ def faults(steps: Steps) -> Iterator[None]:
         if isinstance(fault, RetryableError):
             free(steps.device)
             # What went wrong with the numbers may have begun where nobody saw it yet.
-            fault.state = None if fault.code == NOT_FINITE else steps.kept()
+            fault.state = None if fault.code == "not_finite" else steps.kept()
         if fault is None or fault is exc:  # an exception that is its own cause has causes without end
             raise
         raise fault from exc
@@ -201,7 +199,7 @@ def require_finite(numbers: torch.Tensor, what: str) -> None:
     if not torch.isfinite(numbers).all():
         raise RetryableError(
             f"{what} are not all finite numbers, so there is no picture in them: another worker may make one; else ask "
-            "for less guidance, or take another precision (VIDGEN_PROFILE) or LoRA", code=NOT_FINITE,
+            "for less guidance, or take another precision (VIDGEN_PROFILE) or LoRA", code="not_finite",
         )  # fmt: skip
 
 

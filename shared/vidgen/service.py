@@ -26,6 +26,7 @@ from vidgen import (
     choice,
     device,
     errors,
+    garbage,
     gpu,
     jetstream,
     metrics,
@@ -53,8 +54,6 @@ log = structlog.get_logger(__name__)
 
 START_PATIENCE_S = 120.0
 START_PAUSE_S = 0.25
-# As in the gateway: by the usual 700 it takes 3 % of a worker's time over short tasks, and finds hardly anything.
-COLLECT_EVERY = 5_000, 4, 2
 LEAVE_S = 2.0  # what a second signal leaves to hand the tasks back
 
 T = TypeVar("T")
@@ -228,8 +227,7 @@ class _Service:
             ]  # fmt: skip
             if self._stop.is_set():
                 return
-            gc.freeze()  # what is loaded stays: with torch, the collector takes 0.1 s each time it looks at all of it
-            gc.set_threshold(*COLLECT_EVERY)
+            garbage.collect_rarely()
             gc.enable()
             probes.write_ready_file(settings.ready_file, url)
             log.info("ready for tasks", _event="ready", url=url)

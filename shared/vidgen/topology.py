@@ -135,6 +135,7 @@ def consumer_of_held(stage: Stage, lane: Lane) -> Consumer:
     return Consumer(HELD, f"{stage}-{lane}", f"vidgen.held.{stage}.{lane}.>")
 
 
+HEADER_KEY = "Vidgen-Key"  # of a request whose job_id stands for a key: that key, its UTF-8 in hex
 HEADER_LOG_SEQ = "Vidgen-Log-Seq"  # of a task: where the job's log stood when it was queued
 HEADER_REPLACES = "Vidgen-Replaces"  # of a held task: the one whose deliveries ran out, which goes before it is queued
 

@@ -110,8 +110,10 @@ async def _submit_again(letter: NumberedLetter, parts: Parts) -> Job:
     if not TENANT.fullmatch(tenant):
         raise InvalidRequestError([FieldError(field="subject", message=f"{NO_TENANT}: drop the letter")])
     # Made of the letter, so that a replay that is repeated half-way does not become two jobs.
-    job_id = id_from_key(f"replay:{letter.seq}:{letter.at.isoformat()}", tenant)
-    job, _ = await parts.intake.submit(parse(json.dumps(asked).encode(), tenant), job_id, tenant)
+    key = f"replay:{letter.seq}:{letter.at.isoformat()}"
+    job, _ = await parts.intake.submit(
+        parse(json.dumps(asked).encode(), tenant), id_from_key(key, tenant), tenant, key=key
+    )
     return job
 
 

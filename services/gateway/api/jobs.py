@@ -85,9 +85,10 @@ async def submit(
     """Submit a request: JSON with object keys, or a form with the images. The same id or key twice is one job."""
     try:
         wanted = await _read_request(request, parts, caller.tenant)
-        given = wanted.job_id or (id_from_key(idempotency_key, caller.tenant) if idempotency_key else None)
+        key = idempotency_key or ""
+        given = wanted.job_id or (id_from_key(key, caller.tenant) if key else None)
         job_id = given or str(uuid_utils.uuid7())
-        job, new = await parts.intake.submit(wanted, job_id, caller.tenant, fresh=given is None)
+        job, new = await parts.intake.submit(wanted, job_id, caller.tenant, key=key, fresh=given is None)
     except (errors.RejectedError, problems.HttpError):
         parts.metrics.request_rejected()
         raise

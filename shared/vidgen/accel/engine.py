@@ -330,7 +330,7 @@ class DiffusersEngine(abc.ABC):
         try:
             return ladder.descend(self._pipe, self._device, rungs, tried, state, lambda: on_step(0, steps))
         except RetryableError as exc:
-            if exc.code == diffusion.NOT_FINITE and not self._in_doubt:
+            if exc.code == "not_finite" and not self._in_doubt:
                 on_step(0, steps)  # it is silent for a while now, as one that begins again
                 self._doubt(exc)
             raise
@@ -344,10 +344,10 @@ class DiffusersEngine(abc.ABC):
         try:
             self._run_what_works()
         except RetryableError as exc:
-            if exc.code == diffusion.NOT_FINITE:
+            if exc.code == "not_finite":
                 raise FatalError(
                     f"{self.info.model} on {self.info.device} makes no finite numbers of any task: check its weights "
-                    "and LoRAs, the profile, and the GPU's memory", code=diffusion.NOT_FINITE,
+                    "and LoRAs, the profile, and the GPU's memory", code="not_finite",
                 ) from fault  # fmt: skip
         finally:
             self._in_doubt = False

@@ -29,7 +29,6 @@ from vidgen.errors import FatalError, RejectedError, RetryableError, VidgenError
 FAULTS: dict[str, type[VidgenError]] = {kind.__name__: kind for kind in (RejectedError, RetryableError, FatalError)}
 HOOK = "vidgen_guidance"
 PREDICTION = "prediction"
-NO_ROOM_THERE = "partner_out_of_memory"
 DIE_WITH_PARENT = 1  # PR_SET_PDEATHSIG
 
 Make = Callable[[], Any]
@@ -131,9 +130,10 @@ class Partner:
             packed = self._connection.recv_bytes()
         told = checkpoints.metadata_of(packed)
         if "fault" in told:
-            # Where this device does without something there is no more room on the other one.
-            code = NO_ROOM_THERE if told["code"] == "out_of_memory" else told["code"]
-            raise FAULTS.get(told["fault"], FatalError)(f"{self._device}: {told['message']}", code=code)
+            message = f"{self._device}: {told['message']}"
+            if told["code"] == "out_of_memory":  # of which there is no more there where this device does without
+                raise RetryableError(message, code="partner_out_of_memory")
+            raise FAULTS.get(told["fault"], FatalError)(message, code=told["code"])
         return load(packed), told
 
     @contextlib.contextmanager
