@@ -140,7 +140,10 @@ def serve(connection: Connection) -> None:
     connection.send_bytes(READY)
     while True:
         what, *paths = json.loads(connection.recv_bytes())
-        connection.send_bytes(json.dumps(_worked(what, *map(Path, paths))).encode())
+        signal.alarm(round(2 * LIMIT_S))  # where it hangs, and nobody is there any more who would end it
+        said = _worked(what, *map(Path, paths))
+        signal.alarm(0)
+        connection.send_bytes(json.dumps(said).encode())
 
 
 def _worked(what: str, path: Path, *targets: Path) -> Said:

@@ -25,7 +25,7 @@ class Decoders:
     """A few decoders, each lent to one thread at a time: the one used last first, so none is started for nothing."""
 
     def __init__(self, make: Callable[[], Decoder] = Decoder) -> None:
-        self.count = max(FEWEST, min(MOST, len(os.sched_getaffinity(0))))
+        self.count = max(FEWEST, min(MOST, os.cpu_count() or 1))
         self._idle: queue.LifoQueue[Decoder] = queue.LifoQueue()
         for _ in range(self.count):
             self._idle.put(make())
