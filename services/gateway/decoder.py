@@ -39,13 +39,17 @@ class Decoder:
 
     They raise what those raise; RejectedError `unreadable_image` for a file that ends the process, and
     `image_too_complex` for one that takes too long or too much memory. The process is started when it is first asked,
-    and anew where it has ended; RetryableError `no_decoder` where it cannot be.
+    unless it was before, and anew where it has ended; RetryableError `no_decoder` where it cannot be.
     """
 
     def __init__(self, module: str = __name__) -> None:
         """`module` is what is run, as `python -m`."""
         self._module = module
         self._child: _Child | None = None
+
+    def start(self) -> None:
+        """Let the process begin, and do not wait for it."""
+        self._child = self._child or _Child(self._module)
 
     def pixels(self, path: Path) -> int:
         """How many pixels an image says that it has, none of which is decoded."""
@@ -75,9 +79,10 @@ class Decoder:
 
     def _answer(self, question: bytes) -> Said | None:
         """What the process says; None where the question has ended it."""
-        child = self._child = self._child or _Child(self._module)
+        self._child = child = self._child or _Child(self._module)
         said = None
         try:
+            child.until_ready()
             said = child.ask(question)
         except TimeoutError:
             return _too_complex(f"takes more than {LIMIT_S:.0f} s to decode")
@@ -91,7 +96,7 @@ class Decoder:
 
 
 class _Child:
-    """The process, once it is ready."""
+    """The process, from its start to its end."""
 
     def __init__(self, module: str) -> None:
         ours, theirs = socket.socketpair()
@@ -108,11 +113,14 @@ class _Child:
                 stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()], start_new_session=True,
             )  # fmt: skip
         self._connection = Connection(ours.detach())
+        self._ready = False
         self.end = weakref.finalize(self, _end, process, self._connection)
+
+    def until_ready(self) -> None:
+        """Wait for its first word; raises RetryableError `no_decoder` where it has ended before."""
         try:
-            self._receive()
+            self._ready = self._ready or self._receive() == READY
         except (EOFError, OSError) as exc:
-            self.end()
             raise errors.RetryableError(
                 "the process that decodes images does not start: the gateway's log may say why", code="no_decoder"
             ) from exc

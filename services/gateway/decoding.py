@@ -16,7 +16,7 @@ from vidgen import images
 
 T = TypeVar("T")
 
-# Of 35 MB each, started when they are first wanted. With one, nobody could ask for the size of a small image while a
+# Of 35 MB each, and 0.2 s of CPU to start. With one, nobody could ask for the size of a small image while a
 # large one is decoded.
 FEWEST, MOST = 2, 4
 
@@ -29,6 +29,11 @@ class Decoders:
         self._idle: queue.LifoQueue[Decoder] = queue.LifoQueue()
         for _ in range(self.count):
             self._idle.put(make())
+
+    def start(self) -> None:
+        """Let the fewest begin before anybody waits for them."""
+        for decoder in list(self._idle.queue)[-FEWEST:]:
+            decoder.start()
 
     def use(self, work: Callable[[Decoder], T]) -> T:
         """What `work` makes with a decoder; waits until one is free."""

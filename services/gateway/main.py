@@ -19,6 +19,7 @@ from gateway.api.app import create_app
 from gateway.api.parts import Parts
 from gateway.consumers import MOVING_ON, TAKEN_IN, Consumers
 from gateway.deadlines import Deadlines
+from gateway.decoding import Decoders
 from gateway.fleet import Fleet
 from gateway.forecast import Forecast
 from gateway.intake import Intake
@@ -91,6 +92,9 @@ class _Gateway:
     async def run(self) -> None:
         """Serve until told to stop; raises VidgenError when that cannot be, or can no longer be."""
         self._take_signals()
+        decoders = Decoders()
+        if self._settings.serves_api:
+            decoders.start()
         try:
             async with contextlib.AsyncExitStack() as stack:
                 name = f"gateway-{secrets.token_hex(4)}"
@@ -99,7 +103,7 @@ class _Gateway:
                 looks = await self._connect(stack, f"{name}-looks")
                 store = S3Store.from_settings(self._settings)
                 await self._persist("the object store", store.ensure_bucket)
-                await self._serve(connected, looks, store)
+                await self._serve(connected, looks, store, decoders)
         except StoppedError:
             pass
         if self._denied is not None:
@@ -125,13 +129,16 @@ class _Gateway:
         await self._persist("the bus", lambda: bootstrap.ensure(connected, wanted))
         self._keeper = bootstrap.Keeper(connected, wanted)
 
-    async def _serve(self, connected: JetStreamBus, looks: JetStreamBus, store: S3Store) -> None:
+    async def _serve(
+        self, connected: JetStreamBus, looks: JetStreamBus, store: S3Store, decoders: Decoders
+    ) -> None:  # fmt: skip
         """`looks` is the connection of those who look on: what they ask does not wait behind what moves jobs on."""
         own, metrics, tenants = self._settings, GatewayMetrics(), Tenants(connected)
         jobs = Jobs(connected, FairShare(connected, tenants, own.tenant_waiting), looks)
         quotas = Quotas(connected, tenants, own)
         hooks = self._webhooks(connected, metrics)
-        intake = Intake(connected, store, jobs, quotas, own.max_upload_bytes, hooks.allowed if hooks else None)
+        allowed = hooks.allowed if hooks else None
+        intake = Intake(connected, store, jobs, quotas, own.max_upload_bytes, allowed, decoders=decoders)
         fleet = Fleet(connected)
         forecast = Forecast(connected, jobs, fleet)
         keyring = Keyring(connected)

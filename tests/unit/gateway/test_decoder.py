@@ -16,7 +16,7 @@ from tests.unit.gateway.test_intake import GOOD, Door
 
 from gateway import decoder
 from gateway.decoder import Decoder
-from gateway.decoding import Decoders, Decoding
+from gateway.decoding import FEWEST, Decoders, Decoding
 from vidgen import errors, images
 from vidgen.contracts import JobStatus
 from vidgen.testing import MemoryStore
@@ -180,3 +180,12 @@ async def test_a_request_on_the_bus_whose_image_ends_its_decoder_is_turned_away_
     assert [field.field for field in bad.error.fields] == ["references.0"]
     (letter,) = await door.letters()
     assert letter.job_id == bad.id
+
+
+def test_the_fewest_are_there_before_anybody_waits_for_them(tmp_path: Path) -> None:
+    decoders = Decoders()
+    decoders.start()
+    begun = [one for one in decoders._idle.queue if one._child is not None]
+    assert len(begun) == FEWEST
+    known = {process(one) for one in begun}
+    assert decoders.use(lambda own: (own.inspect(image(tmp_path)).normal, process(own) in known)) == (True, True)
