@@ -56,17 +56,20 @@ def photo() -> bytes:
     return out.getvalue()
 
 
-async def tell(bus: JetStreamBus, job: Job, stage: contracts.Stage, name: str) -> None:
-    """Say what a worker would: begun, done, this is the file."""
+async def tell(bus: JetStreamBus, job: Job, stage: contracts.Stage, *names: str) -> None:
+    """Say what a worker would: begun, done, these are the files."""
     said: dict[str, Any] = {
         "job_id": job.id, "run": job.run, "at": job.created_at, "stage": stage, "attempt": 1, "tries": 1,
         "worker": "by-hand", "engine": "preview", "model": "none",
     }  # fmt: skip
-    artifact = contracts.Artifact(
-        name=name, key=artifact_key(job.id, name), content_type="image/png", size=3, sha256="ab" * 32
+    artifacts = tuple(
+        contracts.Artifact(
+            name=name, key=artifact_key(job.id, name), content_type="image/png", size=3, sha256="ab" * 32
+        )
+        for name in names
     )
     for event in (
-        contracts.StageStarted(**said), contracts.StageCompleted(**said, seed=1, artifacts=(artifact,))
+        contracts.StageStarted(**said), contracts.StageCompleted(**said, seed=1, artifacts=artifacts)
     ):  # fmt: skip
         subject = topology.subject_of_events(job.id)
         await bus.publish(subject, event.to_bytes(), message_id=f"{job.id}:{stage}:{event.type}")
@@ -80,6 +83,33 @@ async def taken(bus: JetStreamBus, stage: contracts.Stage) -> contracts.Task:
             if delivery is not None:
                 await delivery.ack()
                 return contracts.Task.model_validate_json(delivery.body)
+
+
+async def test_of_two_who_approve_at_once_by_two_gateways_the_first_in_the_log_is_who_chose(
+    gateways: list[Service], bus: JetStreamBus
+) -> None:
+    first, second = gateways
+    async with AsyncClient(first.url) as one, AsyncClient(second.url) as other:
+        for turn in range(5):
+            wanted = {"edit": EditParams(prompt="x", candidates=2), "i2v": I2VParams(prompt="zoom"), "review": True}
+            job = await one.submit(images=[photo()], **wanted)
+            await taken(bus, "edit")
+            await tell(bus, job, "edit", "edit-0.png", "edit-1.png")
+            async with asyncio.timeout(BOUND_S):
+                while (await one.get(job.id)).status is not JobStatus.AWAITING_REVIEW:
+                    await asyncio.sleep(0.05)
+            askers = (one, other) if turn % 2 else (other, one)
+            found = await asyncio.gather(
+                *(client.approve(job.id, candidate) for candidate, client in enumerate(askers)), return_exceptions=True
+            )
+            told = [await bus.last(topology.EVENTS, topology.subject_of_events(job.id))]
+            logged = [contracts.Event.validate_json(stored.body) for stored in told if stored is not None]
+            chosen = [event.candidate for event in logged if isinstance(event, contracts.Approved)]
+            assert chosen == [(await one.get(job.id)).approved]
+            assert (await taken(bus, "i2v")).inputs == (artifact_key(job.id, f"edit-{chosen[0]}.png"),)
+            (refused,) = [answer for answer in found if isinstance(answer, GatewayError)]
+            assert refused.status == 409
+            assert isinstance(found[chosen[0]], Job)
 
 
 async def test_a_gateway_is_killed_in_the_middle_of_a_job_and_another_goes_on(
