@@ -99,8 +99,10 @@ class Deadlines:
                 due = self._due.wait_s(self._clock())
                 wait = sweep_at - time() if due is None else min(due, sweep_at - time())
                 changed = asyncio.ensure_future(self._due.changed.wait())
-                await asyncio.wait((changed, stopping), timeout=wait, return_when=asyncio.FIRST_COMPLETED)
-                changed.cancel()
+                try:
+                    await asyncio.wait((changed, stopping), timeout=wait, return_when=asyncio.FIRST_COMPLETED)
+                finally:
+                    changed.cancel()
         finally:
             stopping.cancel()
 

@@ -98,8 +98,10 @@ class FairShare:
                 await self._move(places)
                 waking = asyncio.ensure_future(self._wake.wait())
                 left = max(0.0, sweep_at - clock())
-                await asyncio.wait((waking, stopping), timeout=left, return_when=asyncio.FIRST_COMPLETED)
-                waking.cancel()
+                try:
+                    await asyncio.wait((waking, stopping), timeout=left, return_when=asyncio.FIRST_COMPLETED)
+                finally:
+                    waking.cancel()
         finally:
             stopping.cancel()
 

@@ -32,8 +32,10 @@ class Keeper:
         try:
             while not stop.is_set():
                 back = asyncio.ensure_future(self._bus.back.wait())
-                await asyncio.wait((back, stopping), return_when=asyncio.FIRST_COMPLETED)
-                back.cancel()
+                try:
+                    await asyncio.wait((back, stopping), return_when=asyncio.FIRST_COMPLETED)
+                finally:
+                    back.cancel()
                 if self._bus.back.is_set():
                     self._bus.back.clear()
                     await self._ensure()

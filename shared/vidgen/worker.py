@@ -405,10 +405,12 @@ class Worker:
         """
         draining = asyncio.ensure_future(self._draining.wait())
         ended = asyncio.ensure_future(ending.wait())
-        await asyncio.wait([draining, ended], return_when=asyncio.FIRST_COMPLETED)
-        draining.cancel()
-        await asyncio.wait([ended], timeout=self._registration.grace_s)
-        ended.cancel()
+        try:
+            await asyncio.wait([draining, ended], return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait([ended], timeout=self._registration.grace_s)
+        finally:
+            draining.cancel()
+            ended.cancel()
         for turn in self._turns:
             turn.stop.now("drained" if self._handler.suspends and turn.phase == "generating" else "released")
 
