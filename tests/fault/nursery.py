@@ -88,7 +88,9 @@ class Nursery:
         """Fork a service; returns before it is ready."""
         url = folder / f"{name}.url"
         url.unlink(missing_ok=True)
-        order = {"role": role, "env": {**env, "VIDGEN_READY_FILE": str(url)}, "log": str(folder / f"{name}.log")}
+        log = folder / f"{name}.log"
+        log.touch()  # it may be killed before it opens it
+        order = {"role": role, "env": {**env, "VIDGEN_READY_FILE": str(url)}, "log": str(log)}
         assert self._process.stdin is not None
         with self._told:
             before = len(self._born)
