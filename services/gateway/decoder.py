@@ -106,12 +106,16 @@ class _Child:
             "OPENBLAS_NUM_THREADS": "1",
         }  # fmt: skip
         with theirs:
-            # In a session of its own: a Ctrl-C is for the gateway. It ends when this end of the socket is closed,
-            # whatever ends this process.
-            process = subprocess.Popen(  # noqa: S603  our own command line, no shell
-                [sys.executable, "-P", "-m", module, str(theirs.fileno())], env=environment,
-                stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()], start_new_session=True,
-            )  # fmt: skip
+            try:
+                # In a session of its own: a Ctrl-C is for the gateway. It ends when this end of the socket is closed,
+                # whatever ends this process.
+                process = subprocess.Popen(  # noqa: S603  our own command line, no shell
+                    [sys.executable, "-P", "-m", module, str(theirs.fileno())], env=environment,
+                    stdin=subprocess.DEVNULL, pass_fds=[theirs.fileno()], start_new_session=True,
+                )  # fmt: skip
+            except OSError as exc:
+                ours.close()
+                raise _none(str(exc)) from exc
         self._connection = Connection(ours.detach())
         self._ready = False
         self.end = weakref.finalize(self, _end, process, self._connection)
@@ -121,9 +125,7 @@ class _Child:
         try:
             self._ready = self._ready or self._receive() == READY
         except (EOFError, OSError) as exc:
-            raise errors.RetryableError(
-                "the process that decodes images does not start: the gateway's log may say why", code="no_decoder"
-            ) from exc
+            raise _none("the gateway's log may say why") from exc
 
     def ask(self, question: bytes) -> Said:
         """What it answers; raises TimeoutError, and EOFError or OSError where it has ended."""
@@ -135,6 +137,10 @@ class _Child:
         if not self._connection.poll(LIMIT_S):
             raise TimeoutError
         return self._connection.recv_bytes()
+
+
+def _none(why: str) -> errors.RetryableError:
+    return errors.RetryableError(f"the process that decodes images does not start: {why}", code="no_decoder")
 
 
 def _end(process: subprocess.Popen[bytes], connection: Connection) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import signal
 import time
@@ -113,6 +114,21 @@ def test_a_decoder_that_does_not_start_is_no_fault_of_the_image(tmp_path: Path) 
     with pytest.raises(errors.RetryableError) as failed:
         Decoder("tests.no_such_module").inspect(image(tmp_path))
     assert failed.value.code == "no_decoder"
+
+
+def test_a_decoder_for_which_there_is_no_process_is_no_fault_of_the_image_either(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+
+    own = Decoder()
+    with monkeypatch.context() as patch:
+        patch.setattr(decoder.subprocess, "Popen", full)
+        with pytest.raises(errors.RetryableError, match="temporarily") as failed:
+            own.inspect(image(tmp_path))
+    assert failed.value.code == "no_decoder"
+    assert own.inspect(image(tmp_path)).normal
 
 
 def test_it_knows_nothing_that_is_worth_having(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
