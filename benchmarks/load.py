@@ -91,10 +91,12 @@ class Figures:
     jobs_per_s: float = 0.0
     probes: dict[str, list[float]] = field(default_factory=dict)
     told: int = 0
+    refused: int = 0
     memory: list[tuple[int, float]] = field(default_factory=list)  # jobs done, MB
     disk: dict[str, float] = field(default_factory=dict)  # MB per 1,000 jobs
     cpu: dict[str, dict[str, float]] = field(default_factory=dict)  # seconds per 1,000 jobs, without the workers' start
-    wrong: int = 0
+    asked: int = 0  # of all jobs, at the end
+    completed: int = 0  # as it was told of them
 
     def slope(self) -> float:
         """MB per 1,000 jobs done, by least squares behind the warm-up."""
@@ -122,8 +124,9 @@ class Figures:
             parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in used.items())
             print(f"  CPU seconds per 1,000 jobs, {phase + ':':9} {parts}; {sum(used.values()):.1f} in all")
         print(
-            f"  told to readers: {self.told:,} events or answers; jobs that did not complete: {self.wrong}", flush=True
-        )
+            f"  told to readers: {self.told:,} events or answers; looks that were not answered with 200: {self.refused};"
+            f" jobs told as completed: {self.completed:,} of {self.asked:,}", flush=True
+        )  # fmt: skip
 
 
 class Vidgen:
@@ -469,14 +472,15 @@ async def measure(side: Side, options: argparse.Namespace) -> Figures:
         feed.close()
         used("through")
         seen = json.loads((await watcher.communicate())[0])
-    figures.told = seen["told"]
+    figures.told, figures.refused = seen["told"], seen["refused"]
     figures.probes = {
         "filling": [seconds for at, seconds in seen["times"] if at < turned],
         "through": [seconds for at, seconds in seen["times"] if at >= turned],
     }
     figures.disk = {n: (disk_mb(f) - before[n]) / options.jobs * 1000 for n, f in side.folders.items()}
     async with Connection(side.url) as connection:
-        figures.wrong = sum([not await side.completed(job_id, connection) for job_id in ids])
+        figures.asked = len(ids)
+        figures.completed = sum([await side.completed(job_id, connection) for job_id in ids])
     return figures
 
 
