@@ -124,8 +124,8 @@ class Figures:
             parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in used.items())
             print(f"  CPU seconds per 1,000 jobs, {phase + ':':9} {parts}; {sum(used.values()):.1f} in all")
         print(
-            f"  told to readers: {self.told:,} events or answers; looks that were not answered with 200: {self.refused};"
-            f" jobs told as completed: {self.completed:,} of {self.asked:,}", flush=True
+            f"  told to readers: {self.told:,} events or answers; looks that were refused: {self.refused}; jobs told"
+            f" as completed: {self.completed:,} of {self.asked:,}", flush=True
         )  # fmt: skip
 
 
@@ -243,9 +243,7 @@ class Peer:
                  f"--max-async-tasks={share}", "--max-prefetch=1", "--ack-type=when_saved", "--log-level=WARNING"]
                 for share in _shares(count, processes)
             ]  # fmt: skip
-        if self._nice:
-            commands = [[shutil.which("nice") or "", "-n", str(self._nice), *command] for command in commands]
-        async with _children(commands, self._env, self._folder / "workers") as started:
+        async with _children(commands, self._env, self._folder / "workers", self._nice) as started:
             self.pids["workers"] = list(started)
             yield sum(started.values())
 
@@ -356,7 +354,9 @@ class Nats:
 
 
 @contextlib.asynccontextmanager
-async def _children(commands: list[list[str]], env: dict[str, str], folder: Path) -> AsyncIterator[dict[int, float]]:
+async def _children(
+    commands: list[list[str]], env: dict[str, str], folder: Path, nice: int = 0
+) -> AsyncIterator[dict[int, float]]:
     """Processes that run for the block, all of them ready: the CPU seconds that each took for that, by its id."""
     folder.mkdir(exist_ok=True)  # noqa: ASYNC240
     processes = [Process(f"workers-{number}", folder / f"{number}.log") for number in range(len(commands))]
@@ -364,6 +364,7 @@ async def _children(commands: list[list[str]], env: dict[str, str], folder: Path
     started: dict[int, float] = {}
     try:
         for process, command, mark in zip(processes, commands, marks, strict=True):
+            process.nice = nice
             process.start(command, {**env, "VIDGEN_READY_FILE": str(mark), "TMPDIR": SCRATCH})
         while len(started) < len(processes):
             for process, mark in zip(processes, marks, strict=True):

@@ -28,7 +28,7 @@ from vidgen.contracts import Stage
 from vidgen.handler import Policy
 from vidgen.metrics import WorkerMetrics
 from vidgen.probes import write_ready_file
-from vidgen.service import COLLECT_EVERY
+from vidgen.service import COLLECT_EVERY, give_way
 from vidgen.settings import WorkerSettings, read
 from vidgen.worker import Registration, Worker
 
@@ -36,7 +36,7 @@ from vidgen.worker import Registration, Worker
 async def main(counts: dict[Stage, int]) -> None:
     settings = read(WorkerSettings)
     telemetry.configure(settings, "workers")
-    os.nice(settings.nice)  # as the services do
+    give_way(settings.nice)  # as the services do
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)
