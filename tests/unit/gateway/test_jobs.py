@@ -9,7 +9,7 @@ import pytest
 from tests.gateways import BOUND, EDIT, KEY, Gateway, completed, now, started
 
 from gateway import pipeline, plan
-from gateway.jobs import REMEMBERED, JobNotFoundError, Jobs, parse_event
+from gateway.jobs import JobNotFoundError, Jobs, parse_event
 from gateway.share import FairShare, Place
 from vidgen import contracts, errors, tenants, topology
 from vidgen.bus import Stored
@@ -201,11 +201,27 @@ async def test_what_was_read_for_a_start_is_remembered_for_the_end() -> None:
     assert bus.calls["records.get"] == before
 
 
-async def test_only_so_many_records_are_remembered() -> None:
+async def test_a_job_that_has_ended_is_remembered_until_it_is_counted() -> None:
+    bus = MemoryBus()
+    jobs = Jobs(bus)
+    job, _ = await jobs.create(a_job())
+    await jobs.apply(completed(job))
+    before = bus.calls["records.get"], bus.calls["records.latest"]
+    counted = await jobs.ended(job.id)
+    assert counted is not None
+    assert counted.status is JobStatus.COMPLETED
+    assert (bus.calls["records.get"], bus.calls["records.latest"]) == before
+    assert await jobs.ended(job.id) == counted  # the same event once more: now it is read
+    assert (bus.calls["records.get"], bus.calls["records.latest"]) != before
+    assert not jobs._written
+
+
+async def test_only_so_many_records_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gateway.jobs.REMEMBERED", 10)
     bus = MemoryBus()
     jobs = Jobs(bus)
     first, _ = await jobs.create(a_job("first"))
-    for number in range(REMEMBERED):
+    for number in range(10):
         await jobs.create(a_job(f"j{number}"))
     before = bus.calls["records.get"]
     applied = await jobs.apply(started(first))
