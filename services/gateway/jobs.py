@@ -25,7 +25,7 @@ log = structlog.get_logger(__name__)
 
 MOVING = (JobStatus.QUEUED, JobStatus.IN_PROGRESS)
 CAS_TRIES = 20
-REMEMBERED = 4000  # records that a replica keeps in mind of jobs that have not ended, 9 KB each
+REMEMBERED = 1000  # records that a replica keeps in mind of jobs that have not ended, 9 KB each
 SCAN_LIMIT = 2000  # records that one page of a filtered list may look at
 
 

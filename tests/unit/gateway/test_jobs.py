@@ -230,6 +230,22 @@ async def test_only_so_many_records_are_remembered(monkeypatch: pytest.MonkeyPat
     assert bus.calls["records.get"] == before + 1
 
 
+async def test_of_a_queue_that_is_longer_than_what_is_remembered_no_more_than_the_excess_is_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With what had ended in the way each job was gone from memory when its turn came, and was read once more."""
+    monkeypatch.setattr("gateway.jobs.REMEMBERED", 10)
+    bus = MemoryBus()
+    jobs = Jobs(bus)
+    queued = [(await jobs.create(a_job(f"j{number}")))[0] for number in range(15)]
+    before = bus.calls["records.get"]
+    for job in queued:
+        await jobs.started(started(job))
+        await jobs.apply(completed(job))
+        await jobs.ended(job.id)
+    assert bus.calls["records.get"] - before == 6  # five, and the one that made way for the first of them
+
+
 async def test_a_rejection_is_logged_though_a_good_request_with_its_id_began_the_log() -> None:
     bus = MemoryBus()
     jobs = Jobs(bus)
