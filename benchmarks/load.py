@@ -91,10 +91,12 @@ class Figures:
     jobs_per_s: float = 0.0
     probes: dict[str, list[float]] = field(default_factory=dict)
     told: int = 0
+    refused: int = 0
     memory: list[tuple[int, float]] = field(default_factory=list)  # jobs done, MB
     disk: dict[str, float] = field(default_factory=dict)  # MB per 1,000 jobs
     cpu: dict[str, dict[str, float]] = field(default_factory=dict)  # seconds per 1,000 jobs, without the workers' start
-    wrong: int = 0
+    asked: int = 0  # of all jobs, at the end
+    completed: int = 0  # as it was told of them
 
     def slope(self) -> float:
         """MB per 1,000 jobs done, by least squares behind the warm-up."""
@@ -122,8 +124,9 @@ class Figures:
             parts = ", ".join(f"{name} {seconds:.1f}" for name, seconds in used.items())
             print(f"  CPU seconds per 1,000 jobs, {phase + ':':9} {parts}; {sum(used.values()):.1f} in all")
         print(
-            f"  told to readers: {self.told:,} events or answers; jobs that did not complete: {self.wrong}", flush=True
-        )
+            f"  told to readers: {self.told:,} events or answers; looks that were refused: {self.refused}; jobs told"
+            f" as completed: {self.completed:,} of {self.asked:,}", flush=True
+        )  # fmt: skip
 
 
 class Vidgen:
@@ -240,9 +243,7 @@ class Peer:
                  f"--max-async-tasks={share}", "--max-prefetch=1", "--ack-type=when_saved", "--log-level=WARNING"]
                 for share in _shares(count, processes)
             ]  # fmt: skip
-        if self._nice:
-            commands = [[shutil.which("nice") or "", "-n", str(self._nice), *command] for command in commands]
-        async with _children(commands, self._env, self._folder / "workers") as started:
+        async with _children(commands, self._env, self._folder / "workers", self._nice) as started:
             self.pids["workers"] = list(started)
             yield sum(started.values())
 
@@ -353,7 +354,9 @@ class Nats:
 
 
 @contextlib.asynccontextmanager
-async def _children(commands: list[list[str]], env: dict[str, str], folder: Path) -> AsyncIterator[dict[int, float]]:
+async def _children(
+    commands: list[list[str]], env: dict[str, str], folder: Path, nice: int = 0
+) -> AsyncIterator[dict[int, float]]:
     """Processes that run for the block, all of them ready: the CPU seconds that each took for that, by its id."""
     folder.mkdir(exist_ok=True)  # noqa: ASYNC240
     processes = [Process(f"workers-{number}", folder / f"{number}.log") for number in range(len(commands))]
@@ -361,6 +364,7 @@ async def _children(commands: list[list[str]], env: dict[str, str], folder: Path
     started: dict[int, float] = {}
     try:
         for process, command, mark in zip(processes, commands, marks, strict=True):
+            process.nice = nice
             process.start(command, {**env, "VIDGEN_READY_FILE": str(mark), "TMPDIR": SCRATCH})
         while len(started) < len(processes):
             for process, mark in zip(processes, marks, strict=True):
@@ -469,14 +473,15 @@ async def measure(side: Side, options: argparse.Namespace) -> Figures:
         feed.close()
         used("through")
         seen = json.loads((await watcher.communicate())[0])
-    figures.told = seen["told"]
+    figures.told, figures.refused = seen["told"], seen["refused"]
     figures.probes = {
         "filling": [seconds for at, seconds in seen["times"] if at < turned],
         "through": [seconds for at, seconds in seen["times"] if at >= turned],
     }
     figures.disk = {n: (disk_mb(f) - before[n]) / options.jobs * 1000 for n, f in side.folders.items()}
     async with Connection(side.url) as connection:
-        figures.wrong = sum([not await side.completed(job_id, connection) for job_id in ids])
+        figures.asked = len(ids)
+        figures.completed = sum([await side.completed(job_id, connection) for job_id in ids])
     return figures
 
 

@@ -19,6 +19,8 @@ from fastapi import FastAPI, HTTPException
 from minio import Minio
 from pydantic import BaseModel
 
+from vidgen import topology
+
 KIND, SERVER = os.environ.get("BENCH_PEER", ""), os.environ.get("BENCH_SERVER", "")
 DAY = 86400
 FILES = {"edit": ("edit-0.png", "image/png"), "i2v": ("video.mp4", "video/mp4")}
@@ -158,6 +160,18 @@ if KIND.startswith("taskiq"):
         return "in_progress" if await broker.result_backend.is_result_ready(f"{job_id}-edit") else "queued"
 
 
+async def allow_looks() -> None:
+    """Take as many consumers of the stream of results as ours takes of its events: a look at a result opens one.
+
+    It stays for 5 s, and behind a thousand of them, which is what the server takes of any, a look is answered with an
+    error. The library has no setting for it.
+    """
+    streams = broker.result_backend.nats_jetstream
+    found = (await streams.stream_info(f"OBJ_{broker.result_backend.bucket_name}")).config
+    limit = next(one.max_consumers for one in topology.STREAMS if one.name == topology.EVENTS)
+    await streams.update_stream(found.evolve(max_consumers=limit))
+
+
 def api() -> FastAPI:
     """The HTTP side. Celery's calls block, so FastAPI runs them in its threads, as its users do."""
     made = FastAPI()
@@ -183,6 +197,8 @@ class _Server(uvicorn.Server):
     async def startup(self, sockets: Any = None) -> None:
         if KIND.startswith("taskiq"):
             await broker.startup()
+        if KIND == "taskiq-nats":
+            await allow_looks()
         await super().startup(sockets)
         port = self.servers[0].sockets[0].getsockname()[1]
         Path(os.environ["VIDGEN_READY_FILE"]).write_text(f"http://127.0.0.1:{port}\n")  # noqa: ASYNC240

@@ -35,7 +35,7 @@ class Watch:
         self._known = 1
         self._chance = random.Random(0)
         self._times: list[tuple[float, float]] = []
-        self._told = self._broken = 0
+        self._told = self._broken = self._refused = 0
 
     async def run(self) -> dict[str, Any]:
         reading = self._follow if self._sse else self._poll
@@ -48,7 +48,7 @@ class Watch:
         for end in await asyncio.gather(*tasks, return_exceptions=True):
             if isinstance(end, Exception):
                 raise end
-        return {"times": self._times, "told": self._told, "broken": self._broken}
+        return {"times": self._times, "told": self._told, "broken": self._broken, "refused": self._refused}
 
     def _any(self) -> str:
         return self._ids[self._chance.randrange(self._known)]
@@ -72,8 +72,9 @@ class Watch:
     async def _poll(self) -> None:
         async with Connection(self._url) as connection:
             while True:
-                await connection.call("GET", f"/v1/jobs/{self._any()}")
-                self._told += 1
+                status, _ = await connection.call("GET", f"/v1/jobs/{self._any()}")
+                self._told += status == 200
+                self._refused += status != 200
                 await asyncio.sleep(POLL_S)
 
     async def _probe(self) -> None:
@@ -88,7 +89,8 @@ class Watch:
 
     async def _ask(self, free: list[Connection], due: float) -> None:
         connection = free.pop() if free else Connection(self._url)
-        await connection.call("GET", f"/v1/jobs/{self._any()}")
+        status, _ = await connection.call("GET", f"/v1/jobs/{self._any()}")
+        self._refused += status != 200
         self._times.append((time.time(), time.perf_counter() - due))
         free.append(connection)
 

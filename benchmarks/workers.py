@@ -27,6 +27,7 @@ from vidgen.contracts import Stage
 from vidgen.handler import Policy
 from vidgen.metrics import WorkerMetrics
 from vidgen.probes import write_ready_file
+from vidgen.service import give_way
 from vidgen.settings import WorkerSettings, read
 from vidgen.worker import Registration, Worker
 
@@ -34,7 +35,7 @@ from vidgen.worker import Registration, Worker
 async def main(counts: dict[Stage, int]) -> None:
     settings = read(WorkerSettings)
     telemetry.configure(settings, "workers")
-    os.nice(settings.nice)  # as the services do
+    give_way(settings.nice)  # as the services do
     stop = asyncio.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         asyncio.get_running_loop().add_signal_handler(number, stop.set)

@@ -25,7 +25,7 @@ log = structlog.get_logger(__name__)
 
 MOVING = (JobStatus.QUEUED, JobStatus.IN_PROGRESS)
 CAS_TRIES = 20
-REMEMBERED = 1000  # records that a replica keeps in mind, a few KB each
+REMEMBERED = 1000  # records that a replica keeps in mind of jobs that have not ended, 9 KB each
 SCAN_LIMIT = 2000  # records that one page of a filtered list may look at
 
 
@@ -139,9 +139,15 @@ class Jobs:
             return None
 
     async def ended(self, job_id: str) -> Job | None:
-        """The record of a job whose log has come to an end: as this replica wrote it last, if that was the end."""
+        """The record of a job whose log has come to an end: as this replica wrote it last, if that was the end.
+
+        It keeps it in mind no longer: the room is for those that wait, and are not to be read again for their start.
+        """
         written = self._written.get(job_id)
-        return written[0] if written is not None and written[0].status.final else await self.find(job_id)
+        if written is None or not written[0].status.final:
+            return await self.find(job_id)
+        del self._written[job_id]
+        return written[0]
 
     async def create(self, job: Job) -> tuple[Job, bool]:
         """Write a new record, put it into the history and act on it; False where the job was there already.

@@ -243,8 +243,8 @@ class WorkerSettings(Settings):
     nice: int = Field(
         0, ge=0, le=19,
         description="How far this worker lets others go first on its processors, as `nice` counts it: a gateway on the "
-        "same machine answers sooner while it computes. `vidgen up` sets 10, for its servers too, but 0 for "
-        "`vidgen worker`.",
+        "same machine answers sooner while it computes. With more than 0 it interrupts nobody when it is woken, either "
+        "(`SCHED_BATCH` of Linux). `vidgen up` sets 10, for its servers too, but 0 for `vidgen worker`.",
     )  # fmt: skip
     work_dir: Path | None = Field(None, description="Scratch space; a temporary folder by default.")
     max_attempts: int = Field(3, ge=1, le=9, description="Tries of a task before it is given up.")

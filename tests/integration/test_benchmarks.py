@@ -31,6 +31,6 @@ def test_twenty_jobs_go_through_with_readers_and_workers() -> None:
     )
 
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "jobs that did not complete: 0" in done.stdout
+    assert "looks that were refused: 0; jobs told as completed: 20 of 20" in done.stdout
     for figure in FIGURES:
         assert re.search(figure, done.stdout), f"{figure} is not in\n{done.stdout}"

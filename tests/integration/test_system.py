@@ -203,7 +203,9 @@ async def test_workers_and_servers_let_the_gateway_go_first(tmp_path: Path, monk
     async with Stack(tmp_path, env={"VIDGEN_ENGINE": "preview"}, ephemeral=True) as stack:
         pids = [*(service.pid for service in stack.services), stack.nats.pid, stack.s3.pid]
         gateway, *others = (os.getpriority(os.PRIO_PROCESS, pid) for pid in pids)
+        policies = [os.sched_getscheduler(pid) for pid in pids]
     assert others == [gateway + NICE] * 4
+    assert policies == [os.SCHED_OTHER] + [os.SCHED_BATCH] * 4, "who is woken interrupts nobody but the gateway does"
 
 
 async def test_a_worker_that_is_killed_hands_its_task_to_the_next(tmp_path: Path) -> None:

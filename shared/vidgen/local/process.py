@@ -21,11 +21,19 @@ TAIL_LINES = 20
 
 # Runs in the child before the real program: asks the kernel for a SIGKILL when the parent dies (PR_SET_PDEATHSIG, which
 # survives the exec), and leaves at once if the parent died before that. A preexec_fn would fork the parent's threads.
-_LEASH = (
-    "import ctypes, os, sys; ctypes.CDLL(None).prctl(1, 9); "
-    "os.getppid() == int(sys.argv[1]) or os._exit(1); os.nice(int(sys.argv[2])); "
-    "os.execv(sys.argv[3], sys.argv[3:])"
-)
+# What is nice gives way as `vidgen.service.give_way` has it.
+_LEASH = """
+import ctypes, os, sys
+ctypes.CDLL(None).prctl(1, 9)
+os.getppid() == int(sys.argv[1]) or os._exit(1)
+if int(sys.argv[2]):
+    os.nice(int(sys.argv[2]))
+    try:
+        os.sched_getscheduler(0) == os.SCHED_OTHER and os.sched_setscheduler(0, os.SCHED_BATCH, os.sched_param(0))
+    except OSError:
+        pass
+os.execv(sys.argv[3], sys.argv[3:])
+"""
 
 
 class LocalError(errors.VidgenError):
@@ -48,7 +56,7 @@ class Process:
 
     It is killed with its parent, whatever ends that (Linux; elsewhere only an orderly end stops it). The kernel binds
     it to the *thread* that called `start`: start it from one that lives as long as it is needed. There, it is `nice` by
-    so much more than its parent.
+    so much more than its parent, and then interrupts nobody when it is woken.
     """
 
     def __init__(self, name: str, log: Path) -> None:

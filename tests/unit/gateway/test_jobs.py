@@ -9,7 +9,7 @@ import pytest
 from tests.gateways import BOUND, EDIT, KEY, Gateway, completed, now, started
 
 from gateway import pipeline, plan
-from gateway.jobs import REMEMBERED, JobNotFoundError, Jobs, parse_event
+from gateway.jobs import JobNotFoundError, Jobs, parse_event
 from gateway.share import FairShare, Place
 from vidgen import contracts, errors, tenants, topology
 from vidgen.bus import Stored
@@ -201,17 +201,49 @@ async def test_what_was_read_for_a_start_is_remembered_for_the_end() -> None:
     assert bus.calls["records.get"] == before
 
 
-async def test_only_so_many_records_are_remembered() -> None:
+async def test_a_job_that_has_ended_is_remembered_until_it_is_counted() -> None:
+    bus = MemoryBus()
+    jobs = Jobs(bus)
+    job, _ = await jobs.create(a_job())
+    await jobs.apply(completed(job))
+    before = bus.calls["records.get"], bus.calls["records.latest"]
+    counted = await jobs.ended(job.id)
+    assert counted is not None
+    assert counted.status is JobStatus.COMPLETED
+    assert (bus.calls["records.get"], bus.calls["records.latest"]) == before
+    assert await jobs.ended(job.id) == counted  # the same event once more: now it is read
+    assert (bus.calls["records.get"], bus.calls["records.latest"]) != before
+    assert not jobs._written
+
+
+async def test_only_so_many_records_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gateway.jobs.REMEMBERED", 10)
     bus = MemoryBus()
     jobs = Jobs(bus)
     first, _ = await jobs.create(a_job("first"))
-    for number in range(REMEMBERED):
+    for number in range(10):
         await jobs.create(a_job(f"j{number}"))
     before = bus.calls["records.get"]
     applied = await jobs.apply(started(first))
     assert applied is not None
     assert applied.changed
     assert bus.calls["records.get"] == before + 1
+
+
+async def test_of_a_queue_that_is_longer_than_what_is_remembered_no_more_than_the_excess_is_read(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """With what had ended in the way each job was gone from memory when its turn came, and was read once more."""
+    monkeypatch.setattr("gateway.jobs.REMEMBERED", 10)
+    bus = MemoryBus()
+    jobs = Jobs(bus)
+    queued = [(await jobs.create(a_job(f"j{number}")))[0] for number in range(15)]
+    before = bus.calls["records.get"]
+    for job in queued:
+        await jobs.started(started(job))
+        await jobs.apply(completed(job))
+        await jobs.ended(job.id)
+    assert bus.calls["records.get"] - before == 6  # five, and the one that made way for the first of them
 
 
 async def test_a_rejection_is_logged_though_a_good_request_with_its_id_began_the_log() -> None:

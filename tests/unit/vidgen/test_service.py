@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 import shutil
+import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -230,3 +232,26 @@ def test_garbage_is_not_collected_while_a_model_is_loaded_and_is_again_afterward
     assert service.run("edit", make) == 1
     assert seen == [False]
     assert gc.isenabled()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="Linux counts both for each thread")
+@pytest.mark.parametrize("refused", [False, True], ids=["plain", "in a sandbox"])
+def test_what_gives_way_goes_behind_others_and_interrupts_nobody(
+    refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError
+
+    def given(by: int) -> tuple[int, int]:
+        before = os.getpriority(os.PRIO_PROCESS, 0)
+        service.give_way(by)
+        return os.getpriority(os.PRIO_PROCESS, 0) - before, os.sched_getscheduler(0)
+
+    if refused:
+        monkeypatch.setattr(os, "sched_setscheduler", refuse)
+    seen = []
+    for by in (0, 3):  # each in a thread that ends: what gives way cannot take it back
+        with ThreadPoolExecutor(1) as thread:
+            seen.append(thread.submit(given, by).result())
+
+    assert seen == [(0, os.SCHED_OTHER), (3, os.SCHED_OTHER if refused else os.SCHED_BATCH)]
