@@ -147,7 +147,8 @@ def peak_gib() -> float:
     return torch.cuda.max_memory_allocated() / (1 << 30) if torch.cuda.is_available() else 0.0
 
 
-loaded = asyncio.run(load())
+with service.without_peft(settings, [STAGE]):
+    loaded = asyncio.run(load())
 ready = time.perf_counter() - BEGUN
 told = {"profile": loaded.engine.info.profile, "peak_gib": peak_gib(), "compiled": kept() - kept_before}
 print(json.dumps({**told, "host_left_gib": left_gib()}), flush=True)

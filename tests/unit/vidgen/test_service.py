@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib.util
 import shutil
+import subprocess
+import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +15,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
-from tests import engines
+from tests import checkpoints, engines
 
 from vidgen import choice, errors, jetstream, manifest, profiles, service
 from vidgen.contracts import Stage
@@ -230,3 +233,51 @@ def test_garbage_is_not_collected_while_a_model_is_loaded_and_is_again_afterward
     assert service.run("edit", make) == 1
     assert seen == [False]
     assert gc.isenabled()
+
+
+PEFT = """
+import asyncio
+import sys
+from tests import checkpoints
+checkpoints.install_shim()
+from edit_service.main import make_engine
+from vidgen import choice, service
+from vidgen.settings import WorkerSettings
+
+model, lora = sys.argv[1], sys.argv[2] or None
+settings = WorkerSettings(engine="real", device="cpu", edit_model=model, edit_lora=lora, metrics_port=0)
+with service.without_peft(settings, ["edit"]):
+    engine = make_engine(settings, choice.Choice("real", "asked for"))
+    engine.setup()
+print("peft" in sys.modules)
+import peft
+"""
+
+
+@pytest.mark.parametrize("has_lora", [False, True])
+def test_peft_is_imported_where_there_is_a_lora_alone(
+    tiny_models: dict[str, Path], tmp_path: Path, has_lora: bool
+) -> None:
+    """With the versions of the engines' packages that are installed: they import it wherever it is."""
+    model, lora = tiny_models["qwen-edit"], ""
+    if has_lora:
+        from edit_service.engine.qwen import QwenEditEngine
+
+        engine: Any = QwenEditEngine(str(model))
+        engine.setup()
+        lora = str(checkpoints.lora(tmp_path, engine._pipe))
+    command = [sys.executable, "-W", "ignore", "-c", PEFT, str(model), lora]
+    made = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert made.returncode == 0, made.stderr
+    assert made.stdout == f"{has_lora}\n"
+
+
+def test_peft_is_there_again_when_a_service_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "peft", raising=False)
+    with service.without_peft(WorkerSettings(), ["edit", "i2v"]):
+        assert importlib.util.find_spec("peft") is None
+        with pytest.raises(ModuleNotFoundError):
+            importlib.import_module("peft")
+    assert importlib.util.find_spec("peft") is not None
+    with service.without_peft(WorkerSettings(i2v_lora_2="one"), ["edit", "i2v"]):
+        assert importlib.util.find_spec("peft") is not None
