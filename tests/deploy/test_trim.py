@@ -49,12 +49,14 @@ for name in checkpoints.MODELS:
 
 @pytest.fixture
 def site(tmp_path: Path) -> Path:
-    """A folder with a transformers of its own: links, and the list of its files."""
-    told = metadata.distribution("transformers")
+    """A folder with a transformers of its own, and a package that does not name itself: links, and lists of files."""
     site = tmp_path / "site"
-    shutil.copytree(str(told.locate_file("transformers")), site / "transformers", copy_function=os.symlink)
-    info = f"transformers-{told.version}.dist-info"
-    shutil.copytree(str(told.locate_file(info)), site / info)
+    for name in ("transformers", "structlog"):
+        found = metadata.distribution(name)
+        shutil.copytree(str(found.locate_file(name)), site / name, copy_function=os.symlink)
+        info = f"{name}-{found.version}.dist-info"
+        shutil.copytree(str(found.locate_file(info)), site / info)
+    (site / info / "top_level.txt").unlink(missing_ok=True)
     return site
 
 
@@ -77,9 +79,11 @@ def test_both_engines_run_with_what_is_left(site: Path, tiny_models: dict[str, P
     left = sources(site)
     assert "umt5/modeling_umt5.py" in left
     assert len(left) < before / 10
-    [record] = site.glob("*.dist-info/RECORD")
-    listed = {line.split(",")[0] for line in record.read_text("utf-8").splitlines()}
-    assert {f"transformers/models/{name}" for name in left} <= listed
+    [named] = site.glob("structlog-*/top_level.txt")
+    assert named.read_text("utf-8") == "structlog\n"
+    records = [file.read_text("utf-8").splitlines() for file in site.glob("*.dist-info/RECORD")]
+    listed = {line.split(",")[0] for lines in records for line in lines}
+    assert {str(named.relative_to(site)), *(f"transformers/models/{name}" for name in left)} <= listed
     assert all((site / name).exists() for name in listed)
     done = run(site, "-c", TASKS, site, tiny_models["qwen-edit"].parent)
     assert done.returncode == 0, done.stderr
