@@ -568,9 +568,9 @@ def start(bench: Bench, folder: Path, *, stage: str = "edit", in_fp8: bool = Fal
             said = process.stderr.read()
         if process.returncode:
             raise RuntimeError("".join([*lines, said])[-2000:])
-        told = json.loads(lines[-1])
+        processor, told = (json.loads(line) for line in lines[-2:])
         rates = {"read_gib_per_s": size / GIB / told["read"]}
-        bench.row(section, name, process_s=taken, **rates, raw_gib_per_s=raw, phases=rounded(told))
+        bench.row(section, name, process_s=taken, **rates, raw_gib_per_s=raw, phases=rounded(told), **processor)
 
 
 def raw_rate(model: Path) -> float:

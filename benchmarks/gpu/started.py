@@ -3,10 +3,12 @@
     started.py edit|i2v MODEL [--tiny] [--tasks] [--turns] [--leave]
 
 It does what that service does before it connects to the bus, and prints the profile, the most that the GPU held, the
-files that Triton and inductor put into their caches, and the seconds of each phase. With `--tasks` an edit service's
-first tasks follow, of kinds that the warm-up does not know: their seconds, and such files. For files to be counted,
-`VIDGEN_COMPILE_CACHE` is to be set, and new for a first start. With `--turns` an edit service's model goes to sleep and
-wakes, twice: the seconds of each, whether an edit behind it is the one from before, and the host's memory.
+files that Triton and inductor put into their caches, and the seconds of each phase. Before them come the processor's
+seconds of each phase: those of the thread that goes through it, and those of the whole process meanwhile. With
+`--tasks` an edit service's first tasks follow, of kinds that the warm-up does not know: their seconds, and such files.
+For files to be counted, `VIDGEN_COMPILE_CACHE` is to be set, and new for a first start. With `--turns` an edit
+service's model goes to sleep and wakes, twice: the seconds of each, whether an edit behind it is the one from before,
+and the host's memory.
 """
 
 import sys
@@ -14,14 +16,18 @@ import time
 
 BEGUN = time.perf_counter()
 
-import asyncio
 import gc
+
+gc.disable()  # as the service does, and as early
+
+import asyncio
 import importlib
 import json
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 sys.path[:0] = [str(Path(__file__).parents[2])]
 STAGE = sys.argv[1]
@@ -37,11 +43,32 @@ from vidgen import native
 native.load_ahead()
 
 make_engine = importlib.import_module(f"{STAGE}_service.main").make_engine
-from vidgen import service, telemetry
+from vidgen import choice, service, telemetry
 from vidgen.settings import WorkerSettings
 
+T = TypeVar("T")
 core = time.perf_counter() - BEGUN
 settings = WorkerSettings()
+# By phase: of the thread, of the process.
+processor: dict[str, tuple[float, float]] = {"core": (time.thread_time(), time.process_time())}
+
+
+def clocked(phase: str, work: Callable[[], T]) -> T:
+    """Have some work done, and add up what it takes of the processor."""
+    begun = time.thread_time(), time.process_time()
+    try:
+        return work()
+    finally:
+        own, whole = processor.get(phase, (0.0, 0.0))
+        processor[phase] = own + time.thread_time() - begun[0], whole + time.process_time() - begun[1]
+
+
+def make_clocked(settings: WorkerSettings, chosen: choice.Choice) -> Any:
+    clocked("torch", lambda: importlib.import_module("torch"))  # what `make_engine` imports first
+    engine: Any = clocked("imports", lambda: make_engine(settings, chosen))
+    timed = engine._timed
+    engine._timed = lambda phase, work: timed(phase, lambda: clocked(phase, work))
+    return engine
 
 
 def kept() -> int:
@@ -52,11 +79,10 @@ def kept() -> int:
 
 kept_before = kept()
 telemetry.configure(settings, f"{STAGE}-service")
-gc.disable()
 
 
 async def load() -> service._Loaded:
-    made = service._Service({STAGE: make_engine}, settings)
+    made = service._Service({STAGE: make_clocked}, settings)
     with ThreadPoolExecutor(1, "device") as device_thread:
         loaded, _ = await made._load(device_thread)
     return loaded[STAGE]
@@ -121,10 +147,15 @@ def peak_gib() -> float:
     return torch.cuda.max_memory_allocated() / (1 << 30) if torch.cuda.is_available() else 0.0
 
 
-loaded = asyncio.run(load())
+with service.without_peft(settings, [STAGE]):
+    loaded = asyncio.run(load())
 ready = time.perf_counter() - BEGUN
 told = {"profile": loaded.engine.info.profile, "peak_gib": peak_gib(), "compiled": kept() - kept_before}
 print(json.dumps({**told, "host_left_gib": left_gib()}), flush=True)
+whole = time.process_time()
+rounded = {phase: [round(seconds, 2) for seconds in both] for phase, both in processor.items()}
+total = sum(own for own, _ in processor.values())
+print(json.dumps({"processor": rounded, "threads": round(total, 2), "process": round(whole, 2)}), flush=True)
 print(json.dumps({"core": core, **loaded.phases, "ready": ready}), flush=True)
 if "--tasks" in sys.argv:
     tell_of_tasks(loaded.engine, "--tiny" in sys.argv)

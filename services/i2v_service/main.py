@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import sys
 from typing import TYPE_CHECKING
 
@@ -45,6 +46,7 @@ def make_engine(settings: WorkerSettings, chosen: Choice) -> Engine:
 
 
 def main() -> None:
+    gc.disable()  # as `service.run` does, and gives it back: it has nothing to find in what is imported
     native.load_ahead()
     from vidgen import service, settings  # what takes long to import comes behind that
 

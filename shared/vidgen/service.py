@@ -13,7 +13,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -97,7 +97,7 @@ def run_stages(makers: Mapping[Stage, MakeEngine], service: str) -> int:
     # again and again. It took a quarter of the imports' time.
     gc.disable()
     try:
-        with tracing.running(settings.traces_url, service, settings.worker_id):
+        with tracing.running(settings.traces_url, service, settings.worker_id), without_peft(settings, makers):
             uvloop.run(_Service(makers, settings).run())
     except errors.VidgenError as exc:
         log.error(exc.message, _event="left", code=exc.code, exc_info=exc.__cause__)
@@ -107,6 +107,23 @@ def run_stages(makers: Mapping[Stage, MakeEngine], service: str) -> int:
     finally:
         gc.enable()
     return 0
+
+
+@contextlib.contextmanager
+def without_peft(settings: WorkerSettings, stages: Iterable[Stage]) -> Iterator[None]:
+    """Within it peft passes for not installed, unless it is imported already or a stage has a LoRA.
+
+    To the engines' packages it is one of choice, which they import whenever it is there, and use for LoRAs alone.
+    """
+    loras = {"edit": (settings.edit_lora,), "i2v": (settings.i2v_lora, settings.i2v_lora_2)}
+    if "peft" in sys.modules or any(lora for stage in stages for lora in loras[stage]):
+        yield
+        return
+    sys.modules["peft"] = None  # type: ignore[assignment]  # Python's own way to say so
+    try:
+        yield
+    finally:
+        del sys.modules["peft"]
 
 
 @dataclass(frozen=True)

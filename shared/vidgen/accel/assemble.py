@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import torch
 from accelerate import init_empty_weights
+from diffusers.models.modeling_utils import no_init_weights
 from diffusers.utils import logging as diffusers_logging
 from torch import Tensor, nn
 from transformers import modeling_utils
@@ -120,7 +121,8 @@ def skeleton(part: Part, dtype: torch.dtype) -> nn.Module:
     """
     config = part.kind.load_config(part.folder, local_files_only=True)
     config.pop("quantization_config", None)
-    with _default_dtype(dtype), init_empty_weights(include_buffers=False):
+    # No numbers are drawn for them either, which takes the processor as long where there is nowhere to put them.
+    with _default_dtype(dtype), no_init_weights(), init_empty_weights(include_buffers=False):
         model: nn.Module = part.kind.from_config(config)
     return model.eval()
 

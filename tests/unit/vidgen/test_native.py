@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import importlib
 import os
 import subprocess
 import sys
@@ -83,3 +85,16 @@ def test_without_torch_there_is_nothing_to_load(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(native, "DEVICE", tmp_path)
     monkeypatch.setattr(native.importlib.util, "find_spec", lambda name: None)
     assert native.load_ahead() is None
+
+
+@pytest.mark.parametrize("stage", ["edit", "i2v"])
+def test_a_service_imports_without_the_collector(stage: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[bool] = []
+    monkeypatch.setattr(native, "load_ahead", lambda: seen.append(gc.isenabled()))
+    monkeypatch.setattr(sys, "argv", [f"{stage}-service", "--help"])
+    try:
+        with pytest.raises(SystemExit):
+            importlib.import_module(f"{stage}_service.main").main()
+    finally:
+        gc.enable()
+    assert seen == [False]

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import importlib.util
 import os
 import shutil
+import subprocess
 import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -14,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import pytest
-from tests import engines
+from tests import checkpoints, engines
 
 from vidgen import choice, errors, jetstream, manifest, profiles, service
 from vidgen.contracts import Stage
@@ -62,10 +64,11 @@ class Model(engines.Instant):
         self.gib, self.total_gib, self.journal = gib, total_gib, journal
 
     def demand(self) -> profiles.Demand | None:
-        return profiles.Demand(f"{self.gib} GiB", self.total_gib * GIB, {"text_encoder": self.gib * GIB}, GIB)
+        parts = {"text_encoder": self.gib * GIB}
+        return profiles.Demand(f"{self.gib} GiB", self.total_gib * GIB, parts, GIB, bound_by_bus=True)
 
-    def settle_for(self, profile: profiles.Name) -> None:
-        self.journal.append(f"{self.gib}: {profile}")
+    def settle_for(self, profile: profiles.Name, room: int) -> None:
+        self.journal.append(f"{self.gib}: {profile}" + (f", room for {room / GIB:.0f}" if room else ""))
 
     def setup(self) -> dict[str, float]:
         self.journal.append(f"{self.gib} is set up")
@@ -101,6 +104,12 @@ async def test_of_models_that_take_turns_the_first_stages_is_awake_at_the_start(
     assert await load(48, "i2v", "edit") == (
         ["40: resident-bf16", "30: resident-bf16", "30 is set up", "30 sleeps", "40 is set up"], True,
     )  # fmt: skip
+
+
+async def test_models_that_stream_are_told_what_room_there_is_for_weights_that_stay() -> None:
+    journal, takes_turns = await load(20, "edit", "i2v")
+    assert journal[:2] == ["30: offload-fp8, room for 6", "40: offload-fp8, room for 6"]
+    assert not takes_turns
 
 
 async def test_one_stage_alone_chooses_its_profile_itself() -> None:
@@ -232,6 +241,54 @@ def test_garbage_is_not_collected_while_a_model_is_loaded_and_is_again_afterward
     assert service.run("edit", make) == 1
     assert seen == [False]
     assert gc.isenabled()
+
+
+PEFT = """
+import asyncio
+import sys
+from tests import checkpoints
+checkpoints.install_shim()
+from edit_service.main import make_engine
+from vidgen import choice, service
+from vidgen.settings import WorkerSettings
+
+model, lora = sys.argv[1], sys.argv[2] or None
+settings = WorkerSettings(engine="real", device="cpu", edit_model=model, edit_lora=lora, metrics_port=0)
+with service.without_peft(settings, ["edit"]):
+    engine = make_engine(settings, choice.Choice("real", "asked for"))
+    engine.setup()
+print("peft" in sys.modules)
+import peft
+"""
+
+
+@pytest.mark.parametrize("has_lora", [False, True])
+def test_peft_is_imported_where_there_is_a_lora_alone(
+    tiny_models: dict[str, Path], tmp_path: Path, has_lora: bool
+) -> None:
+    """With the versions of the engines' packages that are installed: they import it wherever it is."""
+    model, lora = tiny_models["qwen-edit"], ""
+    if has_lora:
+        from edit_service.engine.qwen import QwenEditEngine
+
+        engine: Any = QwenEditEngine(str(model))
+        engine.setup()
+        lora = str(checkpoints.lora(tmp_path, engine._pipe))
+    command = [sys.executable, "-W", "ignore", "-c", PEFT, str(model), lora]
+    made = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert made.returncode == 0, made.stderr
+    assert made.stdout == f"{has_lora}\n"
+
+
+def test_peft_is_there_again_when_a_service_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delitem(sys.modules, "peft", raising=False)
+    with service.without_peft(WorkerSettings(), ["edit", "i2v"]):
+        assert importlib.util.find_spec("peft") is None
+        with pytest.raises(ModuleNotFoundError):
+            importlib.import_module("peft")
+    assert importlib.util.find_spec("peft") is not None
+    with service.without_peft(WorkerSettings(i2v_lora_2="one"), ["edit", "i2v"]):
+        assert importlib.util.find_spec("peft") is not None
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="Linux counts both for each thread")
