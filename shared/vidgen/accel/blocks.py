@@ -311,8 +311,8 @@ def _wan_block(
     attended = _cross_attended(block.attn2, query, encoder_hidden_states).flatten(0, 1)
 
     x, rows, row_scale = e4m3.added_modulated_rows(x, attended, None, end_shift, end_scale, place, block.norm3.eps)
-    made = block.ffn.of_rows(rows, row_scale, dtype)
-    return (x.float() + made.float() * end_gate[place]).to(dtype).unflatten(0, hidden_states.shape[:2])
+    x = e4m3.added_rows(x, block.ffn.of_rows(rows, row_scale, dtype), end_gate, place)
+    return x.unflatten(0, hidden_states.shape[:2])
 
 
 def _cross_attended(attn: Any, query: Tensor, text: Tensor) -> Tensor:
