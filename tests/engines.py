@@ -178,7 +178,7 @@ class Naps(Paced):
     def demand(self) -> profiles.Demand | None:
         return profiles.Demand("naps", self.GPU, {"transformer": self.GPU, "vae": 4 << 30}, 4 << 30)
 
-    def settle_for(self, profile: profiles.Name) -> None:
+    def settle_for(self, profile: profiles.Name, room: int) -> None:
         self.info = replace(self.info, profile=profile)
 
     def sleep(self) -> None:

@@ -46,7 +46,7 @@ def share(engines: Mapping[Stage, Engine], wanted: str) -> profiles.Plan | None:
         return None
     plan = profiles.share(wanted, [demand for _, demand in asked])
     for (engine, _), profile in zip(asked, plan.profiles, strict=True):
-        engine.settle_for(profile)
+        engine.settle_for(profile, plan.room)
     how = "take turns on the GPU" if plan.takes_turns else "stay on the GPU together"
     log.info(f"the models {how}: {', '.join(plan.profiles)}", _event="gpu_shared", takes_turns=plan.takes_turns)
     return plan

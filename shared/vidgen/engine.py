@@ -108,8 +108,11 @@ class Sleeper(Protocol):
     def demand(self) -> profiles.Demand | None:
         """What its model asks of its GPU; None where it is not to have one. Raises FatalError."""
 
-    def settle_for(self, profile: profiles.Name) -> None:
-        """Take this profile instead of the one that it would choose alone."""
+    def settle_for(self, profile: profiles.Name, room: int) -> None:
+        """Take this profile instead of the one that it would choose alone.
+
+        Where weights stream, `room` bytes of the GPU are left for those that better stay.
+        """
 
     def sleep(self) -> None:
         """Leave the device's memory to another engine; raises RetryableError if memory ran out, else FatalError.

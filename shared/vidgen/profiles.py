@@ -15,6 +15,7 @@ from vidgen.errors import FatalError
 Name = Literal["resident-bf16", "resident-fp8", "offload-fp8"]
 NAMES: tuple[Name, ...] = get_args(Name)
 IN_FP8: Name = "resident-fp8"
+STREAMS: Name = "offload-fp8"
 
 GIB = 1 << 30
 # The CUDA context, cuBLAS' and cuDNN's workspaces, and what the allocator cannot use.
@@ -46,9 +47,9 @@ def needs(parts: Mapping[str, int], work: int, *, stored_fp8: bool = False) -> t
     """
     transformers = sum(parts.get(name, 0) for name in TRANSFORMERS)
     others = sum(parts.values()) - transformers
-    # Offloaded, only one component is on the GPU at a time, and of it only some layers.
-    largest_layer = max(parts.values(), default=0) // 16
     in_fp8 = transformers if stored_fp8 else int(transformers * FP8_SHARE)
+    # Streaming, a transformer has two of its blocks on the GPU and what is outside them, an encoder a layer at a time.
+    largest_layer = max(in_fp8, *parts.values(), 0) // 16
     wide = () if stored_fp8 else (Need("resident-bf16", transformers + others + work + RESERVE),)
     return (
         *wide,
@@ -88,26 +89,43 @@ def choose(wanted: str, total: int, parts: Mapping[str, int], work: int, *, stor
 
 @dataclass(frozen=True)
 class Demand:
-    """What one model asks of the GPU: the sizes that `needs` takes, and the bytes of the GPU that are there."""
+    """What one model asks of the GPU: the sizes that `needs` takes, and the bytes of the GPU that are there.
+
+    Of one that is `bound_by_bus` it pays to keep on the GPU what there is room for, where its weights stream.
+    """
 
     model: str
     total: int
     parts: Mapping[str, int]
     work: int
     stored_fp8: bool = False
+    bound_by_bus: bool = False
 
     def held(self) -> dict[Name, int]:
         """What the model holds in each profile while no task runs, fastest first."""
         found = needs(self.parts, self.work, stored_fp8=self.stored_fp8)
         return {need.name: need.bytes - self.work - RESERVE for need in found}
 
+    def room(self, profile: Name) -> int:
+        """The bytes that are left in a profile for weights that would stream, were the model alone.
+
+        A task has half as much again: some are larger, and an allocator that is at its limit is slow.
+        """
+        if profile != STREAMS or not self.bound_by_bus:
+            return 0
+        return max(0, self.total - self.held()[profile] - self.work * 3 // 2 - RESERVE)
+
 
 @dataclass(frozen=True)
 class Plan:
-    """How several models share a GPU: a profile for each, in their order, and whether only one is there at a time."""
+    """How several models share a GPU: a profile for each, in their order, and whether only one is there at a time.
+
+    `room` are the bytes that are left for weights that would stream, of each model that is bound by the bus.
+    """
 
     profiles: tuple[Name, ...]
     takes_turns: bool
+    room: int = 0
 
 
 def share(wanted: str, demands: Sequence[Demand]) -> Plan:
@@ -124,7 +142,12 @@ def share(wanted: str, demands: Sequence[Demand]) -> Plan:
             if _bytes(demands, together) <= total:
                 return Plan(together, takes_turns=False)
     alone = tuple(_alone(wanted, total, demand, demands) for demand in demands)
-    return Plan(alone, takes_turns=_bytes(demands, alone) > total)
+    left = total - _bytes(demands, alone)
+    rooms = [demand.room(name) for demand, name in zip(demands, alone, strict=True) if demand.bound_by_bus]
+    if left >= 0 and rooms:
+        spare = max(demand.work for demand in demands) // 2
+        rooms.append(max(0, left - spare) // len(rooms))
+    return Plan(alone, takes_turns=left < 0, room=min(rooms, default=0))
 
 
 def _bytes(demands: Sequence[Demand], names: Sequence[Name]) -> int:

@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from vidgen import weights
-from vidgen.accel import ladder, speed
+from vidgen.accel import ladder, speed, streaming
 from vidgen.accel.engine import DiffusersEngine, Layout
 from vidgen.contracts import EditWork
 from vidgen.engine import Generated
@@ -148,7 +148,10 @@ def test_weights_stream_through_the_gpu_and_come_back_bit_for_bit(
     before = {(i, name): value.clone() for i, part in enumerate(parts) for name, value in part.state_dict().items()}
 
     with ladder.streamed(engine._pipe, DEVICE):
-        assert all(value.device.type == "cpu" for value in engine._pipe.transformer.parameters())
+        blocks = streaming.blocks_of(engine._pipe.transformer)
+        places = {tensor.untyped_storage().data_ptr() for block in blocks for tensor in block.parameters()}
+        assert len(places) == min(streaming.PLACES, len(blocks))
+        assert all(value.device.type == "cpu" for value in engine._pipe.text_encoder.parameters())
         streamed = run(engine, side=256)
         again = run(engine, side=256)  # by now in the order that the first one showed
 

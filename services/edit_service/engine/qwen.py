@@ -72,6 +72,7 @@ class QwenEditEngine(DiffusersEngine):
     PIPELINE = QwenImageEditPlusPipeline
     PIPELINES = weights.EDIT_PIPELINES
     WORK = profiles.WORK["edit"]
+    BOUND_BY_BUS = True  # a forward takes less time than its weights take to come
 
     def __init__(
         self,

@@ -90,9 +90,9 @@ class WanI2VEngine(DiffusersEngine):
         other = replace(self.layout, device=self._guidance_device, step_cache=1)
         self._partner = Partner(functools.partial(self._twin, layout=other), self._guidance_device)
 
-    def settle_for(self, profile: profiles.Name) -> None:
+    def settle_for(self, profile: profiles.Name, room: int) -> None:
         """Take this profile in `setup`, on both devices where there are two."""
-        super().settle_for(profile)
+        super().settle_for(profile, room)
         if self._partner is not None:
             self._pair_up()
 

@@ -16,7 +16,7 @@ import structlog
 import torch
 
 from vidgen import diffusion, profiles, weights
-from vidgen.accel import ahead, blocks, fp8, graphs, ladder, loader, residency, speed, stepcache, trial
+from vidgen.accel import ahead, blocks, fp8, graphs, ladder, loader, residency, speed, stepcache, streaming, trial
 from vidgen.engine import EngineInfo, Generated, OnStep, Rung
 from vidgen.errors import FatalError, RetryableError
 
@@ -61,6 +61,7 @@ class DiffusersEngine(abc.ABC):
     PIPELINE: ClassVar[Any]
     PIPELINES: ClassVar[frozenset[str]]
     WORK: ClassVar[int]  # bytes that one task takes beside the weights
+    BOUND_BY_BUS: ClassVar[bool] = False  # where weights stream
 
     def __init__(self, model: str, revision: str | None, loras: Mapping[str, str | None], layout: Layout) -> None:
         self.model = model
@@ -77,6 +78,7 @@ class DiffusersEngine(abc.ABC):
         self._pipe: Any
         self._begun: loader.Reading | None = None
         self._streams = False  # as it is stored
+        self._room: int | None = None  # of the device, for weights that would stream
         self._residency: residency.Residency | None = None
         self._graphs: graphs.Graphs | None = None
         self._in_doubt = False  # whether it runs to see if it still can
@@ -91,7 +93,7 @@ class DiffusersEngine(abc.ABC):
         found = self._timed("verify", self._find)
         self._device = self._timed("device", self._open_device)
         dtype = self._dtype
-        profile = self._profile(self._sizes(found), stored_fp8=found.profile == "fp8")
+        profile = self._profile(found)
         resident = profile is None or profile.startswith("resident")
         quantises = profile is not None and profile.endswith("fp8") and found.profile != "fp8"
         if resident and profile is not None and self._compiles(profile):
@@ -116,28 +118,25 @@ class DiffusersEngine(abc.ABC):
         if self._device.type == "cuda":
             with diffusion.loading("the model", "see the log of this worker"):
                 self._timed("warm_up", self._warm_up)
-        self._rungs = ("vae_tiling", "offload") if profile is not None and resident else ("vae_tiling",)
+        on_device = profile is not None and (resident or bool(self._room))
+        self._rungs = ("vae_tiling", "offload") if on_device else ("vae_tiling",)
         return self.load_seconds
 
     def demand(self) -> profiles.Demand | None:
         """What the model asks of its GPU, None on the CPU: found before `setup`, without loading anything."""
         self._device = self._open_device()
-        total = self._memory()
-        if total is None:
-            return None
-        found = self._find()
-        return profiles.Demand(found.model, total, self._sizes(found), self.WORK, stored_fp8=found.profile == "fp8")
+        return self._demand(self._find())
 
-    def settle_for(self, profile: profiles.Name) -> None:
-        """Take this profile in `setup`."""
+    def settle_for(self, profile: profiles.Name, room: int) -> None:
+        """Take this profile in `setup`, and `room` bytes of the GPU for weights that would stream."""
         self.layout = replace(self.layout, profile=profile)
+        self._room = room if self.BOUND_BY_BUS else 0
 
     def sleep(self) -> None:
         """Leave the device to another engine: the weights go home, and all else stays as it is."""
         if self._residency is None:
-            # What is offloaded is on the host already.
-            offloaded = str(self.info.profile).startswith("offload")
-            parts = [self._pipe.vae] if offloaded else self._pipe.components.values()
+            # What streams is on the host already.
+            parts = [self._pipe.vae] if self._streamed() else self._pipe.components.values()
             modules = [part for part in parts if isinstance(part, torch.nn.Module)]
             layout = self.layout
             self._residency = residency.Residency(modules, self._device, layout.sleep_in, layout.work_dir)
@@ -145,17 +144,29 @@ class DiffusersEngine(abc.ABC):
             self._graphs.drop()
         with diffusion.moving(f"{self.info.model} could not be put to sleep", self._device):
             self._residency.sleep()
+            for stream in self._streamed():
+                stream.rest()
+        diffusion.free(self._device)
 
     def wake(self) -> None:
         """Come back to the device, for results that are the same to the last bit."""
         if self._residency is not None:
-            with diffusion.moving(f"{self.info.model} could not be woken", self._device):
+            what = f"{self.info.model} could not be woken"
+            with diffusion.moving(what, self._device), contextlib.ExitStack() as undo:
+                for stream in self._streamed():
+                    undo.callback(stream.rest)
+                    stream.hold()
                 self._residency.wake()
+                undo.pop_all()
 
     def transformers(self) -> list[Any]:
         """The pipeline's transformers, where a model has two the one for the first steps first."""
         found = (getattr(self._pipe, name, None) for name in profiles.TRANSFORMERS)
         return [model for model in found if model is not None]
+
+    def _streamed(self) -> list[streaming.Stream]:
+        """What has the transformers stream, where they do."""
+        return [stream for model in self.transformers() if (stream := streaming.of(model)) is not None]
 
     def _find(self) -> weights.Weights:
         return weights.require(self.model, self.revision, pipelines=self.PIPELINES)
@@ -232,8 +243,7 @@ class DiffusersEngine(abc.ABC):
         rehearse = self._rehearsal()
         if self.layout.attention != "auto" or self._attention != "flash3" or rehearse is None:
             return
-        streams = str(self.info.profile).startswith("offload")  # its time goes into the bus
-        if streams or not speed.has_eight_bits():
+        if not speed.has_eight_bits():
             return
         try:
             self.verdicts = self._timed("trial", functools.partial(self._tried, rehearse))
@@ -263,7 +273,8 @@ class DiffusersEngine(abc.ABC):
         from torch._inductor.runtime.cache_dir_utils import cache_dir
 
         folder = self.layout.compile_cache or Path(cache_dir())  # with what is compiled
-        name = trial.fingerprint(self.transformers(), self.info.profile, torch.cuda.get_device_name(self._device))
+        with streaming.at_home(self.transformers()):
+            name = trial.fingerprint(self.transformers(), self.info.profile, torch.cuda.get_device_name(self._device))
         found = trial.kept(folder, name)
         if found is None:
             found = trial.tried(self.transformers(), rehearse)
@@ -275,12 +286,24 @@ class DiffusersEngine(abc.ABC):
     def _warm_up(self) -> None:
         """Run once, so that the first task finds everything compiled and allocated."""
 
-    def _profile(self, parts: Mapping[str, int], *, stored_fp8: bool) -> profiles.Name | None:
-        """The profile on a GPU, None on the CPU."""
+    def _profile(self, found: weights.Weights) -> profiles.Name | None:
+        """The profile on a GPU, None on the CPU; and what room there is, unless that was settled."""
+        asked = self._demand(found)
+        if asked is None:
+            return None
+        wanted = self.layout.profile
+        profile = profiles.choose(wanted, asked.total, asked.parts, asked.work, stored_fp8=asked.stored_fp8)
+        if self._room is None:
+            self._room = asked.room(profile)
+        return profile
+
+    def _demand(self, found: weights.Weights) -> profiles.Demand | None:
         total = self._memory()
         if total is None:
             return None
-        return profiles.choose(self.layout.profile, total, parts, self.WORK, stored_fp8=stored_fp8)
+        return profiles.Demand(
+            found.model, total, self._sizes(found), self.WORK, found.profile == "fp8", self.BOUND_BY_BUS
+        )
 
     def _memory(self) -> int | None:
         """The bytes of GPU memory that this process may use, None on the CPU."""
@@ -376,7 +399,7 @@ class DiffusersEngine(abc.ABC):
         if streams:
             if (said := residency.no_room_to_pin(speed.offloadable(self._pipe).values())) is not None:
                 raise FatalError(f"{said}, or a GPU that holds them all", code="host_memory")
-            speed.offload(self._pipe, self._device)
+            speed.offload(self._pipe, self._device, self._room or 0)
         else:
             self._pipe.to(self._device)
         speed.channels_last(self._pipe.vae)

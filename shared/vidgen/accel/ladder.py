@@ -6,7 +6,6 @@ Nobody else pays for it: behind the task the pipeline is as it was before.
 from __future__ import annotations
 
 import contextlib
-import gc
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -17,15 +16,11 @@ import torch
 from torch import nn
 
 from vidgen import diffusion
-from vidgen.accel import loader, residency, resume, speed
+from vidgen.accel import loader, residency, resume, speed, streaming
 from vidgen.engine import Generated, Rung
 from vidgen.errors import FatalError, RetryableError, Suspended, VidgenError
 
 log = structlog.get_logger(__name__)
-
-# What diffusers puts onto a module that streams.
-HOOKS = ("lazy_prefetch_group_offloading", "layer_execution_tracker", "group_offloading")
-MARKS = ("forward", "_diffusers_hook")
 
 ACTS: dict[Rung, str] = {
     "one_by_one": "the candidates one after another",
@@ -102,17 +97,19 @@ def tiled(pipe: Any, device: torch.device) -> Iterator[None]:
 def streamed(pipe: Any, device: torch.device) -> Iterator[None]:
     """Keep the weights in host memory and let them stream through the device, uncompiled, then bring them back.
 
-    Raises RetryableError where the host has no room for them, and FatalError where they cannot be brought back.
+    Of those that stream already it has none stay. Raises RetryableError where the host has no room for them, and
+    FatalError where they cannot be brought back.
     """
     models = speed.offloadable(pipe).values()
-    if (said := residency.no_room_to_pin(models)) is not None:
+    staying = [stream for model in models if (stream := streaming.of(model)) is not None and stream.stays]
+    if not staying and (said := residency.no_room_to_pin(models)) is not None:
         raise RetryableError(f"the device ran out of memory, and {said}", code="out_of_memory")
-    unmarked = [
-        (module, mark) for model in models for module in model.modules() for mark in MARKS if mark not in vars(module)
-    ]
     try:
         try:
-            speed.offload(pipe, device)
+            for stream in staying:
+                stream.hold(room=0)
+            if not staying:
+                speed.offload(pipe, device)
         except Exception as exc:
             fault = diffusion.as_error(exc)
             if fault is None or fault is exc:
@@ -123,7 +120,11 @@ def streamed(pipe: Any, device: torch.device) -> Iterator[None]:
             yield
     finally:
         try:
-            _bring_back(models, unmarked, device)
+            diffusion.free(device)
+            for stream in staying:
+                stream.hold()
+            if not staying:
+                _bring_back(models, device)
         except Exception as exc:
             raise FatalError(
                 f"the weights could not be brought back to {device} behind a task without room for them: {exc}",
@@ -137,23 +138,13 @@ LOWER: dict[Rung, Callable[[Any, torch.device], AbstractContextManager[None]]] =
 }
 
 
-def _bring_back(models: Iterable[nn.Module], unmarked: Iterable[tuple[nn.Module, str]], device: torch.device) -> None:
-    from diffusers.hooks import HookRegistry
-
-    diffusion.synchronize(device)
+def _bring_back(models: Iterable[nn.Module], device: torch.device) -> None:
     for model in models:
-        hooks = HookRegistry.check_if_exists_or_initialize(model)
-        for name in HOOKS:
-            hooks.remove_hook(name, recurse=True)
-        hooks.invalidate_child_registries_cache()
-    # Compiled code has seen these modules without: it would be compiled anew.
-    for module, mark in unmarked:
-        vars(module).pop(mark, None)
+        streaming.close(model)
     diffusion.free(device)
     for model in models:
         model.to(device)
     if device.type == "cuda":
-        gc.collect()  # the hooks hold one another, and the pinned copies
         loader.give_back(device)
 
 

@@ -76,7 +76,7 @@ def pin(modules: Iterable[nn.Module], *, pinned: bool = True) -> None:
     for tensor in _movable(modules):
         lies_in.setdefault(tensor.untyped_storage().data_ptr(), []).append(tensor)
     shared = list(lies_in.values())
-    for size, held in _slabs([_rounded(tensors[0].untyped_storage().nbytes()) for tensors in shared]):
+    for size, held in _slabs([rounded(tensors[0].untyped_storage().nbytes()) for tensors in shared]):
         slab = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
         for number, begin in held:
             (whole,) = _storages(shared[number][:1])
@@ -98,7 +98,7 @@ def no_room_to_pin(modules: Iterable[nn.Module]) -> str | None:
     storages = {one.data_ptr(): one for one in (tensor.untyped_storage() for tensor in _movable(modules))}
     if not storages:
         return None
-    size = sum(size for size, _ in _slabs([_rounded(one.nbytes()) for one in storages.values()]))
+    size = sum(size for size, _ in _slabs([rounded(one.nbytes()) for one in storages.values()]))
     return no_room_for(size, sum(one.nbytes() for one in storages.values() if one.device.type == "cpu"))
 
 
@@ -134,7 +134,7 @@ class Slabs:
         """As many bytes as each of the sizes says, in their order, with nothing in them yet."""
         found: dict[int, Tensor] = {}
         for number in sorted(range(len(sizes)), key=lambda number: -sizes[number]):
-            size = _rounded(sizes[number])
+            size = rounded(sizes[number])
             rooms = (slab for slab, memory in enumerate(self._slabs) if self._filled[slab] + size <= memory.numel())
             slab = next(rooms, len(self._slabs))
             if slab == len(self._slabs):
@@ -240,7 +240,7 @@ class Residency:
         small = [storage for storage in storages if largest[storage.data_ptr()] < SMALL]
         groups = list(_chunks(storage for storage in storages if largest[storage.data_ptr()] >= SMALL))
         kept = _Kept(small, pinned=pinned)
-        size = sum(_rounded(storage.numel()) for group in groups for storage in group)
+        size = sum(rounded(storage.numel()) for group in groups for storage in group)
         home = home_for(self._wanted, size, host_memory())
         large = self._home(groups, home, pinned=pinned)
         diffusion.synchronize(self._device)
@@ -302,7 +302,7 @@ class _Kept:
     """Some storages side by side in host memory; the copies from the device and to it are queued, not waited for."""
 
     def __init__(self, storages: Sequence[Tensor], *, pinned: bool) -> None:
-        self._size = sum(_rounded(storage.numel()) for storage in storages)
+        self._size = sum(rounded(storage.numel()) for storage in storages)
         self._pieces = [
             torch.empty(min(CHUNK, self._size - begin), dtype=torch.uint8, pin_memory=pinned)
             for begin in range(0, self._size, CHUNK)
@@ -348,7 +348,7 @@ class _InMemory:
     """All groups side by side: kept apart each would take a power of two, by a quarter more in all."""
 
     def __init__(self, groups: Sequence[Sequence[Tensor]], *, pinned: bool) -> None:
-        self._sizes = [sum(_rounded(storage.numel()) for storage in group) for group in groups]
+        self._sizes = [sum(rounded(storage.numel()) for storage in group) for group in groups]
         self._kept = _Kept([storage for group in groups for storage in group], pinned=pinned)
 
     def on(self, device: torch.device) -> list[Tensor]:
@@ -411,7 +411,7 @@ def _chunks(storages: Iterable[Tensor]) -> Iterator[list[Tensor]]:
     """Groups of storages of at most CHUNK bytes together; one that is larger is a group of its own."""
     group: list[Tensor] = []
     for storage in storages:
-        if group and sum(_rounded(one.numel()) for one in (*group, storage)) > CHUNK:
+        if group and sum(rounded(one.numel()) for one in (*group, storage)) > CHUNK:
             yield group
             group = []
         group.append(storage)
@@ -420,9 +420,10 @@ def _chunks(storages: Iterable[Tensor]) -> Iterator[list[Tensor]]:
 
 
 def _begins(storages: Sequence[Tensor]) -> list[int]:
-    sizes = (_rounded(storage.numel()) for storage in storages)
+    sizes = (rounded(storage.numel()) for storage in storages)
     return list(itertools.accumulate(sizes, initial=0))[:-1]
 
 
-def _rounded(size: int) -> int:
+def rounded(size: int) -> int:
+    """The bytes that a tensor of `size` takes among others."""
     return math.ceil(size / ALIGNED) * ALIGNED

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from vidgen import profiles
-from vidgen.accel import autoencoder, blocks, graphs, kernels, residency
+from vidgen.accel import autoencoder, blocks, graphs, kernels, residency, streaming
 from vidgen.errors import FatalError
 
 log = structlog.get_logger(__name__)
@@ -180,22 +180,21 @@ def channels_last(vae: nn.Module) -> None:
             module.weight.data = module.weight.data.contiguous(memory_format=torch.channels_last)
 
 
-def offload(pipe: Any, device: torch.device) -> None:
-    """Keep the weights in pinned host memory and let them stream through the device, the next ones while these work."""
-    from diffusers.hooks import apply_group_offloading
+def offload(pipe: Any, device: torch.device, room: int = 0) -> None:
+    """Keep the weights in pinned host memory and let them stream through the device, the next ones while these work.
 
+    As many of the transformers' blocks stay there as `room` bytes take.
+    """
     pipe.vae.to(device)
-    streams = device.type == "cuda"
-    if streams:  # what is pinned already, diffusers takes as it is
-        residency.pin(offloadable(pipe).values())
-    for name, model in offloadable(pipe).items():
-        # A transformer by its blocks: our kernels read weights of layers in them without calling those.
-        blocks = name in profiles.TRANSFORMERS
-        apply_group_offloading(
-            model, onload_device=device, offload_device=torch.device("cpu"),
-            offload_type="block_level" if blocks else "leaf_level", num_blocks_per_group=1 if blocks else None,
-            use_stream=streams,
-        )  # fmt: skip
+    parts = offloadable(pipe)
+    if device.type == "cuda":
+        residency.pin(parts.values())
+    transformers = sum(name in profiles.TRANSFORMERS for name in parts)
+    for name, model in parts.items():
+        if name in profiles.TRANSFORMERS:
+            streaming.Stream(model, device, room // transformers)
+        else:  # an encoder, once in a task
+            streaming.Stream(model, device, stays=False)
 
 
 def offloadable(pipe: Any) -> dict[str, nn.Module]:

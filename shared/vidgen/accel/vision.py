@@ -107,12 +107,10 @@ def reading_once(text_encoder: nn.Module) -> Iterator[None]:
     if stock is None:
         yield
         return
-    # Weights that stream are fetched in the order of the first run: there each run has to be like it.
-    stream = any("_diffusers_hook" in vars(module) for module in text_encoder.modules())
     read: list[tuple[Tensor, Any]] = []
 
     def once(pixel_values: Tensor, *args: Any, **options: Any) -> Any:
-        if stream or not read or read[0][0] is not pixel_values:
+        if not read or read[0][0] is not pixel_values:
             # The pipeline asks for the hidden states of all that runs, and looks at the language model's only.
             features = stock(pixel_values, *args, **options | {"output_hidden_states": False})
             read[:] = [(pixel_values, features)]

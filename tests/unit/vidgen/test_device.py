@@ -106,7 +106,7 @@ class Naps:
     def demand(self) -> profiles.Demand | None:
         return None
 
-    def settle_for(self, profile: profiles.Name) -> None:
+    def settle_for(self, profile: profiles.Name, room: int) -> None:
         raise AssertionError(profile)
 
     def sleep(self) -> None:

@@ -96,11 +96,38 @@ def test_a_snapshot_in_fp8_is_not_widened() -> None:
 # ── two models on one GPU ────────────────────────────────────────────────────────────────────────────────────────
 
 
-def demands(gib: float, *, stored_fp8: bool = False) -> list[profiles.Demand]:
+def demands(gib: float, *, stored_fp8: bool = False, bound_by_bus: bool = False) -> list[profiles.Demand]:
     return [
-        profiles.Demand("qwen", int(gib * GIB), QWEN, 5 * GIB, stored_fp8),
+        profiles.Demand("qwen", int(gib * GIB), QWEN, 5 * GIB, stored_fp8, bound_by_bus),
         profiles.Demand("wan", int(gib * GIB), WAN, 6 * GIB),
     ]
+
+
+def test_what_a_model_that_streams_leaves_is_for_weights_that_better_stay() -> None:
+    qwen, wan = demands(23.6, bound_by_bus=True)
+    assert qwen.room("resident-fp8") == 0
+    left = qwen.room("offload-fp8")
+    assert left == qwen.total - profiles.needs(QWEN, qwen.work)[-1].bytes - qwen.work // 2
+    assert wan.room("offload-fp8") == 0  # its weights are there in time
+    smaller = profiles.Demand("qwen", 7 * GIB, QWEN, 5 * GIB, bound_by_bus=True)
+    assert smaller.room("offload-fp8") == 0
+
+    plan = profiles.share("auto", [qwen, wan])
+    assert (plan.profiles, plan.takes_turns) == (("offload-fp8",) * 2, False)
+    assert 0 < plan.room < left  # Wan has its places there too, and the larger task counts
+    held = sum(one.held()["offload-fp8"] for one in (qwen, wan))
+    assert plan.room + held + wan.work * 3 // 2 + profiles.RESERVE == qwen.total
+
+
+def test_models_that_take_turns_and_stream_have_the_room_that_each_has_alone() -> None:
+    # Of which two blocks alone are 10 GiB.
+    edit, video = (
+        profiles.Demand(name, 22 * GIB, {"transformer": 160 * GIB}, 5 * GIB, stored_fp8=True, bound_by_bus=bound)
+        for name, bound in (("edit", True), ("video", False))
+    )
+    plan = profiles.share("auto", [edit, video])
+    assert plan == profiles.Plan(("offload-fp8",) * 2, takes_turns=True, room=edit.room("offload-fp8"))
+    assert plan.room == 3 * GIB
 
 
 @pytest.mark.parametrize(

@@ -114,6 +114,8 @@ def test_weights_that_stream_are_read_to_where_they_stay(
     )
     engine = make(snapshot, layout=Layout(device="cpu", profile="offload-fp8", attention="torch", vae="stock"))
     (slabs,) = made
+    for stream in engine._streamed():
+        stream.rest()
     held = {slab.untyped_storage().data_ptr() for slab in slabs._slabs}
     apart = [
         name

@@ -284,7 +284,7 @@ def test_both_devices_take_the_profile_that_is_settled_for(tiny_models: dict[str
 
     layout = Layout(device="cuda:0", step_cache=2)
     engine: Any = WanI2VEngine(str(tiny_models["wan2.2-a14b-i2v"]), guidance_device="cuda:1", layout=layout)
-    engine.settle_for("resident-fp8")
+    engine.settle_for("resident-fp8", 0)
     twin = engine._partner._make()
     assert (engine.layout.profile, twin.layout.profile) == ("resident-fp8", "resident-fp8")
     assert (twin.layout.device, twin.layout.step_cache, twin._partner) == ("cuda:1", 1, None)

@@ -15,7 +15,7 @@ from safetensors.torch import load, save
 from torch import nn
 
 from vidgen import checkpoints
-from vidgen.accel import ladder, residency, speed
+from vidgen.accel import ladder, residency, speed, streaming, trial
 from vidgen.accel.engine import DiffusersEngine, Layout
 from vidgen.contracts import EditWork, I2VWork, Work
 from vidgen.errors import Cancelled, FatalError, RejectedError, RetryableError, Suspended, VidgenError
@@ -150,8 +150,7 @@ def _states(given: dict[str, Any]) -> torch.Tensor:
 
 
 def streams(model: nn.Module) -> bool:
-    hooks = [vars(module).get("_diffusers_hook") for module in model.modules()]
-    return any(hook is not None and hook.get_hook("group_offloading") is not None for hook in hooks)
+    return streaming.of(model) is not None
 
 
 def test_candidates_that_have_no_room_together_are_made_one_after_another(
@@ -234,13 +233,11 @@ def test_a_transformer_streams_by_its_blocks_because_fused_kernels_do_not_call_i
 ) -> None:
     pipe = engines[QWEN]._pipe
     with ladder.streamed(pipe, torch.device("cpu")):
-        owners = {
-            name for name, module in pipe.transformer.named_modules()
-            if (hook := vars(module).get("_diffusers_hook")) and hook.get_hook("group_offloading")
-        }  # fmt: skip
+        owners = {name for name, module in pipe.transformer.named_modules() if module._forward_pre_hooks}
+        assert streams(pipe.transformer)
         assert streams(pipe.text_encoder)
         assert not streams(pipe.vae)
-    assert owners == {"", "transformer_blocks.0", "transformer_blocks.1"}
+    assert owners == {"transformer_blocks.0", "transformer_blocks.1"}
 
 
 def test_compiled_blocks_stream_uncompiled_and_are_not_compiled_again(engines: dict[str, Any], picture: Path) -> None:
@@ -316,21 +313,122 @@ def test_a_task_that_has_no_room_on_the_last_rung_may_be_tried_again_and_the_eng
     assert np.array_equal(again.pixels, whole.pixels)
 
 
-def test_an_engine_that_streams_already_has_no_profile_further_down(
-    tiny_models: dict[str, Path], picture: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def streaming_engine(model: Path, room: int | None, patch: pytest.MonkeyPatch) -> Any:
+    """One whose weights stream, with so many bytes of its GPU left for those that stay; None: as it finds itself."""
     from edit_service.engine.qwen import QwenEditEngine
 
-    monkeypatch.setattr(DiffusersEngine, "_memory", lambda self: 200 << 30)
+    patch.setattr(DiffusersEngine, "_memory", lambda self: 200 << 30)
     layout = Layout(device="cpu", dtype="float32", attention="torch", compile="off", profile="offload-fp8")
-    engine: Any = QwenEditEngine(str(tiny_models[QWEN]), reference_area=64 * 64, condition_area=56 * 56, layout=layout)
+    engine: Any = QwenEditEngine(str(model), reference_area=64 * 64, condition_area=56 * 56, layout=layout)
+    if room is not None:
+        engine.settle_for("offload-fp8", room)
     engine.setup()
+    return engine
+
+
+def test_an_engine_of_which_nothing_stays_has_no_profile_further_down(
+    tiny_models: dict[str, Path], picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = streaming_engine(tiny_models[QWEN], 0, monkeypatch)
     assert engine.info.profile == "offload-fp8-storage"
     assert streams(engine._pipe.transformer)
 
     Cramped(engine, monkeypatch).everything()
     assert Run(engine, work_of(QWEN), picture).rungs == ("vae_tiling",)
     assert streams(engine._pipe.transformer)
+
+
+def test_the_room_is_shared_by_a_models_transformers(engines: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    made: dict[int, int] = {}
+    monkeypatch.setattr(
+        streaming, "Stream", lambda model, device, room=0, *, stays=True: made.update({id(model): room})
+    )
+    pipe = engines[A14B]._pipe
+    speed.offload(pipe, torch.device("cpu"), 10)
+    assert made == {id(pipe.transformer): 5, id(pipe.transformer_2): 5, id(pipe.text_encoder): 0}
+
+
+def test_a_clip_leaves_the_room_to_larger_clips(tiny_models: dict[str, Path]) -> None:
+    """It had filled the half of a GPU with blocks that come in time anyway, and the edit beside it found none."""
+    from i2v_service.engine.wan import WanI2VEngine
+
+    engine = WanI2VEngine(str(tiny_models[A14B]))
+    engine.settle_for("offload-fp8", 10 << 30)
+    assert engine._room == 0
+
+
+def test_weights_are_told_apart_by_what_is_their_own(
+    tiny_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    engine = streaming_engine(tiny_models[QWEN], 0, monkeypatch)
+    stream = streaming.of(engine._pipe.transformer)
+    assert stream is not None
+    seen: list[bool] = []
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    monkeypatch.setattr(trial, "fingerprint", lambda *given: seen.append(stream._places == []) or "name")
+    monkeypatch.setattr(trial, "kept", lambda folder, name: ())
+    assert engine._tried(lambda: None) == ()
+    assert seen == [True]
+    assert stream._places != []
+
+
+def staying(engine: Any) -> int:
+    """How many blocks stay on the device."""
+    stream = streaming.of(engine._pipe.transformer)
+    assert stream is not None
+    return len(stream._homes) - len(stream._place_of)
+
+
+@pytest.mark.parametrize("room", [1 << 30, None])
+def test_blocks_that_stay_make_room_for_a_task_and_are_back_for_the_next(
+    tiny_models: dict[str, Path], picture: Path, monkeypatch: pytest.MonkeyPatch, room: int | None
+) -> None:
+    engine = streaming_engine(tiny_models[QWEN], room, monkeypatch)
+    assert staying(engine) == 2
+    whole = Run(engine, work_of(QWEN), picture)
+    assert whole.rungs == ()
+
+    with monkeypatch.context() as patch:
+        cramped = Cramped(engine, patch)
+        cramped._refuse(engine._pipe.vae, "decode", lambda *args, **given: staying(engine) > 0)
+        run = Run(engine, work_of(QWEN), picture)
+    assert run.rungs == ("vae_tiling", "offload")
+    assert np.array_equal(run.pixels, whole.pixels)
+    assert staying(engine) == 2
+
+
+def test_blocks_that_do_not_come_back_are_the_end_of_the_worker(
+    tiny_models: dict[str, Path], picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = streaming_engine(tiny_models[QWEN], 1 << 30, monkeypatch)
+    hold = streaming.Stream.hold
+
+    def refuse(self: streaming.Stream, room: int | None = None) -> None:
+        if room is None and self.stays:
+            raise RuntimeError("no")
+        hold(self, room)
+
+    monkeypatch.setattr(streaming.Stream, "hold", refuse)
+    Cramped(engine, monkeypatch).everything()
+    run = Run(engine, work_of(QWEN), picture)
+    assert (run.raised.code, type(run.raised)) == ("weights_lost", FatalError)
+
+
+@pytest.mark.parametrize("room", [0, 1 << 30])
+def test_what_streams_leaves_the_device_and_comes_back(
+    tiny_models: dict[str, Path], picture: Path, monkeypatch: pytest.MonkeyPatch, room: int
+) -> None:
+    engine = streaming_engine(tiny_models[QWEN], room, monkeypatch)
+    whole, stays = Run(engine, work_of(QWEN), picture), staying(engine)
+    for _ in range(2):
+        engine.sleep()
+        stream = streaming.of(engine._pipe.transformer)
+        assert stream is not None
+        assert all(tensor.data_ptr() == home.data_ptr() for homes in stream._homes for tensor, home in homes)
+        assert stream._places == []
+        engine.wake()
+        assert staying(engine) == stays
+        assert np.array_equal(Run(engine, work_of(QWEN), picture).pixels, whole.pixels)
 
 
 def test_weights_that_the_host_has_no_room_for_do_not_stream(

@@ -389,7 +389,7 @@ def test_what_sleeps_in_memory_takes_little_more_than_it_is(monkeypatch: pytest.
 def test_what_is_pinned_takes_little_more_than_it_is() -> None:
     # A block of Wan2.2-A14B in FP8, forty of them twice, and its text encoder's table.
     block = [5120 * 5120] * 8 + [5120 * 13824] * 2 + [5120 * 4] * 12
-    sizes = [residency._rounded(size) for size in [256384 * 4096 * 2, *(block * 80)]]
+    sizes = [residency.rounded(size) for size in [256384 * 4096 * 2, *(block * 80)]]
     slabs = residency._slabs(sizes)
     assert sorted(number for _, held in slabs for number, _ in held) == list(range(len(sizes)))
     for size, held in slabs:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from vidgen.accel import vision
+from vidgen.accel import streaming, vision
 
 pytestmark = pytest.mark.timeout(600)  # importing transformers takes minutes on a machine that is busy
 
@@ -152,17 +152,15 @@ def test_nothing_is_kept_behind_a_task_also_if_it_fails(fused: Any, reads: list[
     assert len(reads) == 2
 
 
-def test_weights_that_stream_do_so_in_the_same_order_each_time(fused: Any, reads: list[int]) -> None:
-    from diffusers.hooks import apply_group_offloading
-
-    apply_group_offloading(
-        fused, onload_device=torch.device("cpu"), offload_device=torch.device("cpu"), offload_type="leaf_level"
-    )
+def test_what_streams_reads_them_once_too(fused: Any, reads: list[int]) -> None:
     given = images(GRIDS["one window"])
+    wanted = seen_by(fused, given)
+    reads.clear()
+    streaming.Stream(fused, torch.device("cpu"), stays=False)
     with vision.reading_once(fused):
-        seen_by(fused, given)
-        seen_by(fused, given)
-    assert len(reads) == 2
+        assert torch.equal(seen_by(fused, given), wanted)
+        assert torch.equal(seen_by(fused, given), wanted)
+    assert len(reads) == 1
 
 
 def test_an_encoder_alone_goes_without_the_kernels_that_plan_for_each_size() -> None:
