@@ -112,6 +112,11 @@ def peak() -> float:
     return round(found, 2)
 
 
+def retries() -> int:
+    """How often the allocator had to give memory back, and wait for the device, before it found any."""
+    return int(torch.cuda.memory_stats().get("num_alloc_retries", 0)) if torch.cuda.is_available() else 0
+
+
 def seconds(work: Callable[[], Any], runs: int, warm: int = 1) -> float:
     """The median of `runs` calls after `warm` ones."""
     for _ in range(warm):
@@ -332,12 +337,14 @@ def measured(
     with tempfile.TemporaryDirectory() as folder, final:
         first = through(engine, work, source, Path(folder))["generate"]
         peak()
+        before = retries()
         runs = 0 if brief else 1 if first > 30 else 2
         taken = [through(engine, work, source, Path(folder)) for _ in range(runs)]
         with phases(engine._pipe) as spent:
             last = through(engine, work, source, Path(folder))
         taken = taken or [last]
         most = peak()
+        tight = retries() - before
     generate = min(one["generate"] for one in taken)
     # Between replays torch takes what graphs compute in for free, though nobody else can have it.
     graphs = engine._graphs.held() / GIB if engine._graphs is not None else 0.0
@@ -352,6 +359,7 @@ def measured(
         forward_s=spent["transformer"] / spent["transformer calls"], text_s=spent["text"],
         vae_encode_s=spent["vae encode"], vae_decode_s=spent["vae decode"], prepare_s=taken[-1]["prepare"],
         finish_s=taken[-1]["finish"], peak_gib=most + graphs, graphs_gib=graphs, profile=engine.info.profile,
+        allocator_retries=tight,
     )  # fmt: skip
 
 

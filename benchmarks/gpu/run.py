@@ -526,6 +526,13 @@ def card(kind: type[Subject], gib: int) -> Callable[[Bench, Path], None]:
             )  # fmt: skip
             work = subject.work(4, 1.0)
             measured(bench, "cards", f"{name}: 4 steps, CFG off", engine, work, subject.source, brief=True)
+            if isinstance(subject, Edit):
+                for label, other in (("draft", subject.draft()), ("8 steps, CFG 4", subject.work(8, 4.0))):
+                    measured(bench, "cards", f"{name}: {label}", engine, other, subject.source, brief=True)
+            for stream in engine._streamed():
+                stream.hold(room=0)
+            if engine._room:
+                measured(bench, "cards", f"{name}: 4 steps, no block stays", engine, work, subject.source, brief=True)
         finally:
             cap(bench.device, None)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from pathlib import Path
 
 import pytest
@@ -50,6 +51,11 @@ def bits_of(model: nn.Module) -> dict[str, torch.Tensor]:
 def test_a_model_leaves_the_gpu_and_comes_back_with_every_bit(home: str, compiled: bool, tmp_path: Path) -> None:
     device = torch.device("cuda:0")
     torch.manual_seed(0)
+    gc.collect()
+    torch.cuda.empty_cache()
+    # Small things that tests before have left, and cuBLAS' memory, keep more than they are.
+    torch.ones(64, 64, device=device) @ torch.ones(64, 64, device=device)
+    empty = torch.cuda.memory_reserved(device)
     model = Model(device)
     if compiled:
         for block in model.blocks:
@@ -64,7 +70,7 @@ def test_a_model_leaves_the_gpu_and_comes_back_with_every_bit(home: str, compile
     for _ in range(2):
         kept.sleep()
         assert torch.cuda.memory_allocated(device) < awake - 300 * MIB
-        assert torch.cuda.memory_reserved(device) < awake - 250 * MIB
+        assert torch.cuda.memory_reserved(device) < empty + 80 * MIB
         kept.wake()
 
         for name, found in bits_of(model).items():
