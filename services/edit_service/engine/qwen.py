@@ -136,11 +136,12 @@ class QwenEditEngine(DiffusersEngine):
                 return replace(whole, output=Edited(work, whole.output))
             made: list[Generated] = []
             pixels = [] if begun is None else [one.numpy() for one in begun.made]
-            for index in range(len(pixels), work.candidates):
-                part = Part(index, work.candidates, tuple(map(torch.from_numpy, pixels)))
-                own = left if begun is None or begun.index == index else None
-                made.append(self._edited(inputs, on_step, own, part))
-                pixels.extend(made[-1].output)
+            with self._encoding_once():
+                for index in range(len(pixels), work.candidates):
+                    part = Part(index, work.candidates, tuple(map(torch.from_numpy, pixels)))
+                    own = left if begun is None or begun.index == index else None
+                    made.append(self._edited(inputs, on_step, own, part))
+                    pixels.extend(made[-1].output)
             return Generated(
                 Edited(work, np.stack(pixels)),
                 denoise_s=sum(one.denoise_s for one in made), decode_s=sum(one.decode_s for one in made),
@@ -203,6 +204,23 @@ class QwenEditEngine(DiffusersEngine):
             return
         with self._processors.answering(inputs.ready, self._device), vision.reading_once(self._pipe.text_encoder):
             yield
+
+    @contextlib.contextmanager
+    def _encoding_once(self) -> Iterator[None]:
+        """Within it the pipeline encodes each prompt once: of one task, whose references are the same."""
+        stock = self._pipe.encode_prompt
+        encoded: dict[object, Any] = {}
+
+        def once(*, prompt: str, **given: Any) -> Any:
+            if prompt not in encoded:
+                encoded[prompt] = stock(prompt=prompt, **given)
+            return encoded[prompt]
+
+        self._pipe.encode_prompt = once
+        try:
+            yield
+        finally:
+            del self._pipe.encode_prompt
 
     def finish(self, output: Edited, folder: Path) -> tuple[Finished, ...]:
         """Write `edit-0.png`, `edit-1.png`, … with the engine, the model and the seed in each."""

@@ -160,11 +160,16 @@ def test_candidates_that_have_no_room_together_are_made_one_after_another(
     whole = Run(engine, work, picture)
     assert (whole.rungs, whole.seen) == ((), counted())
 
+    encoded: list[object] = []
+    hook = engine._pipe.text_encoder.register_forward_hook(lambda *given: encoded.append(1))
     with monkeypatch.context() as patch:
         Cramped(engine, patch).batches()
         run = Run(engine, work, picture)
+    hook.remove()
 
     assert run.rungs == ("one_by_one",)
+    assert len(encoded) == 2 * 2  # both prompts: for all at once, and once for those behind one another
+    assert "encode_prompt" not in vars(engine._pipe)
     assert run.seen == counted(candidates=3)
     assert np.abs(run.pixels.astype(int) - whole.pixels).max() <= 1
     [said] = run.logged("memory_rung")
