@@ -27,8 +27,6 @@ RUN python3.12 -m venv /opt/uv \
     && uv venv --python /usr/bin/python3.12 /opt/vidgen
 COPY pyproject.toml constraints.txt ./
 RUN uv pip install --no-cache --python /opt/vidgen/bin/python -c constraints.txt -r pyproject.toml --extra gpu --extra tracing
-COPY deploy/docker/trim.py ./
-RUN /opt/vidgen/bin/python trim.py
 
 FROM build AS wheel
 COPY README.md LICENSE ./
