@@ -48,7 +48,8 @@ def needs(parts: Mapping[str, int], work: int, *, stored_fp8: bool = False) -> t
     transformers = sum(parts.get(name, 0) for name in TRANSFORMERS)
     others = sum(parts.values()) - transformers
     in_fp8 = transformers if stored_fp8 else int(transformers * FP8_SHARE)
-    # Streaming, a transformer has two of its blocks on the GPU and what is outside them, an encoder a layer at a time.
+    # Streaming, a transformer has two of its blocks on the GPU and what is outside them; an encoder, which has more
+    # outside, only before there is any work.
     largest_layer = max(in_fp8, *parts.values(), 0) // 16
     wide = () if stored_fp8 else (Need("resident-bf16", transformers + others + work + RESERVE),)
     return (
