@@ -194,7 +194,7 @@ def blocks_of(model: nn.Module) -> list[nn.Module]:
 
 def _streamed(sizes: Sequence[int], room: int) -> list[int]:
     """Which blocks of these sizes do not stay in `room` bytes, evenly among those that do; pure."""
-    count = len(sizes) - min(len(sizes), max(0, room) // max(sizes, default=1))
+    count = len(sizes) - min(len(sizes), max(0, room) // max([1, *sizes]))
     return [(2 * turn + 1) * len(sizes) // (2 * count) for turn in range(count)]
 
 

@@ -227,6 +227,13 @@ def test_blocks_are_found_wherever_a_model_has_them_but_not_in_one_another() -> 
     assert streaming.blocks_of(nn.Linear(2, 2)) == []
 
 
+def test_blocks_that_hold_nothing_are_no_obstacle() -> None:
+    model = nn.Sequential(nn.ModuleList([nn.Tanh(), nn.Tanh()]))
+    stream = Stream(model, CPU, stays=False)
+    stream.hold()
+    stream.hold(room=10)
+
+
 def test_a_model_without_blocks_comes_as_a_whole(x: torch.Tensor) -> None:
     model = nn.Linear(4, 4)
     wanted = model(x)
