@@ -95,6 +95,11 @@ class Requester(Client):
             self._writes_soon = True
             asyncio.get_running_loop().call_soon(self._write_pending)
 
+    async def flush(self, timeout: int = int(REQUEST_TIMEOUT)) -> None:
+        # nats-py's PING overtakes what its flusher has not written yet: the PONG would say nothing of a SUB or UNSUB.
+        self._write_pending()
+        await super().flush(timeout)
+
     def _write_pending(self) -> None:
         self._writes_soon = False
         if self._status != Client.CONNECTED or not self._pending or self._transport is None:

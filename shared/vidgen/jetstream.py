@@ -320,7 +320,7 @@ class JetStreamBus:
     async def listen(self, subject: str) -> Feed:
         with translated():
             subscription = await self._client.subscribe(subject)
-            await self._client.flush(timeout=int(REQUEST_TIMEOUT))
+            await self._client.flush()
         return ListenFeed(subscription)
 
     async def listened(self, subject: str) -> bool:

@@ -17,6 +17,7 @@ from nats.js import api
 from tests.servers import connected_bus, running_nats
 
 from vidgen import bootstrap, bus, deliveries, errors, feeds, jetstream, topology
+from vidgen.inboxes import PullInbox
 from vidgen.local import NatsServer
 
 QUEUE = topology.consumer_of("edit", "interactive")
@@ -339,6 +340,43 @@ async def test_what_is_published_at_once_comes_whole_and_in_order(nats_server: N
             heard = [await feed.next(BOUND) for _ in bodies]
         assert [one.body for one in heard if one is not None] == bodies
         await feed.close()
+
+
+class Written:
+    """A transport that keeps the first word of each command that goes through it."""
+
+    def __init__(self, transport: Any) -> None:
+        self._transport = transport
+        self.words: list[bytes] = []
+
+    def write(self, data: bytes) -> None:
+        self.words.append(data.split()[0])
+        self._transport.write(data)
+
+    def writelines(self, commands: list[bytes]) -> None:
+        self.words += [command.split()[0] for command in commands]
+        self._transport.writelines(commands)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._transport, name)
+
+
+async def test_a_flush_asks_behind_all_that_it_waits_for(nats_server: NatsServer) -> None:
+    # What asks first gets a PONG while the server knows nothing yet: a feed that hears nothing, a pull that takes more.
+    async with connected_bus(nats_server) as connected:
+        client: Any = connected.client
+        client._transport = wire = Written(client._transport)
+        feed = await connected.listen("bench.order")
+        assert wire.words == [b"SUB", b"PING"]
+        await connected.signal("bench.order", b"body")
+        await client.flush()
+        assert wire.words[2:] == [b"PUB", b"PING"]
+        await feed.close()
+
+        inbox = PullInbox(client)
+        await inbox.ask("nobody.listens", b"")
+        await inbox.close()
+        assert wire.words[-4:] == [b"SUB", b"PUB", b"UNSUB", b"PING"]
 
 
 @pytest.mark.parametrize("value", ["a\r\nNats-Rollup: all", "a\nb"])

@@ -217,10 +217,9 @@ def test_a_waiting_job_says_how_many_are_ahead(window: Window) -> None:
     status(page, "Cancelled")
     page.get_by_role("link", name="Jobs").click()
     page.get_by_label("Filter by status").get_by_role("link", name="Cancelled").click()
-    expect(page.locator(".card .status").first).to_have_text("Cancelled")
-    links = [card.get_attribute("href") for card in page.locator(".card a").all()]
-    assert {f"#/jobs/{job}" for job in jobs} <= set(links)
-    assert set(page.locator(".card .status").all_inner_texts()) == {"Cancelled"}
+    expect(page.locator(".card .status").filter(has_not_text="Cancelled")).to_have_count(0)
+    for job in jobs:
+        expect(page.locator(f'.card a[href="#/jobs/{job}"]')).to_be_visible()
 
 
 def test_a_chosen_candidate_is_what_moves(window: Window) -> None:
