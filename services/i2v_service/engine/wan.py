@@ -172,6 +172,7 @@ class WanI2VEngine(DiffusersEngine):
                 [made, _] = self._pipe.encode_prompt(
                     text, do_classifier_free_guidance=False, max_sequence_length=TOKENS, device=self._device
                 )
+            diffusion.require_finite(made, "the encoded text's numbers")  # or they would be remembered
             found = made.cpu()
         self._texts[text] = found  # the newest comes last
         if len(self._texts) > TEXTS:
@@ -231,6 +232,7 @@ class WanI2VEngine(DiffusersEngine):
         self._run_grey(WARM_UP)
 
     def _run_what_works(self) -> None:
+        self._texts.clear()  # the text encoder may be what is sick
         # With guidance, for half of what a sick task came of may have been the second device's.
         self._run_grey(WARM_UP if self._partner is None else WARM_UP.model_copy(update={"guidance_scale": 2.0}))
 

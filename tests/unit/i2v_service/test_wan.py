@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -319,3 +321,41 @@ def test_an_engine_that_makes_no_numbers_of_anything_is_unfit(engine: WanI2VEngi
     finally:
         hook.remove()
     assert caught.value.code == "not_finite"
+
+
+def test_a_text_that_came_out_as_no_numbers_is_encoded_anew(
+    two_experts: WanI2VEngine, frame: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was remembered: each later task with this text, most of all the usual negative one, failed of it."""
+    before = frames(two_experts, frame)
+    monkeypatch.setattr(two_experts, "_texts", {})
+    with spoilt_text(two_experts, at=1), pytest.raises(RetryableError) as caught:
+        frames(two_experts, frame)
+    assert (caught.value.code, caught.value.state) == ("not_finite", None)
+    assert np.array_equal(before, frames(two_experts, frame))
+
+
+def test_a_text_encoder_that_makes_no_numbers_is_found_out_though_the_texts_of_the_warm_up_are_remembered(
+    two_experts: WanI2VEngine, frame: Path
+) -> None:
+    """What was run to find out did not ask it: such a worker took one task after another, and failed them all."""
+    two_experts._run_what_works()
+    with spoilt_text(two_experts), pytest.raises(FatalError) as caught:
+        two_experts.generate(two_experts.prepare(work(prompt="she was never seen"), [frame]), ignore)
+    assert caught.value.code == "not_finite"
+
+
+@contextlib.contextmanager
+def spoilt_text(engine: WanI2VEngine, at: int | None = None) -> Iterator[None]:
+    """Have the text encoder's calls, or one of them, come out as no numbers."""
+    calls = itertools.count(1)
+
+    def spoil_text(_module: Any, _given: Any, made: Any) -> None:
+        if next(calls) == at or at is None:
+            made.last_hidden_state.fill_(float("nan"))
+
+    hook = engine._pipe.text_encoder.register_forward_hook(spoil_text)
+    try:
+        yield
+    finally:
+        hook.remove()
