@@ -108,13 +108,8 @@ class Demand:
         return {need.name: need.bytes - self.work - RESERVE for need in found}
 
     def room(self, profile: Name) -> int:
-        """The bytes that are left in a profile for weights that would stream, were the model alone.
-
-        A task has half as much again: some are larger, and an allocator that is at its limit is slow.
-        """
-        if profile != STREAMS or not self.bound_by_bus:
-            return 0
-        return max(0, self.total - self.held()[profile] - self.work * 3 // 2 - RESERVE)
+        """The bytes that are left in a profile for weights that would stream, were the model alone."""
+        return _spare(self.total, [self], [profile]) if profile == STREAMS and self.bound_by_bus else 0
 
 
 @dataclass(frozen=True)
@@ -143,18 +138,25 @@ def share(wanted: str, demands: Sequence[Demand]) -> Plan:
             if _bytes(demands, together) <= total:
                 return Plan(together, takes_turns=False)
     alone = tuple(_alone(wanted, total, demand, demands) for demand in demands)
-    left = total - _bytes(demands, alone)
+    takes_turns = _bytes(demands, alone) > total
     rooms = [demand.room(name) for demand, name in zip(demands, alone, strict=True) if demand.bound_by_bus]
-    if left >= 0 and rooms:
-        spare = max(demand.work for demand in demands) // 2
-        rooms.append(max(0, left - spare) // len(rooms))
-    return Plan(alone, takes_turns=left < 0, room=min(rooms, default=0))
+    if rooms and not takes_turns:
+        rooms.append(_spare(total, demands, alone) // len(rooms))
+    return Plan(alone, takes_turns, min(rooms, default=0))
 
 
 def _bytes(demands: Sequence[Demand], names: Sequence[Name]) -> int:
     """What models need that are on the GPU together: what a task takes beside them, they take one at a time."""
     held = (demand.held()[name] for demand, name in zip(demands, names, strict=True))
     return sum(held) + max(demand.work for demand in demands) + RESERVE
+
+
+def _spare(total: int, demands: Sequence[Demand], names: Sequence[Name]) -> int:
+    """What models that are on the GPU together leave of it for weights that would stream.
+
+    A task has half as much again: some are larger, and an allocator that is at its limit is slow.
+    """
+    return max(0, total - _bytes(demands, names) - max(demand.work for demand in demands) // 2)
 
 
 def _alone(wanted: str, total: int, demand: Demand, demands: Sequence[Demand]) -> Name:
