@@ -49,13 +49,14 @@ def needs(parts: Mapping[str, int], work: int, *, stored_fp8: bool = False) -> t
     others = sum(parts.values()) - transformers
     in_fp8 = transformers if stored_fp8 else int(transformers * FP8_SHARE)
     # Streaming, a transformer has two of its blocks on the GPU and what is outside them; an encoder, which has more
-    # outside, only before there is any work.
-    largest_layer = max(in_fp8, *parts.values(), 0) // 16
+    # outside, only before there is any work. The VAE is there as a whole.
+    vae = parts.get(VAE, 0)
+    largest_layer = max(in_fp8, *(size for name, size in parts.items() if name != VAE), 0) // 16
     wide = () if stored_fp8 else (Need("resident-bf16", transformers + others + work + RESERVE),)
     return (
         *wide,
         Need("resident-fp8", in_fp8 + others + work + RESERVE),
-        Need("offload-fp8", largest_layer + work + RESERVE),
+        Need("offload-fp8", largest_layer + vae + work + RESERVE),
     )
 
 

@@ -54,7 +54,15 @@ def test_a_profile_fits_where_its_last_byte_does(number: int) -> None:
 
 def test_weights_that_stream_take_a_part_of_their_largest_component() -> None:
     streams = profiles.needs(QWEN, WORK)[-1]
-    assert streams.bytes == QWEN["transformer"] // 16 + WORK + profiles.RESERVE
+    assert streams.bytes == QWEN["transformer"] // 16 + QWEN["vae"] + WORK + profiles.RESERVE
+
+
+def test_where_weights_stream_there_is_room_for_the_vae_which_stays() -> None:
+    """That of TI2V-5B, in float32, is four times what was counted for the whole model."""
+    block, outside, vae = int(0.153 * GIB), int(0.168 * GIB), int(2.625 * GIB)
+    parts = {"transformer": 9_999_000_000, "text_encoder": WAN["text_encoder"], "vae": vae}
+    streams = profiles.needs(parts, WORK)[-1]
+    assert streams.bytes >= 2 * block + outside + vae + WORK + profiles.RESERVE
 
 
 def test_two_models_share_what_the_one_that_sees_less_sees() -> None:
