@@ -118,7 +118,7 @@ class DiffusersEngine(abc.ABC):
         if self._device.type == "cuda":
             with diffusion.loading("the model", "see the log of this worker"):
                 self._timed("warm_up", self._warm_up)
-        on_device = profile is not None and (resident or bool(self._room))
+        on_device = profile is not None and (resident or any(stream.keeps for stream in self._streamed()))
         self._rungs = ("vae_tiling", "offload") if on_device else ("vae_tiling",)
         return self.load_seconds
 

@@ -91,6 +91,11 @@ class Stream:
             tensor.data = home
         self._places, self._place_of = [], {}
 
+    @property
+    def keeps(self) -> bool:
+        """Whether there are blocks that stay, and would leave room to a task if they did not."""
+        return len(self._place_of) < len(self._homes)
+
     def close(self) -> None:
         """Be as before, at home, for good."""
         self.rest()

@@ -331,10 +331,11 @@ def streaming_engine(model: Path, room: int | None, patch: pytest.MonkeyPatch) -
     return engine
 
 
+@pytest.mark.parametrize("room", [0, 1 << 10])  # less than a block
 def test_an_engine_of_which_nothing_stays_has_no_profile_further_down(
-    tiny_models: dict[str, Path], picture: Path, monkeypatch: pytest.MonkeyPatch
+    tiny_models: dict[str, Path], picture: Path, monkeypatch: pytest.MonkeyPatch, room: int
 ) -> None:
-    engine = streaming_engine(tiny_models[QWEN], 0, monkeypatch)
+    engine = streaming_engine(tiny_models[QWEN], room, monkeypatch)
     assert engine.info.profile == "offload-fp8-storage"
     assert streams(engine._pipe.transformer)
 
