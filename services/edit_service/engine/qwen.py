@@ -147,7 +147,8 @@ class QwenEditEngine(DiffusersEngine):
                 denoise_s=sum(one.denoise_s for one in made), decode_s=sum(one.decode_s for one in made),
             )  # fmt: skip
 
-        at_once = work.candidates > 1 and self._has_room(inputs)
+        begun = None if state is None else resume.part_of(state)
+        at_once = work.candidates > 1 and begun is None and self._has_room(inputs)
         return self._within_memory(attempt, state, on_step, work.steps, at_once=at_once)
 
     def _has_room(self, inputs: Inputs) -> bool:

@@ -699,6 +699,18 @@ def test_candidates_one_after_another_go_on_from_any_step_and_none_is_made_twice
     assert np.array_equal(run.pixels, whole.pixels)
 
 
+def test_candidates_that_go_on_one_after_another_have_no_rung_that_says_so(
+    engines: dict[str, Any], picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same was tried once more, and all its steps made again, where there would have been room for all at once."""
+    engine, work = engines[QWEN], work_of(QWEN, candidates=2)
+    with monkeypatch.context() as patch:
+        patch.setattr(DiffusersEngine, "_free_memory", lambda self: 1 << 20)
+        left = Run(engine, work, picture, until=1).raised.state
+    Cramped(engine, monkeypatch).everything()
+    assert Run(engine, work, picture, left).rungs == ("vae_tiling", "offload")
+
+
 def test_they_may_be_left_again_and_again(
     engines: dict[str, Any], picture: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
