@@ -230,9 +230,10 @@ class DiffusersEngine(abc.ABC):
 
     def _made_with(self) -> dict[str, object]:
         """What decides over the numbers besides model, profile and task: of a checkpoint, too, it must be the same."""
-        names = ("dtype", "attention", "compile", "cuda_graphs", "vae", "step_cache")
-        narrow = [one.narrow for one in self.verdicts]
-        return self._content | {"narrow": narrow, **{name: getattr(self.layout, name) for name in names}}
+        names = ("dtype", "compile", "cuda_graphs", "vae", "step_cache")
+        # Of attention auto says nothing: what that comes to depends on the GPU, and on what is installed.
+        attention = {"attention": self._attention, "narrow": [one.narrow for one in self.verdicts]}
+        return self._content | attention | {name: getattr(self.layout, name) for name in names}
 
     def _rehearsal(self) -> Callable[[], object] | None:
         """A run of the pipeline that stands for its tasks, on which attention in 8 bits can be tried; None: never."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -308,6 +309,20 @@ def test_a_state_made_with_other_settings_or_another_scheduler_is_refused(
             engine.resume(engine.prepare(work, [picture]), ignore, left)
     engine._pipe.scheduler = DPMSolverMultistepScheduler()
     with pytest.raises(UnusableError, match="of a UniPCMultistepScheduler"):
+        engine.resume(engine.prepare(work, [picture]), ignore, left)
+
+
+def test_a_state_made_with_other_kernels_for_attention_is_refused_though_the_setting_is_the_same(
+    make: Make, picture: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With `auto` a Hopper has FlashAttention 3, and another GPU, or an image without it, has torch's."""
+    engine, work = make(A14B), work_of(A14B)
+    assert (engine.layout.attention, engine._attention) == ("auto", "torch")
+    left = Run(engine, work, picture, until=2).left
+    monkeypatch.setattr(engine, "layout", replace(engine.layout, attention="torch"))
+    assert engine.resume(engine.prepare(work, [picture]), ignore, left).output.frames.shape[0] == 5
+    monkeypatch.setattr(engine, "_attention", "flash3")
+    with pytest.raises(UnusableError, match="made with"):
         engine.resume(engine.prepare(work, [picture]), ignore, left)
 
 
