@@ -105,7 +105,8 @@ class DiffusersEngine(abc.ABC):
         for component, path in self._loras.items():
             self._timed("lora", functools.partial(diffusion.fuse, self._pipe, path, component))
             self._content[f"lora of {component}"] = weights.sampled([weights.lora_file(path)])
-        self._timed("layout", lambda: self._lay_out(profile))
+        with diffusion.loading("the model", "see the log of this worker"):
+            self._timed("layout", lambda: self._lay_out(profile))
         self.info = replace(
             self.info, model=found.model, revision=found.revision, device=str(self._device),
             profile=str(dtype).removeprefix("torch.") if profile is None else self._told(profile),

@@ -331,6 +331,20 @@ def streaming_engine(model: Path, room: int | None, patch: pytest.MonkeyPatch) -
     return engine
 
 
+def test_a_model_that_has_no_room_where_it_is_laid_out_is_told_so_with_what_to_do(
+    tiny_models: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What torch said of it was all that the log told."""
+
+    def refuse(self: object, *given: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(streaming._Place, "__init__", refuse)
+    with pytest.raises(FatalError, match="use a larger device or a smaller model") as caught:
+        streaming_engine(tiny_models[QWEN], 0, monkeypatch)
+    assert caught.value.code == "out_of_memory"
+
+
 @pytest.mark.parametrize("room", [0, 1 << 10])  # less than a block
 def test_an_engine_of_which_nothing_stays_has_no_profile_further_down(
     tiny_models: dict[str, Path], picture: Path, monkeypatch: pytest.MonkeyPatch, room: int
