@@ -149,7 +149,7 @@ def _tell_stages(out_put: Output, told: Report) -> None:
     columns = ("stage", "GPU", "tasks", "s each", "GPU h", "at work", "most", "dollars", "per 1,000")
     rows = []
     for stage, one in told.stages.items():
-        unit = "images" if stage == "edit" else "clips"
+        unit = "edits" if stage == "edit" else "clips"
         cost = ("no price", f"? {unit}")
         if one.dollars is not None and one.dollars_per_1000 is not None:
             cost = (f"{one.dollars:,.2f}", f"{one.dollars_per_1000:,.2f} {unit}")

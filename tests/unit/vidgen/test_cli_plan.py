@@ -31,7 +31,7 @@ def test_it_says_how_long_jobs_wait_and_what_gpus_cost() -> None:
     result = plan(*SMALL, "--batch", "0.3", "--price", "3")
 
     assert result.exit_code == 0, result.output
-    for word in ("interactive", "batch", "waits", "takes in all", "p95", "edit", "i2v", "H200", "images", "clips"):
+    for word in ("interactive", "batch", "waits", "takes in all", "p95", "edit", "i2v", "H200", "edits", "clips"):
         assert word in result.stdout
 
 
@@ -64,6 +64,8 @@ def test_a_gpu_without_a_price_gives_no_dollars() -> None:
 
 def test_candidates_are_made_one_after_another() -> None:
     assert told(*SMALL, "--candidates", "3")["stages"]["edit"]["task_s"] == pytest.approx(3 * 0.82)
+    # What a thousand edits cost was told as the price of a thousand images, of which each made three.
+    assert "images" not in plan(*SMALL, "--candidates", "3", "--price", "3").stdout
 
 
 def test_a_list_of_jobs_takes_the_place_of_a_rate(tmp_path: Path) -> None:
