@@ -405,7 +405,7 @@ class DiffusersEngine(abc.ABC):
         else:
             self._pipe.to(self._device)
         speed.channels_last(self._pipe.vae)
-        if self.layout.vae == "auto" and self.layout.compile != "full":
+        if self.layout.vae == "auto" and (streams or self.layout.compile != "full"):
             speed.fuse_vae(self._pipe.vae, self._device)
         if streams:
             return

@@ -99,6 +99,19 @@ def test_kernels_are_kept_for_the_next_start_where_weights_stream_too(
     assert os.environ["TRITON_CACHE_DIR"] == str(tmp_path / "triton")
 
 
+@pytest.mark.parametrize("compiles", ["auto", "full"])
+def test_the_vae_does_less_where_weights_stream_and_nothing_is_compiled(
+    make: Callable[..., Any], snapshot: Path, monkeypatch: pytest.MonkeyPatch, compiles: str
+) -> None:
+    """With `full` it was neither compiled nor spared anything."""
+    from vidgen.accel import autoencoder
+    from vidgen.accel.engine import DiffusersEngine, Layout
+
+    monkeypatch.setattr(DiffusersEngine, "_memory", lambda self: 200 << 30)
+    engine = make(snapshot, layout=Layout(device="cpu", profile="offload-fp8", attention="torch", compile=compiles))
+    assert autoencoder.rests(engine._pipe.vae)
+
+
 def test_weights_that_stream_are_read_to_where_they_stay(
     make: Callable[..., Any], snapshot: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
