@@ -29,7 +29,7 @@ from gateway.quotas import LimitError, Quotas
 from gateway.receivers import Allowed
 from vidgen import artifacts, contracts, dead, errors, images, topology, tracing
 from vidgen.bus import Bus, Delivery
-from vidgen.contracts import DEFAULT_TENANT, FieldError, Job, VideoRequest
+from vidgen.contracts import DEFAULT_TENANT, FieldError, Job, JobStatus, VideoRequest
 from vidgen.scratch import Scratch
 
 log = structlog.get_logger(__name__)
@@ -213,6 +213,9 @@ class Intake:
             existing = await self._jobs.find(job_id)
             if existing is not None:
                 await self._jobs.enter(existing, tenant)
+                if existing.status is JobStatus.REJECTED and existing.error is not None and delivery.num_delivered > 1:
+                    # Whoever turned it away may have died before there was a letter of it.
+                    await self._keep(delivery, job_id, InvalidRequestError(existing.error.fields), at)
                 return existing
             if request.job_id:
                 check_id(job_id, _key(delivery), tenant)
@@ -345,13 +348,16 @@ class Intake:
         tracing.about(job_id=job_id)
         tracing.failed(exc.code)
         job, new = await self._jobs.create(pipeline.reject(request, job_id, exc.errors, at, tenant))
-        error = contracts.JobError(code=exc.code, message=exc.message, fields=exc.errors)
-        letter = dead.letter(delivery.body, delivery.subject, error, job_id=job_id, at=at)
-        # One for all copies of a request.
-        message_id = f"request:{job_id}:{hashlib.sha256(delivery.body).hexdigest()[:16]}"
-        await dead.publish(self._bus, letter, message_id=message_id)
+        await self._keep(delivery, job_id, exc, at)
         log.info("a request was turned away", _event="request_rejected", job=job_id, new=new, errors=len(exc.errors))
         return job
+
+    async def _keep(self, delivery: Delivery, job_id: str, exc: InvalidRequestError, at: datetime) -> None:
+        """Keep a request that was turned away as a dead letter, one for all copies of it."""
+        error = contracts.JobError(code=exc.code, message=exc.message, fields=exc.errors)
+        letter = dead.letter(delivery.body, delivery.subject, error, job_id=job_id, at=at)
+        message_id = f"request:{job_id}:{hashlib.sha256(delivery.body).hexdigest()[:16]}"
+        await dead.publish(self._bus, letter, message_id=message_id)
 
 
 def _looked_at(decoder: Decoder, path: Path) -> images.ImageFacts:

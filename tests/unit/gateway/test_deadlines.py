@@ -9,7 +9,7 @@ import pytest
 from tests.gateways import BOUND, Gateway, completed, failed, now, started
 
 from gateway.deadlines import AGAIN, ENDED, SLACK, Deadlines, Due
-from vidgen import contracts, topology
+from vidgen import contracts, eventlog, topology
 from vidgen.contracts import Job, JobStatus
 from vidgen.testing import MemoryBus
 
@@ -105,6 +105,29 @@ async def test_what_a_worker_is_at_is_left_to_it_and_looked_at_again(late: Late)
     await late.gateway.tell(released)
     await late.after(AGAIN.total_seconds())
     assert (await late.of(job)).status is JobStatus.FAILED
+
+
+async def test_what_a_worker_was_at_that_died_ends_though_no_other_comes(late: Late) -> None:
+    job, other = await late.gateway.submit(deadline_s=60), await late.gateway.submit(deadline_s=60)
+    for one, worker in ((job, "w1"), (other, "w2")):
+        await late.gateway.tell(started(one).model_copy(update={"worker": worker}))
+    there = await late.bus.listen(topology.subject_of_worker("edit", "w2"))
+
+    async def answer() -> None:
+        while (heard := await there.next(BOUND)) is not None:
+            await late.bus.signal(heard.reply, eventlog.AT_IT if heard.body == other.id.encode() else b"no")
+
+    answering = asyncio.create_task(answer())
+    await late.after(70)  # once may be a reconnection
+    assert (await late.of(job)).status is JobStatus.IN_PROGRESS
+    await late.after(AGAIN.total_seconds())
+    answering.cancel()
+
+    ended = await late.of(job)
+    assert (ended.status, ended.error.code if ended.error else "") == (JobStatus.FAILED, "deadline_exceeded")
+    assert (await late.of(other)).status is JobStatus.IN_PROGRESS
+    [left] = await late.bus.tail(topology.TASKS, None, 10)
+    assert left.subject.endswith(other.id)
 
 
 async def test_what_has_ended_stays_as_it_is(late: Late) -> None:

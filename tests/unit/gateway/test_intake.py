@@ -7,6 +7,7 @@ import base64
 import json
 from pathlib import Path
 from typing import Any
+from unittest.mock import AsyncMock
 
 import pytest
 from tests.gateways import DECODERS, EDIT, KEY, picture, put
@@ -270,6 +271,26 @@ async def test_a_rejected_request_that_is_delivered_again_is_told_once(door: Doo
     assert first == second
     assert len(await door.letters()) == 1
     assert len(await door.events(first.id)) == 1
+
+
+async def test_a_request_that_was_turned_away_is_kept_though_the_gateway_died_before_the_letter(
+    door: Door, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    await door.publish(GOOD | {"references": ["uploads/nobody-put-it.png"]})
+    with monkeypatch.context() as dying:
+        dying.setattr(intake.dead, "publish", AsyncMock(side_effect=errors.BusError))
+        delivery = await door.take()
+        with pytest.raises(errors.BusError):
+            await door.intake.handle(delivery)
+        await delivery.nak()
+    assert await door.letters() == []
+
+    rejected = await door.handle_one()
+
+    [letter] = await door.letters()
+    assert (rejected.status, letter.job_id) == (JobStatus.REJECTED, rejected.id)
+    assert [error.field for error in letter.error.fields] == ["references.0"]
+    assert len(await door.events(rejected.id)) == 1
 
 
 async def test_an_odd_picture_is_replaced_by_a_plain_copy_of_the_jobs_own(door: Door) -> None:
