@@ -1,7 +1,8 @@
 """Ends jobs whose deadline passes while they wait: for a worker, for their turn, for a review.
 
-What a worker is at, it ends itself at the next step. Deadlines are kept in mind by the gateway that wrote the record
-last; those of tasks are looked up in their queues as well, at the start and now and then, for a gateway may have died.
+What a worker is at, it ends itself at the next step; where it has died, its job waits as well. Deadlines are kept in
+mind by the gateway that wrote the record last; those of tasks are looked up in their queues as well, at the start and
+now and then, for a gateway may have died.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
 log = structlog.get_logger(__name__)
 
 SLACK = timedelta(seconds=2)  # behind the deadline: whoever is at the task says so himself
-AGAIN = timedelta(seconds=30)  # between two looks at one that a worker is at, who may die
+AGAIN = timedelta(seconds=30)  # between two looks at one that a worker is at, who may die: nobody may come after him
 SWEEP_S = 600.0
 ENDED = 1000  # deadlines of jobs that have ended which may be kept in mind
 
@@ -57,6 +58,9 @@ class Due:
             heapq.heappush(self._next, (when, job_id))
             self.changed.set()
 
+    def __contains__(self, job_id: str) -> bool:
+        return job_id in self._known
+
     def wait_s(self, now: datetime) -> float | None:
         """Seconds until the next job is due, None where there is none."""
         while self._next and self._known.get(self._next[0][1]) != self._next[0][0]:
@@ -84,6 +88,7 @@ class Deadlines:
 
     def __init__(self, bus: Bus, jobs: Jobs, clock: Callable[[], datetime]) -> None:
         self._bus, self._jobs, self._due, self._clock = bus, jobs, jobs.due, clock
+        self._missed: set[str] = set()  # jobs that were begun, and that nobody was at when they were looked at
 
     async def run(self, stop: asyncio.Event) -> None:
         """Look until `stop`."""
@@ -133,8 +138,11 @@ class Deadlines:
                 self._due.at(job_id, self._clock() + AGAIN)
             except Exception:  # a record of another version, say: one job must never stop the others
                 log.exception("a deadline could not be looked after", _event="deadline_undigested", job=job_id)
+        self._missed = {job_id for job_id in self._missed if job_id in self._due}  # the others ended meanwhile
 
     async def _look_after(self, job_id: str) -> None:
+        missed = job_id in self._missed
+        self._missed.discard(job_id)  # in a row, or not at all
         job = await self._jobs.find(job_id)
         if job is None or job.status.final or job.deadline_at is None:
             return
@@ -142,13 +150,22 @@ class Deadlines:
             self._due.note(job)
             return
         record = job.stage_record(job.stage) if job.stage is not None else None
-        if record is None or record.state is StageState.RUNNING:
+        if record is None or (record.state is StageState.RUNNING and not await self._left(job, record, missed)):
             self._due.at(job_id, self._clock() + AGAIN)
             return
         of = await self._jobs.trace_of(job_id)
         with tracing.span("give up", of=of, job_id=job_id, stage=record.stage, run=job.run):
             tracing.failed(errors.DeadlineError.code)
             await self._give_up(job, record)
+
+    async def _left(self, job: Job, record: StageRecord, missed: bool) -> bool:
+        """Whether nobody is at what was begun, twice in a row: once may be a reconnection, or the moment of its end."""
+        worker = topology.subject_of_worker(record.stage, record.worker or "")
+        if await self._bus.ask(worker, job.id.encode()) == eventlog.AT_IT:
+            return False
+        if not missed:
+            self._missed.add(job.id)
+        return missed
 
     async def _give_up(self, job: Job, record: StageRecord) -> None:
         """Fail the stage that is due, as a worker would that took its task now."""
