@@ -196,7 +196,7 @@ class Jobs:
 
     async def _log_accepted(self, job: Job) -> int | None:
         """Begin the log of a job, unless it has begun; where it begins now."""
-        if job.status is not JobStatus.REJECTED:
+        if not job.status.final:  # what has ended has begun, though its log may have had its time
             with contextlib.suppress(errors.ConflictError):
                 return await self._log_first(contracts.Accepted(job_id=job.id, at=job.created_at), after=0)
         return None
@@ -364,7 +364,8 @@ class Jobs:
                     await self._bus.signal(topology.subject_of_control(command.job_id), b"cancel")
                     await self._withdraw_task(command)
                 case pipeline.PublishEvent(event):
-                    await self._publish_event(event)
+                    if not await self._is_logged(event):
+                        await self._publish_event(event)
                 case pipeline.PublishWebhook(webhook):
                     await self._publish_webhook(webhook)
 
@@ -373,6 +374,20 @@ class Jobs:
             topology.subject_of_events(event.job_id), event.to_bytes(),
             message_id=f"{event.job_id}:{event.run}:{event.type}",
         )  # fmt: skip
+
+    async def _is_logged(self, event: contracts.AnyEvent) -> bool:
+        """Whether an end that the bus may have forgotten by its id is in the log, or the log has had its time."""
+        if (now() - event.at).total_seconds() < pipeline.ANNOUNCED_S:
+            return False  # a repetition is dropped
+        subject = topology.subject_of_events(event.job_id)
+        stored = found = await self._bus.first(topology.EVENTS, subject)
+        while stored is not None:
+            with contextlib.suppress(pydantic.ValidationError):  # of another version
+                logged = parse_event(stored.body)
+                if (logged.type, logged.run) == (event.type, event.run):
+                    return True
+            stored = await self._bus.first(topology.EVENTS, subject, stored.seq)
+        return found is None
 
     async def _publish_webhook(self, webhook: contracts.Webhook) -> None:
         subject = topology.subject_of_webhook(webhook.data.id)

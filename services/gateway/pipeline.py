@@ -15,7 +15,8 @@ from datetime import datetime, timedelta
 from vidgen import contracts, topology
 from vidgen.contracts import Job, JobStatus, StageRecord, StageState
 
-ANNOUNCED_S = topology.DUPLICATE_WINDOW / 2  # how long a webhook is demanded again: the bus knows its id for longer
+# How long a webhook is demanded again, and an end repeated unseen: the bus knows their ids for longer.
+ANNOUNCED_S = topology.DUPLICATE_WINDOW / 2
 
 
 @dataclass(frozen=True)

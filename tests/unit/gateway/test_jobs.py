@@ -271,6 +271,43 @@ async def test_a_creation_that_was_interrupted_is_made_good_by_the_next(lost: bo
     assert len(tasks(bus)) == len(bus.messages(topology.HISTORY)) == 1
 
 
+@pytest.mark.parametrize("aged", [False, True])
+async def test_the_end_of_a_job_is_told_once_though_its_request_comes_again_when_the_bus_has_forgotten_it(
+    aged: bool,
+) -> None:
+    bus = MemoryBus()
+    gateway = await Gateway.open(bus)
+    job = await gateway.submit("j1")
+    ended = completed(job).model_copy(update={"at": now() - timedelta(hours=2)})
+    await gateway.tell(ended)
+    told = ["accepted", "stage_completed", "completed"]
+    assert log_of(bus, "j1") == told
+    bus.forget_ids(topology.EVENTS)
+    if aged:
+        await bus.purge(topology.EVENTS, topology.subject_of_events("j1"))
+
+    again = await gateway.client.post("/v1/jobs", json={"references": [KEY], "edit": EDIT, "job_id": "j1"})
+    assert (again.status_code, again.json()["status"]) == (200, "completed")
+    await gateway.parts.jobs.apply(ended)  # as whoever takes it does whose gateway died before it was acknowledged
+
+    assert log_of(bus, "j1") == ([] if aged else told)
+
+
+async def test_an_end_that_is_owed_for_long_is_told() -> None:
+    bus = MemoryBus()
+    gateway = await Gateway.open(bus)
+    job = await gateway.submit("j1")
+    ended = completed(job).model_copy(update={"at": now() - timedelta(hours=2)})
+    bus.fail_next("publish")
+    with pytest.raises(errors.BusError):
+        await gateway.parts.jobs.apply(ended)
+    assert log_of(bus, "j1") == ["accepted"]
+
+    await gateway.parts.jobs.apply(ended)
+
+    assert log_of(bus, "j1") == ["accepted", "completed"]
+
+
 @pytest.mark.parametrize("waiting", [0, 8])
 async def test_a_retry_is_queued_though_the_task_of_the_run_before_was_never_withdrawn(waiting: int) -> None:
     # Found by random orders: a gateway that died behind the record of a cancel left the old task in the queue, and it
