@@ -187,7 +187,10 @@ class Consumers:
         task = contracts.Task.model_validate_json(stored.body)
         newest = await eventlog.newest(self._bus, task.job_id)
         verdict = attempts.judge(task, newest.event, max_attempts=1 << 30)
-        if not isinstance(verdict, attempts.Drop) and verdict.attempt > 1:
+        if isinstance(verdict, attempts.Drop):  # its last worker said how it ended, and died before it was acknowledged
+            await self._bus.delete(topology.TASKS, seq)
+            return
+        if verdict.attempt > 1:
             await self._jobs.share.queue_again(task, stored)
             log.warning(
                 "a task had many hands: it is queued anew", _event="requeued", job=task.job_id, stage=task.stage

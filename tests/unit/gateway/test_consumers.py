@@ -13,7 +13,7 @@ from gateway import consumers
 from gateway.consumers import Consumers
 from vidgen import contracts, dead, topology
 from vidgen.bus import PULL_WAIT, Delivery
-from vidgen.contracts import Job
+from vidgen.contracts import Job, JobStatus
 from vidgen.testing import MemoryBus
 
 
@@ -212,6 +212,24 @@ async def test_an_exhausted_task_fails_its_job_and_leaves_the_queue(loops: Loops
     [letter] = await loops.bus.tail(topology.DEAD, None, 1)
     assert contracts.DeadLetter.model_validate_json(letter.body).error.code == "deliveries_exhausted"
     assert (await loops.gateway.client.post(f"/v1/dead/{letter.seq}/replay")).json()["run"] == 2
+
+
+async def test_a_task_that_is_done_and_whose_deliveries_ran_out_is_no_dead_letter(loops: Loops) -> None:
+    """Its last worker said that it was done, and was gone before the bus heard that the message was."""
+    job = await loops.gateway.submit()
+    [task] = await loops.bus.tail(topology.TASKS, None, 1)
+    await say(loops, completed(job))
+    await loops.until_told(job.id, "completed")
+    advisory = b'{"stream_seq": %d}' % task.seq
+    await loops.bus.publish(
+        f"$JS.EVENT.ADVISORY.CONSUMER.MAX_DELIVERIES.{topology.TASKS}.edit-interactive", advisory, message_id="advice"
+    )
+    async with asyncio.timeout(BOUND):
+        while await loops.gateway.count(topology.TASKS):
+            await asyncio.sleep(0.01)
+
+    assert await loops.gateway.count(topology.DEAD) == 0
+    assert (await loops.gateway.parts.jobs.get(job.id)).status is JobStatus.COMPLETED
 
 
 @pytest.mark.parametrize("dies", [None, "publish", "delete", "first"])
