@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from contextlib import AbstractAsyncContextManager, nullcontext
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,6 +13,7 @@ from fastapi import APIRouter, Header, Query, Request
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import Response
 
+from gateway import pipeline
 from gateway.api import bodies, problems
 from gateway.api.forms import REQUEST_FIELD, read_form
 from gateway.api.parts import CallerHere, JobHere, Parts, PartsHere
@@ -134,7 +136,7 @@ async def cancel(job: JobHere, parts: PartsHere) -> Response:
 @router.post("/{job_id}/retry", response_model=Job, responses=problems.responses(404, 409, 503))
 async def retry(job: JobHere, parts: PartsHere) -> Response:
     """Run a failed or cancelled job again from the stage where it stopped; what succeeded is not done again."""
-    async with parts.quotas.room(job.tenant):
+    async with _room(parts, job, pipeline.may_retry(job)):
         return answer(await parts.jobs.retry(job.id))
 
 
@@ -145,8 +147,13 @@ async def retry(job: JobHere, parts: PartsHere) -> Response:
 async def approve(job: JobHere, request: Request, parts: PartsHere) -> Response:
     """Let a job that waits for a review go on with one of its candidates."""
     wanted = await bodies.read_model(request, Approval)
-    async with parts.quotas.room(job.tenant):
+    async with _room(parts, job, job.status is JobStatus.AWAITING_REVIEW):
         return answer(await parts.jobs.approve(job.id, wanted.candidate))
+
+
+def _room(parts: Parts, job: Job, begins: bool) -> AbstractAsyncContextManager[None]:
+    """Room for a task of the job, where it begins one; who asks for what is done already takes none."""
+    return parts.quotas.room(job.tenant) if begins else nullcontext()
 
 
 async def _read_request(request: Request, parts: Parts, tenant: str) -> VideoRequest:

@@ -572,6 +572,23 @@ async def test_an_approval_counts_as_a_job_that_is_not_done() -> None:
     assert let_on.status_code == 200
 
 
+async def test_who_asks_again_for_what_was_done_or_cannot_be_is_told_so_and_not_that_there_is_no_room() -> None:
+    gateway = await with_keys(tenant_jobs=1)
+    headers = bearer(await key_for(gateway.parts.bus, "acme"))
+    reviewed = NEW | {"review": True, "i2v": {"prompt": "it moves"}}
+    job = Job.model_validate_json((await gateway.client.post("/v1/jobs", json=reviewed, headers=headers)).content)
+    for stream, pattern in topology.tasks_of("acme"):
+        await gateway.parts.bus.purge(stream, pattern)
+    await gateway.tell(completed(job))
+
+    for _ in range(2):  # the first answer was lost on its way
+        approved = await gateway.client.post(f"/v1/jobs/{job.id}/approve", json={"candidate": 0}, headers=headers)
+        assert (approved.status_code, approved.json().get("approved")) == (200, 0)
+    other = await gateway.client.post(f"/v1/jobs/{job.id}/approve", json={"candidate": 1}, headers=headers)
+    again = await gateway.client.post(f"/v1/jobs/{job.id}/retry", headers=headers)
+    assert [(one.status_code, one.json()["code"]) for one in (other, again)] == [(409, "not_possible")] * 2
+
+
 async def test_many_at_once_get_no_more_room_than_there_is() -> None:
     gateway = await with_keys(tenant_jobs=3)
     headers = bearer(await key_for(gateway.parts.bus, "acme"))
