@@ -261,7 +261,8 @@ class Jobs:
         return job
 
     async def _read(self, job_id: str) -> tuple[Job, int] | None:
-        found = await self._records.get(job_id)
+        # A node that catches up may not have it yet: what happened to the job must not be passed over for that.
+        found = await self._records.get(job_id) or await self._records.latest(job_id)
         return (Job.model_validate_json(found[0]), found[1]) if found else None
 
     async def _write(self, job: Job, revision: int) -> None:

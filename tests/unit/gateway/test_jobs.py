@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from datetime import timedelta
+from unittest.mock import AsyncMock
 
 import pytest
 from tests.gateways import BOUND, EDIT, KEY, Gateway, completed, now, started
@@ -15,6 +16,7 @@ from vidgen import contracts, errors, tenants, topology
 from vidgen.bus import Stored
 from vidgen.contracts import Job, JobStatus
 from vidgen.testing import MemoryBus
+from vidgen.testing.bus import MemoryRecords
 
 
 def a_job(job_id: str = "j1", **request: object) -> Job:
@@ -214,6 +216,21 @@ async def test_a_job_that_has_ended_is_remembered_until_it_is_counted() -> None:
     assert await jobs.ended(job.id) == counted  # the same event once more: now it is read
     assert (bus.calls["records.get"], bus.calls["records.latest"]) != before
     assert not jobs._written
+
+
+async def test_an_event_moves_its_job_on_though_the_node_that_is_read_does_not_have_the_record_yet(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # Of a bus of several nodes one that was started anew answers before it has everything.
+    bus = MemoryBus()
+    job, _ = await Jobs(bus).create(a_job())
+    monkeypatch.setattr(MemoryRecords, "get", AsyncMock(return_value=None))
+
+    applied = await Jobs(bus).apply(completed(job))
+
+    assert applied is not None
+    assert (applied.changed, applied.job.status) == (True, JobStatus.COMPLETED)
+    assert await Jobs(bus).apply(completed(job.model_copy(update={"id": "unknown"}))) is None
 
 
 async def test_only_so_many_records_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
