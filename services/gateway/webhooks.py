@@ -68,8 +68,10 @@ class Places:
         queue = self._queues[host]
         queue.busy -= 1
         queue.pace += NEWEST * (seconds - queue.pace)
-        if not queue.busy and queue.until <= self._clock():
-            del self._queues[host]
+        # Of all receivers, for those who were told to wait may have gone to another replica.
+        now = self._clock()
+        for name in [name for name, one in self._queues.items() if not one.busy and one.until <= now]:
+            del self._queues[name]
 
 
 async def next_of(bus: Bus, consumer: topology.Consumer, stop: asyncio.Event) -> Delivery | None:

@@ -479,6 +479,18 @@ def test_who_finds_no_place_is_strung_out_at_the_pace_of_the_receiver() -> None:
     assert places.take("a") == 0
 
 
+def test_receivers_for_which_others_were_told_to_wait_are_not_kept_in_mind_for_ever() -> None:
+    clock = FakeClock()
+    places = Places(1, clock.time)
+    for number in range(100):
+        host = f"{number}.example"
+        assert places.take(host) == 0
+        assert places.take(host) > 0  # when its turn comes another replica has it
+        places.leave(host, 0.1)
+        clock.advance(LONGEST_WAIT_S)
+    assert len(places._queues) <= 1
+
+
 @given(st.lists(st.tuples(st.sampled_from("ab"), st.booleans(), st.floats(0, 20)), max_size=60))
 def test_a_receiver_never_has_more_than_its_places_and_nobody_waits_for_ever(
     moves: list[tuple[str, bool, float]],
