@@ -222,16 +222,18 @@ class Jobs:
 
         `seq` is where the event stands in the log.
         """
+        doubted = False
         for attempt in range(CAS_TRIES):
             written = self._written.pop(event.job_id, None)
-            found = written or await self._read(event.job_id)
+            found = written or await self._read(event.job_id, surely=doubted)
             if found is None:
                 return None
             job, revision = found
             after, commands = pipeline.decide(job, event)
             changed = after != job
-            if not changed and written is not None:
-                continue  # it may be out of date
+            if not changed and (written is not None or not doubted):
+                doubted = True  # it may be out of date: only the newest record may say that the event is no news
+                continue
             if changed:
                 try:
                     await self._write(after, revision)
@@ -260,9 +262,9 @@ class Jobs:
         self.share.freed(event.stage, pipeline.lane_of(job), job.tenant)
         return job
 
-    async def _read(self, job_id: str) -> tuple[Job, int] | None:
+    async def _read(self, job_id: str, *, surely: bool = False) -> tuple[Job, int] | None:
         # A node that catches up may not have it yet: what happened to the job must not be passed over for that.
-        found = await self._records.get(job_id) or await self._records.latest(job_id)
+        found = (None if surely else await self._records.get(job_id)) or await self._records.latest(job_id)
         return (Job.model_validate_json(found[0]), found[1]) if found else None
 
     async def _write(self, job: Job, revision: int) -> None:

@@ -233,6 +233,26 @@ async def test_an_event_moves_its_job_on_though_the_node_that_is_read_does_not_h
     assert await Jobs(bus).apply(completed(job.model_copy(update={"id": "unknown"}))) is None
 
 
+async def test_what_is_asked_of_a_job_counts_though_the_node_that_is_read_is_behind(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    bus = MemoryBus()
+    job, _ = await Jobs(bus).create(a_job(i2v={"prompt": "zoom"}, review=True))
+    before = await bus.records(topology.JOBS_BUCKET).get(job.id)
+    await Jobs(bus).apply(completed(job))
+    with monkeypatch.context() as behind:
+        behind.setattr(MemoryRecords, "get", AsyncMock(return_value=before))
+        approved = await Jobs(bus).approve(job.id, 0)
+    assert (approved.approved, approved.stage) == (0, "i2v")
+
+    before = await bus.records(topology.JOBS_BUCKET).get(job.id)
+    await Jobs(bus).cancel(job.id)
+    with monkeypatch.context() as behind:
+        behind.setattr(MemoryRecords, "get", AsyncMock(return_value=before))
+        again = await Jobs(bus).retry(job.id)
+    assert (again.run, again.status) == (2, JobStatus.IN_PROGRESS)
+
+
 async def test_only_so_many_records_are_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("gateway.jobs.REMEMBERED", 10)
     bus = MemoryBus()
