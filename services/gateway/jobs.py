@@ -343,7 +343,7 @@ class Jobs:
         while True:
             batch = await self._looks.tail(topology.HISTORY, before, limit + 1, subject)
             # All at once: on a busy machine it is the way to the bus and back that takes long.
-            looks = (self.find(entry.subject.rsplit(".", 1)[-1]) for entry in batch)
+            looks = (self._find_readable(entry.subject.rsplit(".", 1)[-1]) for entry in batch)
             for position, (entry, job) in enumerate(zip(batch, await asyncio.gather(*looks), strict=True)):
                 if job is not None and (status is None or job.status is status):
                     found.append(job)
@@ -356,6 +356,13 @@ class Jobs:
                 return JobPage(tuple(found), None, scanned)
             if scanned >= SCAN_LIMIT:
                 return JobPage(tuple(found), str(before), scanned)
+
+    async def _find_readable(self, job_id: str) -> Job | None:
+        try:
+            return await self.find(job_id)
+        except pydantic.ValidationError:  # of another version: it is to hide no other
+            log.warning("a record cannot be read: is it of another version?", _event="record_unreadable", job=job_id)
+            return None
 
     async def _execute(self, commands: Iterable[pipeline.Command], seq: int | None) -> None:
         """Carry out commands; each may be repeated. `seq` is the place in the log of the event that led to them."""

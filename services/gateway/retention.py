@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
+import pydantic
 import pydantic_core
 import structlog
 
@@ -21,7 +22,6 @@ from gateway.jobs import Jobs, now
 from vidgen import artifacts, errors, topology
 from vidgen.artifacts import ArtifactStore, Stat
 from vidgen.bus import Bus, each
-from vidgen.contracts import Job
 from vidgen.metrics import GatewayMetrics, Kept
 from vidgen.settings import GatewaySettings
 
@@ -112,17 +112,17 @@ class Sweeper:
 
     async def _of_ended_jobs(self, old: list[Stat], before: datetime) -> list[Stat]:
         """Those whose job ended long enough ago, or has no record any more."""
-        ended: dict[str, bool] = {}
-        for job_id in {_job_of(found) for found in old}:
-            job = await self._find(job_id)
-            ended[job_id] = job is None or (job.status.final and (job.completed_at or job.updated_at) < before)
+        ended = {job_id: await self._ended(job_id, before) for job_id in {_job_of(found) for found in old}}
         return [found for found in old if ended[_job_of(found)]]
 
-    async def _find(self, job_id: str) -> Job | None:
+    async def _ended(self, job_id: str, before: datetime) -> bool:
         try:
-            return await self._jobs.find(job_id)
+            job = await self._jobs.find(job_id)
         except errors.RejectedError:  # no job can be called so: somebody put it there by hand
-            return None
+            return True
+        except pydantic.ValidationError:  # of another version, which knows when it has ended
+            return False
+        return job is None or (job.status.final and (job.completed_at or job.updated_at) < before)
 
 
 def _job_of(found: Stat) -> str:

@@ -341,6 +341,16 @@ async def test_pages_stay_the_same_while_new_jobs_come(gateway: Gateway) -> None
     assert third["next_cursor"] is None
 
 
+async def test_a_record_that_cannot_be_read_is_left_out_of_the_list(gateway: Gateway) -> None:
+    for number in range(3):
+        await gateway.submit(f"j{number}")
+    await gateway.parts.bus.records(topology.JOBS_BUCKET).put("j1", b'{"of": "another version"}')
+
+    listed = await gateway.client.get("/v1/jobs")
+
+    assert (listed.status_code, [job["id"] for job in listed.json()["jobs"]]) == (200, ["j2", "j0"])
+
+
 async def test_jobs_are_listed_by_status(gateway: Gateway) -> None:
     for n in range(4):
         await gateway.submit(f"job-{n}")

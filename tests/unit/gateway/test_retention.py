@@ -182,6 +182,16 @@ async def test_a_sweep_that_fails_is_made_good_by_the_next_one(bucket: Bucket) -
     assert bucket.swept("uploads")[0] == 2
 
 
+async def test_a_record_that_cannot_be_read_keeps_what_is_its_own_and_nothing_else(bucket: Bucket) -> None:
+    bucket.put("jobs/a-odd/video.mp4", "jobs/b-gone/video.mp4")
+    await bucket.gateway.parts.bus.records(topology.JOBS_BUCKET).put("a-odd", b'{"of": "another version"}')
+    bucket.pass_days(31)
+
+    await bucket.sweeper.sweep()
+
+    assert set(bucket.store.objects) == {"jobs/a-odd/video.mp4"}
+
+
 def test_the_ages_come_from_the_settings_and_off_is_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VIDGEN_KEEP_UPLOADS", "2.5")
     monkeypatch.setenv("VIDGEN_KEEP_ARTIFACTS", "off")
