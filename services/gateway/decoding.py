@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from gateway.decoder import Decoder
-from vidgen import images
+from vidgen import artifacts, images
 
 T = TypeVar("T")
 
@@ -62,13 +62,19 @@ class Decoding:
         self._waiting: deque[_Place] = deque()
 
     async def over(self, path: Path, work: Callable[[Decoder, Path], T]) -> T:
-        """What `work` makes of an image with a decoder, in a thread; raises as `Decoder.inspect` does."""
+        """What `work` makes of an image with a decoder, in a thread.
+
+        Raises as `Decoder.inspect` does, and StoreError `local_file` where the disk fails.
+        """
         async with self._room(path):
             return await self._lent(lambda decoder: work(decoder, path))
 
     async def _lent(self, work: Callable[[Decoder], T]) -> T:
         async with self._threads:  # the threads are everybody's: none of them should wait for a decoder
-            return await asyncio.to_thread(self._decoders.use, work)
+            try:
+                return await asyncio.to_thread(self._decoders.use, work)
+            except OSError as exc:  # the disk, not the image
+                raise artifacts.local_file(exc) from exc
 
     @contextlib.asynccontextmanager
     async def _room(self, path: Path) -> AsyncIterator[None]:

@@ -19,7 +19,7 @@ from gateway.api.forms import REQUEST_FIELD, read_form
 from gateway.api.parts import CallerHere, JobHere, Parts, PartsHere
 from gateway.api.references import References
 from gateway.intake import TENANT, InvalidRequestError, id_from_key, parse
-from vidgen import contracts, errors
+from vidgen import artifacts, contracts, errors
 from vidgen.artifacts import uploads_prefix
 from vidgen.contracts import FieldError, Job, JobStatus, VideoRequest
 
@@ -159,6 +159,13 @@ def _room(parts: Parts, job: Job, begins: bool) -> AbstractAsyncContextManager[N
 async def _read_request(request: Request, parts: Parts, tenant: str) -> VideoRequest:
     if bodies.media_type(request, bodies.JSON, bodies.FORM) == bodies.JSON:
         return parse(await bodies.read_json(request), tenant)
+    try:
+        return await _read_form_request(request, parts, tenant)
+    except OSError as exc:  # the disk; a client that leaves is told otherwise
+        raise artifacts.local_file(exc) from exc
+
+
+async def _read_form_request(request: Request, parts: Parts, tenant: str) -> VideoRequest:
     references: References = request.app.state.references
     limit = parts.settings.max_upload_bytes
     with tempfile.TemporaryDirectory(prefix="form-", dir=parts.intake.scratch.folder()) as folder:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import AsyncIterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -191,6 +192,17 @@ def odd_picture(kind: str) -> bytes:
         case _:
             frames = [Image.new("RGB", (64, 48), colour) for colour in ("red", "blue")]
             return picture("WEBP", save_all=True, append_images=frames)
+
+
+async def test_a_form_for_which_there_is_no_room_on_the_disk_may_come_again(
+    gateway: Gateway, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gateway.parts.intake.scratch, "folder", lambda: tmp_path / "no folder")
+
+    answer = await gateway.post_form([picture()], {"edit": EDIT})
+
+    assert (answer.status_code, answer.json()["code"]) == (503, "local_file")
+    assert int(answer.headers["Retry-After"]) > 0
 
 
 @pytest.mark.parametrize("kind", ["cmyk", "16-bit", "palette", "alpha", "rotated", "animated"])

@@ -107,6 +107,16 @@ async def test_who_leaves_or_fails_gives_the_room_back(tmp_path: Path) -> None:
     assert desk.decoding._left == MOST
 
 
+async def test_a_disk_that_fails_is_told_as_a_passing_fault(tmp_path: Path) -> None:
+    decoding, odd = Decoding(decoders=DECODERS), tmp_path / "odd"
+    odd.write_bytes(picture("AVIF"))
+    with pytest.raises(errors.StoreError) as told:
+        await decoding.over(odd, lambda decoder, path: decoder.normalise(path, tmp_path / "no folder" / "made.png"))
+    assert told.value.code == "local_file"
+    made = await decoding.over(odd, lambda decoder, path: decoder.normalise(path, tmp_path / "made.png"))
+    assert made.normal
+
+
 async def test_requests_and_forms_share_the_room(monkeypatch: pytest.MonkeyPatch) -> None:
     store, now, most, inspect = MemoryStore(), 0, 0, Decoder.inspect
     lock = threading.Lock()
