@@ -67,6 +67,8 @@ def judge(task: contracts.Task, newest: contracts.AnyEvent | None, max_attempts:
         return Drop("cancelled")
     if isinstance(newest, SETTLED):
         return Drop("settled")
+    if isinstance(newest, contracts.Approved):  # there was something to choose from
+        return Drop("settled") if task.stage == "edit" else first
     if not isinstance(newest, contracts.StageEvent):
         return first
     if newest.stage != task.stage:

@@ -87,6 +87,13 @@ def test_a_task_that_nobody_began_is_a_first_try(newest: contracts.AnyEvent | No
     assert attempts.judge(task(), newest, MAX) == Run(1, 1)
 
 
+def test_an_edit_of_which_a_candidate_was_approved_is_done_though_its_task_comes_again() -> None:
+    # Found by random orders: its worker died before its ack, and somebody approved before the lease had run out.
+    approved = of_job(contracts.Approved)
+    assert attempts.judge(task("edit"), approved, MAX) == Drop("settled")
+    assert attempts.judge(task("edit", run=3), approved, MAX) == Run(1, 1)
+
+
 @pytest.mark.parametrize("newest", CANCELS, ids=name)
 def test_a_task_of_a_cancelled_job_is_dropped(newest: contracts.AnyEvent) -> None:
     assert attempts.judge(task(), newest, MAX) == Drop("cancelled")
