@@ -97,7 +97,7 @@ def _gateways_subjects() -> Iterator[str]:
     yield f"{API}.CONSUMER.DELETE.{topology.EVENTS}.*"
     yield topology.SUBJECT_CONTROL_ALL
     yield topology.SUBJECT_USAGE
-    yield from (topology.subject_of_worker(stage, "*") for stage in STAGES)  # is anybody there
+    yield from (topology.subject_of_worker(stage, "*") for stage in STAGES)  # is anybody there, and still at it
 
 
 def _made(stream: str) -> Iterator[str]:

@@ -329,14 +329,15 @@ async def test_an_answer_reaches_its_own_inbox_and_nobody_hears_that_of_another(
         await i2v.require(topology.consumer_of("i2v", "batch"))
 
 
-async def test_a_worker_answers_one_of_its_stage_and_only_in_an_inbox(
-    server: DeployedNats, identities: Identities
+@pytest.mark.parametrize("who", ["worker", "gateway"])
+async def test_a_worker_answers_one_of_its_stage_or_a_gateway_and_only_in_an_inbox(
+    server: DeployedNats, identities: Identities, who: str
 ) -> None:
     """Who may answer may do so anywhere: a worker that asks could name a record that it may not write."""
     subject = topology.subject_of_worker("edit", "w1")
     async with (
         installed.connected(server.url, identities, "edit-service") as asked,
-        installed.connected(server.url, identities, "worker") as asking,
+        installed.connected(server.url, identities, who) as asking,
     ):
         feed = await asked.listen(subject)
         for reply in SMUGGLED:
