@@ -37,6 +37,7 @@ FIRST_CONNECT_ATTEMPTS = 2  # beyond the first one, a second apart
 FIRST_CONNECT_LIMIT = 30.0  # for all of them: a TLS handshake that fails may leave nats-py waiting for ever
 ANSWER_TIMEOUT = 1.0  # that nobody is there, the server says at once
 NOT_SECURE = "the bus speaks no TLS, and the settings want it"
+DENIED, LATE_ANSWER = "permissions violation", 'publish to "_inbox'  # as nats-py passes on what the server says
 
 SEQUENCE_NOT_FOUND = frozenset({10037, 10043, 10057})  # never was · deleted · past the end
 ADDED_BY_SERVER = frozenset({"Nats-Stream", "Nats-Subject", "Nats-Sequence", "Nats-Time-Stamp"})  # to a direct get
@@ -411,7 +412,10 @@ async def connect(
         last_error = text
         if made is None:
             heard.setdefault(text)  # the last attempt may end in a broken pipe where the first one was told why
-        if on_denied is not None and "permissions violation" in last_error.lower():
+        # What is published to an inbox is an answer. The right to it ends after seconds, and with the connection by
+        # which it was asked for: a process that stood still meanwhile lacks nothing.
+        said = last_error.lower()
+        if on_denied is not None and DENIED in said and LATE_ANSWER not in said:
             on_denied(last_error)
 
     async def lost() -> None:

@@ -353,6 +353,36 @@ async def test_a_worker_answers_one_of_its_stage_or_a_gateway_and_only_in_an_inb
         assert await answer == b"at it"
 
 
+async def test_an_answer_that_comes_too_late_is_refused_and_ends_no_worker(
+    server: DeployedNats, identities: Identities
+) -> None:
+    """A worker that stood still for longer than an answer may take woke, answered, and left for want of a right."""
+    denied: list[str] = []
+    told = asyncio.Event()
+
+    def heard_no(text: str) -> None:
+        denied.append(text)
+        told.set()
+
+    subject = topology.subject_of_worker("edit", "w2")
+    async with (
+        installed.connected(server.url, identities, "edit-service", on_denied=heard_no) as asked,
+        installed.connected(server.url, identities, "worker") as asking,
+    ):
+        feed = await asked.listen(subject)
+        answer = asyncio.create_task(asking.ask(subject, b"j1"))
+        heard = await feed.next(installed.BOUND)
+        assert heard is not None
+        await asked.signal(heard.reply, b"at it")
+        assert await answer == b"at it"
+        await asked.signal(heard.reply, b"at it")  # the right to answer is used up, as when its time is over
+        await asked.signal(NO, b"?")  # the server says no in order
+        async with asyncio.timeout(installed.BOUND):
+            await told.wait()
+    assert len(denied) == 1
+    assert NO in denied[0]
+
+
 @pytest.mark.parametrize("name", ["edit-service", "operator"])
 async def test_the_doctor_says_of_an_identity_that_it_was_let_in(
     server: DeployedNats, identities: Identities, name: str
