@@ -245,8 +245,8 @@ class Worker:
                     cancels.cancel()
                     presence.cancel()
         except ExceptionGroup as died:
-            self._fatal = errors.FatalError("a part of this worker died: the log says of what", code="worker_broken")
-            raise self._fatal from died
+            broken = errors.FatalError("a part of this worker died: the log says of what", code="worker_broken")
+            raise self._unfit_by(broken) from died
         if self._fatal is not None:
             raise self._fatal
 
@@ -350,13 +350,22 @@ class Worker:
             await self._handler.handle(delivery, turn)
             self._done += 1
         except errors.FatalError as exc:
-            self._fatal = exc
+            self._unfit_by(exc)
             self.drain()
         finally:
             turn.alone = False
             turn.ends()
             self._turns.discard(turn)
             self._places.release()
+
+    def _unfit_by(self, exc: errors.FatalError) -> errors.FatalError:
+        """Why this worker must leave: the newest reason, but an engine that hangs before all others.
+
+        A process in which a thread never ends has to leave in another way.
+        """
+        if not isinstance(self._fatal, errors.HungError):
+            self._fatal = exc
+        return self._fatal
 
     async def _hear_cancels(self) -> None:
         """Cancels on core NATS reach a running task within a step: it looks at the log, where the truth is."""

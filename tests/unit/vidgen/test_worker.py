@@ -17,8 +17,10 @@ from tests.workbench import BOUND, Bench, LoopClock, one_thread, settled, tidied
 
 from vidgen import errors, eventlog, topology
 from vidgen.bus import Delivery
-from vidgen.contracts import Checkpoint, WorkerInfo
+from vidgen.contracts import Checkpoint, Work, WorkerInfo
 from vidgen.testing import FakeClock
+from vidgen.turn import Phase
+from vidgen.watchdog import Patience, Watch, Watchdog
 from vidgen.worker import LanePuller, Registration, Worker
 
 
@@ -629,6 +631,39 @@ async def test_a_worker_that_lost_its_device_hands_everything_back_and_leaves() 
         assert shop.bench.queued() == 3
         assert not shop.worker.healthy
         assert (await shop.registered()).state == "unhealthy"
+
+
+class Impatient(Watchdog):
+    """Over what comes behind the device alone."""
+
+    def watch(self, work: Work, phase: Phase = "generating") -> Watch:
+        patience = Patience(least_s=0.0, first_s=0.0) if phase == "finishing" else Patience()
+        return Watchdog(patience, look_s=0.01).watch(work, phase)
+
+
+async def test_a_worker_whose_engine_hangs_says_so_whatever_happens_behind_that() -> None:
+    """As one that had only lost its device it left in order: it waited for the thread that hangs, for ever."""
+
+    class LosesItLate(engines.Gated):
+        def generate(self, inputs: Any, on_step: Any) -> Any:
+            made = super().generate(inputs, on_step)
+            if inputs.seed == 2:
+                raise errors.FatalError("the device fell off the bus", code="device_lost")
+            return made
+
+    async with open_shop(LosesItLate()) as shop:
+        hung, lost = shop.engine.hold("finish", 1), shop.engine.hold("generate", 2, 2)
+        for number in (1, 2):
+            await shop.queue(number)
+        shop.worker._handler._watchdog = Impatient(Patience())
+        shop.start()
+        await reached(hung, lost)
+        await shop.until("stage_failed")
+        lost.open()
+
+        with pytest.raises(errors.HungError):
+            await shop.left()
+        assert shop.bench.types("j2")[-1] == "stage_released"
 
 
 async def test_a_part_that_dies_stops_the_worker_and_its_task_is_handed_back(loop_clock: LoopClock) -> None:
