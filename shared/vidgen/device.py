@@ -14,7 +14,7 @@ import structlog
 
 from vidgen import errors, profiles, tracing
 from vidgen.contracts import Stage
-from vidgen.engine import Engine, Sleeper
+from vidgen.engine import Engine, Sleeper, in_thread
 
 log = structlog.get_logger(__name__)
 
@@ -197,7 +197,7 @@ class TakingTurns:
         self._advance((at, time.time()) if fault is None else None)
 
     async def _on_device(self, work: Callable[[], None]) -> None:
-        doing = asyncio.get_running_loop().run_in_executor(self._device_thread, work)
+        doing = asyncio.get_running_loop().run_in_executor(self._device_thread, in_thread(work))
         await asyncio.wait([doing], timeout=self._bears_s)
         if not doing.done():
             raise errors.SwitchHungError(f"the models did not change places within {self._bears_s:.0f} s")

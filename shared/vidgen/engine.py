@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 from vidgen import profiles
 from vidgen.contracts import GpuFigures, Work
@@ -13,6 +13,8 @@ from vidgen.contracts import GpuFigures, Work
 # What an engine can do without for the length of a task, in this order: the candidates made one after another, the
 # VAE in tiles, the weights streamed from the host's memory.
 Rung = Literal["one_by_one", "vae_tiling", "offload"]
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -125,6 +127,21 @@ class Sleeper(Protocol):
 
         Then it is asleep as before.
         """
+
+
+def in_thread(work: Callable[..., T]) -> Callable[..., T]:
+    """What an engine does, to be called in a thread.
+
+    Before Python 3.12 no future takes a StopIteration, and whoever waits for one that should have would for ever.
+    """
+
+    def call(*given: Any) -> T:
+        try:
+            return work(*given)
+        except StopIteration as exc:
+            raise RuntimeError("the engine raised StopIteration") from exc
+
+    return call
 
 
 class GpuMonitor(Protocol):

@@ -26,7 +26,7 @@ from vidgen.artifacts import ArtifactStore, check_key
 from vidgen.bus import Bus, Delivery
 from vidgen.company import Company, Place
 from vidgen.contracts import Task
-from vidgen.engine import Engine, Generated, OnStep, Resumable
+from vidgen.engine import Engine, Generated, OnStep, Resumable, in_thread
 from vidgen.eta import Recent
 from vidgen.eventlog import Claim, FencedError
 from vidgen.metrics import Outcome, WorkerMetrics
@@ -313,7 +313,7 @@ class Handler:
     ) -> results.Made:
         task = held.task
         with clocks.timed("prepare"):
-            preparing = asyncio.to_thread(self._engine.prepare, task.work, gathered.files)
+            preparing = asyncio.to_thread(in_thread(self._engine.prepare), task.work, gathered.files)
             inputs = await self._watchdog.watch(task.work, "preparing").over(preparing)
             begun = await self._begun_elsewhere(held, gathered.folder)
         decoding = self._decoding.value or 0.0
@@ -358,7 +358,7 @@ class Handler:
         clocks.denoise, clocks.decode = generated.denoise_s, generated.decode_s
         reporter.phase("finishing")
         with clocks.timed("encode"):
-            finishing = asyncio.to_thread(self._finish, task, generated.output, gathered.folder)
+            finishing = asyncio.to_thread(in_thread(self._finish), task, generated.output, gathered.folder)
             return await self._watchdog.watch(task.work, "finishing").over(finishing)
 
     def _finish(self, task: Task, output: Any, folder: Path) -> results.Made:
@@ -381,6 +381,7 @@ class Handler:
 
     async def _on_device(self, work: Callable[..., T], *given: Any) -> T:
         context = contextvars.copy_context()  # so that what the engine logs names the job
+        work = in_thread(work)
         return await asyncio.get_running_loop().run_in_executor(self._device_thread, lambda: context.run(work, *given))
 
     async def _begun_elsewhere(self, held: Claim, folder: Path) -> checkpoints.Found | None:

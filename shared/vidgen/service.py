@@ -40,7 +40,7 @@ from vidgen import (
 from vidgen.artifacts import S3Store
 from vidgen.company import Company
 from vidgen.contracts import LANES, Stage
-from vidgen.engine import Engine, Sleeper
+from vidgen.engine import Engine, Sleeper, in_thread
 from vidgen.jetstream import JetStreamBus
 from vidgen.metrics import WorkerMetrics
 from vidgen.patience import PatientStore
@@ -381,7 +381,7 @@ async def _run_all(workers: Sequence[Worker]) -> None:
 async def _on(device_thread: ThreadPoolExecutor, work: Callable[[], T]) -> T:
     """What the engines do on their device at the start; whatever their libraries raise is a FatalError."""
     try:
-        return await asyncio.get_running_loop().run_in_executor(device_thread, work)
+        return await asyncio.get_running_loop().run_in_executor(device_thread, in_thread(work))
     except errors.VidgenError:
         raise
     except Exception as exc:

@@ -276,6 +276,20 @@ async def test_a_bug_in_an_engine_is_a_passing_fault(bench_of: MakeBench) -> Non
     assert "ZeroDivisionError" in bench.events()[-1].error.message
 
 
+@pytest.mark.parametrize("phase", ["prepare", "generate", "finish"])
+async def test_an_engine_that_looks_for_what_is_not_there_ends_its_task(bench_of: MakeBench, phase: str) -> None:
+    """Python's futures take no StopIteration: the task waited for ever, and the next ones behind it."""
+    engine: Any = engines.Instant()
+    setattr(engine, phase, lambda *given: next(iter(())))
+    bench = bench_of(engine)
+    await bench.queue()
+
+    async with asyncio.timeout(BOUND):
+        assert await bench.run() == "retried"
+
+    assert bench.events()[-1].error.code == "unexpected"
+
+
 async def test_an_engine_that_wrote_nothing_stores_nothing(bench_of: MakeBench) -> None:
     bench = bench_of(engines.WritesNothing())
     await bench.queue()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import gc
 import importlib.util
@@ -17,6 +18,7 @@ from typing import Any, Literal
 
 import pytest
 from tests import checkpoints, engines
+from tests.workbench import BOUND
 
 from vidgen import choice, errors, jetstream, manifest, profiles, service
 from vidgen.contracts import Stage
@@ -189,6 +191,19 @@ async def test_the_disk_reads_a_real_model_while_its_engine_is_made(
     assert [{file.parent.name for file in files} for files in filled] == [
         {"text_encoder", "transformer", "transformer_2", "vae"} if engine == "real" else set()
     ]
+
+
+async def test_a_setup_that_looks_for_what_is_not_there_ends_the_start() -> None:
+    """Python's futures take no StopIteration: the start was taken for one that hangs, a quarter of an hour later."""
+
+    class Looks(engines.Instant):
+        def setup(self) -> dict[str, float]:
+            return next(iter(()))  # as of a model that has no parameters
+
+    serving = service._Service({"edit": lambda settings, chosen: Looks()}, WorkerSettings(engine="preview"))
+    with ThreadPoolExecutor(1) as device_thread, pytest.raises(FatalError, match="StopIteration"):
+        async with asyncio.timeout(BOUND):
+            await serving._load(device_thread)
 
 
 @pytest.mark.parametrize("hangs_in", ["make", "setup"])
