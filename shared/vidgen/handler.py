@@ -473,6 +473,8 @@ class Handler:
             standing = attempts.standing(held.task, held.attempt, seen.event)
             if standing != "mine":
                 turn.stop.now(standing, seen.event.at if seen.event else None)
+            if standing == "fenced":
+                return  # another one's lease is not to be renewed from here
 
 
 @contextlib.asynccontextmanager

@@ -108,8 +108,9 @@ class _JustInTimeTurn(Turn):
     _opened: bool = False
 
     def holds(self, seq: int) -> bool:
-        """Whether this is the turn of the task with that sequence, and has neither settled it nor handed it back."""
-        return self.delivery is not None and self.delivery.seq == seq and not self.delivery.settled
+        """Whether this is the turn of the task with that sequence, and has neither lost nor settled it."""
+        held = self.delivery
+        return held is not None and held.seq == seq and not held.settled and self.stop.reason != "fenced"
 
     def enters(self, phase: Phase) -> None:
         super().enters(phase)

@@ -966,6 +966,31 @@ async def test_a_task_that_was_handed_back_is_taken_again_though_who_did_is_not_
         answered.set()
 
 
+async def test_a_task_that_comes_back_while_an_overtaken_attempt_still_ends_is_begun(loop_clock: LoopClock) -> None:
+    """It was taken for what runs here: nobody had it until its lease ran out, which the overtaken attempt renewed."""
+    async with open_shop() as shop:
+        finishing = shop.engine.hold("finish", 1)
+        await shop.queue(1)
+        shop.start()
+        await reached(finishing)
+        [turn] = shop.worker._turns
+        await shop.bench.start_elsewhere(2, tries=1, job="j1")
+        turn.look.set()
+        await asyncio.wait_for(turn.stop.raised.wait(), BOUND)
+        renewed = shop.bench.bus.calls["in_progress"]
+        loop_clock.advance(15.1)
+        await settled()
+        assert shop.bench.bus.calls["in_progress"] == renewed
+
+        [held] = await shop.bench.bus.unsettled(topology.consumer_of("edit", "interactive"))
+        await shop.bench.bus.hand_back(topology.consumer_of("edit", "interactive"), held.seq)
+        await shop.bench.journal.until(lambda: len(shop.worker._turns) == 2)
+        finishing.open()
+        await shop.until("stage_completed")
+
+        assert shop.bench.events("j1")[-1].attempt == 3
+
+
 async def test_a_task_gets_the_folder_of_one_that_is_done_empty_and_none_that_was_left_otherwise(
     loop_clock: LoopClock,
 ) -> None:
