@@ -171,6 +171,9 @@ class Handler:
                 await asyncio.wait(waited, timeout=self._policy.ack_wait / 4, return_when=asyncio.FIRST_COMPLETED)
                 with contextlib.suppress(errors.RetryableError):  # the claim will tell
                     await delivery.in_progress()
+        except asyncio.CancelledError:  # the whole worker leaves in a hurry
+            await _in_a_hurry(delivery.nak())
+            raise
         finally:
             raised.cancel()
         return turn.stop.reason is None
@@ -232,9 +235,7 @@ class Handler:
             except asyncio.CancelledError:
                 # The whole worker leaves in a hurry: the engine ends at its next step, the task is free now.
                 turn.stop.now("released")
-                with contextlib.suppress(errors.VidgenError, TimeoutError):
-                    async with asyncio.timeout(HAND_BACK_S):
-                        await self._settlement.release(delivery, held, clocks)
+                await _in_a_hurry(self._settlement.release(delivery, held, clocks))
                 raise
             except errors.RejectedError as exc:
                 return await self._settlement.fail(delivery, held, clocks, exc, retryable=False)
@@ -503,6 +504,12 @@ def _causes(exc: BaseException) -> Iterator[BaseException]:
         seen.add(id(cause))
         yield cause
         cause = cause.__cause__
+
+
+async def _in_a_hurry(hand_back: Awaitable[object]) -> None:
+    with contextlib.suppress(errors.VidgenError, TimeoutError):
+        async with asyncio.timeout(HAND_BACK_S):
+            await hand_back
 
 
 async def _all_of(*works: Awaitable[T]) -> list[T]:

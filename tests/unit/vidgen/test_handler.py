@@ -476,6 +476,30 @@ async def test_a_task_that_waits_to_be_alone_is_kept_and_handed_back_unbegun_at_
     assert await ended(first) == "completed"
 
 
+async def test_a_task_that_waits_to_be_alone_is_handed_back_by_a_worker_that_leaves_in_a_hurry(
+    bench_of: MakeBench,
+) -> None:
+    engine = engines.Gated()
+    gate = engine.hold("finish", 1)
+    bench = bench_of(engine)
+    for number in (1, 2):
+        await bench.queue(job=f"j{number}", seed=number)
+    first = await bench.begin()
+    await reached(gate)
+    await bench.start_elsewhere(1, job="j2", worker=bench.policy.worker_id)
+    waiting = await bench.begin()
+    await settled()
+
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await ended(waiting)
+
+    assert bench.types("j2") == ["stage_started"]
+    assert (await bench.take()).num_delivered == 2
+    gate.open()
+    assert await ended(first) == "completed"
+
+
 @pytest.mark.parametrize(
     ("key", "code"),
     [
