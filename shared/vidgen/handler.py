@@ -11,7 +11,7 @@ import contextlib
 import contextvars
 import errno
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -33,7 +33,7 @@ from vidgen.metrics import Outcome, WorkerMetrics
 from vidgen.progress import Reporter
 from vidgen.scratch import Scratch
 from vidgen.settlement import Policy, Settlement
-from vidgen.turn import SUSPENDING, Clocks, Stop, Turn
+from vidgen.turn import REASONS, SUSPENDING, UNWANTED, Clocks, Reason, Stop, Turn
 from vidgen.watchdog import Watchdog
 
 log = structlog.get_logger(__name__)
@@ -279,7 +279,7 @@ class Handler:
         task = held.task
         _check_deadline(task)
         reporter.phase("preparing")
-        gathered = await asyncio.shield(gathering)
+        gathered = await _unless(turn.stop, asyncio.shield(gathering))
         result = gathered.result
         if not (gathered.looked or held.first):
             with clocks.timed("prepare"):
@@ -293,7 +293,7 @@ class Handler:
                     await self._keep_state(held, gathered.folder, exc, turn.stop)
                 raise
             with clocks.timed("store"):
-                result = await self._keep(task, made)
+                result = await _unless(turn.stop, self._keep(task, made), UNWANTED)
             self._finishing.add(clocks.decode + clocks.encode + clocks.store)
         event = contracts.StageCompleted.model_validate(
             held.stamp()
@@ -504,6 +504,29 @@ def _causes(exc: BaseException) -> Iterator[BaseException]:
         seen.add(id(cause))
         yield cause
         cause = cause.__cause__
+
+
+async def _unless(stop: Stop, work: Awaitable[T], reasons: Sequence[Reason] = REASONS) -> T:
+    """What comes of it; Cancelled, and it is let go of, where the end is asked for by one of the reasons.
+
+    A store that is away may take minutes.
+    """
+    doing = asyncio.ensure_future(work)
+
+    def look() -> None:
+        if stop.reason in reasons:
+            doing.cancel()
+
+    stop.wake = look
+    try:
+        look()
+        await asyncio.wait([doing])
+    finally:
+        stop.wake = None
+        doing.cancel()
+    if doing.cancelled():
+        raise errors.Cancelled
+    return doing.result()
 
 
 async def _in_a_hurry(hand_back: Awaitable[object]) -> None:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
-from typing import Literal
+from typing import Literal, get_args
 
 from vidgen import errors, tracing
 from vidgen.contracts import Timings
@@ -18,6 +18,8 @@ Phase = Literal["preparing", "generating", "finishing"]
 Reason = Literal["cancelled", "fenced", "released", "drained", "preempted"]
 # What hands a task back with its state; a cancel or a newer attempt may still come over it.
 SUSPENDING: tuple[Reason, ...] = ("drained", "preempted")
+UNWANTED: tuple[Reason, ...] = ("cancelled", "fenced")  # nobody waits for a result from here any more
+REASONS: tuple[Reason, ...] = get_args(Reason)
 
 
 @dataclass
@@ -36,7 +38,7 @@ class Stop:
 
     def now(self, reason: Reason, asked_at: datetime | None = None) -> None:
         """Ask for the end; the first reason stays. `asked_at` is when somebody wished it."""
-        if self.reason is None or (self.reason in SUSPENDING and reason in ("cancelled", "fenced")):
+        if self.reason is None or (self.reason in SUSPENDING and reason in UNWANTED):
             self.since, self.asked_at = time.monotonic(), asked_at
             self.reason = reason
             self.raised.set()

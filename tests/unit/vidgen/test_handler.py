@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import errno
+import hashlib
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -888,6 +889,29 @@ async def test_of_two_workers_with_the_same_task_one_wins(bench_of: MakeBench) -
     assert bench.queued() == 0
 
 
+async def test_an_attempt_that_was_overtaken_stores_nothing_over_what_the_newer_one_made(bench_of: MakeBench) -> None:
+    """Two kinds of GPUs make other bytes: the record's checksum was of what no longer lay there."""
+    engine = engines.Gated()
+    gate = engine.hold("finish")
+    bench = bench_of(engine)
+    await bench.queue()
+    turn = bench.turn()
+    running = await bench.begin(turn)
+    await reached(gate)
+    [held] = await bench.bus.unsettled(topology.consumer_of("edit", "interactive"))
+    await bench.bus.hand_back(topology.consumer_of("edit", "interactive"), held.seq)
+    bench.use(engines.Instant(png=engines.PNG + b"of another GPU"))
+    assert await bench.run() == "completed"
+    turn.look.set()
+    await asyncio.wait_for(turn.stop.raised.wait(), BOUND)
+    gate.open()
+
+    assert await ended(running) == "fenced"
+
+    [artifact] = bench.events()[-1].artifacts
+    assert hashlib.sha256(bench.store.objects[artifact.key]).hexdigest() == artifact.sha256
+
+
 # ── cancel ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -986,6 +1010,33 @@ async def test_a_cancel_whose_signal_was_missed_is_found_by_the_heartbeat(
     assert await ended(running) == "cancelled"
 
 
+class Away:
+    """A store that gives no answer to one of its calls, until the test is over."""
+
+    def __init__(self, bench: Bench, method: str) -> None:
+        self.asked = asyncio.Event()
+        setattr(bench.store, method, self)
+
+    async def __call__(self, *given: object, **options: object) -> None:
+        self.asked.set()
+        await asyncio.Event().wait()
+
+
+async def test_a_cancel_does_not_wait_for_a_store_that_is_away(bench_of: MakeBench) -> None:
+    bench = bench_of()
+    await bench.queue()
+    away, turn = Away(bench, "put"), bench.turn()
+    running = await bench.begin(turn)
+    await asyncio.wait_for(away.asked.wait(), BOUND)
+
+    await bench.cancel()
+    turn.look.set()
+
+    assert await ended(running) == "cancelled"
+    assert bench.types() == ["stage_started", "cancel_requested", "stage_cancelled"]
+    assert bench.events()[-1].gpu_seconds > 0
+
+
 async def test_a_cancel_that_comes_with_the_last_step_wins_over_the_result(bench_of: MakeBench) -> None:
     engine = engines.Gated()
     gate = engine.hold("finish")
@@ -1001,6 +1052,23 @@ async def test_a_cancel_that_comes_with_the_last_step_wins_over_the_result(bench
     assert bench.types() == ["stage_started", "cancel_requested", "stage_cancelled"]
     assert bench.events()[-1].gpu_seconds > 0
     assert bench.queued() == 0
+
+
+async def test_what_cannot_be_fetched_is_handed_back_at_once_when_it_is_told_to(bench_of: MakeBench) -> None:
+    """For as long as a store was away a worker kept what it was to leave, and charged it a try in the end."""
+    bench = bench_of()
+    await bench.queue()
+    away, turn = Away(bench, "fetch"), bench.turn()
+    running = await bench.begin(turn)
+    await asyncio.wait_for(away.asked.wait(), BOUND)
+    await settled()
+
+    turn.stop.now("released")
+    await bench.journal.until(lambda: "nak" in bench.journal.entries)
+    assert (bench.events()[-1].type, bench.events()[-1].tries) == ("stage_released", 0)
+
+    running.cancel()
+    await asyncio.wait([running])
 
 
 @pytest.mark.parametrize("most", [1, 3])
