@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import socket
+import threading
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -158,6 +159,31 @@ class Registration:
     load_seconds: float | None = None
 
 
+class _Figures:
+    """The devices' figures, read in a thread of its own that nobody waits for: a driver that hangs ends no more."""
+
+    def __init__(self, monitor: GpuMonitor) -> None:
+        self._monitor = monitor
+        self._newest: tuple[GpuFigures, ...] = ()
+        self._reading: asyncio.Future[tuple[GpuFigures, ...]] | None = None
+
+    async def within(self, seconds: float) -> tuple[GpuFigures, ...]:
+        """Those of now; where the driver takes longer, the newest that are known."""
+        if self._reading is None:
+            loop = asyncio.get_running_loop()
+            self._reading = loop.create_future()
+            threading.Thread(target=self._read, args=(loop, self._reading), name="figures", daemon=True).start()
+        await asyncio.wait([self._reading], timeout=seconds)
+        if self._reading.done():
+            self._newest, self._reading = self._reading.result(), None
+        return self._newest
+
+    def _read(self, loop: asyncio.AbstractEventLoop, reading: asyncio.Future[tuple[GpuFigures, ...]]) -> None:
+        figures = self._monitor.read()
+        with contextlib.suppress(RuntimeError):  # this process leaves
+            loop.call_soon_threadsafe(reading.set_result, figures)
+
+
 class Worker:
     """One engine serving one stage. `run` returns once drained and raises FatalError when the worker is sick.
 
@@ -177,7 +203,7 @@ class Worker:
         device: Device | None = None,
         company: Company | None = None,
     ) -> None:
-        self._bus, self._engine, self._monitor, self._metrics = bus, engine, monitor, metrics
+        self._bus, self._engine, self._figures, self._metrics = bus, engine, _Figures(monitor), metrics
         self._policy, self._registration = policy, registration
         self._handler = Handler(bus, store, engine, device_thread, metrics, policy, company or Company())
         self._puller = LanePuller(bus, policy.stage)
@@ -435,7 +461,7 @@ class Worker:
             self._changed.clear()
             self._forget_soon()
             if clock() - read_at >= self._registration.heartbeat_s:  # a driver may take its time, and a change has none
-                figures, read_at = await asyncio.to_thread(self._monitor.read), clock()
+                figures, read_at = await self._figures.within(self._registration.heartbeat_s / 3), clock()
                 self._metrics.gpu_figures(figures)
             info = self._describe(figures)
             self._metrics.state(info.state)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 from collections.abc import AsyncIterator, Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -17,7 +18,7 @@ from tests.workbench import BOUND, Bench, LoopClock, one_thread, settled, tidied
 
 from vidgen import errors, eventlog, topology
 from vidgen.bus import Delivery
-from vidgen.contracts import Checkpoint, Work, WorkerInfo
+from vidgen.contracts import Checkpoint, GpuFigures, Work, WorkerInfo
 from vidgen.testing import FakeClock
 from vidgen.turn import Phase
 from vidgen.watchdog import Patience, Watch, Watchdog
@@ -856,6 +857,37 @@ async def test_a_worker_shows_itself_with_its_figures_and_what_it_does(loop_cloc
         assert (info.state, info.running, info.tasks_done) == ("draining", (), 1)
         assert info.seconds_per_step is not None
         assert shop.bench.metric("vidgen_worker_state", state="draining") == 1
+
+
+async def test_a_driver_that_does_not_answer_keeps_no_worker_from_showing_itself_and_leaving(
+    loop_clock: LoopClock,
+) -> None:
+    """NVML hangs with the GPU: such a worker was no longer seen, and never left."""
+    asked, answered = threading.Event(), threading.Event()
+
+    class Hangs:
+        def read(self) -> tuple[GpuFigures, ...]:
+            asked.set()
+            answered.wait(engines.PATIENCE)
+            return ()
+
+    async with open_shop() as shop:
+        shop.worker._figures._monitor = Hangs()
+        shop.start()
+        assert await asyncio.to_thread(asked.wait, BOUND)
+        await settled()
+        loop_clock.advance(3.1)
+        await shop.until("records.put")
+
+        shop.worker.drain()
+        await settled()
+        loop_clock.advance(3.1)
+        try:
+            await shop.left()
+        finally:
+            answered.set()
+
+        assert (await shop.registered()).state == "draining"
 
 
 async def test_a_registry_that_does_not_answer_does_not_stop_the_worker(loop_clock: LoopClock) -> None:
