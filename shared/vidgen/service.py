@@ -203,8 +203,9 @@ class _Service:
             log.info("the weights are those of their manifest", _event="weights_verified")
         importing = time.monotonic()
         # In a thread: the packages of a real engine take seconds, and the probes are to answer meanwhile.
-        with pagecache.filling(self._files(stage) if chosen.kind == "real" and reason is None else []):
-            engine = await asyncio.to_thread(self._makers[stage], self._settings, chosen)
+        files = self._files(stage) if chosen.kind == "real" and reason is None else []
+        with _ending_the_start(), pagecache.filling(files):
+            engine = await asyncio.to_thread(in_thread(self._makers[stage]), self._settings, chosen)
         return _Loaded(engine, time.monotonic() - begun, {"imports": time.monotonic() - importing})
 
     def _files(self, stage: Stage) -> Sequence[Path]:
@@ -379,12 +380,20 @@ async def _run_all(workers: Sequence[Worker]) -> None:
 
 
 async def _on(device_thread: ThreadPoolExecutor, work: Callable[[], T]) -> T:
-    """What the engines do on their device at the start; whatever their libraries raise is a FatalError."""
-    try:
+    """What the engines do on their device at the start; raises FatalError."""
+    with _ending_the_start():
         return await asyncio.get_running_loop().run_in_executor(device_thread, in_thread(work))
+
+
+@contextlib.contextmanager
+def _ending_the_start() -> Iterator[None]:
+    """Whatever an engine's libraries raise is a FatalError, with the remedy where they are not there at all."""
+    try:
+        yield
     except errors.VidgenError:
         raise
     except Exception as exc:
+        missing = weights.not_installed() if isinstance(exc, ImportError) else None
         raise errors.FatalError(
-            f"the engine could not be set up: {type(exc).__name__}: {exc}", code="setup_failed"
+            missing or f"the engine could not be set up: {type(exc).__name__}: {exc}", code="setup_failed"
         ) from exc
