@@ -227,7 +227,7 @@ def is_loopback(host: str) -> bool:
 
 
 def _worker_id() -> str:
-    host = "".join(c if c.isalnum() or c == "-" else "-" for c in socket.gethostname())[:40]
+    host = "".join(c if (c.isascii() and c.isalnum()) or c == "-" else "-" for c in socket.gethostname())[:40]
     return f"{host}-{os.getpid()}-{secrets.token_hex(2)}"
 
 

@@ -57,3 +57,8 @@ def test_an_address_of_the_store_that_is_none_is_named_at_the_start(
 def test_an_address_of_the_store_is_taken_as_it_is(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VIDGEN_S3_ENDPOINT", url)
     assert settings.read(settings.WorkerSettings).s3_endpoint == url
+
+
+def test_a_worker_has_a_name_on_a_machine_whose_name_has_letters_beyond_ascii(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(settings.socket, "gethostname", lambda: "jürgens-rechner.local")
+    assert settings.read(settings.WorkerSettings).worker_id.startswith("j-rgens-rechner-local-")
