@@ -316,7 +316,7 @@ class Handler:
         with clocks.timed("prepare"):
             preparing = asyncio.to_thread(in_thread(self._engine.prepare), task.work, gathered.files)
             inputs = await self._watchdog.watch(task.work, "preparing").over(preparing)
-            begun = await self._begun_elsewhere(held, gathered.folder)
+            begun = await _unless(turn.stop, self._begun_elsewhere(held, gathered.folder), ("released",))
         decoding = self._decoding.value or 0.0
 
         def stepped(seconds: float, left_s: float | None) -> None:

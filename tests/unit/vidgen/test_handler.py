@@ -1732,6 +1732,31 @@ async def test_where_checkpoints_are_off_none_is_made_or_read(bench_of: MakeBenc
     assert second.made == [WHOLE]
 
 
+async def test_a_drain_waits_for_no_checkpoint_that_cannot_be_fetched(bench_of: MakeBench) -> None:
+    bench = bench_of()
+    await bench.queue()
+    await left_behind_step_two(bench)
+    kept = bench.events()[-1].checkpoint
+    bench.use(engines.Resumes())
+    fetch, asked = bench.store.fetch, asyncio.Event()
+
+    async def fetch_inputs_only(key: str, path: Path, limit: int | None = None) -> int:
+        if key.startswith("checkpoints/"):
+            asked.set()
+            await asyncio.Event().wait()
+        return await fetch(key, path, limit)
+
+    bench.store.fetch = fetch_inputs_only  # type: ignore[method-assign]
+    turn = bench.turn()
+    running = await bench.begin(turn)
+    await asyncio.wait_for(asked.wait(), BOUND)
+
+    turn.stop.now("released")
+
+    assert await ended(running) == "released"
+    assert bench.events()[-1].checkpoint == kept
+
+
 # ── checkpoints that cannot be stored, or come too late ──────────────────────────────────────────────────────────
 
 
