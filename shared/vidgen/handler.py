@@ -293,6 +293,7 @@ class Handler:
                     await self._keep_state(held, gathered.folder, exc, turn.stop)
                 raise
             with clocks.timed("store"):
+                await self._look_if_late(held, turn)
                 result = await _unless(turn.stop, self._keep(task, made), UNWANTED)
             self._finishing.add(clocks.decode + clocks.encode + clocks.store)
         event = contracts.StageCompleted.model_validate(
@@ -437,6 +438,12 @@ class Handler:
         self._metrics.artifact_moved("get", sum(sizes), time.monotonic() - begun)
         return paths
 
+    async def _look_if_late(self, held: Claim, turn: Turn) -> None:
+        """Behind a lease that may have ended, see that no newer attempt has stored: other GPUs make other bytes."""
+        if asyncio.get_running_loop().time() - turn.sure_at > self._policy.ack_wait:
+            with contextlib.suppress(errors.RetryableError):  # then whoever comes next finds this result
+                await held.check()
+
     async def _keep(self, task: Task, made: results.Made) -> results.Result:
         begun = time.monotonic()
         result = await results.keep(self._store, task, made)
@@ -450,6 +457,7 @@ class Handler:
     @contextlib.asynccontextmanager
     async def _lease(self, delivery: Delivery, held: Claim, turn: Turn) -> AsyncIterator[None]:
         """Keep the task while the block runs: heartbeats at a quarter of `ack_wait`, each with a look at the log."""
+        turn.sure_at = asyncio.get_running_loop().time()
         beats = asyncio.create_task(self._beat(delivery, held, turn), name=f"lease-{held.task.job_id}")
         try:
             yield
@@ -472,8 +480,10 @@ class Handler:
                 continue
             # The log has the truth: a signal may come too late and mean the run before, or be missed.
             standing = attempts.standing(held.task, held.attempt, seen.event)
-            if standing != "mine":
-                turn.stop.now(standing, seen.event.at if seen.event else None)
+            if standing == "mine":
+                turn.sure_at = asyncio.get_running_loop().time()
+                continue
+            turn.stop.now(standing, seen.event.at if seen.event else None)
             if standing == "fenced":
                 return  # another one's lease is not to be renewed from here
 

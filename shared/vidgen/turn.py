@@ -70,6 +70,7 @@ class Turn:
     look: asyncio.Event = field(default_factory=asyncio.Event)
     phase: Phase = "preparing"
     preempted: int = 0
+    sure_at: float = 0.0  # when the task was known to be held here, by the loop's clock
     alone: bool = False  # no other task is to begin in this process before it has left
     fatal: errors.FatalError | None = None  # why this worker must leave
     _frees_at: float | None = None

@@ -889,7 +889,10 @@ async def test_of_two_workers_with_the_same_task_one_wins(bench_of: MakeBench) -
     assert bench.queued() == 0
 
 
-async def test_an_attempt_that_was_overtaken_stores_nothing_over_what_the_newer_one_made(bench_of: MakeBench) -> None:
+@pytest.mark.parametrize("knows", [True, False], ids=["and knows it", "while it stood still"])
+async def test_an_attempt_that_was_overtaken_stores_nothing_over_what_the_newer_one_made(
+    bench_of: MakeBench, loop_clock: LoopClock, knows: bool
+) -> None:
     """Two kinds of GPUs make other bytes: the record's checksum was of what no longer lay there."""
     engine = engines.Gated()
     gate = engine.hold("finish")
@@ -902,8 +905,14 @@ async def test_an_attempt_that_was_overtaken_stores_nothing_over_what_the_newer_
     await bench.bus.hand_back(topology.consumer_of("edit", "interactive"), held.seq)
     bench.use(engines.Instant(png=engines.PNG + b"of another GPU"))
     assert await bench.run() == "completed"
-    turn.look.set()
-    await asyncio.wait_for(turn.stop.raised.wait(), BOUND)
+    if knows:
+        turn.look.set()
+        await asyncio.wait_for(turn.stop.raised.wait(), BOUND)
+    else:
+        bench.bus.fail_next("in_progress")
+        loop_clock.advance(61)
+        await settled()
+        assert turn.stop.reason is None
     gate.open()
 
     assert await ended(running) == "fenced"
