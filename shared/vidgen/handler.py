@@ -315,8 +315,8 @@ class Handler:
     ) -> results.Made:
         task = held.task
         with clocks.timed("prepare"):
-            preparing = asyncio.to_thread(in_thread(self._engine.prepare), task.work, gathered.files)
-            inputs = await self._watchdog.watch(task.work, "preparing").over(preparing)
+            preparing = self._watchdog.watch(task.work, "preparing")
+            inputs = await preparing.over_thread(self._engine.prepare, task.work, gathered.files)
             begun = await _unless(turn.stop, self._begun_elsewhere(held, gathered.folder), ("released",))
         decoding = self._decoding.value or 0.0
 
@@ -360,8 +360,8 @@ class Handler:
         clocks.denoise, clocks.decode = generated.denoise_s, generated.decode_s
         reporter.phase("finishing")
         with clocks.timed("encode"):
-            finishing = asyncio.to_thread(in_thread(self._finish), task, generated.output, gathered.folder)
-            return await self._watchdog.watch(task.work, "finishing").over(finishing)
+            finishing = self._watchdog.watch(task.work, "finishing")
+            return await finishing.over_thread(self._finish, task, generated.output, gathered.folder)
 
     def _finish(self, task: Task, output: Any, folder: Path) -> results.Made:
         return results.made(task, self._engine.finish(output, folder), self._engine.info)

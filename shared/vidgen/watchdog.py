@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from vidgen import errors
 from vidgen.contracts import Work
+from vidgen.engine import in_thread
 from vidgen.turn import Phase
 
 LOOK_S = 1.0
@@ -63,6 +64,7 @@ class Watch:
         self._look_s, self._clock = look_s, clock
         self._at, self._longest, self._step = clock(), 0.0, 0
         self._anew = False
+        self._waits = False  # for a thread
 
     def heard(self, step: int) -> None:
         """The engine says that it is behind a step, or with step 0 that it begins again."""
@@ -81,10 +83,24 @@ class Watch:
             return max(self._patience.first_s, self._patience.least_s)
         return max(self._patience.least_s, self._patience.factor * known)
 
+    async def over_thread(self, work: Callable[..., T], *given: Any) -> T:
+        """`over` what the engine makes in a thread, from when there is one: others, such as uploads, may have them."""
+        self._waits = True
+
+        def begun() -> T:
+            self._at, self._waits = self._clock(), False
+            return in_thread(work)(*given)
+
+        return await self.over(asyncio.to_thread(begun))
+
+    def _sign(self) -> float:
+        """Of life: another one is one."""
+        return self._clock() if self._waits else self._at
+
     async def over(self, work: Coroutine[Any, Any, T]) -> T:
         """What the engine makes; raises HungError where it is silent for too long, and leaves it to itself."""
         try:
-            made = await _heard_over(work, lambda: self._at, lambda: self.bears_s, self._look_s, self._clock)
+            made = await _heard_over(work, self._sign, lambda: self.bears_s, self._look_s, self._clock)
         except _SilentError as exc:
             raise errors.HungError(
                 f"the engine was silent for {exc.silent_s:.0f} s while {self._shape[0]}, behind step {self._step}: it "

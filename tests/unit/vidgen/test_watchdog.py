@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from tests import engines
-from tests.workbench import BOUND, Bench, work_of
+from tests.workbench import BOUND, Bench, one_thread, work_of
 
 from vidgen import errors
 from vidgen.turn import Phase
@@ -177,6 +178,47 @@ async def test_a_task_at_which_the_engine_hangs_is_charged_a_try_and_free_at_onc
         assert bench.queued() == 1
     finally:
         engine.released.set()
+        bench.close()
+
+
+@pytest.mark.parametrize("phase", ["preparing", "finishing"])
+async def test_an_engine_that_was_not_asked_yet_does_not_hang(phase: Phase) -> None:
+    """Uploads to a slow store had all threads: the engine was taken for one that hangs, and its worker left."""
+    clock, over = Clock(), threading.Event()
+    one_thread()
+    bench = Bench(engines.Gated())
+    gate = bench.engine.hold("generate")  # type: ignore[attr-defined]
+    bench.handler._watchdog = Watchdog(Patience(least_s=LOOK_S, first_s=LOOK_S), look_s=LOOK_S, clock=clock)
+    fetch = bench.store.fetch
+
+    async def and_uploads(key: str, path: Path, limit: int | None = None) -> int:
+        size = await fetch(key, path, limit)
+        if phase == "preparing":
+            asyncio.get_running_loop().run_in_executor(None, over.wait, BOUND)
+        return size
+
+    bench.store.fetch = and_uploads  # type: ignore[method-assign]
+    try:
+        await bench.queue()
+        running = await bench.begin()
+        if phase == "finishing":
+            async with asyncio.timeout(BOUND):
+                while not gate.reached.is_set():
+                    await asyncio.sleep(0)
+                asyncio.get_running_loop().run_in_executor(None, over.wait, BOUND)
+                gate.open()
+                while bench.device.locked():
+                    await asyncio.sleep(0)
+        gate.open()
+        for _ in range(20):
+            clock.now += 1.0
+            await asyncio.sleep(LOOK_S)
+        over.set()
+
+        assert await asyncio.wait_for(running, BOUND) == "completed"
+    finally:
+        over.set()
+        gate.open()
         bench.close()
 
 
