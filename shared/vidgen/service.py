@@ -387,13 +387,12 @@ async def _on(device_thread: ThreadPoolExecutor, work: Callable[[], T]) -> T:
 
 @contextlib.contextmanager
 def _ending_the_start() -> Iterator[None]:
-    """Whatever an engine's libraries raise is a FatalError, with the remedy where they are not there at all."""
+    """Whatever an engine's libraries raise is a FatalError."""
     try:
         yield
     except errors.VidgenError:
         raise
     except Exception as exc:
-        missing = weights.not_installed() if isinstance(exc, ImportError) else None
         raise errors.FatalError(
-            missing or f"the engine could not be set up: {type(exc).__name__}: {exc}", code="setup_failed"
+            f"the engine could not be set up: {type(exc).__name__}: {exc}", code="setup_failed"
         ) from exc
