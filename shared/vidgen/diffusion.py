@@ -139,16 +139,22 @@ def faults(steps: Steps) -> Iterator[None]:
         # The traceback's frames hold the latents and every activation: without this, the memory of a cancelled or
         # failed task would stay taken for as long as somebody keeps the exception.
         traceback.clear_frames(exc.__traceback__)
-        if exc is steps.stopped_by or not isinstance(exc, Exception):
+        # Nor may anything in these frames hold the exception, which holds them: the latents are theirs, too, and would
+        # stay on the device until the garbage collector looks.
+        stopped, steps.stopped_by = exc is steps.stopped_by, None
+        if stopped or not isinstance(exc, Exception):
             raise
         fault = as_error(exc)
-        if isinstance(fault, RetryableError):
-            free(steps.device)
-            # What went wrong with the numbers may have begun where nobody saw it yet.
-            fault.state = None if fault.code == "not_finite" else steps.kept()
-        if fault is None or fault is exc:  # an exception that is its own cause has causes without end
-            raise
-        raise fault from exc
+        try:
+            if isinstance(fault, RetryableError):
+                free(steps.device)
+                # What went wrong with the numbers may have begun where nobody saw it yet.
+                fault.state = None if fault.code == "not_finite" else steps.kept()
+            if fault is None or fault is exc:  # an exception that is its own cause has causes without end
+                raise
+            raise fault from exc
+        finally:
+            del fault
 
 
 @contextlib.contextmanager

@@ -77,9 +77,11 @@ class Course(diffusion.Steps):
             if self._from is not None and of_all:
                 self._from = _share(self._from, part.index)
 
+        done = self.done
+
         def told(step: int, steps: int) -> None:
-            whole = self.done + steps
-            before = part.count * self.done + part.index * steps if of_all else part.index * whole + self.done
+            whole = done + steps
+            before = part.count * done + part.index * steps if of_all else part.index * whole + done
             on_step(before + step, part.count * whole)
 
         super().__init__(told, device)
@@ -130,12 +132,14 @@ class Course(diffusion.Steps):
         state = {name: list(value) if isinstance(value, list) else value
                  for name, value in vars(scheduler).items() if name != CONFIG}  # fmt: skip
 
+        part, made_with = self._part, self._made_with
+
         def packed() -> bytes:
-            made = {MADE.format(index): _kept(one) for index, one in enumerate(self._part.made)}
+            made = {MADE.format(index): _kept(one) for index, one in enumerate(part.made)}
             tensors = {LATENTS: _kept(latents), **generators, **made}
-            part = {"index": self._part.index, "count": self._part.count} if self._part.count > 1 else None
             described = {
-                "made_with": self._made_with, "step": step, "generators": len(self._generators), "part": part,
+                "made_with": made_with, "step": step, "generators": len(generators),
+                "part": {"index": part.index, "count": part.count} if part.count > 1 else None,
                 "scheduler": type(scheduler).__name__,
                 "state": {name: _described(value, name, tensors) for name, value in state.items()},
             }  # fmt: skip

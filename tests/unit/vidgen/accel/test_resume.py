@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
+import gc
 import shutil
+import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -17,9 +20,10 @@ from PIL import Image
 from safetensors.torch import load, load_file, save, save_file
 
 from vidgen import checkpoints, diffusion
+from vidgen.accel import resume
 from vidgen.checkpoints import UnusableError
 from vidgen.contracts import EditWork, I2VWork, Work
-from vidgen.errors import Suspended
+from vidgen.errors import Cancelled, RetryableError, Suspended
 from vidgen.weights import SAMPLE
 
 pytestmark = pytest.mark.timeout(600)  # importing diffusers takes minutes on a machine that is busy
@@ -336,3 +340,37 @@ def test_what_a_scheduler_has_that_cannot_be_kept_leaves_no_state_and_says_so(ma
     assert stopped.left is None
     assert stopped.pixels is None
     assert [entry["event"] for entry in logs] == ["a checkpoint cannot keep the scheduler's odd: it is of type object"]
+
+
+@pytest.mark.parametrize("kind", [QWEN, A14B])
+@pytest.mark.parametrize("end", ["done", "cancelled", "left", "no room"])
+def test_what_a_run_had_on_the_device_is_free_behind_it(
+    pair: Make, picture: Path, kind: str, end: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was so when the garbage collector looked, which is rarely: some latents more were there with each clip."""
+    engine, _ = pair(kind)
+    runs: list[weakref.ref[Any]] = []
+
+    class Known(resume.Course):
+        def __init__(self, *given: Any) -> None:
+            super().__init__(*given)
+            runs.append(weakref.ref(self))
+
+    def on_step(step: int, steps: int) -> None:
+        if step == 3 and end in ("cancelled", "left"):
+            raise Cancelled if end == "cancelled" else Suspended(step, steps)
+
+    def decode(*given: Any, **more: Any) -> Any:
+        raise torch.OutOfMemoryError("no room")
+
+    monkeypatch.setattr(resume, "Course", Known)
+    if end == "no room":
+        monkeypatch.setattr(engine._pipe.vae, "decode", decode)
+    inputs = engine.prepare(work_of(kind), [picture])
+    gc.disable()
+    try:
+        with contextlib.suppress(Cancelled, RetryableError):
+            engine.generate(inputs, on_step)
+        assert [run() for run in runs] == [None] * (2 if end == "no room" else 1)
+    finally:
+        gc.enable()
