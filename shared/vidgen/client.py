@@ -7,6 +7,7 @@ import contextlib
 import mimetypes
 import os
 import random
+import re
 import secrets
 from collections.abc import AsyncGenerator, AsyncIterator, Generator, Mapping, Sequence
 from pathlib import Path
@@ -44,6 +45,7 @@ Update = AnyEvent | Progress | Job
 TRIES = 3
 SILENCE_S = 45.0  # the gateway sends a comment every 10 s: after four missed ones the connection is taken for dead
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.2, 5.0
+JOB_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 # Never through a proxy of the environment: `vidgen up` is here.
 THIS_MACHINE = ("127.0.0.1", "localhost", "::1")
 
@@ -138,8 +140,9 @@ def is_address(url: str) -> bool:
     """Whether a gateway can have this URL."""
     try:
         parts = urlsplit(url)
-        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
-    except ValueError:  # a port that is too high, brackets around no address
+        right = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+        return right and bool(httpx.URL(url).host)  # which has rules of its own for names and numbers
+    except (ValueError, httpx.InvalidURL):  # a port that is too high, brackets around no address
         return False
 
 
@@ -384,7 +387,10 @@ class AsyncClient:
 
 
 def _job(job_id: str, what: str = "") -> str:
-    return f"/v1/jobs/{quote(job_id, safe='')}" + (f"/{what}" if what else "")
+    if JOB_ID.fullmatch(job_id) is None:  # in a path it would be another address, or none
+        detail = f"there is no job {job_id!r}: an id has letters, digits, - and _, at most 64"
+        raise GatewayError(Problem(title="Not Found", status=404, detail=detail, code="job_not_found"))
+    return f"/v1/jobs/{job_id}" + (f"/{what}" if what else "")
 
 
 def _given(query: Mapping[str, object]) -> dict[str, str]:
@@ -397,6 +403,7 @@ def _as_part(image: Image, number: int) -> tuple[str, bytes, str]:
         name, body = f"image-{number}", image
     else:
         name, body = Path(image).name, Path(image).read_bytes()
+        name = name.encode(errors="replace").decode()  # a file's name may be no text, and a form holds nothing else
     if body.startswith(b"\x89PNG"):
         kind = "image/png"
     elif body.startswith(b"\xff\xd8"):

@@ -58,11 +58,17 @@ def create(
     """Make a key, and print it: it is shown this once, and stored as a hash."""
 
     async def act(out_put: Output, bus: Bus) -> None:
+        from pydantic import ValidationError
+
         from vidgen import keys, tenants, topology
+        from vidgen.contracts import field_errors
 
         _check_tenant("--tenant", tenant)
         now = datetime.now(UTC)
-        key, text = keys.issue(tenant, now, name=name, admin=admin, expires_at=_end_of(expires, now))
+        try:
+            key, text = keys.issue(tenant, now, name=name, admin=admin, expires_at=_end_of(expires, now))
+        except ValidationError as exc:
+            raise WrongUsageError([wrong(f"--{one.field}", one.message) for one in field_errors(exc)]) from None
         await bus.records(topology.KEYS_BUCKET).put(key.id, key.to_bytes(), revision=0)
         if tenant != "default":  # gateways learn that there are several
             await tenants.change(bus.records(topology.TENANTS_BUCKET), tenant, {})

@@ -130,7 +130,8 @@ def _wrong_images(images: Sequence[Path]) -> list[FieldError]:
     found = []
     for path in images:
         if not path.is_file():
-            found.append(wrong(f"IMAGE {path}", "there is no such file"))
+            kind = "it is a folder: name a file" if path.is_dir() else "it is no file, but a pipe or a device"
+            found.append(wrong(f"IMAGE {path}", kind if path.exists() else "there is no such file"))
             continue
         try:
             inspect(path)
@@ -156,9 +157,9 @@ def _given(**values: Any) -> dict[str, Any]:
 
 
 def _to_json(sent: dict[str, Any]) -> bytes:
-    import pydantic_core
+    import json
 
-    return pydantic_core.to_json(sent)
+    return json.dumps(sent, ensure_ascii=False).encode()
 
 
 def _named(error: FieldError) -> FieldError:

@@ -127,6 +127,9 @@ def speaking(as_json: bool) -> Iterator[Output]:
         yield output
     except WrongUsageError as exc:
         output.fail("usage", str(exc), exit_code=WRONG_USAGE, errors=exc.errors)
+    except UnicodeEncodeError as exc:  # what comes of files has been read, so this came from the command line
+        what = exc.object[exc.start : exc.end]
+        output.fail("usage", f"an argument has {what!r}, which is not UTF-8: write it anew", exit_code=WRONG_USAGE)
     except GatewayError as exc:
         wrong = exc.status in (400, 413, 415, 422)
         output.fail(exc.code, exc.message, exit_code=WRONG_USAGE if wrong else FAILED, errors=exc.errors)

@@ -42,6 +42,7 @@ from vidgen.settings import WorkerSettings
 
 AT = datetime(2026, 11, 1, tzinfo=UTC)
 GATEWAY = ["--gateway", "http://gateway"]
+REAL_CLIENT = client.AsyncClient
 WORK = EditWork(
     prompt="x", user_prompt="x", negative_prompt=" ", steps=4, true_cfg_scale=1, guidance_scale=1, seed=5, width=64,
     height=64, candidates=1,
@@ -270,6 +271,8 @@ def test_what_the_gateway_finds_wrong_is_exit_code_2(photo: Path, tmp_path: Path
         ("{photo} -o a.mp4", "--edit PROMPT, --motion PROMPT, or both"),
         ("missing.png --motion x -o a.mp4", "IMAGE missing.png: there is no such file"),
         ("{text} --motion x -o a.mp4", "note.txt: "),
+        ("{folder} --motion x -o a.mp4", "it is a folder: name a file"),
+        ("/dev/null --motion x -o a.mp4", "IMAGE /dev/null: it is no file"),
         ("{photo} --motion x -o a.mp4 --frames 80", "--frames (i2v.num_frames): "),
         ("{photo} --motion x -o a.mp4 --size 832by480", "--size: '832by480' is no size"),
         ("{photo} --motion x -o a.mp4 --size 833x480", "--size (i2v.width): must be a multiple of 16"),
@@ -307,6 +310,23 @@ def test_everything_wrong_is_named_at_once_and_what_is_shared_once(photo: Path) 
     (line,) = lines_of(result)
     assert line["code"] == "usage"
     assert [error["field"].split(" ")[0] for error in line["errors"]] == ["--edit", "--seed", "-o"]
+
+
+@pytest.mark.parametrize(
+    "arguments", [["--edit", "\udcff"], ["--edit", "x", "--label", "\udcff=1"], ["--edit", "x", "--job-id", "\udcff"]]
+)
+def test_words_that_are_no_text_are_wrong_usage(arguments: list[str], photo: Path, fake: type[FakeClient]) -> None:
+    result = vidgen("submit", photo, *arguments, *GATEWAY)
+    assert result.exit_code == 2, result.output
+    assert "not UTF-8" in result.stderr
+    assert fake.sent == []
+
+
+def test_a_page_of_what_is_no_text_is_wrong_usage(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(client, "AsyncClient", REAL_CLIENT)
+    result = vidgen("list", "--tenant", "\udcff", "--gateway", "http://127.0.0.1:1")
+    assert result.exit_code == 2, result.output
+    assert "not UTF-8" in result.stderr
 
 
 def test_a_label_that_is_none_does_not_hide_what_else_is_wrong(photo: Path) -> None:
@@ -669,6 +689,14 @@ def test_help_imports_nothing_heavy() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "doctor" in done.stdout
+
+
+@pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
+def test_a_command_that_was_started_without_outputs_does_its_work(closed: str) -> None:
+    command = f'exec "$0" -P -m vidgen.cli webhooks secret {closed}'
+    env = {**os.environ, "VIDGEN_WEBHOOK_SECRET": f"whsec_{'a' * 44}"}
+    done = subprocess.run(["sh", "-c", command, sys.executable], env=env, capture_output=True, check=False, timeout=300)
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 # ── worker ───────────────────────────────────────────────────────────────────────────────────────────────────────

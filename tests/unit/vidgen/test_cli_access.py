@@ -83,6 +83,7 @@ def test_a_key_is_revoked_by_its_id_or_by_itself(bus: MemoryBus) -> None:
         (("keys", "create", "--tenant", "ACME"), "--tenant", 2), (("keys", "create", "--tenant", ""), "--tenant", 2),
         (("keys", "create", "--expires", "soon"), "--expires", 2),
         (("keys", "create", "--expires", "2020-01-01"), "--expires", 2), (("keys", "revoke", "x"), "KEY", 2),
+        (("keys", "create", "--name", "x" * 101), "--name", 2), (("keys", "create", "--name", "\udcff"), "--name", 2),
         (("tenants", "set", "a b"), "TENANT", 2), (("tenants", "set", "acme", "--jobs", "many"), "--jobs", 2),
         (("tenants", "set", "acme", "--share", "0"), "--share", 2),
         (("tenants", "set", "acme", "--rate", "-1"), "--rate", 2),

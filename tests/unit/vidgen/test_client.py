@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -159,6 +160,20 @@ async def test_an_image_may_be_named_by_a_string(tmp_path: Path) -> None:
         await found.submit(images=[str(tmp_path / "me.jpg")], edit=EditParams(prompt="a hat"))
 
 
+async def test_an_image_may_have_a_name_that_is_no_text(tmp_path: Path) -> None:
+    photo = tmp_path / os.fsdecode(b"b\xe4r.jpg")  # Latin-1, of an old disk
+    photo.write_bytes(b"\xff\xd8jpeg")
+    bodies: list[bytes] = []
+
+    def answer(request: httpx.Request) -> httpx.Response:
+        bodies.append(request.content)
+        return answered(job())
+
+    async with gateway(answer) as found:
+        await found.submit(images=[photo], edit=EditParams(prompt="x"))
+    assert b'filename="b?r.jpg"' in bodies[0]
+
+
 async def test_an_idempotency_key_may_have_any_letters() -> None:
     keys: list[str] = []
 
@@ -199,6 +214,18 @@ async def test_an_answer_that_is_no_problem_document_is_still_an_error() -> None
     async with gateway(lambda _: httpx.Response(502, text="<html>bad gateway</html>")) as found:
         with pytest.raises(GatewayError, match="answered with 502"):
             await found.get("j1")
+
+
+@pytest.mark.parametrize("job_id", ["", "..", "a/b", "j1\n", "\udcff", "x" * 65])
+async def test_an_id_that_no_job_can_have_is_named_and_not_asked_for(job_id: str) -> None:
+    def answer(request: httpx.Request) -> httpx.Response:
+        raise AssertionError(request.url)
+
+    async with gateway(answer) as found:
+        for call in (found.get(job_id), found.cancel(job_id), found.wait(job_id)):
+            with pytest.raises(GatewayError, match="there is no job") as caught:
+                await call
+            assert (caught.value.code, caught.value.status) == ("job_not_found", 404)
 
 
 async def test_retry_after_is_told() -> None:
@@ -485,7 +512,13 @@ def test_a_proxy_that_cannot_be_used_is_said(monkeypatch: pytest.MonkeyPatch) ->
         AsyncClient("https://gateway.example.org")
 
 
-@pytest.mark.parametrize("url", ["gateway:8080", "http://h:99999", "ftp://h", "nats://u:secret@h:1", "http://[1", ""])
+@pytest.mark.parametrize(
+    "url",
+    [
+        "gateway:8080", "http://h:99999", "ftp://h", "nats://u:secret@h:1", "http://[1", "", "http://256.1.1.1",
+        "http://h:80\r", "http://\u2603", "http://\udcff", "http://xn--zz", "http://" + "a" * 70_000,
+    ],
+)  # fmt: skip
 def test_a_url_that_no_gateway_can_have_is_said_and_not_repeated(url: str) -> None:
     with pytest.raises(GatewayError, match="write http://HOST:PORT") as caught:
         AsyncClient(url)
