@@ -57,8 +57,14 @@ class Identity(pydantic.BaseModel):
 
 
 class _Book(pydantic.BaseModel):
-    bucket: str
+    bucket: str = "vidgen"
     identities: dict[str, Identity] = {}
+
+
+class DamagedError(errors.VidgenError):
+    """What is known of the identities cannot be read."""
+
+    code = "identities_damaged"
 
 
 class UnknownIdentityError(errors.NotFoundError):
@@ -67,13 +73,24 @@ class UnknownIdentityError(errors.NotFoundError):
     code = "identity_unknown"
 
 
-class Identities:
-    """The identities in a folder; each change writes what the servers read."""
+def _read(path: Path) -> _Book:
+    try:
+        return _Book.model_validate_json(path.read_bytes()) if path.exists() else _Book()
+    except pydantic.ValidationError:  # its words show what it read, keys of the store among it
+        remedy = "restore it from a backup, or delete it and have all identities made anew"
+        raise DamagedError(f"{path} is damaged: {remedy}") from None
 
-    def __init__(self, folder: Path, bucket: str = "vidgen") -> None:
+
+class Identities:
+    """The identities in a folder; each change writes what the servers read.
+
+    A `bucket` that is named takes the place of the one for which the keys of the store were good before.
+    """
+
+    def __init__(self, folder: Path, bucket: str | None = None) -> None:
         self._folder = folder
-        path = folder / BOOK
-        self._book = _Book.model_validate_json(path.read_bytes()) if path.exists() else _Book(bucket=bucket)
+        known = _read(folder / BOOK)
+        self._book = known.model_copy(update={"bucket": bucket}) if bucket else known
 
     def __iter__(self) -> Iterator[Identity]:
         return iter(self._book.identities.values())

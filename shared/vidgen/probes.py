@@ -171,8 +171,13 @@ def write_ready_file(path: Path | None, url: str) -> None:
     if path is None:
         return
     part = path.with_name(f".{path.name}.{os.getpid()}")
-    part.write_text(url, encoding="utf-8")
-    part.replace(path)
+    try:
+        part.write_text(url, encoding="utf-8")
+        part.replace(path)
+    except OSError as exc:
+        raise errors.FatalError(
+            f"VIDGEN_READY_FILE={path} cannot be written: {exc.strerror or exc}", code="settings"
+        ) from exc
 
 
 def _verdict(good: bool, reason: str) -> Response:

@@ -198,6 +198,8 @@ class _Service:
         chosen = choice.choose(stage, self._settings, gpus=gpus, reason=reason)
         chosen = replace(chosen, alone=len(self._stages) == 1)
         log.info(chosen.reason, _event="engine_chosen", stage=stage, kind=chosen.kind)
+        if chosen.kind == "real" and (missing := weights.not_installed()) is not None:
+            raise errors.FatalError(missing, code="not_installed")
         if chosen.kind == "real" and self._settings.verify_weights == "full":
             await asyncio.to_thread(weights.require, model, revision, check="full")
             log.info("the weights are those of their manifest", _event="weights_verified")

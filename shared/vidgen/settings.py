@@ -21,6 +21,7 @@ from vidgen.contracts import Stage
 
 QWEN_MODEL = "Qwen/Qwen-Image-Edit-2511"
 WAN_MODEL = "Wan-AI/Wan2.2-I2V-A14B-Diffusers"
+BUCKET = re.compile(r"(?!.*(\.\.|\.-|-\.)|(\d+\.){3}\d+\Z)[A-Za-z0-9][\w.:-]{1,61}[A-Za-z0-9]", re.ASCII)
 OTLP_URL = r"^(https?://.+)?$"
 
 T = TypeVar("T", bound="Settings")
@@ -79,6 +80,14 @@ class Settings(BaseSettings):
         None, validation_alias="OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", pattern=OTLP_URL,
         description="The whole URL for spans, instead.",
     )  # fmt: skip
+
+    @field_validator("s3_bucket")
+    @classmethod
+    def _bucket(cls, name: str) -> str:
+        # What minio takes, old names with _ and capitals among it: it says so in the middle of the start.
+        if BUCKET.fullmatch(name) is None:
+            raise ValueError("a bucket's name has 3 to 63 lower case letters, digits, - and ., and is no IP address")
+        return name
 
     @field_validator("s3_endpoint", "s3_public_endpoint")
     @classmethod

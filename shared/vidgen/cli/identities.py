@@ -25,7 +25,9 @@ RELOAD = "have nats-server read users.conf anew (SIGHUP), and start the S3 serve
 def init(
     folder: Folder,
     tenant: Annotated[list[str] | None, typer.Option("--tenant", help="With a publisher for this tenant.")] = None,
-    bucket: Annotated[str, typer.Option(help="The bucket that the keys of the store are good for.")] = "vidgen",
+    bucket: Annotated[
+        str | None, typer.Option(help="The bucket that all keys of the store are good for. [that of before, or vidgen]")
+    ] = None,
     as_json: options.Json = False,
 ) -> None:
     """Make an identity for each service, and what nats-server and SeaweedFS read. Again: what is missing."""
@@ -112,7 +114,7 @@ def _tell(out_put: Output, what: str, name: str, identities: Identities) -> None
     out_put.say(f"{name}: its variables are in {path}")
 
 
-def _act(folder: Path, as_json: bool, act: Callable[[Output, Identities], None], bucket: str = "vidgen") -> None:
+def _act(folder: Path, as_json: bool, act: Callable[[Output, Identities], None], bucket: str | None = None) -> None:
     with speaking(as_json) as out_put:
         from vidgen.identities import Identities
 

@@ -46,6 +46,25 @@ def test_an_upgrade_writes_what_servers_read_anew(tmp_path: Path) -> None:
     assert (tmp_path / "users.conf").read_text() == written
 
 
+def test_another_bucket_is_that_of_all_keys_and_stays_so_where_none_is_named(tmp_path: Path) -> None:
+    """The second name was passed over without a word, and the services were denied everything in their bucket."""
+    run("init", str(tmp_path))
+    run("init", str(tmp_path), "--bucket", "frames")
+    run("init", str(tmp_path))
+
+    actions = [one["actions"] for one in json.loads((tmp_path / "s3.json").read_text())["identities"]]
+    assert all(":frames" in action for several in actions for action in several)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"bucket": 1}'])
+def test_a_book_that_cannot_be_read_is_named_and_nothing_in_it_is_shown(tmp_path: Path, text: str) -> None:
+    (tmp_path / "identities.json").write_text(text)
+    done = CliRunner().invoke(app, ["identities", "init", str(tmp_path)])
+    assert done.exit_code == 1
+    assert done.stderr.startswith(f"vidgen: {tmp_path / 'identities.json'} is damaged: ")
+    assert (tmp_path / "identities.json").read_text() == text
+
+
 @pytest.mark.parametrize(
     "name", ["worker.acme", "edit-service.spot-1", "publisher.acme", "publisher.default", "admin", "operator.night"]
 )

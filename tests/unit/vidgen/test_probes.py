@@ -183,6 +183,13 @@ def test_the_ready_file_holds_the_url_and_replaces_an_older_one(tmp_path: Path) 
     assert list(tmp_path.iterdir()) == [path]
 
 
+def test_a_ready_file_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "missing" / "url"
+    with pytest.raises(errors.FatalError, match=f"VIDGEN_READY_FILE={path} cannot be written: No such file") as caught:
+        probes.write_ready_file(path, "http://127.0.0.1:4711")
+    assert caught.value.code == "settings"
+
+
 def test_without_a_ready_file_nobody_is_told() -> None:
     probes.write_ready_file(None, "http://127.0.0.1:4711")
 

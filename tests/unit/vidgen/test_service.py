@@ -20,7 +20,7 @@ import pytest
 from tests import checkpoints, engines
 from tests.workbench import BOUND
 
-from vidgen import choice, errors, jetstream, manifest, profiles, service
+from vidgen import choice, errors, jetstream, manifest, profiles, service, weights
 from vidgen.contracts import Stage
 from vidgen.engine import Engine
 from vidgen.errors import FatalError
@@ -152,6 +152,18 @@ async def test_a_work_dir_that_takes_nothing_ends_the_start_before_the_model_is_
     with pytest.raises(FatalError, match=r"VIDGEN_WORK_DIR=.*/file/scratch cannot be used") as caught:
         await service._Service({"edit": make_engine}, settings).run()
     assert caught.value.code == "settings"
+
+
+async def test_a_real_engine_that_is_asked_for_where_its_packages_are_not_is_told_how_to_get_them(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def make_engine(settings: WorkerSettings, chosen: choice.Choice) -> Engine:
+        raise ModuleNotFoundError("No module named 'torch'", name="torch")
+
+    monkeypatch.setattr(weights, "PACKAGES", ("no_such_torch",))
+    with pytest.raises(FatalError, match=r'no_such_torch not installed: pip install "vidgen\[gpu\]"') as caught:
+        await service._Service({"edit": make_engine}, WorkerSettings(engine="real", device="cpu", metrics_port=0)).run()
+    assert caught.value.code == "not_installed"
 
 
 @pytest.mark.parametrize("stages", [("edit",), ("edit", "i2v")])

@@ -22,7 +22,8 @@ def only_these(monkeypatch: pytest.MonkeyPatch) -> None:
         ("PROFILE", "resident-int4"), ("COMPILE", "on"), ("CUDA_GRAPHS", "on"), ("VAE", "tiny"),
         ("SLEEP_IN", "cloud"), ("DEVICE", "gpu"), ("DEVICE", "cuda:"), ("DEVICE", "cuda:1,2"), ("DEVICE", "mps"),
         ("I2V_GUIDANCE_DEVICE", "auto"), ("I2V_GUIDANCE_DEVICE", "gpu:1"), ("EDIT_REFERENCE_AREA", "100"),
-        ("CHECKPOINT", "on"), ("ENGINE", "qwen"), ("VERIFY_WEIGHTS", "all"),
+        ("CHECKPOINT", "on"), ("ENGINE", "qwen"), ("VERIFY_WEIGHTS", "all"), ("S3_BUCKET", "a b"),
+        ("S3_BUCKET", "ab"), ("S3_BUCKET", "a..b"), ("S3_BUCKET", "10.0.0.1"),
     ],
 )  # fmt: skip
 def test_a_value_that_is_none_is_named_with_its_variable(
