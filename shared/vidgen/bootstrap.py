@@ -156,8 +156,11 @@ async def _ensure_bucket(js: JetStreamContext, bucket: topology.Bucket, replicas
         except js_errors.NotFoundError:
             await js.create_key_value(config)
             return
+    window = found.duplicate_window  # without an age the server's own, and a change of it would have no effect
+    if bucket.ttl:
+        window = min(window or bucket.ttl, bucket.ttl)
     wanted = found.evolve(
         max_age=bucket.ttl, storage=config.storage, num_replicas=replicas, max_msgs_per_subject=1,
-        duplicate_window=min(found.duplicate_window or bucket.ttl, bucket.ttl),
+        duplicate_window=window,
     )  # fmt: skip
     await _ensure_stream(js, f"bucket {bucket.name}", wanted)

@@ -463,10 +463,15 @@ async def test_a_feed_that_is_left_while_it_waits_leaves_no_consumer_behind(nats
 # ── bootstrap ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-async def test_the_bootstrap_creates_all_and_changes_nothing_the_second_time(nats_server: NatsServer) -> None:
+async def test_the_bootstrap_creates_all_and_changes_nothing_the_second_time(
+    nats_server: NatsServer, caplog: pytest.LogCaptureFixture
+) -> None:
     async with connected_bus(nats_server) as connected:
         before = {info.config.name: info for info in await connected.jetstream.streams_info()}
-        await bootstrap.ensure(connected, topology.Topology())
+        caplog.clear()
+        with caplog.at_level("INFO", "vidgen.bus"):
+            await bootstrap.ensure(connected, topology.Topology())
+        assert caplog.messages == []
         after = {info.config.name: info for info in await connected.jetstream.streams_info()}
 
         names = {stream.name for stream in topology.STREAMS} | {f"KV_{bucket.name}" for bucket in topology.BUCKETS}
