@@ -454,7 +454,10 @@ def _raise_for(answer: httpx.Response) -> None:
     try:
         problem = Problem.model_validate({**answer.json(), "status": answer.status_code})
     except (ValueError, TypeError):
-        detail = f"{answer.request.method} {answer.request.url.path} was answered with {answer.status_code}"
+        place = answer.request.url.copy_with(query=None, userinfo=b"")  # a link to the store is a credential
+        detail = f"{answer.request.method} {place} was answered with {answer.status_code}"
+        if place.path.startswith("/v1/"):
+            detail += ", and not in a gateway's words: is that its address?"
         problem = Problem(title=answer.reason_phrase, status=answer.status_code, detail=detail, code="http_error")
     after = answer.headers.get("Retry-After", "")
     raise GatewayError(problem, retry_after_s=float(after) if after.isdecimal() else None)

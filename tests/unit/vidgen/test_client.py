@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -212,7 +213,8 @@ async def test_a_problem_document_becomes_an_error_with_its_fields() -> None:
 
 async def test_an_answer_that_is_no_problem_document_is_still_an_error() -> None:
     async with gateway(lambda _: httpx.Response(502, text="<html>bad gateway</html>")) as found:
-        with pytest.raises(GatewayError, match="answered with 502"):
+        told = "GET http://gateway/v1/jobs/j1 was answered with 502, and not in a gateway's words: is that its address?"
+        with pytest.raises(GatewayError, match=re.escape(told)):
             await found.get("j1")
 
 
