@@ -150,12 +150,16 @@ def speaking(as_json: bool) -> Iterator[Output]:
 
 
 def run_async(main: Callable[[], Coroutine[Any, Any, T]]) -> T:
-    """Run a coroutine; Ctrl-C and SIGTERM cancel it, and it is let finish what it does about that."""
+    """Run a coroutine; Ctrl-C, SIGTERM and a closed terminal cancel it; what it does about that it is let finish."""
 
     async def cancellable() -> T:
         task = asyncio.current_task()
         if task is not None and sys.platform != "win32":
-            asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, task.cancel)
+            loop = asyncio.get_running_loop()
+            loop.add_signal_handler(signal.SIGTERM, task.cancel)
+            if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # as `nohup` leaves it
+                # Once: a shell that hears of it, too, hands it on.
+                loop.add_signal_handler(signal.SIGHUP, lambda: task.cancelling() or task.cancel())
         return await main()
 
     return asyncio.run(cancellable())

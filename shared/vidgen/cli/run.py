@@ -102,8 +102,7 @@ async def _run(
             AsyncClient(url, api_key=options.API_KEY.get()) as client,
         ):
             job = await client.submit(request, images=images)
-            view.begin(stages_of(request))
-            job = await _unless_lost(stack, _followed(client, job.id, view))
+            job = await _unless_lost(stack, _followed(client, job.id, stages_of(request), view))
             if job.status == "completed":
                 for name, path in wanted.items():
                     await client.download(job.id, name, path)
@@ -138,17 +137,18 @@ async def _gateway(url: str | None, view: View, stages: Sequence[Stage]) -> Asyn
             await stack.stop()
 
 
-async def _followed(client: AsyncClient, job_id: str, view: View) -> Job:
-    """Watch a job to its end; if that is interrupted, cancel it."""
+async def _followed(client: AsyncClient, job_id: str, stages: Sequence[Stage], view: View) -> Job:
+    """Watch a job to its end; if that is interrupted, or nobody reads of it any more, cancel it."""
     from vidgen.contracts import Job
 
     try:
+        view.begin(stages)
         async with contextlib.aclosing(client.watch(job_id)) as updates:
             async for update in updates:
                 view.show(update)
                 if isinstance(update, Job):
                     return update
-    except asyncio.CancelledError:
+    except (asyncio.CancelledError, OSError):  # of what it says; what the gateway says is none
         with contextlib.suppress(Exception):
             async with asyncio.timeout(CANCEL_WITHIN_S):
                 await client.cancel(job_id)

@@ -20,7 +20,9 @@ from typer.testing import CliRunner, Result
 from vidgen import client, contracts, profiles, webhooks, weights
 from vidgen.cli import app
 from vidgen.cli.doctor import Check, _engines, _profile
+from vidgen.cli.output import Output
 from vidgen.cli.progress import PlainView
+from vidgen.cli.run import _followed
 from vidgen.client import DeadEntry, DeadPage, GatewayError, JobPage, Problem, Update
 from vidgen.contracts import (
     Artifact,
@@ -237,6 +239,24 @@ def test_run_in_json_prints_progress_and_files_as_lines(photo: Path, tmp_path: P
     assert kinds == ["stage_started", "progress", "progress", "stage_completed", "job", "file", "note"]
     assert lines[1]["step"] == 1
     assert lines[-2] == {"type": "file", "name": "edit-0.png", "path": str(tmp_path / "a.png")}
+
+
+@pytest.mark.parametrize("read", [0, 1, 3])
+async def test_a_job_that_nobody_reads_of_any_more_is_cancelled(
+    read: int, fake: type[FakeClient], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`vidgen run … | head -1`: it went on, on the GPU, for a result that nobody fetched."""
+    lines: list[str] = []
+
+    def line(text: str) -> None:
+        if len(lines) == read:
+            raise BrokenPipeError
+        lines.append(text)
+
+    monkeypatch.setattr(Output, "_line", staticmethod(line))
+    with pytest.raises(BrokenPipeError):
+        await _followed(FakeClient("http://gateway"), "j1", ("edit",), PlainView(Output(False)))  # type: ignore[arg-type]
+    assert fake.sent == [("cancel", "j1")]
 
 
 @pytest.mark.parametrize("status", [JobStatus.FAILED, JobStatus.CANCELLED, JobStatus.REJECTED])
@@ -689,6 +709,31 @@ def test_help_imports_nothing_heavy() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=300)
     assert done.returncode == 0, done.stderr
     assert "doctor" in done.stdout
+
+
+@pytest.mark.parametrize(("before", "waits", "code"), [("SIG_DFL", 60.0, 143), ("SIG_IGN", 0.0, 0)])
+def test_a_terminal_that_is_closed_ends_a_command_in_order_unless_it_is_to_go_on(
+    before: str, waits: float, code: int
+) -> None:
+    """It died at once: of `vidgen run` a folder with the whole stack stayed, and a job at its gateway went on."""
+    program = f"""
+import asyncio, os, signal, sys, typer
+from vidgen.cli import output
+signal.signal(signal.SIGHUP, signal.{before})
+async def main():
+    try:
+        os.kill(os.getpid(), signal.SIGHUP)
+        await asyncio.sleep({waits})
+    finally:
+        print("tidied", flush=True)
+try:
+    with output.speaking(False):
+        output.run_async(main)
+except typer.Exit as exc:
+    sys.exit(exc.exit_code)
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=300)
+    assert (done.returncode, done.stdout) == (code, "tidied\n")
 
 
 @pytest.mark.parametrize("closed", [">&-", "2>&-", ">&- 2>&-"])
