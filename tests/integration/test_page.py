@@ -138,6 +138,42 @@ def test_a_photo_becomes_a_video_that_plays(window: Window) -> None:
     expect(page.get_by_role("img", name="Photo 1")).to_be_visible()
 
 
+def test_no_minute_has_sixty_seconds(window: Window) -> None:
+    window.go()
+    told = window.page.evaluate("async () => [89.6, 119.7, 599.6, 7199.7].map((await import('/web/dom.js')).duration)")
+    assert [text.replace("\u00a0", " ") for text in told] == ["90 s", "2 min 0 s", "10 min", "2 h 0 min"]
+
+
+LOSES_ONE_ANSWER = """() => {
+    const real = window.fetch;
+    window.fetch = async (path, options) => {
+        if (path !== "v1/jobs" || options?.method !== "POST") return real(path, options);
+        window.fetch = real;
+        window.lost = (await (await real(path, options)).json()).id;
+        throw new TypeError("the network is gone");
+    };
+}"""
+
+
+@pytest.mark.parametrize("changed", [False, True])
+def test_after_a_lost_answer_the_same_again_is_one_job_and_what_was_changed_is_another(
+    window: Window, changed: bool
+) -> None:
+    """The key of the first went with the second: its job was shown, and what was asked for now was dropped."""
+    page = window.page
+    window.go()
+    fill(page, edit="moonlight")
+    page.evaluate(LOSES_ONE_ANSWER)
+    page.get_by_role("button", name="Make the video").click()
+    expect(page.locator("form.create .problem")).to_contain_text("does not answer")
+    if changed:
+        page.get_by_label("What should change?").fill("a rainy street")
+    shown = send(page)
+    assert (shown != page.evaluate("window.lost")) is changed
+    expect(page.get_by_role("heading", level=1)).to_have_text("a rainy street" if changed else "moonlight")
+    status(page, "Done")
+
+
 def test_the_keyboard_alone_sends_a_photo(window: Window) -> None:
     page = window.page
     window.go()

@@ -29,7 +29,8 @@ class Create {
   constructor() {
     const template = document.getElementById("create-template");
     this.form = template.content.cloneNode(true).querySelector("form");
-    this.key = randomKey();
+    this.key = "";
+    this.sent = []; // what went under that key
     this.timer = 0;
     this.asked = 0;
     this.photos = null;
@@ -166,13 +167,16 @@ class Create {
     this.forgive();
     const asked = this.request();
     if (!this.valid(asked)) return;
+    const parts = [...this.photos.chosen.map((photo) => photo.file), JSON.stringify(asked)];
     const form = new FormData();
-    for (const photo of this.photos.chosen) form.append("image", photo.file);
-    form.append("request", JSON.stringify(asked));
+    parts.forEach((part, index) => form.append(index < parts.length - 1 ? "image" : "request", part));
+    // The same again, behind an answer that was lost, is the same job; what was changed since is another.
+    if (parts.length !== this.sent.length || parts.some((part, index) => part !== this.sent[index])) this.key = randomKey();
+    this.sent = parts;
     this.busy(true);
     try {
       const job = await call("v1/jobs", { method: "POST", body: form, headers: { "Idempotency-Key": this.key } });
-      this.key = randomKey();
+      this.sent = [];
       announce("Sent.");
       location.hash = `#/jobs/${encodeURIComponent(job.id)}`;
     } catch (problem) {

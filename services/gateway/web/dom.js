@@ -32,9 +32,10 @@ export function duration(seconds) {
   if (seconds < 0.095) return together("0 s");
   if (seconds < 9.95) return together(`${seconds.toFixed(1)} s`);
   if (seconds < 90) return together(`${Math.round(seconds)} s`);
-  const minutes = Math.floor(seconds / 60);
-  if (minutes < 10) return together(`${minutes} min ${Math.round(seconds % 60)} s`);
-  if (minutes < 90) return together(`${Math.round(seconds / 60)} min`);
+  const whole = Math.round(seconds);
+  const minutes = Math.floor(whole / 60);
+  if (minutes < 10) return together(`${minutes} min ${whole % 60} s`);
+  if (minutes < 90) return together(`${Math.round(whole / 60)} min`);
   return together(`${Math.floor(minutes / 60)} h ${minutes % 60} min`);
 }
 
