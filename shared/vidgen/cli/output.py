@@ -24,6 +24,7 @@ T = TypeVar("T")
 
 FAILED, WRONG_USAGE, INTERRUPTED, TERMINATED = 1, 2, 130, 143
 UNBROKEN = 10_000  # columns: a line of a table that nobody watches is not cut
+NO_KEY = "the gateway asks for an API key: set VIDGEN_API_KEY to one (who runs it makes it by `vidgen keys create`)"
 # What a terminal obeys, or what puts text in another order than it was written. Prompts and file names are others'.
 OBEYED = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028-\u202e\u2066-\u2069]")
 
@@ -132,7 +133,8 @@ def speaking(as_json: bool) -> Iterator[Output]:
         output.fail("usage", f"an argument has {what!r}, which is not UTF-8: write it anew", exit_code=WRONG_USAGE)
     except GatewayError as exc:
         wrong = exc.status in (400, 413, 415, 422)
-        output.fail(exc.code, exc.message, exit_code=WRONG_USAGE if wrong else FAILED, errors=exc.errors)
+        message = NO_KEY if exc.code == "no_key" else exc.message  # the gateway's is for who writes headers
+        output.fail(exc.code, message, exit_code=WRONG_USAGE if wrong else FAILED, errors=exc.errors)
     except errors.VidgenError as exc:
         output.fail(exc.code, exc.message)
     except KeyboardInterrupt:

@@ -277,6 +277,14 @@ def test_a_gateway_out_of_reach_is_exit_code_1(photo: Path, tmp_path: Path, fake
     assert "http://gateway does not answer" in result.stderr
 
 
+def test_a_gateway_that_wants_a_key_is_told_by_how_a_command_is_given_one(fake: type[FakeClient]) -> None:
+    fake.answer = GatewayError(Problem(status=401, detail="send an API key: Authorization: Bearer vg_…", code="no_key"))
+    result = vidgen("status", "j1", *GATEWAY)
+    assert result.exit_code == 1
+    assert "set VIDGEN_API_KEY" in result.stderr
+    assert "Bearer" not in result.stderr
+
+
 def test_what_the_gateway_finds_wrong_is_exit_code_2(photo: Path, tmp_path: Path, fake: type[FakeClient]) -> None:
     errors = (FieldError(field="image.0", message="truncated: send it again"),)
     fake.answer = GatewayError(Problem(status=422, detail="invalid", code="invalid_request", errors=errors))
