@@ -226,6 +226,12 @@ def test_a_reload_in_the_middle_goes_on_and_a_cancel_ends_it(window: Window) -> 
     status(page, "Cancelled")
     expect(page.get_by_role("status")).to_have_text("It was cancelled.")
     expect(page.get_by_role("button", name="Try again")).to_be_focused()
+    under_way = page.locator("[data-state=running], [data-state=queued]")
+    expect(under_way).to_have_count(0)
+    page.reload()
+    status(page, "Cancelled")
+    expect(under_way).to_have_count(0)
+    expect(page.locator(".where").first).to_have_text("")
 
     page.get_by_role("button", name="Try again").click()
     status(page, "Working")

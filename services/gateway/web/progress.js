@@ -2,6 +2,9 @@
 
 import { FINAL } from "./dom.js";
 
+// The record of a job that was cancelled keeps the state in which the cancel found a stage.
+const UNDER_WAY = new Set(["queued", "running"]);
+
 export class Progress {
   constructor(job) {
     this.reset(job);
@@ -17,7 +20,7 @@ export class Progress {
     this.stages = (job.stages || []).map((record) => ({
       stage: record.stage,
       steps: record.work.steps,
-      state: replayed ? "pending" : record.state,
+      state: replayed || (FINAL.has(job.status) && UNDER_WAY.has(record.state)) ? "pending" : record.state,
       step: !replayed && record.state === "completed" ? record.work.steps : 0,
       artifacts: replayed ? [] : record.artifacts || [],
       seconds: replayed ? null : busy(record.timings),
@@ -129,7 +132,10 @@ export class Progress {
   onEnd(kind, data) {
     [this.status, this.place] = [kind, null];
     this.error = data.error || null;
-    for (const stage of this.stages) stage.etaAt = null;
+    for (const stage of this.stages) {
+      stage.etaAt = null;
+      if (UNDER_WAY.has(stage.state)) stage.state = "pending";
+    }
     return this.ending();
   }
 

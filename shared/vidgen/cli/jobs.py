@@ -224,7 +224,9 @@ def _show(out_put: Output, job: Job) -> None:
     out_put.say(f"{job.id}  {job.status}" + (f" ({job.stage})" if job.stage and not job.status.final else ""))
     for record in job.stages:
         made = f"  {record.engine}" if record.engine else ""
-        out_put.say(f"  {record.stage}: {record.state}{made}")
+        # A cancel leaves the record of a stage as it found it.
+        state = job.status if job.status.final and record.state in ("queued", "running") else record.state
+        out_put.say(f"  {record.stage}: {state}{made}")
     if job.progress is not None and not job.status.final:
         from vidgen.cli.progress import pace
 

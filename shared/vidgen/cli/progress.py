@@ -241,4 +241,4 @@ class LiveView:
             record = job.stage_record(stage)
             if record is None or record.state != contracts.StageState.COMPLETED:
                 state = WAITING if record is None else str(record.state)
-                self._bars.update(task, total=1, text=str(job.status) if state in ("pending", WAITING) else state)
+                self._bars.update(task, total=1, text=state if state == "failed" else str(job.status))

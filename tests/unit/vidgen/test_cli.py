@@ -277,6 +277,15 @@ def test_a_gateway_out_of_reach_is_exit_code_1(photo: Path, tmp_path: Path, fake
     assert "http://gateway does not answer" in result.stderr
 
 
+def test_no_stage_of_a_job_that_was_cancelled_is_said_to_run(fake: type[FakeClient]) -> None:
+    """Its record keeps the state in which the cancel found it."""
+    record = StageRecord(stage="edit", state=StageState.RUNNING, work=WORK, engine="preview")
+    fake.answer = made_job(JobStatus.CANCELLED).model_copy(update={"stages": (record,)})
+    assert "edit: cancelled  preview\n" in vidgen("status", "j1", *GATEWAY).stdout
+    fake.answer = made_job(JobStatus.IN_PROGRESS).model_copy(update={"stages": (record,)})
+    assert "edit: running  preview\n" in vidgen("status", "j1", *GATEWAY).stdout
+
+
 def test_a_gateway_that_wants_a_key_is_told_by_how_a_command_is_given_one(fake: type[FakeClient]) -> None:
     fake.answer = GatewayError(Problem(status=401, detail="send an API key: Authorization: Bearer vg_…", code="no_key"))
     result = vidgen("status", "j1", *GATEWAY)
