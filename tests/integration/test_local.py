@@ -192,7 +192,8 @@ async def test_a_folder_belongs_to_one_stack_at_a_time(tmp_path: Path) -> None:
 def test_the_services_get_this_stack_and_the_rest_of_the_users_settings(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name, value in {"NATS_URL": "nats://elsewhere", "NATS_CREDS": "/elsewhere", "ENGINE": "real"}.items():
+    given = {"NATS_URL": "nats://elsewhere", "NATS_CREDS": "/elsewhere", "ENGINE": "real", "GATEWAY_ROLES": "api"}
+    for name, value in given.items():
         monkeypatch.setenv(f"VIDGEN_{name}", value)
     stack = Stack(tmp_path, env={"VIDGEN_MAX_ATTEMPTS": "1"}, workers=2)
     stack._let_in_the_services()
@@ -205,6 +206,7 @@ def test_the_services_get_this_stack_and_the_rest_of_the_users_settings(
         assert service.env["VIDGEN_S3_SECRET_KEY"] not in ("", stack.s3.secret_key)
         assert (service.env["VIDGEN_ENGINE"], service.env["VIDGEN_MAX_ATTEMPTS"]) == ("real", "1")
         assert "VIDGEN_NATS_CREDS" not in service.env
+        assert "VIDGEN_GATEWAY_ROLES" not in service.env  # its one gateway does all, or its jobs wait for ever
     assert len({service.env.get("VIDGEN_WORK_DIR") for service in services}) == 5
     # One identity for each kind of service
     assert len({service.env["VIDGEN_NATS_NKEY_SEED"] for service in services}) == 3
