@@ -337,7 +337,7 @@ def both_on_gpu(stages: Sequence[Stage], env: Mapping[str, str]) -> bool:
 
     gpus = gpu.visible()
     fields = WorkerSettings.model_fields
-    given: dict[str, Any] = {name: env[key] for name in fields if (key := f"VIDGEN_{name.upper()}") in env}
+    given: dict[str, Any] = {name: env[key] for name in fields if env.get(key := f"VIDGEN_{name.upper()}")}
     if not gpus or given.get("engine") == "preview" or given.get("device") == "cpu":
         return False
     try:

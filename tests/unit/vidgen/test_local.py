@@ -41,6 +41,7 @@ SERVICES = [("edit-service", "edit_service.main", ()), ("i2v-service", "i2v_serv
 def test_a_gpu_with_the_weights_of_both_models_has_one_worker(tmp_path: Path) -> None:
     assert workers(tmp_path) == [("worker", "vidgen.cli", ("worker", "--stages", "edit,i2v"))]
     assert workers(tmp_path, VIDGEN_ENGINE="real") == workers(tmp_path)
+    assert workers(tmp_path, VIDGEN_PROFILE="", VIDGEN_ENGINE="") == workers(tmp_path)  # empty is not set
 
 
 def test_without_the_weights_of_one_there_are_two_services(tmp_path: Path, machine: set[str]) -> None:
