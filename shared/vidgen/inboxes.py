@@ -100,6 +100,14 @@ class Requester(Client):
         self._write_pending()
         await super().flush(timeout)
 
+    # What the next three see nats-py has raise in its reading loop, which ends by that: the bus would be deaf until
+    # three pings had had no answer.
+
+    async def _process_pong(self) -> None:
+        if self._pongs and self._pongs[0].done():  # of a flush that was given up
+            self._pongs[0] = asyncio.get_running_loop().create_future()
+        await super()._process_pong()
+
     def _write_pending(self) -> None:
         self._writes_soon = False
         if self._status != Client.CONNECTED or not self._pending or self._transport is None:

@@ -320,9 +320,13 @@ class JetStreamBus:
 
     async def listen(self, subject: str) -> Feed:
         with translated():
-            subscription = await self._client.subscribe(subject)
-            await self._client.flush()
-        return ListenFeed(subscription)
+            feed = ListenFeed(await self._client.subscribe(subject))
+            try:
+                await self._client.flush()
+            except BaseException:
+                await feed.close()
+                raise
+        return feed
 
     async def listened(self, subject: str) -> bool:
         try:

@@ -379,6 +379,22 @@ async def test_a_flush_asks_behind_all_that_it_waits_for(nats_server: NatsServer
         assert wire.words[-4:] == [b"SUB", b"PUB", b"UNSUB", b"PING"]
 
 
+async def test_who_gives_up_a_flush_goes_on_hearing_and_leaves_nothing_behind(nats_server: NatsServer) -> None:
+    # nats-py's reading ended over a PONG that nobody waited for any more: the bus was deaf for half a minute.
+    async with connected_bus(nats_server) as connected:
+        client: Any = connected.client
+        before = set(client._subs)
+        listening = asyncio.create_task(connected.listen("nobody.signals"))
+        async with asyncio.timeout(BOUND):
+            while not client._pongs:
+                await asyncio.sleep(0)
+        listening.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await listening
+        assert await connected.ready()
+        assert set(client._subs) == before
+
+
 @pytest.mark.parametrize("value", ["a\r\nNats-Rollup: all", "a\nb"])
 async def test_a_line_break_in_a_header_does_not_become_one_on_the_wire(nats_server: NatsServer, value: str) -> None:
     async with connected_bus(nats_server) as connected:
