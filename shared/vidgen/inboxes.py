@@ -108,6 +108,21 @@ class Requester(Client):
             self._pongs[0] = asyncio.get_running_loop().create_future()
         await super()._process_pong()
 
+    async def _process_headers(self, headers: bytes | None) -> dict[str, str] | None:
+        try:
+            return await super()._process_headers(headers)
+        except (IndexError, UnicodeDecodeError):  # whoever may publish may write what is none
+            return None
+
+    def _build_message(
+        self, sid: int, subject: bytes, reply: bytes, data: bytes, headers: dict[str, str] | None
+    ) -> Msg:  # fmt: skip
+        try:
+            built: Msg = super()._build_message(sid, subject, reply, data, headers)
+        except UnicodeDecodeError:
+            built = super()._build_message(sid, _readable(subject), _readable(reply), data, headers)
+        return built
+
     def _write_pending(self) -> None:
         self._writes_soon = False
         if self._status != Client.CONNECTED or not self._pending or self._transport is None:
@@ -135,6 +150,10 @@ def _head(headers: Mapping[str, str]) -> bytes | None:
             return None
         lines.append(f"{name}: {value.strip()}")
     return "\r\n".join([*lines, "", ""]).encode()
+
+
+def _readable(text: bytes) -> bytes:
+    return text.decode(errors="replace").encode()
 
 
 def _give_up(answer: asyncio.Future[Msg]) -> None:

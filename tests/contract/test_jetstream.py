@@ -315,6 +315,32 @@ async def test_a_request_named_like_an_answer_of_the_server_is_a_message(nats_se
             await delivery.ack()
 
 
+@pytest.mark.parametrize(
+    "published",
+    [
+        b"HPUB vidgen.requests 2 4\r\n\r\n{}\r\n",
+        b"HPUB vidgen.requests 8 10\r\nNATS/1.0{}\r\n",
+        b"PUB vidgen.requests.\xff\xfe 2\r\n{}\r\n",
+    ],
+    ids=["headers that are none", "headers without an end", "a subject that is not UTF-8"],
+)
+async def test_a_request_that_nats_py_cannot_read_comes_like_another(nats_server: NatsServer, published: bytes) -> None:
+    # The server stores it. It ended nats-py's reading: who pulled it was deaf for half a minute, and then the next one.
+    requests = next(one for one in topology.CONSUMERS if one.stream == topology.REQUESTS)
+    host, port = nats_server.url.removeprefix("nats://").split(":")
+    async with connected_bus(nats_server) as connected:
+        reader, writer = await asyncio.open_connection(host, int(port))
+        await reader.readline()
+        writer.write(b'CONNECT {"verbose":false,"headers":true}\r\n' + published + b"PING\r\n")
+        assert await reader.readline() == b"PONG\r\n"
+        writer.close()
+        async with asyncio.timeout(BOUND):
+            delivery = await connected.pull(requests)
+        assert delivery is not None
+        assert (delivery.body, delivery.headers) == (b"{}", {})
+        await delivery.ack()
+
+
 # ── answers ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
