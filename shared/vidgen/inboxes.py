@@ -100,6 +100,12 @@ class Requester(Client):
         self._write_pending()
         await super().flush(timeout)
 
+    async def _process_connect_init(self) -> None:
+        # nats-py means to do so, but asks whether it is reconnecting when it says no longer so: half a message of the
+        # connection before would go on with what comes over this one.
+        self._ps.reset()
+        await super()._process_connect_init()
+
     # What the next three see nats-py has raise in its reading loop, which ends by that: the bus would be deaf until
     # three pings had had no answer.
 

@@ -267,6 +267,19 @@ async def test_credentials_that_cannot_be_read_are_a_wrong_setting(nats_server: 
     assert caught.value.code == "settings"
 
 
+async def test_half_a_message_does_not_go_on_with_what_the_next_connection_brings(nats_server: NatsServer) -> None:
+    # A write fails as the reading task is about to wake up: that reads half a message after nats-py cleared it away.
+    async with connected_bus(nats_server) as connected:
+        client: Any = connected.client
+        subscription = await client.subscribe("some.subject")
+        client._transport._io_reader.feed_data(b"MSG some.subject %d 500\r\nhalf" % subscription._id)
+        await client._process_op_err(ConnectionResetError())
+        async with asyncio.timeout(BOUND):
+            while not await connected.ready():
+                await asyncio.sleep(0.01)
+        assert (subscription.pending_msgs, client.stats["reconnects"]) == (0, 1)
+
+
 async def test_leaving_while_the_server_is_gone_does_not_hang(nats_server: NatsServer) -> None:
     async with asyncio.timeout(BOUND), connected_bus(nats_server):
         await nats_server.kill()
