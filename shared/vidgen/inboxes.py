@@ -100,6 +100,16 @@ class Requester(Client):
         self._write_pending()
         await super().flush(timeout)
 
+    def cut_off(self) -> None:
+        """End the connection without what it has not taken, which a network that is gone never will."""
+        writer = getattr(self._transport, "_io_writer", None)
+        if writer is not None:
+            writer.transport.abort()
+
+    async def _attempt_reconnect(self) -> None:
+        self.cut_off()  # nats-py closes it, and would wait until all is taken
+        await super()._attempt_reconnect()
+
     async def _process_connect_init(self) -> None:
         # nats-py means to do so, but asks whether it is reconnecting when it says no longer so: half a message of the
         # connection before would go on with what comes over this one.

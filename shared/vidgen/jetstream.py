@@ -35,6 +35,7 @@ LEADER_PATIENCE = 0.5  # seconds; from then on any node may say what it has
 READY_TIMEOUT = 2.0
 FIRST_CONNECT_ATTEMPTS = 2  # beyond the first one, a second apart
 FIRST_CONNECT_LIMIT = 30.0  # for all of them: a TLS handshake that fails may leave nats-py waiting for ever
+LEAVE_LIMIT = 5.0
 ANSWER_TIMEOUT = 1.0  # that nobody is there, the server says at once
 NOT_SECURE = "the bus speaks no TLS, and the settings want it"
 DENIED, LATE_ANSWER = "permissions violation", 'publish to "_inbox'  # as nats-py passes on what the server says
@@ -458,11 +459,13 @@ async def connect(
         yield made
     finally:
         with contextlib.suppress(Exception):
-            async with asyncio.timeout(5):
+            async with asyncio.timeout(LEAVE_LIMIT):
                 await _leave(made)
         if not client.is_closed:
-            with contextlib.suppress(OSError):  # with no server there, its last flush fails
-                await client.close()
+            client.cut_off()
+            with contextlib.suppress(OSError, RuntimeError):  # with no server there, its last flush fails
+                async with asyncio.timeout(LEAVE_LIMIT):
+                    await client.close()
 
 
 def _parsed(headers: bytes) -> dict[str, str]:

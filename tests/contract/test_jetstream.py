@@ -7,13 +7,16 @@ import contextlib
 import dataclasses
 import json
 import socket
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import nats.errors
 import pytest
+import uvloop
 from nats.aio.msg import Msg
 from nats.js import api
+from tests.fault.proxy import Proxy
 from tests.servers import connected_bus, running_nats
 
 from vidgen import bootstrap, bus, deliveries, errors, feeds, jetstream, topology
@@ -267,6 +270,47 @@ async def test_credentials_that_cannot_be_read_are_a_wrong_setting(nats_server: 
     assert caught.value.code == "settings"
 
 
+@contextlib.asynccontextmanager
+async def cut_off_while_it_writes(server: NatsServer) -> AsyncIterator[tuple[jetstream.JetStreamBus, Proxy]]:
+    """A bus that notices soon how its network swallows everything, with more written than the system takes."""
+    host, port = server.url.removeprefix("nats://").split(":")
+    async with Proxy(host, int(port)) as network, contextlib.AsyncExitStack() as stack:
+        url = f"nats://127.0.0.1:{network.port}"
+        connected = await stack.enter_async_context(
+            jetstream.connect(url, "test", reconnect_time_wait=0.05, ping_interval=0.2)
+        )
+        network.cut()
+
+        async def write() -> None:
+            while True:
+                await connected.signal("nobody.listens", bytes(200_000))
+
+        transport = connected.client._transport._io_writer.transport  # type: ignore[union-attr]
+        writing = asyncio.create_task(write())
+        async with asyncio.timeout(BOUND):
+            while not transport.get_write_buffer_size():
+                await asyncio.sleep(0)
+        writing.cancel()
+        await asyncio.gather(writing, return_exceptions=True)
+        yield connected, network
+
+
+async def test_what_a_dead_network_has_not_taken_does_not_hold_up_the_next_connection(nats_server: NatsServer) -> None:
+    # nats-py waited until the system gave the old connection up, a quarter of an hour where nobody answers.
+    async with cut_off_while_it_writes(nats_server) as (connected, network):
+        lost = connected.lost
+        async with asyncio.timeout(BOUND):
+            await lost
+            network.heal()
+            while not connected.client.is_connected:
+                await asyncio.sleep(0.01)
+
+
+async def test_what_a_dead_network_has_not_taken_does_not_hold_up_who_leaves(nats_server: NatsServer) -> None:
+    async with asyncio.timeout(BOUND), cut_off_while_it_writes(nats_server):
+        pass
+
+
 async def test_half_a_message_does_not_go_on_with_what_the_next_connection_brings(nats_server: NatsServer) -> None:
     # A write fails as the reading task is about to wake up: that reads half a message after nats-py cleared it away.
     async with connected_bus(nats_server) as connected:
@@ -283,6 +327,18 @@ async def test_half_a_message_does_not_go_on_with_what_the_next_connection_bring
 async def test_leaving_while_the_server_is_gone_does_not_hang(nats_server: NatsServer) -> None:
     async with asyncio.timeout(BOUND), connected_bus(nats_server):
         await nats_server.kill()
+
+
+def test_leaving_with_something_unsaid_while_the_server_is_gone_is_no_failure(tmp_path: Path) -> None:
+    # On the loop of the services, where what has gone says so with a RuntimeError.
+    async def leave() -> None:
+        async with running_nats(tmp_path) as server, connected_bus(server) as connected:
+            lost = connected.lost
+            await server.kill()
+            await lost
+            await connected.signal("nobody.listens", b"")
+
+    uvloop.run(leave())
 
 
 # ── refusals ─────────────────────────────────────────────────────────────────────────────────────────────────────────
