@@ -16,6 +16,7 @@ import nats.errors
 from nats.aio.client import Client
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
+from nats.protocol.parser import PERMISSIONS_ERR, STALE_CONNECTION
 
 REQUEST_TIMEOUT = 5.0
 LAST_CALL = 0.1  # seconds that a pull which was given up still listens
@@ -76,9 +77,12 @@ class Requester(Client):
         head = _head(headers) if headers else b""
         if (
             self._status != Client.CONNECTED or head is None or not subject or BLANK.search(subject)
-            or BLANK.search(reply) or len(payload) > self._max_payload
+            or BLANK.search(reply) or len(payload) + len(head) > self._max_payload
             or self._unlooked + self._pending_data_size > BACKLOG
         ):  # fmt: skip
+            # A server counts headers too, and cuts off who sends more than it takes; nats-py counts the payload alone.
+            if len(payload) + len(head or b"") > self._max_payload:
+                raise nats.errors.MaxPayloadError
             self._unlooked = 0
             await super().publish(subject, payload, reply=reply, headers=headers)
             return
@@ -115,6 +119,15 @@ class Requester(Client):
         # connection before would go on with what comes over this one.
         self._ps.reset()
         await super()._process_connect_init()
+
+    async def _process_err(self, err_msg: str) -> None:
+        # At what a server says as it cuts a client off nats-py closes for good, and nobody hears of it.
+        if STALE_CONNECTION in err_msg or PERMISSIONS_ERR in err_msg:
+            await super()._process_err(err_msg)
+            return
+        error = nats.errors.Error("nats: " + err_msg.strip("'"))
+        await self._error_cb(error)
+        await self._process_op_err(error)
 
     # What the next three see nats-py has raise in its reading loop, which ends by that: the bus would be deaf until
     # three pings had had no answer.

@@ -324,6 +324,15 @@ async def test_half_a_message_does_not_go_on_with_what_the_next_connection_bring
         assert (subscription.pending_msgs, client.stats["reconnects"]) == (0, 1)
 
 
+async def test_who_is_cut_off_with_a_word_comes_back(nats_server: NatsServer) -> None:
+    # nats-py closed for good: the process lived on without a bus.
+    async with connected_bus(nats_server) as connected:
+        await connected.signal("x" * 5000, b"")  # "maximum control line exceeded"
+        async with asyncio.timeout(BOUND):
+            while not (connected.client.stats["reconnects"] and await connected.ready()):
+                await asyncio.sleep(0.01)
+
+
 async def test_leaving_while_the_server_is_gone_does_not_hang(nats_server: NatsServer) -> None:
     async with asyncio.timeout(BOUND), connected_bus(nats_server):
         await nats_server.kill()
@@ -362,6 +371,18 @@ async def test_a_message_larger_than_the_server_takes_is_rejected_at_once(nats_s
         with pytest.raises(errors.RejectedError) as caught:
             await connected.publish(SUBJECT, b"x" * 300_000, message_id="a")
     assert caught.value.code == "too_large"
+
+
+async def test_a_message_that_its_headers_make_too_large_is_rejected_and_nobody_is_cut_off(
+    nats_server: NatsServer,
+) -> None:
+    async with connected_bus(nats_server) as connected:
+        body = bytes(connected.client.max_payload - 10)
+        with pytest.raises(errors.RejectedError) as refused:
+            await connected.publish(topology.subject_of_events("j1"), body, message_id="a")
+        assert refused.value.code == "too_large"
+        assert await connected.ready()
+        assert connected.client.stats["reconnects"] == 0
 
 
 async def test_names_that_the_bus_cannot_take_are_rejected_at_once(nats_server: NatsServer) -> None:
