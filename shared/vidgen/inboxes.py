@@ -102,7 +102,10 @@ class Requester(Client):
     async def flush(self, timeout: int = int(REQUEST_TIMEOUT)) -> None:
         # nats-py's PING overtakes what its flusher has not written yet: the PONG would say nothing of a SUB or UNSUB.
         self._write_pending()
-        await super().flush(timeout)
+        try:
+            await super().flush(timeout)
+        except RuntimeError as exc:  # uvloop's word for a connection that is gone, until the reading loop sees it, too
+            raise ConnectionResetError(str(exc)) from exc
 
     def cut_off(self) -> None:
         """End the connection without what it has not taken, which a network that is gone never will."""

@@ -350,6 +350,19 @@ def test_leaving_with_something_unsaid_while_the_server_is_gone_is_no_failure(tm
     uvloop.run(leave())
 
 
+def test_a_feed_opened_as_the_connection_breaks_is_refused_as_in_any_outage(tmp_path: Path) -> None:
+    # uvloop raises a RuntimeError, which those who listen for as long as they live do not expect of a bus.
+    async def listen() -> None:
+        async with running_nats(tmp_path) as server, connected_bus(server) as connected:
+            client: Any = connected.client
+            client._transport._io_writer.transport.abort()
+            await asyncio.sleep(0)  # it is closed, and the reading loop has not seen it
+            with pytest.raises(errors.BusError):
+                await connected.listen("nobody.signals")
+
+    uvloop.run(listen())
+
+
 # ── refusals ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
