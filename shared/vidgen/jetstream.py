@@ -485,16 +485,23 @@ async def _leave(bus: JetStreamBus) -> None:
 
 
 def _check_credentials(path: str | None) -> None:
-    # nats-py reads the file only when a server asks, and tries for ever what it cannot read then.
+    # nats-py reads the file only when a server asks, and tries for ever what it cannot read then. Where there is no JWT
+    # in it, it reads on behind its end, and the process does nothing else any more.
     if path is None:
         return
     try:
-        Path(path).read_bytes()
+        found = Path(path).read_bytes()
     except OSError as exc:
         raise errors.FatalError(
             f"the NATS credentials file {path} cannot be read ({exc.strerror}): correct VIDGEN_NATS_CREDS",
             code="settings",
         ) from exc
+    if b"BEGIN NATS USER JWT" not in found or b"BEGIN USER NKEY SEED" not in found:
+        raise errors.FatalError(
+            f"the NATS credentials file {path} has not both a user's JWT and its seed: correct VIDGEN_NATS_CREDS; "
+            "a seed alone is for VIDGEN_NATS_NKEY_SEED",
+            code="settings",
+        )
 
 
 def _without_credentials(url: str) -> str:

@@ -263,9 +263,19 @@ async def test_connecting_to_nothing_fails_soon_and_names_the_place_without_its_
     assert "user" not in str(caught.value)
 
 
-async def test_credentials_that_cannot_be_read_are_a_wrong_setting(nats_server: NatsServer, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "content", [None, b"", b"-----BEGIN USER NKEY SEED-----\nSU...\n------END USER NKEY SEED------\n"],
+    ids=["no file", "nothing in it", "a seed alone"],
+)  # fmt: skip
+async def test_credentials_that_cannot_be_read_are_a_wrong_setting(
+    nats_server: NatsServer, tmp_path: Path, content: bytes | None
+) -> None:
+    # Asked for it by a server, nats-py looks for a JWT that is not there for ever, and the loop stands still.
+    path = tmp_path / "some.creds"
+    if content is not None:
+        path.write_bytes(content)
     with pytest.raises(errors.FatalError) as caught:
-        async with jetstream.connect(nats_server.url, "test", user_credentials=str(tmp_path / "missing.creds")):
+        async with jetstream.connect(nats_server.url, "test", user_credentials=str(path)):
             pass
     assert caught.value.code == "settings"
 

@@ -107,13 +107,18 @@ async def test_planted_secrets_are_nowhere(tmp_path: Path) -> None:
     # It delivers no webhooks: that they fail is looked for in the log of the other one.
     keyed = service("keyed", "gateway.main", VIDGEN_AUTH="on", VIDGEN_GATEWAY_ROLES="api")
     worker = service("edit-service", "edit_service.main")
-    (tmp_path / "wrong.creds").write_text(CREDENTIALS)
+    kinds = "NATS USER JWT", "USER NKEY SEED"
+    creds = "".join(f"-----BEGIN {kind}-----\n{CREDENTIALS}\n------END {kind}------\n" for kind in kinds)
+    (tmp_path / "wrong.creds").write_text(creds)
+    (tmp_path / "no.creds").write_text(CREDENTIALS)
     misled = [
         (service("wrong-password", "gateway.main", VIDGEN_NATS_URL=nats.url_with(WRONG_PASSWORD)), "not_there_yet"),
         (service("wrong-user", "gateway.main", VIDGEN_NATS_USER="x", VIDGEN_NATS_PASSWORD=WRONG_PASSWORD,
                  VIDGEN_NATS_URL=nats.url), "not_there_yet"),
         (service("wrong-creds", "gateway.main", VIDGEN_NATS_URL=nats.url,
                  VIDGEN_NATS_CREDS=str(tmp_path / "wrong.creds")), "not_there_yet"),
+        (service("no-creds", "gateway.main", VIDGEN_NATS_URL=nats.url,
+                 VIDGEN_NATS_CREDS=str(tmp_path / "no.creds")), "VIDGEN_NATS_CREDS"),
         (service("unknown-seed", "gateway.main", VIDGEN_NATS_URL=nats.url,
                  VIDGEN_NATS_NKEY_SEED=SEED), "not_there_yet"),
         (service("no-seed", "gateway.main", VIDGEN_NATS_NKEY_SEED=NO_SEED), "VIDGEN_NATS_NKEY_SEED"),
