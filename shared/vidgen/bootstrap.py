@@ -83,7 +83,7 @@ async def _ensure_stream(js: JetStreamContext, what: str, wanted: api.StreamConf
             return
     differ = [name for name in FIXED if (getattr(found, name) or None) != (getattr(wanted, name) or None)]
     had, takes = sorted(found.subjects or []), sorted(wanted.subjects or [])
-    if not all(any(covers(wider, subject) for wider in takes) for subject in had):
+    if not all(any(topology.covers(wider, subject) for wider in takes) for subject in had):
         differ.append("subjects")
     if differ:
         raise errors.FatalError(
@@ -102,17 +102,6 @@ async def _ensure_stream(js: JetStreamContext, what: str, wanted: api.StreamConf
         log.info("bus: %s: setting %s", what, ", ".join(sorted(repair)))
         with translated():
             await js.update_stream(found.evolve(**repair))
-
-
-def covers(wider: str, subject: str) -> bool:
-    """Whether every subject that falls under the pattern `subject` falls under `wider`, too."""
-    parts, given = wider.split("."), subject.split(".")
-    for place, part in enumerate(parts):
-        if part == ">":
-            return len(given) > place
-        if place >= len(given) or given[place] == ">" or part not in ("*", given[place]):
-            return False
-    return len(parts) == len(given)
 
 
 async def _ensure_consumer(js: JetStreamContext, consumer: topology.Consumer, ack_wait: float) -> None:

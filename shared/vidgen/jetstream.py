@@ -7,7 +7,6 @@ import base64
 import contextlib
 import json
 import logging
-import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from datetime import datetime
@@ -92,7 +91,7 @@ class JetStreamBus:
             except errors.QueueFullError:
                 raise
             except errors.ConflictError:
-                if expect_last is not None and (seq := await self._stored_as(subject, message_id)):
+                if expect_last is not None and (seq := await self._stored_as(subject, message_id, expect_last)):
                     return seq
                 raise
             except errors.BusError:
@@ -120,17 +119,16 @@ class JetStreamBus:
             return None
         raise errors.BusError(f"the bus did not say: {told.get('Status', '')} {told.get('Description', '')}")
 
-    async def _stored_as(self, subject: str, message_id: str) -> int | None:
+    async def _stored_as(self, subject: str, message_id: str, expect_last: int) -> int | None:
         # The server compares sequences before it looks for duplicates, so a publish that is repeated because its
-        # answer was lost looks like a conflict with itself. Sent again under a condition that no stream fulfils,
-        # the message is answered as a duplicate if it is one, and cannot be stored if it is not.
-        impossible = {"Nats-Msg-Id": message_id, "Nats-Expected-Last-Msg-Id": secrets.token_hex(16)}
+        # answer was lost looks like a conflict with itself. What was stored behind `expect_last` is next to it. That is
+        # read: a server of a cluster stores nothing more in a stream, for good, once `Nats-Expected-Last-Msg-Id` does
+        # not hold there (nats-server 2.15.1), so it must not be asked in that way.
         try:
-            with cancellable():
-                seq, known = await self.store(subject, b"", impossible)
-        except (nats.errors.Error, js_errors.Error, TimeoutError, OSError):
+            found = await self.first(topology.stream_of(subject), subject, expect_last)
+        except errors.BusError:
             return None
-        return seq if known else None
+        return found.seq if found is not None and found.headers.get("Nats-Msg-Id") == message_id else None
 
     async def pull(self, consumer: topology.Consumer, wait: float = PULL_WAIT) -> Delivery | None:
         msg = await self.take(consumer.stream, consumer.name, wait)

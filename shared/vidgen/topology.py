@@ -217,3 +217,22 @@ class Topology:
         streams = tuple(replace(one, max_age=ages.get(one.name, one.max_age)) for one in self.streams)
         buckets = tuple(replace(one, ttl=jobs) if one.name == JOBS_BUCKET else one for one in self.buckets)
         return replace(self, streams=streams, buckets=buckets)
+
+
+def covers(wider: str, subject: str) -> bool:
+    """Whether every subject that falls under the pattern `subject` falls under `wider`, too."""
+    parts, given = wider.split("."), subject.split(".")
+    for place, part in enumerate(parts):
+        if part == ">":
+            return len(given) > place
+        if place >= len(given) or given[place] == ">" or part not in ("*", given[place]):
+            return False
+    return len(parts) == len(given)
+
+
+def stream_of(subject: str) -> str:
+    """The stream that stores what is published on a subject; LookupError where none does."""
+    for stream in STREAMS:
+        if any(covers(pattern, subject) for pattern in stream.subjects):
+            return stream.name
+    raise LookupError(subject)

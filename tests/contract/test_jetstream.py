@@ -731,7 +731,7 @@ async def test_an_upgrade_takes_in_new_subjects_and_keeps_what_was_queued(nats_s
     ],
 )  # fmt: skip
 def test_only_what_takes_all_that_was_taken_is_an_upgrade(wider: str, subject: str, expected: bool) -> None:
-    assert bootstrap.covers(wider, subject) is expected
+    assert topology.covers(wider, subject) is expected
 
 
 async def test_the_bootstrap_refuses_a_stream_that_is_another(nats_server: NatsServer) -> None:

@@ -9,12 +9,13 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 
 import nats.errors
+import pytest
 from tests.fault.ledger import Ledger
 from tests.fault.nursery import BOUND_S
 from tests.fault.system import Lab
 from tests.servers import free_ports
 
-from vidgen import topology
+from vidgen import bootstrap, errors, jetstream, topology
 from vidgen.local import NatsServer
 from vidgen.local.process import POLL
 from vidgen.local.servers import program
@@ -85,3 +86,20 @@ async def campaign(lab: Lab, *, kills: int, stepdowns: int, jobs: int) -> str:
 
 async def test_a_node_dies_and_leaders_change_and_nothing_is_lost(lab: Lab) -> None:
     await campaign(lab, kills=1, stepdowns=1, jobs=8)
+
+
+async def test_a_conflict_stops_no_stream(tmp_path: Path) -> None:
+    # Asked by `Nats-Expected-Last-Msg-Id` whether it was one with itself, every node stopped the stream for good.
+    async with cluster(tmp_path) as nodes, asyncio.timeout(BOUND_S), jetstream.connect(nodes[0].url, "test") as bus:
+        while True:  # the nodes have yet to find one another
+            try:
+                await bootstrap.ensure(bus, topology.Topology(replicas=3))
+                break
+            except errors.BusError:
+                await asyncio.sleep(POLL)
+        subject = topology.subject_of_events("j1")
+        assert await bus.publish(subject, b"1", message_id="1", expect_last=0) == 1
+        with pytest.raises(errors.ConflictError):
+            await bus.publish(subject, b"another", message_id="2", expect_last=0)
+        assert await bus.publish(subject, b"1", message_id="1", expect_last=0) == 1
+        assert await bus.publish(subject, b"2", message_id="3", expect_last=1) == 2
