@@ -151,7 +151,7 @@ async def test_a_feed_goes_on_where_it_was_after_a_restart(nats_server: NatsServ
         feed = await connected.follow(topology.EVENTS, subject)
         found = []
         async with asyncio.timeout(BOUND):
-            found += [await feed.next(5), await feed.next(5)]
+            found += [await feed.next(BOUND), await feed.next(BOUND)]
             await nats_server.kill()
             publish = asyncio.create_task(connected.publish(subject, b"3", message_id="3"))
             await nats_server.start()
@@ -172,7 +172,7 @@ async def test_a_feed_outlives_its_consumer_on_the_server(nats_server: NatsServe
     async with connected_bus(nats_server) as connected:
         await connected.publish(subject, b"0", message_id="0")
         feed = await connected.follow(topology.EVENTS, subject)
-        first = await feed.next(5)
+        first = await feed.next(BOUND)
         for info in await connected.jetstream.consumers_info(topology.EVENTS):
             if info.name != topology.GATEWAY:
                 await connected.jetstream.delete_consumer(topology.EVENTS, info.name)
@@ -590,7 +590,7 @@ async def test_more_feeds_are_open_at_once_than_a_server_takes_consumers_by_itse
         opened = [await connected.follow(topology.EVENTS, f"vidgen.events.{number}") for number in range(1100)]
 
         await connected.publish("vidgen.events.1099", b"heard", message_id="heard")
-        message = await opened[-1].next(10.0)
+        message = await opened[-1].next(BOUND)
         assert message is not None
         assert message.body == b"heard"
 
@@ -603,7 +603,7 @@ async def test_a_feed_that_is_left_while_it_waits_leaves_no_consumer_behind(nats
         feed = await connected.follow(topology.EVENTS, "vidgen.events.somebody")
         assert isinstance(feed, feeds.FollowFeed)
         waiting = asyncio.create_task(feed.next(60.0))
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(BOUND):
             while not (await js.consumer_info(topology.EVENTS, feed._consumer or "")).num_waiting:
                 await asyncio.sleep(0.01)
 

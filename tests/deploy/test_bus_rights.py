@@ -331,9 +331,10 @@ async def test_an_answer_reaches_its_own_inbox_and_nobody_hears_that_of_another(
 
 @pytest.mark.parametrize("who", ["worker", "gateway"])
 async def test_a_worker_answers_one_of_its_stage_or_a_gateway_and_only_in_an_inbox(
-    server: DeployedNats, identities: Identities, who: str
+    server: DeployedNats, identities: Identities, monkeypatch: pytest.MonkeyPatch, who: str
 ) -> None:
     """Who may answer may do so anywhere: a worker that asks could name a record that it may not write."""
+    monkeypatch.setattr(jetstream, "ANSWER_TIMEOUT", installed.BOUND)
     subject = topology.subject_of_worker("edit", "w1")
     async with (
         installed.connected(server.url, identities, "edit-service") as asked,
