@@ -49,6 +49,11 @@ class LoopClock:
     def advance(self, seconds: float) -> None:
         self._ahead += seconds
 
+    def stop(self) -> None:
+        """From now on it moves by `advance` alone: for what must not be late on a machine that stalls."""
+        now = self._real()
+        self._real = lambda: now
+
 
 def one_thread() -> None:
     """Have all that the running loop gives to threads done by one, in order."""

@@ -12,9 +12,9 @@ from tests.gateways import BOUND, EDIT, KEY, Gateway, completed, started
 from gateway import consumers
 from gateway.consumers import Consumers
 from vidgen import contracts, dead, topology
-from vidgen.bus import PULL_WAIT, Delivery
+from vidgen.bus import Delivery
 from vidgen.contracts import Job, JobStatus
-from vidgen.testing import MemoryBus
+from vidgen.testing import FakeClock, MemoryBus
 
 
 class Loops:
@@ -53,14 +53,12 @@ async def say(loops: Loops, event: contracts.AnyEvent) -> None:
 
 
 async def test_they_end_at_once_though_nothing_comes() -> None:
-    gateway = await Gateway.open()
+    gateway = await Gateway.open(MemoryBus(clock=FakeClock()))  # on which no pull comes to its end by itself
     loops = Loops(gateway)
     async with asyncio.timeout(BOUND):
         while loops.bus.calls["pull"] < 5:  # two for requests, two for events, one for advisories
             await asyncio.sleep(0)
-    before = asyncio.get_running_loop().time()
     await loops.end()
-    assert asyncio.get_running_loop().time() - before < PULL_WAIT / 2
 
 
 async def test_a_request_goes_through_to_a_completed_job_and_is_counted_once(loops: Loops) -> None:
