@@ -138,10 +138,24 @@ class Rejects(Instant):
 
 
 class Picky(PreviewEditEngine):
-    """The preview, but whoever asks for the impossible is turned down as by `Rejects`."""
+    """The preview, but whoever asks for the impossible is turned down as by `Rejects`.
+
+    What is endless stands at its third step, of which it tells all the while, until it is cancelled.
+    """
 
     def prepare(self, work: Work, files: Sequence[Path]) -> Any:
         return (Rejects() if "impossible" in work.prompt else super()).prepare(work, files)
+
+    def generate(self, inputs: Any, on_step: OnStep) -> Generated:
+        give_up = time.monotonic() + 4 * PATIENCE  # a browser on a busy machine takes its time
+
+        def stand(step: int, steps: int) -> None:
+            while step == 3 and time.monotonic() < give_up:
+                on_step(step, steps)
+                time.sleep(0.05)
+            on_step(step, steps)
+
+        return super().generate(inputs, stand if "endless" in inputs.work.prompt else on_step)
 
 
 class FatalOnGenerate(Instant):
