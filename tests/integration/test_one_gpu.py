@@ -8,7 +8,7 @@ import signal
 import sys
 from collections.abc import AsyncIterator, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 import pytest
@@ -18,6 +18,8 @@ from tests.servers import finished, skipped_at_home
 from vidgen.client import AsyncClient
 from vidgen.contracts import EditParams, I2VParams, JobStatus, StageStarted, VideoRequest
 from vidgen.local import Service, Stack
+
+Stacked = TypeVar("Stacked", bound="OneGpu")
 
 PHOTO = Path(__file__).parents[2] / "examples" / "portrait.jpg"
 ROOT = Path(__file__).parents[2]
@@ -46,7 +48,13 @@ class TakingTurns(OneGpu):
     kind = ("tests.zoo_service", ("edit,i2v", "Naps"))
 
 
-async def running(stack: OneGpu) -> AsyncIterator[OneGpu]:
+class Held(OneGpu):
+    """Its engines hold the device until the file `released` is there."""
+
+    kind = ("tests.zoo_service", ("edit,i2v", "Paced"))
+
+
+async def running(stack: Stacked) -> AsyncIterator[Stacked]:
     with skipped_at_home():
         await stack.start()
     try:
@@ -79,6 +87,13 @@ async def turns(tmp_path: Path) -> AsyncIterator[OneGpu]:
         yield started
 
 
+@pytest.fixture
+async def held(tmp_path: Path) -> AsyncIterator[Held]:
+    env = ENV | {"ZOO_RELEASED": str(tmp_path / "released")}
+    async for started in running(Held(tmp_path, env=env, ephemeral=True)):
+        yield started
+
+
 def request(*, edit: bool = True, i2v: bool = True, steps: int = 2) -> VideoRequest:
     parts: dict[str, Any] = {"references": ("uploads/from-the-form",)}
     if edit:
@@ -93,7 +108,7 @@ MIXED = [request(), request(i2v=False), request(edit=False), request(), request(
 
 
 async def exposition(url: str) -> str:
-    async with httpx.AsyncClient() as http:
+    async with httpx.AsyncClient(timeout=BOUND) as http:
         return (await http.get(f"{url}/metrics")).text
 
 
@@ -114,7 +129,10 @@ async def test_one_process_serves_a_mixed_queue_of_both_stages_to_its_end(stack:
     alive = await client.workers()
     assert [(worker.stage, worker.engine) for worker in alive] == [("edit", "preview"), ("i2v", "preview")]
     assert len({worker.id for worker in alive}) == 1
-    text = await exposition(stack.worker.url)
+    async with asyncio.timeout(BOUND):
+        # The job is done a moment before its worker has counted that.
+        while total(text := await exposition(stack.worker.url), "vidgen_worker_tasks_total", outcome="completed") < 7:
+            await asyncio.sleep(0.05)
     described = [line for line in text.splitlines() if line.startswith("# HELP")]
     assert len(described) == len(set(described))
     for stage, count in (("edit", 3), ("i2v", 4)):
@@ -155,25 +173,29 @@ async def test_a_process_that_is_killed_in_a_task_of_one_stage_leaves_those_of_b
     assert [job.status for job in ended] == [JobStatus.COMPLETED] * 2, [job.error for job in ended]
 
 
-async def test_a_drain_finishes_what_runs_and_hands_back_what_waits_in_both_stages(
-    stack: OneGpu, client: AsyncClient
-) -> None:
-    runs = await client.submit(request(i2v=False, steps=40), images=[PHOTO])
-    async with asyncio.timeout(BOUND):
-        async for update in client.watch(runs.id):
-            if getattr(update, "step", 0) > 0:
-                break
-    waits = await client.submit(request(edit=False), images=[PHOTO])
-    async with asyncio.timeout(BOUND):
-        async for update in client.watch(waits.id):
-            if isinstance(update, StageStarted):
-                break  # claimed by the other stage, which waits for the device
+async def test_a_drain_finishes_what_runs_and_hands_back_what_waits_in_both_stages(held: Held) -> None:
+    async with AsyncClient(held.gateway_url) as client:
+        runs = await client.submit(request(i2v=False), images=[PHOTO])
+        async with asyncio.timeout(BOUND):
+            async for update in client.watch(runs.id):
+                if getattr(update, "step", 0) > 0:
+                    break
+        waits = await client.submit(request(edit=False), images=[PHOTO])
+        async with asyncio.timeout(BOUND):
+            async for update in client.watch(waits.id):
+                if isinstance(update, StageStarted):
+                    break  # claimed by the other stage, which waits for the device
 
-    stack.worker.process.signal(signal.SIGTERM)
-    assert await stack.worker.process.wait(BOUND) == 0
+        held.worker.process.signal(signal.SIGTERM)
+        async with asyncio.timeout(BOUND):
+            while {worker.state for worker in await client.workers()} != {"draining"}:
+                await asyncio.sleep(0.05)
+        (held.folder / "released").touch()
+        assert await held.worker.process.wait(BOUND) == 0
 
-    assert (await client.get(runs.id)).status is JobStatus.COMPLETED
-    await stack.worker.start(BOUND)
-    after = await finished(client, waits, BOUND)
-    assert after.status is JobStatus.COMPLETED, after.error
-    assert (after.stages[0].attempt, after.stages[0].tries) == (2, 1)
+        done = await finished(client, runs, BOUND)
+        assert (done.status, done.stages[0].attempt) == (JobStatus.COMPLETED, 1), done.error
+        await held.worker.start(BOUND)
+        after = await finished(client, waits, BOUND)
+        assert after.status is JobStatus.COMPLETED, after.error
+        assert (after.stages[0].attempt, after.stages[0].tries) == (2, 1)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import os
 import signal
@@ -15,7 +16,8 @@ from tests.servers import finished, running_stack, skipped_at_home
 
 from vidgen import jetstream, topology, video
 from vidgen.client import AsyncClient
-from vidgen.contracts import EditParams, I2VParams, Job, JobStatus, Progress, VideoRequest
+from vidgen.contracts import EditParams, I2VParams, Job, JobStatus, Progress, Stage, VideoRequest
+from vidgen.jetstream import JetStreamBus
 from vidgen.local import Stack
 from vidgen.local.stack import NICE
 
@@ -47,12 +49,33 @@ def request(**parts: object) -> VideoRequest:
     return VideoRequest.model_validate({"references": ("uploads/from-the-form",)} | parts)
 
 
+@contextlib.contextmanager
+def still(stack: Stack, *stages: Stage) -> Iterator[None]:
+    """The workers of these stages stand still, as long as the block takes on whatever machine."""
+    names = {f"{stage}-service" for stage in stages}
+    held = [service for service in stack.services if service.name in names]
+    for service in held:
+        service.process.signal(signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        for service in held:
+            service.process.signal(signal.SIGCONT)
+
+
 async def until_step(client: AsyncClient, job: Job, stage: str) -> Progress:
     async with asyncio.timeout(BOUND):
         async for update in client.watch(job.id):
             if isinstance(update, Progress) and update.stage == stage and update.step > 0:
                 return update
     raise AssertionError(f"{stage} never made a step")
+
+
+async def newest_step(bus: JetStreamBus, job: Job) -> int:
+    """How far the job's worker said last that it is."""
+    told = await bus.last(topology.PROGRESS, topology.subject_of_progress(job.id))
+    assert told is not None
+    return Progress.model_validate_json(told.body).step
 
 
 async def charged(client: AsyncClient, job: Job) -> Job:
@@ -63,16 +86,21 @@ async def charged(client: AsyncClient, job: Job) -> Job:
     return job
 
 
-async def test_a_photograph_becomes_an_edited_frame_and_a_video(client: AsyncClient, tmp_path: Path) -> None:
+async def test_a_photograph_becomes_an_edited_frame_and_a_video(
+    client: AsyncClient, stack: Stack, tmp_path: Path
+) -> None:
     seen: list[Progress] = []
-    job = await client.submit(request(edit=edit(steps=6), i2v=i2v(steps=6)), images=[PHOTO])
-    assert job.status is JobStatus.QUEUED
-    async with asyncio.timeout(BOUND):
-        async for update in client.watch(job.id):
-            if isinstance(update, Progress):
-                seen.append(update)
-            elif isinstance(update, Job):
-                job = update
+    with contextlib.ExitStack() as until_watched:
+        until_watched.enter_context(still(stack, "edit"))  # progress is not kept for who comes too late
+        job = await client.submit(request(edit=edit(steps=6), i2v=i2v(steps=6)), images=[PHOTO])
+        assert job.status is JobStatus.QUEUED
+        async with asyncio.timeout(BOUND):
+            async for update in client.watch(job.id):
+                until_watched.close()
+                if isinstance(update, Progress):
+                    seen.append(update)
+                elif isinstance(update, Job):
+                    job = update
     assert job.status is JobStatus.COMPLETED
     assert [artifact.name for artifact in job.artifacts] == ["edit-0.png", "video.mp4", "poster.jpg"]
     for stage in ("edit", "i2v"):
@@ -134,17 +162,20 @@ async def test_the_same_id_twice_is_one_job(client: AsyncClient) -> None:
 async def test_a_running_job_is_cancelled_within_a_step(client: AsyncClient, stack: Stack) -> None:
     job = await client.submit(request(edit=edit(), i2v=i2v(steps=100)), images=[PHOTO])
     await until_step(client, job, "i2v")
-    cancelled = await client.cancel(job.id)
-    assert cancelled.status is JobStatus.CANCELLED
-    record = (await charged(client, job)).stages[1]
-    assert 0 < record.gpu_seconds < 100 * PACE / 2
+    async with jetstream.connect(stack.nats_url, "test") as bus:
+        cancelled = await client.cancel(job.id)
+        assert cancelled.status is JobStatus.CANCELLED
+        step = await newest_step(bus, job)
+        assert (await charged(client, job)).stages[1].gpu_seconds > 0
+        assert await newest_step(bus, job) < min(100, step + 50)  # in steps: how long one takes, a machine decides
 
 
-async def test_a_queued_job_is_cancelled_before_it_starts(client: AsyncClient) -> None:
+async def test_a_queued_job_is_cancelled_before_it_starts(client: AsyncClient, stack: Stack) -> None:
     running = await client.submit(request(edit=edit(steps=40)), images=[PHOTO])
     await until_step(client, running, "edit")
-    waiting = [await client.submit(request(edit=edit()), images=[PHOTO]) for _ in range(6)]
-    last = await client.cancel(waiting[-1].id)
+    with still(stack, "edit"):
+        waiting = [await client.submit(request(edit=edit()), images=[PHOTO]) for _ in range(6)]
+        last = await client.cancel(waiting[-1].id)
     assert last.status is JobStatus.CANCELLED
     assert (await finished(client, running)).status is JobStatus.COMPLETED
     for job in waiting[:-1]:
@@ -153,7 +184,7 @@ async def test_a_queued_job_is_cancelled_before_it_starts(client: AsyncClient) -
 
 
 async def test_a_retry_goes_on_where_the_job_stopped(client: AsyncClient) -> None:
-    job = await client.submit(request(edit=edit(), i2v=i2v(steps=60)), images=[PHOTO])
+    job = await client.submit(request(edit=edit(), i2v=i2v(steps=100)), images=[PHOTO])
     await until_step(client, job, "i2v")
     await client.cancel(job.id)
     await charged(client, job)
@@ -185,11 +216,18 @@ async def test_the_fleet_and_the_metrics_show_what_ran(client: AsyncClient, stac
     workers = {worker.stage: worker for worker in await client.workers()}
     assert set(workers) == {"edit", "i2v"}
     assert all(worker.device == "cpu" and worker.engine == "preview" for worker in workers.values())
-    async with httpx.AsyncClient() as http:
-        text = (await http.get(f"{stack.gateway_url}/metrics")).text
-    lines = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
-    assert float(lines['vidgen_jobs_total{status="completed"}']) >= 1
-    assert float(lines['vidgen_tasks_total{lane="interactive",outcome="completed",stage="i2v"}']) >= 1
+    jobs, tasks = (
+        'vidgen_jobs_total{status="completed"}',
+        'vidgen_tasks_total{lane="interactive",outcome="completed",stage="i2v"}',
+    )
+    async with asyncio.timeout(BOUND), httpx.AsyncClient(base_url=stack.gateway_url, timeout=BOUND) as http:
+        while True:
+            text = (await http.get("/metrics")).text
+            lines = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+            # A gateway counts what it has acked, and a busy bus may leave a scrape without its figures.
+            if all(float(lines.get(name, 0)) >= 1 for name in (jobs, tasks, "vidgen_gateway_bus_up")):
+                break
+            await asyncio.sleep(0.1)
     assert float(lines['vidgen_queue_depth{lane="interactive",stage="edit"}']) == 0
     # Its newest heartbeat may be from while it worked.
     assert (
@@ -216,7 +254,7 @@ async def test_a_worker_that_is_killed_hands_its_task_to_the_next(tmp_path: Path
         await stack.start()
     try:
         async with AsyncClient(stack.gateway_url) as client:
-            job = await client.submit(request(edit=edit(steps=50)), images=[PHOTO])
+            job = await client.submit(request(edit=edit(steps=100)), images=[PHOTO])
             holder = (await until_step(client, job, "edit")).worker or ""
             victim = next(s for s in stack.services if f"-{s.pid}-" in holder)
             os.kill(victim.pid, signal.SIGKILL)
