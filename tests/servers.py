@@ -79,9 +79,11 @@ async def running_gateways(
 
 
 @contextlib.contextmanager
-def running_stack(folder: Path, env: dict[str, str], stages: Sequence[Stage] = STAGES) -> Iterator[Stack]:
+def running_stack(
+    folder: Path, env: dict[str, str], stages: Sequence[Stage] = STAGES, kind: type[Stack] = Stack
+) -> Iterator[Stack]:
     """The whole system: servers, gateway and the services of these stages as processes."""
-    stack = Stack(folder, env=env, stages=stages, ephemeral=True)
+    stack = kind(folder, env=env, stages=stages, ephemeral=True)
     with asyncio.Runner() as runner:
         with skipped_at_home():
             runner.run(stack.start())

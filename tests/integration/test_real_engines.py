@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -16,11 +17,20 @@ from vidgen.client import AsyncClient
 from vidgen.contracts import EditParams, I2VParams, Job, JobStatus, StageReleased, StageStarted, VideoRequest
 from vidgen.local import Stack
 
-PHOTO = Path(__file__).parents[2] / "examples" / "portrait.jpg"
+ROOT = Path(__file__).parents[2]
+PHOTO = ROOT / "examples" / "portrait.jpg"
 SHIM = Path(__file__).parents[1] / "shim"
 BOUND = 300.0
 
 pytestmark = pytest.mark.timeout(900)  # importing diffusers takes minutes on a machine that is busy
+
+
+class Slow(Stack):
+    """Its tiny video model may be told to take its time: a hundred steps of it are over in a second."""
+
+    def _kinds(self) -> Iterator[tuple[str, str, Sequence[str]]]:
+        for name, module, arguments in super()._kinds():
+            yield name, "tests.slow_service" if name == "i2v-service" else module, arguments
 
 
 @pytest.fixture(scope="module")
@@ -33,10 +43,10 @@ def stack(tmp_path_factory: pytest.TempPathFactory, tiny_models: dict[str, Path]
         "VIDGEN_EDIT_CONDITION_AREA": str(56 * 56),
         "VIDGEN_I2V_MODEL": str(tiny_models["wan2.2-a14b-i2v"]),
         "VIDGEN_CHECKPOINT_OVER_S": "0",  # nothing that these models do takes long
-        "PYTHONPATH": os.pathsep.join(filter(None, (str(SHIM), os.environ.get("PYTHONPATH")))),
+        "PYTHONPATH": os.pathsep.join([str(SHIM), str(ROOT), *sys.path]),
         "OMP_NUM_THREADS": "1",
     }
-    with running_stack(tmp_path_factory.mktemp("stack"), env) as stack:
+    with running_stack(tmp_path_factory.mktemp("stack"), env, kind=Slow) as stack:
         yield stack
 
 
