@@ -212,7 +212,7 @@ async def test_a_presigned_get_works_over_plain_http(s3_store: S3Store, key: str
     await s3_store.put(key, file, "image/png")
     url = await s3_store.url(key, expires=timedelta(minutes=1))
 
-    async with httpx.AsyncClient() as client:
+    async with httpx.AsyncClient(timeout=BOUND) as client:
         signed = await client.get(url)
         ranged = await client.get(url, headers={"Range": "bytes=10-19"})
         unsigned = await client.get(url.split("?")[0])
@@ -229,7 +229,7 @@ async def test_a_presigned_get_shows_a_file_as_the_gateway_says_and_not_as_it_wa
     await s3_store.put(key, file, "text/html")
     url = await s3_store.url(key, shown=Shown("image/png", "attachment; filename*=UTF-8''a%20b.png"))
 
-    async with httpx.AsyncClient() as client:
+    async with httpx.AsyncClient(timeout=BOUND) as client:
         signed = await client.get(url)
         changed = await client.get(url.replace("image%2Fpng", "text%2Fhtml"))
         as_stored = await client.get(re.sub(r"response-content-\w+=[^&]*&", "", url))
@@ -246,7 +246,7 @@ async def test_a_presigned_get_is_good_for_nothing_but_to_get_that_file_for_a_wh
     url = await s3_store.url(key)
     expired = presign.url_with_headers("GET", url.partition("?")[0], {}, s3_store._keys, "us-east-1", *LONG_AGO)
 
-    async with httpx.AsyncClient() as client:
+    async with httpx.AsyncClient(timeout=BOUND) as client:
         others = [await client.request(method, url, content=b"x") for method in ("PUT", "DELETE", "POST")]
         elsewhere = await client.get(url.replace("edit-0.png?", "other.png?"))
         too_late = await client.get(expired)
@@ -283,7 +283,7 @@ async def test_a_presigned_upload_is_refused_for(s3_store: S3Store, key: str, wh
     method, body, headers = UPLOAD_REFUSED[what]
     url = await s3_store.upload_url(key, "image/png", len(SIZED))
 
-    async with httpx.AsyncClient() as client:
+    async with httpx.AsyncClient(timeout=BOUND) as client:
         content = chunked(SIZED) if body is None else body
         sent = {"Content-Type": "image/png", "If-None-Match": "*", **headers}
         answer = await client.request(method, url, content=content, headers=sent)
@@ -298,7 +298,7 @@ async def test_a_presigned_upload_is_good_for_one_key_and_a_while(s3_store: S3St
     address, keys = url.partition("?")[0], s3_store._keys
     expired = presign.url_with_headers("PUT", address, headers, keys, "us-east-1", *LONG_AGO)
 
-    async with httpx.AsyncClient() as client:
+    async with httpx.AsyncClient(timeout=BOUND) as client:
         elsewhere = await client.put(url.replace("edit-0.png", "other.png"), content=SIZED, headers=headers)
         too_late = await client.put(expired, content=SIZED, headers=headers)
         missed = await s3_store.stat(key)

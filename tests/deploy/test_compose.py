@@ -493,7 +493,7 @@ async def test_the_same_processes_with_the_same_files_make_a_video_and_stop_when
 
         # Then it is done, and its link leads past the gateway to the store, as a browser outside reaches it
         assert job.status is JobStatus.COMPLETED
-        async with httpx.AsyncClient() as http:
+        async with httpx.AsyncClient(timeout=BOUND) as http:
             address = f"{graph.url('gateway', 8080)}/v1/jobs/{job.id}/artifacts/video.mp4"
             answer = await http.get(address, headers={"Authorization": f"Bearer {key}"})
             link = answer.headers["location"]
@@ -520,7 +520,8 @@ async def test_the_same_processes_with_the_same_files_make_a_video_and_stop_when
         for name in ("nats", "s3", "gateway"):
             await graph.start(name)
         signed_in = {"Authorization": f"Bearer {key}"}
-        async with httpx.AsyncClient(base_url=graph.url("gateway", 8080), headers=signed_in) as http:
+        url = graph.url("gateway", 8080)
+        async with httpx.AsyncClient(base_url=url, headers=signed_in, timeout=BOUND) as http:
             assert (await http.get(f"/v1/jobs/{job.id}")).json()["status"] == "completed"
             video = await http.get(f"/v1/jobs/{job.id}/artifacts/video.mp4", params={"proxy": "1"})
             assert video.content[4:8] == b"ftyp"

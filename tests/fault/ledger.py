@@ -178,7 +178,7 @@ class Ledger:
         }  # fmt: skip
         told: dict[str, float] = {}
         try:
-            async with asyncio.timeout(10):  # what a gateway has just acked it may not have counted
+            async with asyncio.timeout(BOUND_S):  # what a gateway has just acked it may not have counted
                 while (told := await self._counted(wanted)) != wanted:
                     if not self.exact and all(told[name] >= value for name, value in wanted.items()):
                         return
@@ -209,7 +209,7 @@ class Ledger:
         """A worker's tasks by outcome; where it lives, once its counters say what its log does."""
         logged, counted = _outcomes(child), Counter[str]()
         with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(10), httpx.AsyncClient() as http:
+            async with asyncio.timeout(BOUND_S), httpx.AsyncClient(timeout=BOUND_S) as http:
                 while child.ended is None and (logged or child.url):  # else it has only just begun
                     with contextlib.suppress(httpx.HTTPError):  # it may be about to leave
                         counted = _counted_by((await http.get(f"{child.url}/metrics")).text)
@@ -223,7 +223,7 @@ class Ledger:
 
     async def _counted(self, names: Collection[str]) -> dict[str, float]:
         found = dict.fromkeys(names, 0.0)
-        async with httpx.AsyncClient() as http:
+        async with httpx.AsyncClient(timeout=BOUND_S) as http:
             for gateway in self.system.of("gateway"):
                 text = (await http.get(f"{gateway.url}/metrics")).text
                 for name, value in _samples(text):

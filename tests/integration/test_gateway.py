@@ -176,7 +176,7 @@ async def test_a_running_job_is_shown_and_cancelled_behind_a_restart_of_the_bus(
                 await asyncio.sleep(0.05)
         await nats_server.kill()
         await nats_server.start()
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(BOUND_S):
             while True:
                 try:
                     assert (await client.get(job.id)).status is JobStatus.IN_PROGRESS

@@ -44,7 +44,7 @@ def store_of(server: S3Server) -> S3Store:
 
 
 async def publish(server: NatsServer, text: bytes) -> int:
-    client = await nats.connect(server.url, connect_timeout=5)
+    client = await nats.connect(server.url, connect_timeout=BOUND_S)
     try:
         js = client.jetstream()
         await js.add_stream(name="KEPT", subjects=["kept.*"])
@@ -54,7 +54,7 @@ async def publish(server: NatsServer, text: bytes) -> int:
 
 
 async def read_first(server: NatsServer) -> bytes | None:
-    client = await nats.connect(server.url, connect_timeout=5)
+    client = await nats.connect(server.url, connect_timeout=BOUND_S)
     try:
         return (await client.jetstream().get_msg("KEPT", 1)).data
     finally:

@@ -148,7 +148,7 @@ async def test_planted_secrets_are_nowhere(tmp_path: Path) -> None:
                 asked = {"content_type": "image/png", "size": len(image)}
                 slot = (await http.post("/v1/uploads", json=asked)).json()
                 signature = parse_qs(urlsplit(slot["url"]).query)["X-Amz-Signature"][0]
-                async with httpx.AsyncClient() as store:
+                async with httpx.AsyncClient(timeout=BOUND_S) as store:
                     await store.put(slot["url"], headers=slot["headers"], content=image)
                 good = {"references": [slot["key"]], "edit": EDIT, "webhook_url": receiver.url()}
                 wrong = {
@@ -182,7 +182,7 @@ async def test_planted_secrets_are_nowhere(tmp_path: Path) -> None:
                 # With a key, by each way in, and where it does not belong.
                 key, revoked = await key_for(bus, "acme"), await key_for(bus, "acme")
                 await revoke(bus, revoked)
-                async with httpx.AsyncClient(base_url=keyed.url) as http_keyed:
+                async with httpx.AsyncClient(base_url=keyed.url, timeout=BOUND_S) as http_keyed:
                     await http_keyed.post("/v1/session", headers=bearer(key))
                     calls: list[tuple[str, str, dict[str, str]]] = [
                         ("GET", "/v1/jobs", bearer(key)), ("GET", "/v1/session", {}),

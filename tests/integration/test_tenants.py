@@ -56,7 +56,7 @@ async def vidgen(nats: NatsServer, *arguments: str) -> list[dict[str, Any]]:
 
 async def until_refused(url: str, key: str) -> str:
     """Wait until a gateway no longer takes a key; why it does not."""
-    async with asyncio.timeout(BOUND_S), httpx.AsyncClient(base_url=url, headers=bearer(key)) as http:
+    async with asyncio.timeout(BOUND_S), httpx.AsyncClient(base_url=url, headers=bearer(key), timeout=BOUND_S) as http:
         while (answer := await http.get("/v1/session")).status_code != 401:
             await asyncio.sleep(0.05)
         return str(answer.json()["code"])

@@ -127,7 +127,7 @@ async def test_the_example_takes_what_is_signed_now_and_nothing_else(name: str) 
     old = OF_DEFAULT.sign("j1:1:completed", now - timedelta(hours=1), body)
     other = webhooks.Secret.parse(SECRET).of_tenant("other").sign("j1:1:completed", now, body)
     both = good | {"webhook-signature": f"{other['webhook-signature']} {good['webhook-signature']}"}
-    async with example(program, str(EXAMPLES / name)) as (printed, port), httpx.AsyncClient() as client:
+    async with example(program, str(EXAMPLES / name)) as (printed, port), httpx.AsyncClient(timeout=BOUND_S) as client:
         answers = [
             (await client.post(f"http://127.0.0.1:{port}/", content=sent, headers=headers)).status_code
             for sent, headers in (

@@ -299,7 +299,7 @@ async def test_a_worker_answers_for_itself_on_its_own_port(floor: Floor) -> None
     await floor.queue()
     await floor.until("stage_completed")
 
-    async with httpx.AsyncClient(base_url=worker.url) as client:
+    async with httpx.AsyncClient(base_url=worker.url, timeout=BOUND_S) as client:
         assert (await client.get("/healthz")).status_code == 200
         assert (await client.get("/readyz")).status_code == 200
         exposition = (await client.get("/metrics")).text

@@ -8,6 +8,8 @@ import pytest
 
 from vidgen import pagecache
 
+BOUND = 60.0  # seconds to wait for what must come
+
 
 @pytest.fixture
 def fetched(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int]]:
@@ -33,7 +35,7 @@ def threads() -> list[threading.Thread]:
 def wait_for_all() -> None:
     """The threads end by themselves where there is nothing left to read."""
     for thread in threads():
-        thread.join(10)
+        thread.join(BOUND)
     assert not threads()
 
 
@@ -60,7 +62,7 @@ def test_nothing_is_begun_any_more_when_it_is_left(tmp_path: Path, monkeypatch: 
         nonlocal count
         count += 1
         begun.release()
-        go_on.wait(10)
+        go_on.wait(BOUND)
 
     class Leaving(threading.Event):
         def set(self) -> None:
@@ -73,7 +75,7 @@ def test_nothing_is_begun_any_more_when_it_is_left(tmp_path: Path, monkeypatch: 
     monkeypatch.setattr(pagecache, "_fetch", fetch)
     with pagecache.filling(files(tmp_path, a=1000)):
         for _ in range(pagecache.THREADS):
-            assert begun.acquire(timeout=10)
+            assert begun.acquire(timeout=BOUND)
     assert count == pagecache.THREADS
     assert not threads()
 

@@ -16,6 +16,8 @@ from starlette.routing import Route
 
 from vidgen import errors, probes
 
+BOUND = 60.0  # seconds to wait for what must come
+
 
 def fine() -> bool:
     return True
@@ -32,7 +34,7 @@ def figures() -> tuple[bytes, str]:
 async def test_a_healthy_worker_answers_on_a_port_that_the_os_chose() -> None:
     async with (
         probes.serve("127.0.0.1", 0, healthy=fine, ready=ready, metrics=figures) as url,
-        httpx.AsyncClient(base_url=url) as client,
+        httpx.AsyncClient(base_url=url, timeout=BOUND) as client,
     ):
         assert not url.endswith(":0")
         assert (await client.get("/healthz")).status_code == 200
@@ -49,7 +51,7 @@ async def test_each_probe_says_why_not_and_follows_the_worker() -> None:
         probes.serve(
             "127.0.0.1", 0, healthy=lambda: states[-1][0], ready=lambda: states[-1][1], metrics=figures
         ) as url,
-        httpx.AsyncClient(base_url=url) as client,
+        httpx.AsyncClient(base_url=url, timeout=BOUND) as client,
     ):
         assert (await client.get("/healthz")).status_code == 503
         answer = await client.get("/readyz")
@@ -66,16 +68,16 @@ async def test_slow_metrics_do_not_hold_up_the_probes() -> None:
 
     def stuck() -> tuple[bytes, str]:
         entered.set()
-        release.wait(30)
+        release.wait(BOUND)
         return figures()
 
     async with (
         probes.serve("127.0.0.1", 0, healthy=fine, ready=ready, metrics=stuck) as url,
-        httpx.AsyncClient(base_url=url, timeout=30) as client,
+        httpx.AsyncClient(base_url=url, timeout=BOUND) as client,
     ):
         scrape = asyncio.create_task(client.get("/metrics"))
         try:
-            assert await asyncio.to_thread(entered.wait, 30)
+            assert await asyncio.to_thread(entered.wait, BOUND)
             assert (await client.get("/healthz")).status_code == 200
         finally:
             release.set()
@@ -165,7 +167,7 @@ async def test_a_response_without_end_does_not_keep_the_server() -> None:
         return StreamingResponse(body(), media_type="text/event-stream")
 
     app = Starlette(routes=[Route("/events", endless), Route("/", lambda _request: PlainTextResponse("hi"))])
-    async with asyncio.timeout(60), httpx.AsyncClient(timeout=60) as client:
+    async with asyncio.timeout(BOUND), httpx.AsyncClient(timeout=BOUND) as client:
         async with probes.run_app(app, "127.0.0.1", 0, grace=1) as url:
             request = client.build_request("GET", f"{url}/events")
             response = await client.send(request, stream=True)
@@ -206,12 +208,12 @@ async def connected(url: str) -> AsyncIterator[tuple[asyncio.StreamReader, async
 
 
 async def rest_of(reader: asyncio.StreamReader) -> bytes:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(BOUND):
         return await reader.read()
 
 
 async def one_answer(reader: asyncio.StreamReader) -> bytes:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(BOUND):
         head = await reader.readuntil(b"\r\n\r\n")
         length = next(int(line[15:]) for line in head.lower().split(b"\r\n") if line.startswith(b"content-length:"))
         return head + await reader.readexactly(length)

@@ -261,7 +261,7 @@ def test_it_ends_with_its_worker_even_where_it_hangs(environment: None) -> None:
         assert worker.stdout.readline() == "stuck\n"
         partner = os.pidfd_open(pid)
         worker.stdin.write("\n")
-    ended, _, _ = select.select([partner], [], [], 30)
+    ended, _, _ = select.select([partner], [], [], 120)
     if not ended:
         os.kill(pid, signal.SIGKILL)
     os.close(partner)
