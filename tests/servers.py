@@ -30,11 +30,18 @@ def skipped_at_home() -> Iterator[None]:
         pytest.skip(exc.message)
 
 
-def free_ports(count: int) -> list[int]:
-    """Ports of the loopback interface that nobody has, for servers which must know one another's beforehand."""
+@contextlib.contextmanager
+def held_ports(ports: Sequence[int]) -> Iterator[list[int]]:
+    """Ports of the loopback interface for servers that must be told theirs, 0 for one that nobody has.
+
+    They stay bound, so that nobody who wants just any port is given one of them; who names one may listen there.
+    """
     with contextlib.ExitStack() as held:
-        sockets = [held.enter_context(socket.create_server(("127.0.0.1", 0))) for _ in range(count)]
-        return [one.getsockname()[1] for one in sockets]
+        sockets = [held.enter_context(socket.socket()) for _ in ports]
+        for one, port in zip(sockets, ports, strict=True):
+            one.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            one.bind(("127.0.0.1", port))
+        yield [one.getsockname()[1] for one in sockets]
 
 
 @contextlib.asynccontextmanager

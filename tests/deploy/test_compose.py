@@ -6,7 +6,6 @@ import asyncio
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 from collections.abc import AsyncIterator
@@ -18,7 +17,7 @@ import httpx
 import pytest
 from tests.deploy import compose
 from tests.deploy.compose import ROOT, Service
-from tests.servers import finished, skipped_at_home
+from tests.servers import finished, held_ports, skipped_at_home
 
 import vidgen
 from vidgen import errors, jetstream, permissions, settings
@@ -302,7 +301,8 @@ class Graph:
         ("edit-service", "i2v-service"), (9100,)
     )
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, held: ExitStack) -> None:
+        """What is `held` are the ports that it chooses."""
         identities = folder / "identities"
         Identities(identities).complete()
         self.env = compose.filled() | {"IDENTITIES": str(identities)}
@@ -312,12 +312,11 @@ class Graph:
         self.folder = folder
         self.processes = {name: Process(name, folder / f"{name}.log") for name in self.RUN}
         self.inner = servers._choose_ports(None)
+        held.enter_context(held_ports([*self.inner.values()]))
         self.ports = {("s3", 8333): self.inner["s3.port"], ("s3", 9333): self.inner["master.port"]}
         wanted = [(name, port) for name, ports in self.PORTS.items() for port in ports]
-        with ExitStack() as held:
-            for key in wanted:
-                listener = held.enter_context(socket.create_server(("127.0.0.1", 0)))
-                self.ports.setdefault(key, listener.getsockname()[1])
+        for key, port in zip(wanted, held.enter_context(held_ports([0] * len(wanted))), strict=True):
+            self.ports.setdefault(key, port)
         self.published = {
             address: self.ports[name, int(port)]
             for name, service in self.services.items() for address, port in host_ports(service).items()
@@ -442,24 +441,25 @@ class Graph:
 
 @asynccontextmanager
 async def started(folder: Path) -> AsyncIterator[Graph]:
-    with skipped_at_home():
-        graph = Graph(folder)
-        servers.program("nats-server")
-        servers.program("weed")
-        servers.program("prometheus")
-    if shutil.which("wget") is None:
-        assert "CI" not in os.environ, "wget is missing: apt-get install wget"
-        pytest.skip("wget, which health checks in containers use, is missing here")
-    try:
-        for name in graph.order:
-            await graph.start(name)
-        yield graph
-    finally:
-        for process in graph.processes.values():
-            process.kill()
-        for port in graph.inner.values():
-            for left in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):
-                left.unlink(missing_ok=True)
+    with ExitStack() as held:
+        with skipped_at_home():
+            graph = Graph(folder, held)
+            servers.program("nats-server")
+            servers.program("weed")
+            servers.program("prometheus")
+        if shutil.which("wget") is None:
+            assert "CI" not in os.environ, "wget is missing: apt-get install wget"
+            pytest.skip("wget, which health checks in containers use, is missing here")
+        try:
+            for name in graph.order:
+                await graph.start(name)
+            yield graph
+        finally:
+            for process in graph.processes.values():
+                process.kill()
+            for port in graph.inner.values():
+                for left in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):
+                    left.unlink(missing_ok=True)
 
 
 async def scraped(http: httpx.AsyncClient, prometheus: str, jobs: set[str]) -> None:

@@ -29,7 +29,7 @@ import kubernetes_validate
 import pytest
 import typer.main
 import yaml
-from tests.servers import free_ports, skipped_at_home
+from tests.servers import held_ports, skipped_at_home
 
 import vidgen
 from gateway.api import ops
@@ -841,9 +841,9 @@ async def test_three_servers_hold_three_replicas_of_everything_and_one_of_them_t
 ) -> None:
     admin = mounted_users(tmp_path)
     chart = VALUES["config"]["cluster"]
-    ports = free_ports(chart["replicas"])
-    servers = {f"nats-{number}": ChartServer(tmp_path / str(number), sync_always=False) for number in range(len(ports))}
     async with contextlib.AsyncExitStack() as stack:
+        ports = stack.enter_context(held_ports([0] * chart["replicas"]))
+        servers = {f"nats-{n}": ChartServer(tmp_path / str(n), sync_always=False) for n in range(len(ports))}
         for (name, server), port in zip(servers.items(), ports, strict=True):
             routes = [f"nats://127.0.0.1:{one}" for one in ports]
             own = {

@@ -13,7 +13,7 @@ import pytest
 from tests.fault.ledger import Ledger
 from tests.fault.nursery import BOUND_S
 from tests.fault.system import Lab
-from tests.servers import free_ports
+from tests.servers import held_ports
 
 from vidgen import bootstrap, errors, jetstream, topology
 from vidgen.local import NatsServer
@@ -49,14 +49,14 @@ class Node(NatsServer):
 
 @contextlib.asynccontextmanager
 async def cluster(folder: Path) -> AsyncIterator[list[Node]]:
-    ports = free_ports(3)
-    nodes = [Node(folder / f"node-{n}", f"node-{n}", port, ports) for n, port in enumerate(ports)]
-    try:
-        await asyncio.gather(*(node.start() for node in nodes))
-        yield nodes
-    finally:
-        for node in nodes:
-            await node.kill()
+    with held_ports([0] * 3) as ports:
+        nodes = [Node(folder / f"node-{n}", f"node-{n}", port, ports) for n, port in enumerate(ports)]
+        try:
+            await asyncio.gather(*(node.start() for node in nodes))
+            yield nodes
+        finally:
+            for node in nodes:
+                await node.kill()
 
 
 async def campaign(lab: Lab, *, kills: int, stepdowns: int, jobs: int) -> str:
