@@ -132,7 +132,7 @@ async def test_without_its_collector_the_stack_works_on_and_drains(
     job = await client.submit(VideoRequest.model_validate({"references": ("uploads/x",)} | WORK), images=[PHOTO])
 
     assert (await finished(client, job)).status is JobStatus.COMPLETED
-    assert await asyncio.gather(*(service.terminate() for service in stack.services)) == [0, 0, 0]
+    assert await asyncio.gather(*(service.terminate(BOUND) for service in stack.services)) == [0, 0, 0]
     log = (stack.folder / "services" / "edit-service.log").read_text()
     told = [event for line in log.splitlines() if (event := json.loads(line).get("event", "")).startswith("tracing_")]
     # The exporter tries again for some seconds before it gives a batch up: the process may leave before it has.
