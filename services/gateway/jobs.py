@@ -123,6 +123,11 @@ class Jobs:
         current = told == (job.stage, job.run, stage.attempt)
         return job.model_copy(update={"progress": progress}) if current else job
 
+    async def as_told(self, job: Job) -> Job:
+        """The job by the newest event of its log, of which its record may not know yet: who follows it does."""
+        event = await self._newest_event(job.id)
+        return job if event is None else pipeline.decide(job, event)[0]
+
     async def _look(self, job_id: str) -> Job | None:
         found = await self._looks.records(topology.JOBS_BUCKET).latest(job_id)
         return Job.model_validate_json(found[0]) if found else None

@@ -20,7 +20,7 @@ from gateway.api.problems import HttpError
 from gateway.api.references import EXTENSIONS
 from vidgen import errors
 from vidgen.artifacts import Shown, is_under, job_prefix
-from vidgen.contracts import Artifact
+from vidgen.contracts import Artifact, Job
 
 router = APIRouter(prefix="/v1/jobs/{job_id}", tags=["artifacts"])
 
@@ -83,13 +83,19 @@ GET_FILE: dict[str, Any] = {
 @router.get("/artifacts/{name}", **GET_FILE)
 async def download(request: Request, job: JobHere, name: str, parts: PartsHere, wish: WishHere) -> Response:
     """Get a file that a job made. HEAD tells size, type and checksum."""
-    artifact = next((one for one in job.artifacts if one.name == name), None)
+    artifact = _named(job, name)
+    if artifact is None and not job.status.final:
+        artifact = _named(job := await parts.jobs.as_told(job), name)
     if artifact is None:
         names = ", ".join(one.name for one in job.artifacts) or "none yet"
         raise HttpError(404, "artifact_not_found", f"the job has no artifact of this name; it has: {names}")
     if not is_under(artifact.key, job_prefix(job.id)):  # a worker said so, and it may not
         raise HttpError(404, "artifact_not_found", "the artifact is said to be with another job's: it is not shown")
     return await _send(request, artifact, parts, wish)
+
+
+def _named(job: Job, name: str) -> Artifact | None:
+    return next((one for one in job.artifacts if one.name == name), None)
 
 
 @router.head("/references/{index}", include_in_schema=False)

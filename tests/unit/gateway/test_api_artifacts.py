@@ -9,7 +9,7 @@ from urllib.parse import unquote
 import pytest
 from tests.gateways import KEY, Gateway, completed, picture, put
 
-from vidgen import images
+from vidgen import images, topology
 from vidgen.contracts import Job
 from vidgen.testing import MemoryStore
 
@@ -66,6 +66,24 @@ async def test_what_is_no_image_or_film_of_ours_is_for_saving_only(gateway: Gate
     assert answer.headers["content-disposition"].startswith("attachment; ")
     assert answer.headers["x-content-type-options"] == "nosniff"
     assert "disposition=attachment" in (await gateway.client.get(path(job))).headers["location"]
+
+
+@pytest.mark.parametrize("query", [{}, {"proxy": 1}])
+async def test_an_artifact_of_which_the_log_told_is_there_though_the_record_does_not_say_so_yet(
+    gateway: Gateway, query: dict[str, int]
+) -> None:
+    """Who follows a job hears of a file from its log, and asks before a busy gateway has written its record."""
+    job = await gateway.submit()
+    event = completed(job, body=BODY)
+    await put(gateway.parts.store, event.artifacts[0].key, BODY)
+    assert (await gateway.client.get(path(job), params=query)).status_code == 404
+    await gateway.parts.bus.publish(topology.subject_of_events(job.id), event.to_bytes(), message_id="done")
+
+    answer = await gateway.client.get(path(job), params=query)
+
+    assert answer.status_code == (200 if query else 307)
+    assert (await gateway.client.get(path(job, "edit-1.png"))).status_code == 404
+    assert (await gateway.parts.jobs.get(job.id)).artifacts == ()
 
 
 async def test_an_artifact_comes_through_the_gateway_whole(gateway: Gateway, job: Job) -> None:
