@@ -41,7 +41,7 @@ log = structlog.get_logger(__name__)
 T = TypeVar("T")
 
 MAX_INPUT_BYTES = 64 << 20
-HAND_BACK_S = 2.0  # what a worker that leaves in a hurry takes to hand a task back
+HAND_BACK_S = 5.0  # what a worker that leaves in a hurry takes to hand a task back
 DISK_FAILS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO})
 KEEP_S = 15.0  # what storing a checkpoint may take: the machine may be gone soon after
 

@@ -144,6 +144,8 @@ class Doubles:
             for _ in range(10):
                 await asyncio.sleep(0)
             await asyncio.sleep(0.0005)
+        while DECODERS._idle.qsize() < DECODERS.count:  # processes, which on a busy machine take longer than all turns
+            await asyncio.sleep(0.0005)
 
     async def _drop(self, running: asyncio.Task[None]) -> None:
         """Whatever it would still say on its way out, nobody hears."""
