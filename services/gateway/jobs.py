@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import random
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
@@ -27,6 +27,8 @@ MOVING = (JobStatus.QUEUED, JobStatus.IN_PROGRESS)
 CAS_TRIES = 20
 REMEMBERED = 1000  # records that a replica keeps in mind of jobs that have not ended, 9 KB each
 SCAN_LIMIT = 2000  # records that one page of a filtered list may look at
+BEHIND_S = 4.0  # how long a record that is behind its log is waited for: less than a gateway that leaves gives HTTP
+LOOK_S = 0.05  # between two looks at such a record: whichever replica writes it, nobody is told
 
 
 class JobNotFoundError(errors.NotFoundError):
@@ -53,6 +55,12 @@ class NotPossibleError(errors.ConflictError):
     """The job's state does not allow that."""
 
     code = "not_possible"
+
+
+class BehindError(NotPossibleError):
+    """By its log the job will allow that; its record does not know of it yet."""
+
+    code = "record_behind"
 
 
 @dataclass(frozen=True)
@@ -127,6 +135,25 @@ class Jobs:
         """The job by the newest event of its log, of which its record may not know yet: who follows it does."""
         event = await self._newest_event(job.id)
         return job if event is None else pipeline.decide(job, event)[0]
+
+    async def caught_up(self, job: Job, allows: Callable[[Job], bool]) -> Job:
+        """A job whose record allows something, once it does, where the newest event of its log says that it will.
+
+        Who follows a job asks as soon as the log tells, and a busy gateway has not written the record by then. The job
+        as it is where the log does not say so either; raises JobNotFoundError, and BehindError after a few seconds.
+        """
+        clock = asyncio.get_running_loop().time
+        until = clock() + BEHIND_S
+        while not allows(job):
+            # The event first: a record that is read behind it, and knows of it and of more, is told as it is.
+            event = await self._newest_event(job.id)
+            job = await self.get(job.id)
+            if allows(job) or event is None or not allows(pipeline.fold(job, event)):
+                break
+            if clock() >= until:
+                raise BehindError(f"job {job.id} will allow that, but its record is behind its log: ask again soon")
+            await asyncio.sleep(LOOK_S)
+        return job
 
     async def _look(self, job_id: str) -> Job | None:
         found = await self._looks.records(topology.JOBS_BUCKET).latest(job_id)
@@ -311,7 +338,7 @@ class Jobs:
 
     async def retry(self, job_id: str) -> Job:
         """Run a failed or cancelled job again from where it stopped; raises NotPossibleError."""
-        job = await self.get(job_id)
+        job = await self.caught_up(await self.get(job_id), pipeline.may_retry)
         if not pipeline.may_retry(job):
             raise NotPossibleError(f"job {job_id} is {job.status}: only failed and cancelled jobs can be retried")
         return await self.request(contracts.RetryRequested(job_id=job_id, run=job.run + 1, at=now()))
@@ -321,10 +348,10 @@ class Jobs:
 
         Of several who choose at once, the first in the job's log is the one who chose.
         """
-        job = await self.get(job_id)
+        job = await self.caught_up(await self.get(job_id), pipeline.may_approve)
         if job.approved is not None and job.approved == candidate:
             return job
-        if job.status is not JobStatus.AWAITING_REVIEW:
+        if not pipeline.may_approve(job):
             raise NotPossibleError(f"job {job_id} is {job.status}: it does not wait for a review")
         edit = job.stage_record("edit")
         count = len(edit.artifacts) if edit else 0

@@ -174,6 +174,11 @@ def may_retry(job: Job) -> bool:
     return job.status in (JobStatus.FAILED, JobStatus.CANCELLED)
 
 
+def may_approve(job: Job) -> bool:
+    """Whether the job waits for a review."""
+    return job.status is JobStatus.AWAITING_REVIEW
+
+
 def _withdrawal(job: Job, stage: contracts.Stage) -> tuple[WithdrawTask, ...]:
     return (WithdrawTask(stage, lane_of(job), job.tenant, job.id, job.run),)
 

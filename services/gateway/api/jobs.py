@@ -136,6 +136,7 @@ async def cancel(job: JobHere, parts: PartsHere) -> Response:
 @router.post("/{job_id}/retry", response_model=Job, responses=problems.responses(404, 409, 503))
 async def retry(job: JobHere, parts: PartsHere) -> Response:
     """Run a failed or cancelled job again from the stage where it stopped; what succeeded is not done again."""
+    job = await parts.jobs.caught_up(job, pipeline.may_retry)  # before it takes room
     async with _room(parts, job, pipeline.may_retry(job)):
         return answer(await parts.jobs.retry(job.id))
 
@@ -147,7 +148,8 @@ async def retry(job: JobHere, parts: PartsHere) -> Response:
 async def approve(job: JobHere, request: Request, parts: PartsHere) -> Response:
     """Let a job that waits for a review go on with one of its candidates."""
     wanted = await bodies.read_model(request, Approval)
-    async with _room(parts, job, job.status is JobStatus.AWAITING_REVIEW):
+    job = await parts.jobs.caught_up(job, pipeline.may_approve)  # before it takes room
+    async with _room(parts, job, pipeline.may_approve(job)):
         return answer(await parts.jobs.approve(job.id, wanted.candidate))
 
 
