@@ -18,7 +18,7 @@ import structlog
 
 from gateway import pipeline
 from gateway.share import withdraw
-from vidgen import contracts, dead, errors, eventlog, topology, tracing
+from vidgen import attempts, contracts, dead, errors, eventlog, topology, tracing
 from vidgen.bus import Bus, each
 from vidgen.contracts import Job, StageRecord, StageState
 
@@ -153,10 +153,16 @@ class Deadlines:
         if record is None or (record.state is StageState.RUNNING and not await self._left(job, record, missed)):
             self._due.at(job_id, self._clock() + AGAIN)
             return
+        task = pipeline.task_of(job, record)
+        newest = await eventlog.newest(self._bus, job_id)
+        if isinstance(attempts.judge(task, newest.event, eventlog.ANY_TRIES), attempts.Drop):
+            # It ended, and its record does not know yet: no letter of it. What is due then is looked at again.
+            self._due.at(job_id, self._clock() + AGAIN)
+            return
         of = await self._jobs.trace_of(job_id)
         with tracing.span("give up", of=of, job_id=job_id, stage=record.stage, run=job.run):
             tracing.failed(errors.DeadlineError.code)
-            await self._give_up(job, record)
+            await self._give_up(task)
 
     async def _left(self, job: Job, record: StageRecord, missed: bool) -> bool:
         """Whether nobody is at what was begun, twice in a row: once may be a reconnection, or the moment of its end."""
@@ -167,19 +173,19 @@ class Deadlines:
             self._missed.add(job.id)
         return missed
 
-    async def _give_up(self, job: Job, record: StageRecord) -> None:
+    async def _give_up(self, task: contracts.Task) -> None:
         """Fail the stage that is due, as a worker would that took its task now."""
-        task = pipeline.task_of(job, record)
         why = errors.DeadlineError()
         error = contracts.JobError(code=why.code, message=why.message, stage=task.stage)
         where = task.stage, task.lane, task.job_id, task.tenant
         letter = dead.letter(
             task.to_bytes(), topology.subject_of_task(*where), error, job_id=task.job_id, stage=task.stage
         )
+        # The letter first: behind the event the job has ended, and nobody would look at it again.
         await dead.publish(self._bus, letter, message_id=f"{task.job_id}:{task.stage}:{task.run}:dead")
         await eventlog.give_up(self._bus, task, "gateway", error)
         # What is held first, as in a cancel: it is in the queue before it is no longer held.
         await withdraw(self._bus, topology.HELD, topology.subject_of_held(*where), task.run)
         await withdraw(self._bus, topology.TASKS, topology.subject_of_task(*where), task.run)
         self._jobs.share.freed(task.stage, task.lane, task.tenant)
-        log.info("its deadline passed while it waited", _event="deadline_passed", job=job.id, stage=task.stage)
+        log.info("its deadline passed while it waited", _event="deadline_passed", job=task.job_id, stage=task.stage)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from datetime import datetime, timedelta
+from typing import Any
 
 import pytest
 from tests.gateways import BOUND, Gateway, completed, failed, now, started
@@ -138,6 +139,25 @@ async def test_what_has_ended_stays_as_it_is(late: Late) -> None:
     assert (await late.of(done)).status is JobStatus.COMPLETED
     assert (await late.of(broken)).error == failed(broken).error
     assert await late.bus.tail(topology.DEAD, None, 10) == []
+
+
+@pytest.mark.parametrize("stages", [{}, {"i2v": {"prompt": "zoom"}}])
+async def test_what_is_done_by_the_log_is_not_given_up_though_its_record_does_not_know_yet(
+    late: Late, stages: dict[str, Any]
+) -> None:
+    """There was a dead letter of it, and its log and its record knew nothing of that."""
+    job = await late.gateway.submit(deadline_s=60, **stages)
+    await late.bus.publish(topology.subject_of_events(job.id), completed(job).to_bytes(), message_id="done")
+    late.at += timedelta(seconds=70)
+    await late.deadlines.look()  # before the consumer comes to the event
+    assert await late.bus.tail(topology.DEAD, None, 10) == []
+
+    await late.digested()
+    assert (await late.of(job)).status is (JobStatus.IN_PROGRESS if stages else JobStatus.COMPLETED)
+    await late.after(AGAIN.total_seconds())  # what is due now has its deadline behind it as well
+    ended = await late.of(job)
+    assert (ended.status, ended.stage) == ((JobStatus.FAILED, "i2v") if stages else (JobStatus.COMPLETED, None))
+    assert len(await late.bus.tail(topology.DEAD, None, 10)) == len(stages)
 
 
 async def test_a_gateway_that_is_started_anew_finds_the_deadlines_of_what_waits(late: Late) -> None:
