@@ -86,13 +86,8 @@ class JetStreamBus:
         give_up, pause = loop.time() + PUBLISH_PATIENCE, 0.05
         while True:
             try:
-                with translated():
-                    return (await self.store(subject, body, sent))[0]
+                return await self._store_once(subject, body, sent, expect_last)
             except errors.QueueFullError:
-                raise
-            except errors.ConflictError:
-                if expect_last is not None and (seq := await self._stored_as(subject, message_id, expect_last)):
-                    return seq
                 raise
             except errors.BusError:
                 # The publish may be stored all the same: only the same message id makes trying again harmless.
@@ -119,16 +114,22 @@ class JetStreamBus:
             return None
         raise errors.BusError(f"the bus did not say: {told.get('Status', '')} {told.get('Description', '')}")
 
-    async def _stored_as(self, subject: str, message_id: str, expect_last: int) -> int | None:
-        # The server compares sequences before it looks for duplicates, so a publish that is repeated because its
-        # answer was lost looks like a conflict with itself. What was stored behind `expect_last` is next to it. That is
-        # read: a server of a cluster stores nothing more in a stream, for good, once `Nats-Expected-Last-Msg-Id` does
-        # not hold there (nats-server 2.15.1), so it must not be asked in that way.
+    async def _store_once(self, subject: str, body: bytes, headers: dict[str, str], expect_last: int | None) -> int:
+        """The sequence of what is stored by this or was before; raises ConflictError, and BusError where in doubt."""
         try:
+            with translated():
+                return (await self.store(subject, body, headers))[0]
+        except errors.ConflictError:
+            if expect_last is None:
+                raise
+            # The server compares sequences before it looks for duplicates, so a publish that is repeated because its
+            # answer was lost looks like a conflict with itself. What was stored behind `expect_last` is next to it.
+            # That is read: a server of a cluster stores nothing more in a stream, for good, once
+            # `Nats-Expected-Last-Msg-Id` does not hold there (nats-server 2.15.1), so it must not be asked in that way.
             found = await self.first(topology.stream_of(subject), subject, expect_last)
-        except errors.BusError:
-            return None
-        return found.seq if found is not None and found.headers.get("Nats-Msg-Id") == message_id else None
+            if found is not None and found.headers.get("Nats-Msg-Id") == headers["Nats-Msg-Id"]:
+                return found.seq
+            raise
 
     async def pull(self, consumer: topology.Consumer, wait: float = PULL_WAIT) -> Delivery | None:
         msg = await self.take(consumer.stream, consumer.name, wait)

@@ -59,6 +59,24 @@ async def test_a_publish_during_a_restart_is_stored_once(nats_server: NatsServer
         assert [message.body for message in await connected.tail(topology.EVENTS, None, 9)] == [b"event"]
 
 
+async def test_a_repeated_publish_is_no_conflict_where_the_bus_goes_away_once_more_before_it_says_so(
+    nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with connected_bus(nats_server) as connected:
+        subject = topology.subject_of_events("j1")
+        stored = await connected.publish(subject, b"event", message_id="e", expect_last=0)
+        look, answers = connected.first, [errors.BusError("gone"), errors.BusError("gone")]
+
+        async def first(*asked: Any) -> bus.Stored | None:
+            if answers:
+                raise answers.pop()
+            return await look(*asked)
+
+        monkeypatch.setattr(connected, "first", first)
+        assert await connected.publish(subject, b"event", message_id="e", expect_last=0) == stored
+        assert not answers
+
+
 async def test_a_waiting_pull_hears_of_an_outage_at_once_and_the_next_one_goes_on(nats_server: NatsServer) -> None:
     async with connected_bus(nats_server) as connected:
         pull = asyncio.create_task(connected.pull(QUEUE, 300.0))
