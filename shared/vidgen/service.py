@@ -12,6 +12,7 @@ import itertools
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -96,17 +97,25 @@ def run_stages(makers: Mapping[Stage, MakeEngine], service: str) -> int:
     # What is made until the tasks come stays: with torch a million objects, which the collector would look through
     # again and again. It took a quarter of the imports' time.
     gc.disable()
+    code = 0
+    serving: _Service | None = None
     try:
         with tracing.running(settings.traces_url, service, settings.worker_id), without_peft(settings, makers):
-            uvloop.run(_Service(makers, settings).run())
+            serving = _Service(makers, settings)
+            uvloop.run(serving.run())
     except errors.VidgenError as exc:
         log.error(exc.message, _event="left", code=exc.code, exc_info=exc.__cause__)
-        if isinstance(exc, errors.HungError):
-            os._exit(1)  # an interpreter that ends waits for its threads, and one of them never will
-        return 1
+        code = 1
+    except Exception:
+        if serving is None or not serving.hangs:
+            raise
+        log.exception("the service broke", _event="left")
+        code = 1
     finally:
         gc.enable()
-    return 0
+    if serving is not None and serving.hangs:
+        os._exit(code)  # an interpreter that ends waits for its threads, and one of them may never end
+    return code
 
 
 @contextlib.contextmanager
@@ -150,10 +159,13 @@ class _Service:
         self._workers: list[Worker] = []
         self._serving: asyncio.Task[None] | None = None
         self._leaving: asyncio.Task[None] | None = None
+        self.hangs = False  # behind `run`: a thread is at something still
 
     async def run(self) -> None:
         self._take_signals()
-        settings = self._settings
+        settings, loop = self._settings, asyncio.get_running_loop()
+        threads, device_thread = ThreadPoolExecutor(thread_name_prefix="asyncio"), ThreadPoolExecutor(1, "device")
+        loop.set_default_executor(threads)
         await asyncio.to_thread(_try_out, settings.work_dir)
         gpus = ",".join("cpu" if gpu.uuid == "cpu" else str(gpu.index) for gpu in self._monitor.read())
         structlog.contextvars.bind_contextvars(worker=settings.worker_id, gpu=gpus)
@@ -162,18 +174,18 @@ class _Service:
             metrics=lambda: metrics.exposition(list(self._metrics.values())),
         )  # fmt: skip
         async with probing as url:
-            device_thread = ThreadPoolExecutor(1, "device")
-            hangs = False
+            bears_s = settings.hang_least_s
             try:
                 loaded, takes_turns = await over_setup(self._load(device_thread), self._patience)
                 await self._serve(loaded, takes_turns, device_thread, url)
             except errors.HungError:
-                hangs = True
-                # The loop waits at its end for the threads of its executor, and the one that hangs may be among them.
-                asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(1))
+                bears_s = 0.0  # it was waited for
                 raise
             finally:
-                device_thread.shutdown(wait=not hangs)
+                # Whatever the reason is to leave, an engine may hang beside it, or at its step for long. The loop waits
+                # at its end for the threads of its executor: it gets another one, which the probes have meanwhile.
+                loop.set_default_executor(ThreadPoolExecutor(1))
+                self.hangs = not await _ended(bears_s, device_thread, threads)
 
     async def _load(self, device_thread: ThreadPoolExecutor) -> tuple[dict[Stage, _Loaded], bool]:
         """The engines, set up, and whether they take turns; then all but the first stage's are asleep."""
@@ -368,6 +380,22 @@ def _try_out(work_dir: Path | None) -> None:
     except errors.StoreError as exc:
         where = f"VIDGEN_WORK_DIR={work_dir}" if work_dir is not None else "the folder for temporary files"
         raise errors.FatalError(f"{where} cannot be used: {exc.message}", code="settings") from exc
+
+
+async def _ended(bears_s: float, *executors: ThreadPoolExecutor) -> bool:
+    """Whether their threads are done within so many seconds; none takes anything more."""
+    loop = asyncio.get_running_loop()
+    ended = loop.create_future()
+
+    def wait() -> None:
+        for executor in executors:
+            executor.shutdown()
+        with contextlib.suppress(RuntimeError):  # nobody waits any more
+            loop.call_soon_threadsafe(ended.set_result, None)
+
+    threading.Thread(target=wait, name="ended", daemon=True).start()
+    await asyncio.wait([ended], timeout=bears_s)
+    return ended.done()
 
 
 async def _run_all(workers: Sequence[Worker]) -> None:

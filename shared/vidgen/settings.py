@@ -277,7 +277,11 @@ class WorkerSettings(Settings):
         description="An engine that says nothing for this many times the longest silence that tasks of that size took "
         "here hangs: its task is handed on, and the worker leaves. 0: it is waited for, for ever.",
     )  # fmt: skip
-    hang_least_s: float = Field(60.0, gt=0, description="Silence of an engine that is always borne, in seconds.")
+    hang_least_s: float = Field(
+        60.0, gt=0,
+        description="Silence of an engine that is always borne, in seconds. A worker that leaves waits as long for "
+        "what an engine is still at.",
+    )  # fmt: skip
     hang_first_s: float = Field(
         900.0, gt=0,
         description="The same for the first task of a size, which may compile, for one for which memory ran out, for "

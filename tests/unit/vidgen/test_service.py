@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
+import httpx
 import pytest
 from tests import checkpoints, engines
 from tests.workbench import BOUND
@@ -263,6 +264,63 @@ async def test_a_start_that_hangs_is_told_by_the_probes_and_ends(
         released.set()
     assert caught.value.code == "setup_hung"
     assert ("imported" if hangs_in == "make" else "warmed up") in reasons[0]
+
+
+LEAVES = """
+import asyncio, sys, threading
+from tests import engines
+from vidgen import errors, service
+
+async def serve(self, loaded, takes_turns, device_thread, url):
+    begun = threading.Event()
+    def hang():
+        begun.set()
+        threading.Event().wait()
+    asyncio.get_running_loop().run_in_executor(device_thread if sys.argv[1] == "device" else None, hang)
+    await asyncio.to_thread(begun.wait)
+    if sys.argv[2] == "fatal":
+        raise errors.FatalError("the disk fails", code="disk_failed")
+    if sys.argv[2] == "bug":
+        raise ZeroDivisionError
+
+service._Service._serve = serve
+sys.exit(service.run("edit", lambda settings, chosen: engines.Instant()))
+"""
+
+
+@pytest.mark.parametrize("thread", ["device", "other"])
+@pytest.mark.parametrize(("why", "code"), [("fatal", 1), ("bug", 1), ("drained", 0)])
+def test_whatever_the_reason_is_to_leave_a_thread_that_hangs_keeps_no_process(thread: str, why: str, code: int) -> None:
+    """Where the watchdog had not said so, the loop stood still at the end, its probes with it, for ever."""
+    env = os.environ | {"VIDGEN_ENGINE": "preview", "VIDGEN_METRICS_PORT": "0", "VIDGEN_HANG_LEAST_S": "0.2"}
+    command = [sys.executable, "-W", "ignore", "-c", LEAVES, thread, why]
+    made = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=BOUND)
+    assert made.returncode == code, made.stderr
+
+
+async def test_the_probes_answer_while_a_step_that_takes_long_is_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    released = threading.Event()
+
+    async def serve(serving: Any, loaded: Any, takes_turns: bool, device_thread: ThreadPoolExecutor, url: str) -> None:
+        device_thread.submit(released.wait, BOUND)
+        asyncio.get_running_loop().call_later(0.1, asking.set_result, url)
+        raise FatalError("the disk fails", code="disk_failed")
+
+    async def ask() -> int:
+        async with httpx.AsyncClient(timeout=BOUND) as http:
+            answer = await http.get(f"{await asking}/metrics")
+        released.set()
+        return answer.status_code
+
+    monkeypatch.setattr(service._Service, "_serve", serve)
+    asking = asyncio.get_running_loop().create_future()
+    settings = WorkerSettings(engine="preview", device="cpu", metrics_port=0)
+    asked = asyncio.create_task(ask())
+    serving = service._Service({"edit": lambda settings, chosen: engines.Instant()}, settings)
+    with pytest.raises(FatalError, match="the disk fails"):
+        await serving.run()
+    assert await asked == 200
+    assert not serving.hangs
 
 
 def test_garbage_is_not_collected_while_a_model_is_loaded_and_is_again_afterwards(
