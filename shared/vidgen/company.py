@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 
@@ -24,6 +25,16 @@ class Company:
     def __init__(self) -> None:
         self._present: set[Place] = set()
         self._waiting: deque[Place] = deque()
+        self._drains: list[Callable[[], None]] = []
+
+    def join(self, drain: Callable[[], None]) -> None:
+        """Have a worker of this process drain with the others where one is unfit."""
+        self._drains.append(drain)
+
+    def unfit(self) -> None:
+        """One of the workers must leave, and this process: none takes more tasks, or the device that it gives up."""
+        for drain in self._drains:
+            drain()
 
     def enter(self, *, alone: bool) -> Place:
         """A place, granted at once where that can be. Whatever becomes of it, `leave` it."""

@@ -205,7 +205,9 @@ class Worker:
     ) -> None:
         self._bus, self._engine, self._figures, self._metrics = bus, engine, _Figures(monitor), metrics
         self._policy, self._registration = policy, registration
-        self._handler = Handler(bus, store, engine, device_thread, metrics, policy, company or Company())
+        self._company = company or Company()
+        self._company.join(self.drain)
+        self._handler = Handler(bus, store, engine, device_thread, metrics, policy, self._company)
         self._puller = LanePuller(bus, policy.stage)
         self._device = device or asyncio.Lock()
         self._places = asyncio.Semaphore(IN_FLIGHT)
@@ -296,7 +298,7 @@ class Worker:
         delivery = pulled.delivery
         turn = _JustInTimeTurn(
             self._device, job_id=delivery.subject.rsplit(".", 1)[-1], gives_way=pulled.gives_way, open_next=open_next,
-            told=self._leave_if_long, lose=self.drain, changed=self._change_soon, delivery=delivery,
+            told=self._leave_if_long, lose=self._company.unfit, changed=self._change_soon, delivery=delivery,
         )  # fmt: skip
         self._turns.add(turn)
         if delivery.num_delivered > 1:  # or a gateway hands it out once more, as long as the log names one who died
@@ -378,7 +380,7 @@ class Worker:
             self._done += 1
         except errors.FatalError as exc:
             self._unfit_by(exc)
-            self.drain()
+            self._company.unfit()
         finally:
             turn.alone = False
             turn.ends()

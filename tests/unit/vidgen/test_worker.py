@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import threading
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -18,6 +19,7 @@ from tests.workbench import BOUND, Bench, LoopClock, one_thread, settled, tidied
 
 from vidgen import errors, eventlog, topology
 from vidgen.bus import Delivery
+from vidgen.company import Company
 from vidgen.contracts import Checkpoint, GpuFigures, Work, WorkerInfo
 from vidgen.testing import FakeClock
 from vidgen.turn import Phase
@@ -632,6 +634,37 @@ async def test_a_worker_that_lost_its_device_hands_everything_back_and_leaves() 
         assert shop.bench.queued() == 3
         assert not shop.worker.healthy
         assert (await shop.registered()).state == "unhealthy"
+
+
+async def test_where_one_stage_of_a_process_is_unfit_the_others_take_no_more_for_its_device() -> None:
+    """They went on until its last task had ended: one had the device that was lost, or hung, and was charged for it."""
+    async with open_shop(LosesItsDevice()) as shop:
+        bench, other, company = shop.bench, engines.Gated(), Company()
+        edit, i2v = (
+            Worker(
+                bench.bus, bench.store, engine, bench.device_thread, bench.monitor, bench.metrics,
+                replace(bench.policy, stage=stage), Registration(), bench.device, company,
+            )
+            for stage, engine in (("edit", shop.engine), ("i2v", other))
+        )  # fmt: skip
+        gate = shop.engine.hold("generate", 1, 2)
+        await shop.queue(1)
+        shop.running = asyncio.create_task(edit.run())
+        await reached(gate)
+        bench.stage = "i2v"
+        await shop.queue(2)
+        beside = asyncio.create_task(i2v.run())
+        await shop.until("device wanted", 2)
+        await shop.queue(3)
+        gate.open()
+
+        with pytest.raises(errors.FatalError, match="fell off the bus"):
+            await shop.left()
+        await asyncio.wait_for(beside, BOUND)
+
+        assert other.generated == []
+        assert [(event.type, event.tries) for event in bench.events("j2")][1:] == [("stage_released", 0)]
+        assert bench.types("j3") == []
 
 
 class Impatient(Watchdog):
