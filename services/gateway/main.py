@@ -148,7 +148,8 @@ class _Gateway:
         working: list[Works] = [self._keeper, quotas, consumers, Deadlines(connected, jobs, now)]
         background: list[Works] = []
         if own.moves_jobs:
-            working += [Orphans(connected, fleet, metrics, own.worker_silence_s), *([hooks] if hooks else [])]
+            orphans = Orphans(connected, fleet, metrics, own.worker_silence_s, own.ack_wait)
+            working += [orphans, *([hooks] if hooks else [])]
             background.append(Sweeper(connected, store, jobs, Keep.from_settings(own), metrics))
         consuming = asyncio.create_task(self._work(working), name="consumers")
         sweeping = asyncio.create_task(self._work(background), name="sweeper")

@@ -2,6 +2,7 @@
 
 A worker is dead when its entry in the registry is no longer renewed and nobody listens on its subject. The kernel
 closes the connections of a process that ends, so that is known at once; a worker that merely stalls is still connected.
+A bus that was started again has forgotten the registry: then it is enough that the log names one who is not there.
 Where this is wrong all the same, the fence holds: the task is computed once too often, and has one effect.
 """
 
@@ -17,13 +18,14 @@ import structlog
 from gateway.fleet import Fleet
 from vidgen import contracts, errors, eventlog, topology
 from vidgen.bus import Bus, Stored
-from vidgen.contracts import LANES, Stage, WorkerInfo
+from vidgen.contracts import LANES, STAGES, Stage, WorkerInfo
 from vidgen.metrics import GatewayMetrics
 
 log = structlog.get_logger(__name__)
 
 LOOK_S = 1.0
 SAID_S = 2.0  # what a worker that is there takes at most until its entry tells what it holds
+BACK_S = 10.0  # and to be back on a bus that was away: an attempt that times out, a pause, and the next one
 
 _Place = tuple[Stage, int, int]  # a task by its sequence, where its job's log stands at that
 
@@ -32,14 +34,15 @@ class Orphans:
     """Looks after the tasks of workers that died. Each replica does; what is done twice does no harm."""
 
     def __init__(
-        self, bus: Bus, fleet: Fleet, metrics: GatewayMetrics, silence_s: float, *,
+        self, bus: Bus, fleet: Fleet, metrics: GatewayMetrics, silence_s: float, lease_s: float, *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:  # fmt: skip
         self._bus, self._fleet, self._metrics = bus, fleet, metrics
-        self._silence_s, self._clock = silence_s, clock
+        self._silence_s, self._lease_s, self._clock = silence_s, lease_s, clock
         # By the change of an entry and our own clock: the clocks of two machines may differ.
         self._heard: dict[tuple[Stage, str], tuple[WorkerInfo, float]] = {}
         self._missed: set[tuple[Stage, str]] = set()  # not there at the last look
+        self._manned: dict[Stage, float] = {}  # since when there are workers in the registry
         self._unclaimed: dict[_Place, float] = {}  # in nobody's hands, since when
         self._handed: dict[_Place, float] = {}  # when; whoever took it then may have died as well
 
@@ -56,14 +59,15 @@ class Orphans:
 
     async def look(self) -> None:
         """Hand out again what is held by whoever was silent for long enough and is not there, twice in a row."""
+        seen, self._unclaimed = self._unclaimed, {}  # at first: what the bus does not say now has to begin anew
         workers = {(worker.stage, worker.id): worker for worker in await self._fleet.workers()}
         missed, self._missed = self._missed, await self._missing(workers)
         dead = missed & self._missed  # once may be a reconnection
-        seen, self._unclaimed = self._unclaimed, {}
-        if not dead:
+        stages = {stage for stage, _ in dead} | self._in_doubt({stage for stage, _ in workers})
+        if not stages:
             self._handed.clear()
         running = {job for name, worker in workers.items() if name not in dead for job in worker.running}
-        for stage in {stage for stage, _ in dead}:
+        for stage in stages:
             gone = {name for of, name in dead if of == stage}
             alive = {name for of, name in workers if of == stage and name not in gone}
             for lane in LANES:
@@ -81,6 +85,15 @@ class Orphans:
         silent = [name for name, (_, since) in self._heard.items() if at - since >= self._silence_s]
         return {name for name in silent if not await self._bus.listened(topology.subject_of_worker(*name))}
 
+    def _in_doubt(self, manned: Collection[Stage]) -> set[Stage]:
+        """The stages of which somebody may be forgotten: until a lease behind the first entry that there is.
+
+        Then what the forgotten held has come again by itself. To read all tasks under way each second is not for ever.
+        """
+        at = self._clock()
+        self._manned = {stage: self._manned.get(stage, at) for stage in manned}
+        return {stage for stage in STAGES if at - self._manned.get(stage, at) < self._lease_s}
+
     async def _look_after(
         self, consumer: topology.Consumer, task: Stored, stage: Stage, dead: Collection[str], alive: Collection[str],
         seen: Mapping[_Place, float],
@@ -93,11 +106,16 @@ class Orphans:
         holder = None if event is None or waits else event.worker
         if holder in alive:
             return
+        if holder is None and not dead:
+            return
         if holder not in dead:
+            if holder is not None and await self._bus.listened(topology.subject_of_worker(stage, holder)):
+                return  # connected again before it is registered again
             # Taken by one who died before saying so, or just now by one who is alive: a later look tells.
             self._unclaimed[place] = seen.get(place, at)
             back_off = event.retry_in_s or 0.0 if isinstance(event, contracts.StageFailed) else 0.0
-            if place not in seen or at - seen[place] < (self._silence_s if holder else max(back_off, SAID_S)):
+            wait = max(self._silence_s, BACK_S) if holder else max(back_off, SAID_S)
+            if place not in seen or at - seen[place] < wait:
                 return
         if at - self._handed.get(place, at - self._silence_s) < self._silence_s:
             return

@@ -8,13 +8,13 @@ from typing import Any
 import pytest
 from tests.gateways import Gateway, started
 
-from gateway.orphans import SAID_S, Orphans
-from vidgen import contracts, topology
+from gateway.orphans import BACK_S, SAID_S, Orphans
+from vidgen import contracts, errors, topology
 from vidgen.bus import Delivery
-from vidgen.contracts import Job, WorkerInfo
+from vidgen.contracts import Job, Stage, WorkerInfo
 from vidgen.testing import FakeClock, MemoryBus
 
-SILENCE_S = 6.0
+SILENCE_S, LEASE_S = 6.0, 60.0
 QUEUE = topology.consumer_of("edit", "interactive")
 
 
@@ -25,20 +25,20 @@ class Ward:
         parts = gateway.parts
         assert isinstance(parts.bus, MemoryBus)
         self.gateway, self.bus, self.clock = gateway, parts.bus, clock
-        self.orphans = Orphans(self.bus, parts.fleet, parts.metrics, SILENCE_S, clock=clock.time)
+        self.orphans = Orphans(self.bus, parts.fleet, parts.metrics, SILENCE_S, LEASE_S, clock=clock.time)
 
     @classmethod
     async def open(cls) -> Ward:
         clock = FakeClock()
         return cls(await Gateway.open(MemoryBus(clock=clock)), clock)
 
-    async def register(self, worker: str = "w1", **given: Any) -> None:
+    async def register(self, worker: str = "w1", stage: Stage = "edit", **given: Any) -> None:
         at = datetime.now(UTC)
         info = WorkerInfo(
-            id=worker, stage="edit", state="busy", engine="preview", model="none", device="cpu", version="1", host="h",
+            id=worker, stage=stage, state="busy", engine="preview", model="none", device="cpu", version="1", host="h",
             started_at=at, at=at, **given,
         )  # fmt: skip
-        await self.bus.records(topology.WORKERS_BUCKET).put(f"edit.{worker}", info.to_bytes())
+        await self.bus.records(topology.WORKERS_BUCKET).put(f"{stage}.{worker}", info.to_bytes())
 
     async def taken(self) -> tuple[Job, Delivery]:
         job = await self.gateway.submit()
@@ -176,9 +176,82 @@ async def test_a_holder_of_whom_nothing_is_known_any_more_is_given_time(ward: Wa
     await ward.gateway.tell(started(job).model_copy(update={"worker": "expired"}))
     await ward.register()
 
-    await ward.looks(3)
+    await ward.orphans.look()
     assert await ward.again() is None
-    ward.clock.advance(SILENCE_S)
+    ward.clock.advance(BACK_S - 1)
+    await ward.orphans.look()
+    assert await ward.again() is None
+    ward.clock.advance(1)
     await ward.orphans.look()
 
     assert await ward.again() is not None
+
+
+async def test_the_task_of_a_worker_that_the_bus_forgot_with_its_registry_is_handed_out_again(ward: Ward) -> None:
+    """The whole of `vidgen up` was ended the hard way and started again: its task came back a minute later."""
+    job, _ = await ward.taken()
+    await ward.gateway.tell(started(job))
+    await ward.register("w2")  # of the new start
+    await ward.bus.listen(topology.subject_of_worker("edit", "w2"))
+
+    await ward.looks()
+    assert await ward.again() is None
+    ward.clock.advance(BACK_S - SILENCE_S)
+    await ward.orphans.look()
+    await ward.orphans.look()
+    assert await ward.again() is not None
+    assert await ward.again() is None  # once
+
+
+async def test_a_worker_that_comes_back_to_a_bus_that_forgot_it_keeps_its_task(ward: Ward) -> None:
+    job, _ = await ward.taken()
+    await ward.gateway.tell(started(job))
+
+    for seconds in (BACK_S - 1, 2, BACK_S - 1):  # it is away, is back and not registered yet, is away again
+        await ward.orphans.look()
+        ward.clock.advance(seconds)
+        there = await ward.bus.listen(topology.subject_of_worker("edit", "w1"))
+        await ward.orphans.look()
+        await there.close()
+
+    assert await ward.again() is None
+
+
+async def test_while_the_bus_is_away_nobody_is_missed(ward: Ward) -> None:
+    job, _ = await ward.taken()
+    await ward.gateway.tell(started(job))
+    await ward.orphans.look()
+    ward.bus.fail_next("records.all")
+    ward.clock.advance(BACK_S)
+    with pytest.raises(errors.BusError):
+        await ward.orphans.look()
+
+    await ward.orphans.look()
+    assert await ward.again() is None
+    ward.clock.advance(BACK_S)
+    await ward.orphans.look()
+
+    assert await ward.again() is not None
+
+
+async def test_a_task_that_was_just_taken_is_nobodys_where_nobody_died(ward: Ward) -> None:
+    await ward.taken()
+
+    await ward.looks(3)
+    ward.clock.advance(BACK_S)
+    await ward.orphans.look()
+
+    assert await ward.again() is None
+
+
+async def test_tasks_are_not_read_for_ever_where_all_workers_are_known(ward: Ward) -> None:
+    for stage in contracts.STAGES:
+        await ward.bus.listen(topology.subject_of_worker(stage, "w1"))
+    for _ in range(5):  # entries live for 20 s
+        for stage in contracts.STAGES:
+            await ward.register(stage=stage)
+        await ward.orphans.look()
+        ward.clock.advance(LEASE_S / 4)
+
+    ward.bus.fail_next("unsettled")
+    await ward.orphans.look()
