@@ -343,10 +343,20 @@ class JetStreamBus:
             return bytes((await self._client.request(subject, body, timeout=ANSWER_TIMEOUT)).data)
         return None
 
-    async def require(self, consumer: topology.Consumer) -> None:
-        """Raise BusError unless the consumer is there; asks for less than `depth`, which reads the stream."""
+    async def require(self, consumer: topology.Consumer, ack_wait: float) -> None:
+        """Raise BusError unless the consumer is there; asks for less than `depth`, which reads the stream.
+
+        FatalError `topology_mismatch` where its leases are shorter than `ack_wait`: they would be renewed too late.
+        """
         with translated():
-            await self._js.consumer_info(consumer.stream, consumer.name)
+            info = await self._js.consumer_info(consumer.stream, consumer.name)
+        told = info.config.ack_wait
+        if told is not None and ack_wait > told + 0.001:  # a server counts in nanoseconds
+            raise errors.FatalError(
+                f"VIDGEN_ACK_WAIT is {ack_wait:g} s here and {told:g} s at the queue {consumer.name}, so leases would "
+                "be renewed too late: give this worker what the gateways have",
+                code="topology_mismatch",
+            )
 
     async def depth(self, consumer: topology.Consumer) -> Depth:
         with translated():

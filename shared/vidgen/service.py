@@ -322,12 +322,16 @@ class _Service:
                 await self._stop.wait()
 
     async def _wait_for_queues(self, connected: JetStreamBus) -> None:
-        """The gateway makes the queues; a worker only binds, and waits for them."""
+        """The gateway makes the queues, and sets them anew; a worker only binds, and waits for them."""
         give_up, self._waits_for = time.monotonic() + START_PATIENCE_S, "its queues: the gateway makes them"
         while not self._stop.is_set():
             try:
                 for stage, lane in itertools.product(self._stages, LANES):
-                    await connected.require(topology.consumer_of(stage, lane))
+                    await connected.require(topology.consumer_of(stage, lane), self._settings.ack_wait)
+            except errors.FatalError as exc:  # a gateway that is just starting may set it
+                if time.monotonic() > give_up:
+                    raise
+                self._waits_for = f"its queues: {exc.message}"
             except errors.BusError as exc:
                 if time.monotonic() > give_up:
                     stages = " and ".join(self._stages)

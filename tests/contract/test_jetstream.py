@@ -16,12 +16,14 @@ import pytest
 import uvloop
 from nats.aio.msg import Msg
 from nats.js import api
+from tests import engines
 from tests.fault.proxy import Proxy
 from tests.servers import connected_bus, running_nats
 
-from vidgen import bootstrap, bus, deliveries, errors, feeds, jetstream, topology
+from vidgen import bootstrap, bus, deliveries, errors, feeds, jetstream, service, topology
 from vidgen.inboxes import PullInbox
 from vidgen.local import NatsServer
+from vidgen.settings import WorkerSettings
 
 QUEUE = topology.consumer_of("edit", "interactive")
 SUBJECT = topology.subject_of_task("edit", "interactive", "j1")
@@ -841,3 +843,24 @@ async def test_a_record_that_was_deleted_is_not_the_latest_either(nats_server: N
         await (await connected.jetstream.key_value(topology.JOBS_BUCKET)).delete("j1")
         assert await records.latest("j1") is None
         assert await records.get("j1") is None
+
+
+# ── a worker that binds ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(("ack_wait", "fits"), [(4.0, True), (5.0, True), (4.35, True), (6.0, False)])
+async def test_a_worker_whose_leases_are_longer_than_its_queues_says_so_and_does_not_begin(
+    nats_server: NatsServer, monkeypatch: pytest.MonkeyPatch, ack_wait: float, fits: bool
+) -> None:
+    """It was not told that it may renew them too late, after a quarter of its own."""
+    monkeypatch.setattr(service, "START_PATIENCE_S", 0.0)
+    settings = WorkerSettings(ack_wait=ack_wait, device="cpu")
+    made = service._Service({"edit": lambda settings, chosen: engines.Instant()}, settings)
+    kept = topology.Topology(ack_wait=4.35 if ack_wait == 4.35 else 5.0)
+    async with connected_bus(nats_server, kept) as connected:
+        if fits:
+            await made._wait_for_queues(connected)
+            return
+        with pytest.raises(errors.FatalError, match=r"is 6 s here and 5 s at the queue edit-interactive") as told:
+            await made._wait_for_queues(connected)
+    assert told.value.code == "topology_mismatch"

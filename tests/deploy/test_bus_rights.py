@@ -325,8 +325,8 @@ async def test_an_answer_reaches_its_own_inbox_and_nobody_hears_that_of_another(
     ):
         with pytest.raises(nats.errors.TimeoutError):
             await i2v.client.request(f"{JS}.CONSUMER.INFO.VIDGEN_TASKS.edit-batch", timeout=0.3)
-        await edit.require(topology.consumer_of("edit", "batch"))
-        await i2v.require(topology.consumer_of("i2v", "batch"))
+        await edit.require(topology.consumer_of("edit", "batch"), topology.ACK_WAIT)
+        await i2v.require(topology.consumer_of("i2v", "batch"), topology.ACK_WAIT)
 
 
 @pytest.mark.parametrize("who", ["worker", "gateway"])
