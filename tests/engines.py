@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -232,6 +233,22 @@ class Hangs(Instant):
         if phase == self.phase:
             self.started.set()
             self.released.wait(PATIENCE)
+
+
+class FullBesideAHang(Instant):
+    """A clip hangs on the device, for ever; then the disk is full behind an edit of the same process."""
+
+    _hangs = threading.Event()
+
+    def generate(self, inputs: Any, on_step: OnStep) -> Generated:
+        if isinstance(inputs, I2VWork):
+            self._hangs.set()
+            threading.Event().wait()
+        return super().generate(inputs, on_step)
+
+    def finish(self, output: Any, folder: Path) -> tuple[Finished, ...]:
+        self._hangs.wait(PATIENCE)
+        raise OSError(errno.ENOSPC, "no space left on device")
 
 
 class ShortOfMemory(Instant):

@@ -16,7 +16,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from tests.servers import finished, skipped_at_home
 
 from vidgen.client import AsyncClient
-from vidgen.contracts import EditParams, I2VParams, JobStatus, StageStarted, VideoRequest
+from vidgen.contracts import EditParams, I2VParams, JobStatus, StageReleased, StageStarted, VideoRequest
 from vidgen.local import Service, Stack
 
 Stacked = TypeVar("Stacked", bound="OneGpu")
@@ -52,6 +52,10 @@ class Held(OneGpu):
     """Its engines hold the device until the file `released` is there."""
 
     kind = ("tests.zoo_service", ("edit,i2v", "Paced"))
+
+
+class Unfit(OneGpu):
+    kind = ("tests.zoo_service", ("edit,i2v", "FullBesideAHang"))
 
 
 async def running(stack: Stacked) -> AsyncIterator[Stacked]:
@@ -91,6 +95,12 @@ async def turns(tmp_path: Path) -> AsyncIterator[OneGpu]:
 async def held(tmp_path: Path) -> AsyncIterator[Held]:
     env = ENV | {"ZOO_RELEASED": str(tmp_path / "released")}
     async for started in running(Held(tmp_path, env=env, ephemeral=True)):
+        yield started
+
+
+@pytest.fixture
+async def unfit(tmp_path: Path) -> AsyncIterator[Unfit]:
+    async for started in running(Unfit(tmp_path, env=ENV | {"VIDGEN_HANG_LEAST_S": "1"}, ephemeral=True)):
         yield started
 
 
@@ -199,3 +209,22 @@ async def test_a_drain_finishes_what_runs_and_hands_back_what_waits_in_both_stag
         after = await finished(client, waits, BOUND)
         assert after.status is JobStatus.COMPLETED, after.error
         assert (after.stages[0].attempt, after.stages[0].tries) == (2, 1)
+
+
+async def test_a_process_whose_disk_fails_leaves_though_an_engine_hangs_beside_and_charges_nobody(unfit: Unfit) -> None:
+    """It waited for the thread that hangs, for ever."""
+    async with AsyncClient(unfit.gateway_url) as client:
+        edit = await client.submit(request(i2v=False), images=[PHOTO])
+        async with asyncio.timeout(BOUND):
+            async for update in client.watch(edit.id):
+                if getattr(update, "phase", "") == "finishing":
+                    break  # the device is the clip's
+        clip = await client.submit(request(edit=False), images=[PHOTO])
+        assert await unfit.worker.process.wait(BOUND) == 1
+
+        for job in (edit, clip):
+            async with asyncio.timeout(BOUND):
+                async for update in client.watch(job.id):
+                    if isinstance(update, StageReleased):
+                        assert update.tries == 0
+                        break
