@@ -117,13 +117,13 @@ def watch(job_id: JobId, gateway: options.Gateway = None, as_json: options.Json 
     """Follow a job to its end; the exit code says how it ended."""
 
     async def act(out_put: Output, client: AsyncClient) -> None:
-        from vidgen.cli.progress import stages_of, view_for
+        from vidgen.cli.progress import reviewed, stages_of, view_for
         from vidgen.cli.run import report_failure
         from vidgen.contracts import Job
 
         known = await client.get(job_id)
         with view_for(out_put) as view:
-            view.begin(stages_of(known.request))
+            view.begin(stages_of(known.request), review=reviewed(known.request))
             async with contextlib.aclosing(client.watch(job_id)) as updates:
                 async for update in updates:
                     view.show(update)

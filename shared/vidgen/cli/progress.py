@@ -26,8 +26,8 @@ class View(Protocol):
     def status(self, text: str) -> None:
         """Say what goes on before there is a job."""
 
-    def begin(self, stages: Sequence[contracts.Stage]) -> None:
-        """Tell which stages the job has."""
+    def begin(self, stages: Sequence[contracts.Stage], *, review: bool = False) -> None:
+        """Tell which stages the job has, and whether it waits for a review between them."""
 
     def show(self, update: Update) -> None:
         """Take in what happened."""
@@ -48,6 +48,11 @@ def view_for(output: Output) -> View:
 def stages_of(request: contracts.VideoRequest | None) -> tuple[contracts.Stage, ...]:
     """The stages that a request asks for."""
     return tuple(stage for stage in contracts.STAGES if request is not None and getattr(request, stage) is not None)
+
+
+def reviewed(request: contracts.VideoRequest | None) -> bool:
+    """Whether a request's video waits for a review of its edit."""
+    return request is not None and request.review and stages_of(request) == contracts.STAGES
 
 
 def pace(progress: contracts.Progress) -> str:
@@ -93,6 +98,26 @@ def news_of(update: Update) -> tuple[contracts.Stage | None, str] | None:
     return None
 
 
+class Review:
+    """Tells when a job waits for its review: no event says so, it follows from the request and the job's log."""
+
+    def __init__(self, asked: bool = False) -> None:
+        self._asked, self._edited = asked, False
+
+    def news_of(self, update: Update) -> str | None:
+        """What the job waits for from this event on."""
+        match update:
+            case contracts.StageCompleted(stage="edit"):
+                self._edited = True
+            case contracts.Approved():
+                self._asked = False  # of a run that follows, too
+            case contracts.RetryRequested():
+                pass
+            case _:
+                return None
+        return f"waits for: vidgen approve {update.job_id} [CANDIDATE]" if self._asked and self._edited else None
+
+
 class JsonView:
     """Every update as a JSON line."""
 
@@ -108,7 +133,7 @@ class JsonView:
     def status(self, text: str) -> None:
         self._output.emit("status", {"message": text})
 
-    def begin(self, stages: Sequence[contracts.Stage]) -> None:
+    def begin(self, stages: Sequence[contracts.Stage], *, review: bool = False) -> None:
         return None
 
     def show(self, update: Update) -> None:
@@ -127,6 +152,7 @@ class PlainView:
     def __init__(self, output: Output, clock: Callable[[], float] = time.monotonic) -> None:
         self._output, self._clock = output, clock
         self._said: dict[str, tuple[str, float]] = {}
+        self._review = Review()
 
     def __enter__(self) -> Self:
         return self
@@ -137,7 +163,8 @@ class PlainView:
     def status(self, text: str) -> None:
         self._output.say(text)
 
-    def begin(self, stages: Sequence[contracts.Stage]) -> None:
+    def begin(self, stages: Sequence[contracts.Stage], *, review: bool = False) -> None:
+        self._review = Review(review)
         for stage in stages:
             self._output.say(f"{stage}: {WAITING}")
 
@@ -147,6 +174,8 @@ class PlainView:
         elif (news := news_of(update)) is not None:
             stage, text = news
             self._output.say(f"{stage}: {text}" if stage else text)
+            if (wait := self._review.news_of(update)) is not None:
+                self._output.say(wait)
 
     def _step(self, progress: contracts.Progress) -> None:
         phase, at = self._said.get(progress.stage, ("", 0.0))
@@ -181,6 +210,7 @@ class LiveView:
         self._waiting = console.status("")
         self._console = console
         self._tasks: dict[contracts.Stage, TaskID] = {}
+        self._review = Review()
 
     def __enter__(self) -> Self:
         return self
@@ -194,8 +224,9 @@ class LiveView:
         self._waiting.update(text)
         self._waiting.start()
 
-    def begin(self, stages: Sequence[contracts.Stage]) -> None:
+    def begin(self, stages: Sequence[contracts.Stage], *, review: bool = False) -> None:
         self._waiting.stop()
+        self._review = Review(review)
         for stage in stages:
             self._tasks[stage] = self._bars.add_task(stage, total=None, start=False, steps="", text=WAITING)
         if self._tasks:
@@ -212,6 +243,8 @@ class LiveView:
                 self._mark(self._tasks[stage], update)
             else:
                 self._console.print(harmless(f"{stage}: {text}" if stage else text), markup=False)
+            if (wait := self._review.news_of(update)) is not None:
+                self._console.print(harmless(wait), markup=False)
 
     def _step(self, progress: contracts.Progress) -> None:
         task = self._tasks.get(progress.stage)

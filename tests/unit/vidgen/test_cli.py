@@ -474,6 +474,45 @@ def test_watch_follows_to_the_end_and_its_exit_code_tells_which(fake: type[FakeC
     assert vidgen("watch", "j1", *GATEWAY).exit_code == 1
 
 
+def reviewed() -> Job:
+    wish = {"references": ["uploads/a"], "edit": {"prompt": "a hat"}, "i2v": {"prompt": "zoom"}, "review": True}
+    return made_job(JobStatus.QUEUED).model_copy(update={"request": VideoRequest.model_validate(wish)})
+
+
+APPROVED = contracts.Approved(job_id="j1", at=AT, candidate=1)
+RETRIED = contracts.RetryRequested(job_id="j1", at=AT, run=2)
+WAIT = "waits for: vidgen approve j1 [CANDIDATE]"
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+@pytest.mark.parametrize(
+    ("updates", "times"),
+    [
+        ((STARTED, ENDED), 1),
+        ((STARTED, ENDED, RETRIED), 2),  # it was cancelled as it waited: it waits again
+        ((STARTED, ENDED, APPROVED, RETRIED), 1),  # a choice is for good
+        ((STARTED, RETRIED), 0),
+    ],
+)
+def test_watch_tells_that_a_job_waits_for_its_review(
+    updates: Sequence[Update], times: int, terminal: bool, fake: type[FakeClient], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It stood at "edit: done", and nothing said that it was somebody's turn."""
+    monkeypatch.setattr(Output, "live", property(lambda _: terminal))
+    fake.answer, fake.updates = reviewed(), (*updates, made_job())
+    assert vidgen("watch", "j1", *GATEWAY).stdout.count(WAIT) == times
+
+
+@pytest.mark.parametrize("wish", [{}, {"review": True, "i2v": None}, {"review": False}])
+def test_watch_names_no_review_where_none_comes(wish: dict[str, Any], fake: type[FakeClient]) -> None:
+    request = reviewed().request
+    assert request is not None
+    asked = request.model_copy(update=wish) if wish else None
+    fake.answer = reviewed().model_copy(update={"request": asked})
+    fake.updates = (STARTED, ENDED, made_job())
+    assert "approve" not in vidgen("watch", "j1", *GATEWAY).stdout
+
+
 def test_cancel_and_approve_reach_the_gateway(fake: type[FakeClient]) -> None:
     fake.answer = made_job(JobStatus.CANCELLED)
     assert vidgen("cancel", "j1", *GATEWAY).exit_code == 0
