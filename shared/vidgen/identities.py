@@ -67,10 +67,22 @@ class DamagedError(errors.VidgenError):
     code = "identities_damaged"
 
 
+class NoIdentitiesError(errors.NotFoundError):
+    """There are no identities in a folder."""
+
+    code = "identities_missing"
+
+
 class UnknownIdentityError(errors.NotFoundError):
     """There is no such identity."""
 
     code = "identity_unknown"
+
+
+def require(folder: Path) -> None:
+    """Raise NoIdentitiesError where there is no book: a name that was mistyped is not to become another folder."""
+    if not (folder / BOOK).exists():
+        raise NoIdentitiesError(f"there are no identities in {folder}: `vidgen identities init {folder}` makes them")
 
 
 def _read(path: Path) -> _Book:

@@ -22,6 +22,7 @@ from vidgen.contracts import Stage
 QWEN_MODEL = "Qwen/Qwen-Image-Edit-2511"
 WAN_MODEL = "Wan-AI/Wan2.2-I2V-A14B-Diffusers"
 BUCKET = re.compile(r"(?!.*(\.\.|\.-|-\.)|(\d+\.){3}\d+\Z)[A-Za-z0-9][\w.:-]{1,61}[A-Za-z0-9]", re.ASCII)
+NO_BUCKET = "a bucket's name has 3 to 63 lower case letters, digits, - and ., and is no IP address"
 OTLP_URL = r"^(https?://.+)?$"
 
 T = TypeVar("T", bound="Settings")
@@ -86,7 +87,7 @@ class Settings(BaseSettings):
     def _bucket(cls, name: str) -> str:
         # What minio takes, old names with _ and capitals among it: it says so in the middle of the start.
         if BUCKET.fullmatch(name) is None:
-            raise ValueError("a bucket's name has 3 to 63 lower case letters, digits, - and ., and is no IP address")
+            raise ValueError(NO_BUCKET)
         return name
 
     @field_validator("s3_endpoint", "s3_public_endpoint")

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vidgen.cli import options
-from vidgen.cli.output import Output, speaking
+from vidgen.cli.options import wrong
+from vidgen.cli.output import Output, WrongUsageError, speaking
 
 if TYPE_CHECKING:
     from vidgen.identities import Identities
@@ -43,7 +44,10 @@ def init(
             _tell(out_put, "added", name, identities)
         out_put.say(f"users.conf and s3.json are written. If servers run: {RELOAD}")
 
-    _act(folder, as_json, act, bucket)
+    with speaking(as_json) as out_put:
+        from vidgen.identities import Identities
+
+        act(out_put, Identities(folder, _checked(bucket)))
 
 
 @app.command("add")
@@ -114,8 +118,18 @@ def _tell(out_put: Output, what: str, name: str, identities: Identities) -> None
     out_put.say(f"{name}: its variables are in {path}")
 
 
-def _act(folder: Path, as_json: bool, act: Callable[[Output, Identities], None], bucket: str | None = None) -> None:
-    with speaking(as_json) as out_put:
-        from vidgen.identities import Identities
+def _checked(bucket: str | None) -> str | None:
+    """The bucket, where it is one: its name becomes part of the patterns of keys that the store lets through."""
+    from vidgen.settings import BUCKET, NO_BUCKET
 
-        act(out_put, Identities(folder, bucket))
+    if bucket and BUCKET.fullmatch(bucket) is None:
+        raise WrongUsageError([wrong("--bucket", NO_BUCKET)])
+    return bucket
+
+
+def _act(folder: Path, as_json: bool, act: Callable[[Output, Identities], None]) -> None:
+    with speaking(as_json) as out_put:
+        from vidgen import identities
+
+        identities.require(folder)
+        act(out_put, identities.Identities(folder))

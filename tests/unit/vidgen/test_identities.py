@@ -56,6 +56,25 @@ def test_another_bucket_is_that_of_all_keys_and_stays_so_where_none_is_named(tmp
     assert all(":frames" in action for several in actions for action in several)
 
 
+@pytest.mark.parametrize("command", [("list",), ("add", "admin"), ("rotate", "x"), ("retire", "x"), ("remove", "x")])
+def test_a_folder_without_identities_is_named_and_none_is_made(tmp_path: Path, command: tuple[str, ...]) -> None:
+    """A mistyped folder was an empty table, or a new folder with one identity in it that no server read."""
+    folder = tmp_path / "identites"
+    done = CliRunner().invoke(app, ["identities", command[0], str(folder), *command[1:]])
+    assert done.exit_code == 1
+    assert f"there are no identities in {folder}: `vidgen identities init {folder}` makes them" in done.stderr
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("bucket", ["A*B", "vidgen/jobs", "127.0.0.1", "ab", "x\ny-z"])
+def test_a_bucket_that_is_none_is_refused(tmp_path: Path, bucket: str) -> None:
+    """`*` was taken into the patterns of s3.json: each key was good for other buckets, too."""
+    done = CliRunner().invoke(app, ["identities", "init", str(tmp_path / "safe"), "--bucket", bucket])
+    assert done.exit_code == 2
+    assert "--bucket: a bucket's name has" in done.stderr
+    assert not (tmp_path / "safe").exists()
+
+
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"bucket": 1}'])
 def test_a_book_that_cannot_be_read_is_named_and_nothing_in_it_is_shown(tmp_path: Path, text: str) -> None:
     (tmp_path / "identities.json").write_text(text)
