@@ -353,6 +353,17 @@ def test_a_photo_can_be_dropped_and_pasted(window: Window) -> None:
         expect(page.get_by_role("img", name=f"{kind}.png")).to_be_visible()
 
 
+def test_an_address_that_cannot_be_read_is_that_of_no_job(window: Window) -> None:
+    """The page threw, and stood as it was: blank where it was loaded there."""
+    page = window.page
+    window.go("#/jobs/%")
+    expect(page.locator("h1")).to_have_text("There is no such job")
+    page.get_by_role("link", name="Jobs", exact=True).click()
+    expect(page.locator("h1")).to_have_text("Jobs")
+    assert [text for text in window.complaints if "404" not in text] == []  # Chromium's own word for the answer
+    window.complaints.clear()
+
+
 def test_the_workers_say_what_they_do(window: Window) -> None:
     page = window.page
     window.go("#/workers")

@@ -14,12 +14,21 @@ let signedOut = false;
 function route() {
   const [path, query] = location.hash.slice(1).split("?", 2);
   if (signedOut) return ["", () => signInPage(signedIn)];
-  const parts = path.split("/").filter(Boolean).map(decodeURIComponent);
+  const parts = path.split("/").filter(Boolean).map(decoded);
   const given = new URLSearchParams(query || "");
   if (parts[0] === "jobs" && parts[1]) return ["jobs", () => jobPage(parts[1])];
   if (parts[0] === "jobs") return ["jobs", () => jobsPage(given)];
   if (parts[0] === "workers") return ["workers", () => workersPage()];
   return ["create", () => createPage(given)];
+}
+
+// What was cut off in the middle of an escape is taken as it is: it names nothing that there is.
+function decoded(part) {
+  try {
+    return decodeURIComponent(part);
+  } catch {
+    return part;
+  }
 }
 
 function render() {
