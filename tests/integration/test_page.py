@@ -353,6 +353,30 @@ def test_a_photo_can_be_dropped_and_pasted(window: Window) -> None:
         expect(page.get_by_role("img", name=f"{kind}.png")).to_be_visible()
 
 
+def test_no_photo_too_many_is_taken_where_several_come_at_once(window: Window) -> None:
+    """Each looked for room before it was decoded: a paste beside a drop made four, which the gateway refuses."""
+    page = window.page
+    window.go()
+    expect(page.locator("#style option")).not_to_have_count(1)
+    page.evaluate(
+        """async () => {
+            const canvas = new OffscreenCanvas(64, 48);
+            canvas.getContext("2d").fillRect(0, 0, 9, 9);
+            const blob = await canvas.convertToBlob();
+            const given = () => {
+                const data = new DataTransfer();
+                for (const name of ["a.png", "b.png"]) data.items.add(new File([blob], name, { type: "image/png" }));
+                return data;
+            };
+            document.dispatchEvent(new ClipboardEvent("paste", { clipboardData: given(), bubbles: true }));
+            const drop = new DragEvent("drop", { dataTransfer: given(), bubbles: true, cancelable: true });
+            document.querySelector(".drop").dispatchEvent(drop);
+        }"""
+    )
+    expect(page.locator("#photo-error")).to_contain_text("there are 3 photos already")
+    expect(page.get_by_role("button", name=re.compile("Remove photo"))).to_have_count(3)
+
+
 def test_an_address_that_cannot_be_read_is_that_of_no_job(window: Window) -> None:
     """The page threw, and stood as it was: blank where it was loaded there."""
     page = window.page

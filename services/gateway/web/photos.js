@@ -53,15 +53,16 @@ export class Photos {
   async add(files) {
     const wrong = [];
     for (const file of files) {
-      if (this.chosen.length >= this.limits.max_references) {
-        wrong.push(`${file.name}: there are ${this.limits.max_references} photos already. Remove one first.`);
-        continue;
-      }
-      const fault = await this.take(file);
+      const fault = this.full() || (await this.take(file));
       if (fault) wrong.push(`${file.name}: ${fault}`);
     }
     this.say(wrong.join(" "));
     this.draw();
+  }
+
+  full() {
+    const { max_references: most } = this.limits;
+    return this.chosen.length < most ? "" : `there are ${most} photos already. Remove one first.`;
   }
 
   async take(file) {
@@ -81,7 +82,8 @@ export class Photos {
       return "this image cannot be read: it may be damaged.";
     }
     const { naturalWidth: width, naturalHeight: height } = image;
-    const fault = this.misshapen(width, height);
+    // Others that were given at the same time may have been added while this one was decoded.
+    const fault = this.misshapen(width, height) || this.full();
     if (fault) URL.revokeObjectURL(url);
     else this.chosen.push({ file, url, width, height });
     return fault;
