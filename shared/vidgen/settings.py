@@ -23,6 +23,7 @@ QWEN_MODEL = "Qwen/Qwen-Image-Edit-2511"
 WAN_MODEL = "Wan-AI/Wan2.2-I2V-A14B-Diffusers"
 BUCKET = re.compile(r"(?!.*(\.\.|\.-|-\.)|(\d+\.){3}\d+\Z)[A-Za-z0-9][\w.:-]{1,61}[A-Za-z0-9]", re.ASCII)
 NO_BUCKET = "a bucket's name has 3 to 63 lower case letters, digits, - and ., and is no IP address"
+INBOX_PREFIX = re.compile(r"_INBOX[A-Za-z0-9_-]*(\.[A-Za-z0-9_-]+)*")
 OTLP_URL = r"^(https?://.+)?$"
 
 T = TypeVar("T", bound="Settings")
@@ -46,10 +47,10 @@ class Settings(BaseSettings):
         "it; instead of user and password.",
     )
     nats_inbox_prefix: str | None = Field(
-        None, pattern=r"^[A-Za-z0-9_-]+(\.[A-Za-z0-9_-]+)*$",
-        description="Where the bus answers this process. By default a name of its own, with a seed the one that its "
-        "user may hear.",
-    )  # fmt: skip
+        None,
+        description="Where the bus answers this process: `_INBOX` and whatever follows. By default a name of its own, "
+        "with a seed the one that its user may hear.",
+    )
     nats_tls_ca: Path | None = Field(
         None,
         description="The authority that signed the bus's certificate. Where it is set, a bus without TLS is refused.",
@@ -81,6 +82,16 @@ class Settings(BaseSettings):
         None, validation_alias="OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", pattern=OTLP_URL,
         description="The whole URL for spans, instead.",
     )  # fmt: skip
+
+    @field_validator("nats_inbox_prefix")
+    @classmethod
+    def _heard_by_workers(cls, prefix: str | None) -> str | None:
+        # Elsewhere workers do not answer (decision 0016), and whoever asks would take each of them for silent.
+        if prefix is not None and INBOX_PREFIX.fullmatch(prefix) is None:
+            raise ValueError(
+                "it begins with _INBOX, where workers answer, as _INBOX_me; letters, digits, -, _ and . may follow"
+            )
+        return prefix
 
     @field_validator("s3_bucket")
     @classmethod

@@ -12,7 +12,7 @@ from vidgen import credentials, errors, permissions, topology
 from vidgen.cli import app
 from vidgen.contracts import LANES, STAGES
 from vidgen.identities import Identities
-from vidgen.settings import Settings, WorkerSettings
+from vidgen.settings import Settings, WorkerSettings, read
 
 
 def run(*arguments: str) -> list[dict[str, object]]:
@@ -159,10 +159,18 @@ def test_an_inbox_can_be_named_for_users_of_another_kind() -> None:
     own = Settings.model_validate({"nats_user": "me", "nats_inbox_prefix": "_INBOX_me"})
     assert own.nats_options() == {"user": "me", "password": "", "inbox_prefix": b"_INBOX_me"}
     seed = credentials.make_seed()
-    named = Settings.model_validate({"nats_nkey_seed": seed, "nats_inbox_prefix": "mine"})
-    assert named.nats_options()["inbox_prefix"] == b"mine"
-    with pytest.raises(ValueError, match="nats_inbox_prefix"):
-        Settings.model_validate({"nats_inbox_prefix": "_INBOX.>"})
+    named = Settings.model_validate({"nats_nkey_seed": seed, "nats_inbox_prefix": "_INBOX.mine"})
+    assert named.nats_options()["inbox_prefix"] == b"_INBOX.mine"
+
+
+@pytest.mark.parametrize(
+    "prefix", ["mine", "_inbox_me", "my._INBOX", "_INBOX.>", "_INBOX_me.", "_INBOX_me\n", "_INBOX me"]
+)
+def test_an_inbox_where_no_worker_answers_is_refused(prefix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever asked from there was never told "at it", and took tasks from workers who were well."""
+    monkeypatch.setenv("VIDGEN_NATS_INBOX_PREFIX", prefix)
+    with pytest.raises(errors.FatalError, match="VIDGEN_NATS_INBOX_PREFIX: it begins with _INBOX"):
+        read(Settings)
 
 
 @pytest.mark.parametrize("text", [None, "", "no seed", "SUAAAA", "VIDGEN_NATS_NKEY_SEED=\n", "UAAAA"])
