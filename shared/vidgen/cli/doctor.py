@@ -106,6 +106,7 @@ def _engines(settings: WorkerSettings) -> Iterator[Check]:
         remedy = "the previews need none; for the real engines use a machine with an NVIDIA GPU and its driver"
         yield Check("GPU", False, "NVML sees none", remedy)
     demands: dict[contracts.Stage, profiles.Demand | None] = {}
+    missing: dict[contracts.Stage, str] = {}
     for stage in contracts.STAGES:
         model, revision = settings.model_of(stage)
         reason = weights.why_not(model, revision, gpu=bool(gpus))
@@ -116,8 +117,10 @@ def _engines(settings: WorkerSettings) -> Iterator[Check]:
         yield Check(f"{stage} engine", True, f"{chosen.kind}: {chosen.reason}")
         if real and reason is None:
             demands[stage] = _demand(stage, settings)
+        elif real:
+            missing[stage] = what
     for stage in contracts.STAGES:
-        yield _profile(stage, settings, demands)
+        yield _profile(stage, settings, demands, missing.get(stage, "the preview has no model"))
 
 
 def _demand(stage: Stage, settings: WorkerSettings) -> profiles.Demand | None:
@@ -134,14 +137,19 @@ def _demand(stage: Stage, settings: WorkerSettings) -> profiles.Demand | None:
     )
 
 
-def _profile(stage: Stage, settings: WorkerSettings, demands: Mapping[Stage, profiles.Demand | None]) -> Check:
-    """How the stage's model would lie on its GPU: alone, and where the other stage's is on the same one."""
+def _profile(
+    stage: Stage, settings: WorkerSettings, demands: Mapping[Stage, profiles.Demand | None], why_none: str = ""
+) -> Check:
+    """How the stage's model would lie on its GPU: alone, and where the other stage's is on the same one.
+
+    `why_none`: why it is not among the demands, where it is not.
+    """
     from vidgen import errors, profiles
 
     name = f"{stage} profile"
     if stage not in demands:
         remedy = "it follows from the GPU's memory and the sizes of the model's files, where both are here"
-        return Check(name, False, "none: the preview has no model", remedy)
+        return Check(name, False, f"none: {why_none}", remedy)
     demand, others = demands[stage], [each for each in demands.values() if each is not None]
     if demand is None:
         return Check(name, True, "none on the CPU; the worker decides at its start where NVML does not tell the memory")

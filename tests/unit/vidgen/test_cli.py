@@ -742,6 +742,23 @@ def test_doctor_takes_the_gpu_of_the_worker_and_the_sizes_of_the_files(
     assert [check.name for check in checks.values() if check.needed and not check.ok] == []
 
 
+@pytest.mark.parametrize(
+    ("reason", "told"),
+    [
+        ('torch and diffusers are not installed: pip install "vidgen[gpu]"', "torch and diffusers are not installed"),
+        ("the weights of m are not on this machine: download them", "the weights of m are not on this machine"),
+    ],
+)
+def test_doctor_says_what_a_model_lacks_that_was_asked_for_by_name(
+    reason: str, told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It said that "the preview has no model", where VIDGEN_ENGINE=real runs none."""
+    monkeypatch.setattr(weights, "why_not", lambda *_, **__: reason)
+    for engine, why in (("real", told), ("preview", "the preview has no model")):
+        checks = {check.name: check for check in _engines(WorkerSettings(engine=engine))}
+        assert {checks[f"{stage} profile"].detail for stage in contracts.STAGES} == {f"none: {why}"}
+
+
 def test_doctor_is_exit_code_1_where_the_real_engine_that_is_asked_for_has_no_weights(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
