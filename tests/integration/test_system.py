@@ -246,6 +246,18 @@ async def test_workers_and_servers_let_the_gateway_go_first(tmp_path: Path, monk
     assert policies == [os.SCHED_OTHER] + [os.SCHED_BATCH] * 4, "who is woken interrupts nobody but the gateway does"
 
 
+async def test_a_stack_that_is_killed_leaves_nothing_where_temporary_files_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each `vidgen run` left its gateway's scratch folder there, until another process of vidgen swept it away."""
+    temporary = tmp_path / "tmp"
+    temporary.mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    async with Stack(tmp_path / "stack", env={"VIDGEN_ENGINE": "preview"}, ephemeral=True):
+        pass
+    assert [*temporary.iterdir()] == []
+
+
 async def test_a_worker_that_is_killed_hands_its_task_to_the_next(tmp_path: Path) -> None:
     """Of two workers the one that generates dies: its task comes again when its lease has run out, and completes."""
     env = {"VIDGEN_ENGINE": "preview", "VIDGEN_PREVIEW_SECONDS_PER_STEP": "0.1", "VIDGEN_ACK_WAIT": "12"}

@@ -255,8 +255,16 @@ class Stack:
         if self._ephemeral:  # nobody could make a key for it, whatever the user's other gateways ask for
             env["VIDGEN_AUTH"] = "auto"
         env |= {"VIDGEN_METRICS_HOST": LOOPBACK, "VIDGEN_METRICS_PORT": "0"}
-        gateway = Service("gateway", "gateway.main", logs, env | self._identity("gateway"))
+        gateway = Service("gateway", "gateway.main", logs, env | self._identity("gateway") | self._gateways_scratch())
         return [gateway, *self._make_workers(logs, env)]
+
+    def _gateways_scratch(self) -> dict[str, str]:
+        """Where a gateway that will be killed has its temporary files: what it leaves goes with the stack's folder."""
+        if not self._ephemeral:
+            return {}
+        scratch = self.folder / "work" / "gateway"
+        scratch.mkdir(parents=True, exist_ok=True)
+        return {"TMPDIR": str(scratch)}
 
     def _make_workers(self, logs: Path, env: dict[str, str]) -> Iterator[Service]:
         for number in range(1, self._workers + 1):
