@@ -450,10 +450,15 @@ async def connect(
         "max_outstanding_pings": 2, "max_reconnect_attempts": FIRST_CONNECT_ATTEMPTS, "reconnect_time_wait": 1,
         "connect_timeout": 5, "inbox_prefix": f"{permissions.INBOX}{name}".encode(),
     }  # fmt: skip
+    client = Requester()
     try:
         async with asyncio.timeout(FIRST_CONNECT_LIMIT):
-            client = Requester()
-            await client.connect(url, **(settings | options))
+            try:
+                await client.connect(url, **(settings | options))
+            except BaseException:
+                with contextlib.suppress(Exception):  # what it had begun is half open, and nobody else's
+                    await _close(client)
+                raise
     except (nats.errors.Error, TimeoutError, OSError) as exc:
         why = "; ".join(heard) or exc
         raise errors.BusError(
@@ -471,10 +476,14 @@ async def connect(
             async with asyncio.timeout(LEAVE_LIMIT):
                 await _leave(made)
         if not client.is_closed:
-            client.cut_off()
             with contextlib.suppress(OSError, RuntimeError):  # with no server there, its last flush fails
-                async with asyncio.timeout(LEAVE_LIMIT):
-                    await client.close()
+                await _close(client)
+
+
+async def _close(client: Requester) -> None:
+    client.cut_off()
+    async with asyncio.timeout(LEAVE_LIMIT):
+        await client.close()
 
 
 def _parsed(headers: bytes) -> dict[str, str]:

@@ -283,6 +283,39 @@ async def test_connecting_to_nothing_fails_soon_and_names_the_place_without_its_
     assert "user" not in str(caught.value)
 
 
+@pytest.mark.parametrize("ends", ["by its limit", "by a cancel"])
+async def test_a_connection_that_is_given_up_as_it_is_made_is_closed(
+    monkeypatch: pytest.MonkeyPatch, ends: str
+) -> None:
+    """It stayed open for as long as the process lived, one for each attempt: nats-py cleans up after its own only."""
+    monkeypatch.setattr(jetstream, "FIRST_CONNECT_LIMIT", 1.0 if ends == "by its limit" else BOUND)
+    greeted, gone = asyncio.Event(), asyncio.Event()
+
+    async def greet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b'INFO {"max_payload": 1048576}\r\n')
+        with contextlib.suppress(ConnectionResetError):
+            await reader.readuntil(b"PING\r\n")
+            greeted.set()  # and waits for an answer that never comes
+            await reader.read()
+        writer.close()
+        gone.set()
+
+    async def connect(url: str) -> None:
+        async with jetstream.connect(url, "test"):
+            pass
+
+    async with await asyncio.start_server(greet, "127.0.0.1", 0) as server:
+        place = "{}:{}".format(*server.sockets[0].getsockname())
+        connecting = asyncio.create_task(connect(f"nats://{place}"))
+        async with asyncio.timeout(BOUND):
+            await greeted.wait()
+            if ends == "by a cancel":
+                connecting.cancel()
+            with pytest.raises((errors.BusError, asyncio.CancelledError)):
+                await connecting
+            await gone.wait()
+
+
 @pytest.mark.parametrize(
     "content", [None, b"", b"-----BEGIN USER NKEY SEED-----\nSU...\n------END USER NKEY SEED------\n"],
     ids=["no file", "nothing in it", "a seed alone"],
