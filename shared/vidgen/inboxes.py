@@ -10,10 +10,11 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import nats.errors
-from nats.aio.client import Client
+from nats.aio.client import Client, RawCredentials
 from nats.aio.msg import Msg
 from nats.aio.subscription import Subscription
 from nats.protocol.parser import PERMISSIONS_ERR, STALE_CONNECTION
@@ -21,6 +22,7 @@ from nats.protocol.parser import PERMISSIONS_ERR, STALE_CONNECTION
 REQUEST_TIMEOUT = 5.0
 LAST_CALL = 0.1  # seconds that a pull which was given up still listens
 NO_RESPONDERS = "503"
+JWT = "BEGIN NATS USER JWT"  # the line before it, in a credentials file
 BACKLOG = 1 << 18  # bytes that go out before nats-py's own flusher looks whether the server takes them
 BLANK = re.compile(r"[ \t\r\n]")
 HEADER = re.compile(r"[!#$%&'*+\-.^_`|~0-9A-Za-z]+")
@@ -121,7 +123,28 @@ class Requester(Client):
         # nats-py means to do so, but asks whether it is reconnecting when it says no longer so: half a message of the
         # connection before would go on with what comes over this one.
         self._ps.reset()
-        await super()._process_connect_init()
+        try:
+            await super()._process_connect_init()
+        except BaseException:
+            self.cut_off()  # else it is open for as long as nobody collects it
+            raise
+
+    # A credentials file is read anew for each connection, and somebody may be writing it.
+
+    def _connect_command(self) -> bytes:
+        try:
+            return bytes(super()._connect_command())
+        except (nats.errors.Error, OSError):
+            raise
+        except Exception as exc:  # by what is neither, nats-py's reconnection ends for good, and nobody hears of it
+            what = f"the credentials are no good for now: {type(exc).__name__}"
+            raise nats.errors.Error(what) from None  # what it read may be in the words of the first one
+
+    def _read_creds_user_jwt(self, creds: str | RawCredentials | Path) -> bytearray:
+        text = Path(str(creds)).read_text("utf-8")
+        if JWT not in text:  # nats-py reads on behind the end, and the process does nothing else any more
+            raise nats.errors.InvalidUserCredentialsError
+        return bytearray(super()._read_creds_user_jwt(RawCredentials(text)))
 
     async def _process_err(self, err_msg: str) -> None:
         # At what a server says as it cuts a client off nats-py closes for good, and nobody hears of it.

@@ -23,7 +23,7 @@ from vidgen import errors, permissions, topology, tracing
 from vidgen.bus import PULL_WAIT, Delivery, Depth, Feed, Held, Records, Stored, Supply
 from vidgen.deliveries import JetStreamDelivery, JetStreamSupply
 from vidgen.feeds import FollowFeed, ListenFeed
-from vidgen.inboxes import LAST_CALL, REQUEST_TIMEOUT, PullInbox, Requester
+from vidgen.inboxes import JWT, LAST_CALL, REQUEST_TIMEOUT, PullInbox, Requester
 from vidgen.natserrors import ConsumerGoneError, cancellable, expecting, headers_of, translated
 from vidgen.records import JetStreamRecords
 
@@ -503,8 +503,7 @@ async def _leave(bus: JetStreamBus) -> None:
 
 
 def _check_credentials(path: str | None) -> None:
-    # nats-py reads the file only when a server asks, and tries for ever what it cannot read then. Where there is no JWT
-    # in it, it reads on behind its end, and the process does nothing else any more.
+    # nats-py reads the file only when a server asks, and tries for ever what it cannot read then.
     if path is None:
         return
     try:
@@ -514,7 +513,7 @@ def _check_credentials(path: str | None) -> None:
             f"the NATS credentials file {path} cannot be read ({exc.strerror}): correct VIDGEN_NATS_CREDS",
             code="settings",
         ) from exc
-    if b"BEGIN NATS USER JWT" not in found or b"BEGIN USER NKEY SEED" not in found:
+    if JWT.encode() not in found or b"BEGIN USER NKEY SEED" not in found:
         raise errors.FatalError(
             f"the NATS credentials file {path} has not both a user's JWT and its seed: correct VIDGEN_NATS_CREDS; "
             "a seed alone is for VIDGEN_NATS_NKEY_SEED",

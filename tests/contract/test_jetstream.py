@@ -20,7 +20,7 @@ from tests import engines
 from tests.fault.proxy import Proxy
 from tests.servers import connected_bus, running_nats
 
-from vidgen import bootstrap, bus, deliveries, errors, feeds, jetstream, service, topology
+from vidgen import bootstrap, bus, credentials, deliveries, errors, feeds, jetstream, service, topology
 from vidgen.inboxes import PullInbox
 from vidgen.local import NatsServer
 from vidgen.settings import WorkerSettings
@@ -331,6 +331,51 @@ async def test_credentials_that_cannot_be_read_are_a_wrong_setting(
         async with jetstream.connect(nats_server.url, "test", user_credentials=str(path)):
             pass
     assert caught.value.code == "settings"
+
+
+def creds(jwt: str = "e.y.J", seed: str | None = None) -> str:
+    """A NATS credentials file."""
+    parts = (("NATS USER JWT", jwt), ("USER NKEY SEED", seed or credentials.make_seed()))
+    return "".join(f"-----BEGIN {kind}-----\n{content}\n------END {kind}------\n\n" for kind, content in parts)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"", creds(seed="SU...").encode(), creds(jwt="\xff").encode("latin-1"),
+        creds()[: creds().index("SEED")].encode(), creds()[creds().rindex("-----BEGIN") :].encode(),
+    ],
+    ids=["nothing in it", "no seed in its place", "not text", "no seed", "a seed alone"],
+)  # fmt: skip
+async def test_credentials_that_are_no_good_for_a_while_in_an_outage_are_read_again(
+    tmp_path: Path, content: bytes
+) -> None:
+    """By some nats-py's reconnection ended, and the process lived on without a bus; by others its loop stood still."""
+    path, came, writers = tmp_path / "some.creds", asyncio.Semaphore(0), list[asyncio.StreamWriter]()
+    path.write_text(creds())
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writers.append(writer)
+        writer.write(b'INFO {"max_payload": 1048576, "headers": true, "auth_required": true, "nonce": "once"}\r\n')
+        came.release()
+        with contextlib.suppress(ConnectionResetError):
+            while line := await reader.readline():
+                if line == b"PING\r\n":
+                    writer.write(b"PONG\r\n")
+        writer.close()
+
+    async with await asyncio.start_server(serve, "127.0.0.1", 0) as server, asyncio.timeout(BOUND):
+        url = "nats://{}:{}".format(*server.sockets[0].getsockname())
+        async with jetstream.connect(url, "test", user_credentials=str(path), reconnect_time_wait=0.05) as connected:
+            await came.acquire()
+            path.write_bytes(content)
+            writers[0].close()
+            for _ in range(2):  # it came, and came again
+                await came.acquire()
+            path.write_text(creds())
+            await connected.back.wait()
+        for writer in writers:  # none of those that came to nothing is open
+            await writer.wait_closed()
 
 
 @contextlib.asynccontextmanager
