@@ -1,6 +1,7 @@
 """A GPU service whose engines come from the zoo: `python -m tests.zoo_service STAGE ENGINE`, or two stages: `edit,i2v`.
 
-`Paced` holds the device until the file named by ZOO_RELEASED is there.
+`Paced` holds the device until the file named by ZOO_RELEASED is there. ZOO_LAST_CALL are the seconds that a pull which
+was given up still listens.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import cast
 
 from tests import engines
 
-from vidgen import choice, service
+from vidgen import choice, jetstream, service
 from vidgen.engine import Engine
 from vidgen.settings import WorkerSettings
 
@@ -38,5 +39,6 @@ def make_engine(settings: WorkerSettings, _chosen: choice.Choice) -> Engine:
 
 
 if __name__ == "__main__":
+    jetstream.LAST_CALL = float(os.environ.get("ZOO_LAST_CALL", jetstream.LAST_CALL))
     stages = cast("list[service.Stage]", sys.argv[1].split(","))
     sys.exit(service.run_stages(dict.fromkeys(stages, make_engine), f"{sys.argv[1]}-service"))

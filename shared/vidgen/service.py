@@ -55,7 +55,7 @@ log = structlog.get_logger(__name__)
 
 START_PATIENCE_S = 120.0
 START_PAUSE_S = 0.25
-LEAVE_S = 2.0  # what a second signal leaves to hand the tasks back
+LEAVE_S = 6.0  # what a second signal leaves to hand the tasks back, each of which has five
 
 T = TypeVar("T")
 
@@ -157,6 +157,7 @@ class _Service:
         self._patience = Patience(settings.hang_factor, settings.hang_least_s, settings.hang_first_s)
         self._waits_for = "its model"
         self._workers: list[Worker] = []
+        self._bus: JetStreamBus | None = None
         self._serving: asyncio.Task[None] | None = None
         self._leaving: asyncio.Task[None] | None = None
         self.hangs = False  # behind `run`: a thread is at something still
@@ -253,7 +254,7 @@ class _Service:
                 denied.set_result(text)
 
         async with contextlib.AsyncExitStack() as stack:
-            connected = await self._connect(stack, on_denied)
+            connected = self._bus = await self._connect(stack, on_denied)
             if connected is None:
                 return
             store = PatientStore(S3Store.from_settings(settings), settings.store_patience_s)
@@ -362,9 +363,14 @@ class _Service:
 
     async def _leave(self, code: int) -> None:
         """Hand back what is held and go, without waiting for the engine's step to end."""
-        if self._serving is not None:
+        if self._serving is not None and self._bus is not None:
             self._serving.cancel()
-            await asyncio.wait([self._serving], timeout=LEAVE_S)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(LEAVE_S):
+                    await asyncio.wait([self._serving])
+                    # A pull that was given up still listens for a moment: the bus may have given it what was just
+                    # handed back, and it hands that back, too.
+                    await self._bus.settle()
         os._exit(code)
 
     def _healthy(self) -> bool:

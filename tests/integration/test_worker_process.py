@@ -228,7 +228,11 @@ async def test_a_worker_that_is_told_to_stop_finishes_what_runs_and_takes_nothin
     assert (await floor.bus.depth(QUEUE)).pending == 1
 
 
-async def test_a_worker_that_is_told_twice_leaves_now_and_its_task_is_free(floor: Floor, lease: float) -> None:
+@pytest.mark.parametrize("last_call", ["0.0", "1.5"])
+async def test_a_worker_that_is_told_twice_leaves_now_and_its_task_is_free(
+    floor: Floor, lease: float, last_call: str
+) -> None:
+    floor.env["ZOO_LAST_CALL"] = last_call
     worker = await floor.started("Paced")
     await floor.queue()
     await floor.generating(worker)
@@ -243,7 +247,8 @@ async def test_a_worker_that_is_told_twice_leaves_now_and_its_task_is_free(floor
     assert depth.waiting == 1
     again = await floor.bus.pull(QUEUE, lease / 2)
     assert again is not None
-    assert again.num_delivered == 2
+    # The worker's own pull, which was given up, may be given it, and hands it back: with the long last call it is.
+    assert again.num_delivered in (2, 3)
 
 
 async def test_a_worker_whose_engine_cannot_be_set_up_says_why_and_takes_no_task(floor: Floor) -> None:
