@@ -9,16 +9,30 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from vidgen.accel import loader
+from vidgen.accel import loader, pages
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
 
 
+@pytest.mark.parametrize("way", ["staged", "mapped", "mapped, and cannot be pinned"])
 @pytest.mark.parametrize("chunk", [1 << 12, loader.CHUNK])
 def test_what_is_read_to_a_gpu_is_what_the_files_hold(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int, way: str
 ) -> None:
     monkeypatch.setattr(loader, "CHUNK", chunk)
+    monkeypatch.setattr(loader, "WINDOW", chunk)
+    windows: list[bool] = []
+    opened = pages.Window.__init__
+
+    def seen(window: pages.Window, handle: int, begin: int, end: int) -> None:
+        if begin and way == "mapped, and cannot be pinned":
+            monkeypatch.setattr(pages, "READ_ONLY", 0)  # which CUDA refuses
+        opened(window, handle, begin, end)
+        windows.append(window.pinned)
+
+    monkeypatch.setattr(pages.Window, "__init__", seen)
+    if way == "staged":
+        monkeypatch.setattr(pages, "cached", lambda handle, size: False)
     files = [tmp_path / f"{number}.safetensors" for number in range(5)]
     for number, file in enumerate(files):
         save_file({f"{number}.{size}": torch.randn(size).bfloat16() for size in (1, 77, 4096, 300_001)}, file)
@@ -40,3 +54,5 @@ def test_what_is_read_to_a_gpu_is_what_the_files_hold(
         reading.close()
         done.set()
         other.join()
+    assert set(windows) == {"staged": set(), "mapped": {True}}.get(way, {True, False})
+    assert torch.ones(8, device="cuda:0").sum().item() == 8  # what CUDA refused is nobody else's error

@@ -1,8 +1,9 @@
 """Reads safetensors at the rate of the disk, or from the page cache at the rate of the bus.
 
 Threads read the files in chunks; on a GPU into pinned buffers, each copied to the device on a stream of its own while
-the next chunk is read. Unless who reads them says where they are to lie, tensors are stored apart, so that each can be
-replaced or moved and its memory given back.
+the next chunk is read. A file that lies in the page cache is not read: there the device copies from the cache itself.
+Unless who reads them says where they are to lie, tensors are stored apart, so that each can be replaced or moved and
+its memory given back.
 """
 
 from __future__ import annotations
@@ -15,22 +16,28 @@ import os
 import sys
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from vidgen.accel import pages
 from vidgen.errors import FatalError
 
 THREADS = 8
 CHUNK = 32 << 20
 # Each thread has two pinned buffers, one being read into while the other is copied: half a gigabyte at the most.
 BUFFERS = 2
+# What lies in the page cache: its threads only ask for it, and each time need the interpreter for a moment.
+MAPPERS = 2
+WINDOW = 128 << 20
+WINDOWS = 2  # of a thread, at once
 AHEAD = 2
 SHORT_TURN_S = 0.0005
 LARGEST_HEADER = 100 << 20
@@ -68,6 +75,31 @@ class _Chunk:
     end: int
     pieces: tuple[_Piece, ...]
 
+    def targets(self) -> list[Tensor]:
+        return [piece.target for piece in self.pieces]
+
+    def cut(self, whole: Tensor) -> tuple[Tensor, ...]:
+        """The chunk's bytes as its pieces have them."""
+        parts: tuple[Tensor, ...] = whole.split([piece.target.numel() for piece in self.pieces])
+        return parts
+
+
+class _Way(Protocol):
+    """How a thread brings chunks to their places; it is closed when all threads are done."""
+
+    def take(self, handle: int, chunk: _Chunk, ready: torch.cuda.Event | None) -> torch.cuda.Event | None:
+        """Bring a chunk when the device is `ready` for it; it is there when the event is, or at once without one."""
+        ...
+
+    def close(self) -> None: ...
+
+
+class _OfThread(threading.local):
+    """The ways that each thread has taken."""
+
+    def __init__(self) -> None:
+        self.ways: dict[Callable[[torch.device], _Way], _Way] = {}
+
 
 class Reading:
     """Some safetensors files on their way to a device, in the precision in which they are stored.
@@ -91,7 +123,7 @@ class Reading:
         self._room = threading.Semaphore(AHEAD)
         self._landed: dict[Path, Future[dict[str, Tensor]]] = {file: Future() for file in files}
         self._left = threading.Event()
-        self._threads = threading.local()
+        self._own = _OfThread()
         # A copy, made before the thread begins: `take` may take out of the other one before it has.
         self._coordinator = threading.Thread(target=self._run, args=(dict(self._landed),), name="reader", daemon=True)
         self._coordinator.start()
@@ -115,16 +147,17 @@ class Reading:
     def _run(self, landed: Mapping[Path, Future[dict[str, Tensor]]]) -> None:
         begun = time.perf_counter()
         try:
+            _use(self.device)
             with (
                 _in_short_turns(),
-                ExitStack() as handles,
-                ThreadPoolExecutor(THREADS, "weights", self._settle_in) as pool,
+                ExitStack() as opened,
+                ThreadPoolExecutor(THREADS, "weights") as pool,
             ):
                 try:
                     # Each file is waited for when the next one is being read already.
                     begun_file = None
                     for file in self.files:
-                        next_file = file, *self._begin(file, pool, handles)
+                        next_file = file, *self._begin(file, pool, opened)
                         self._complete(landed, begun_file)
                         begun_file = next_file
                     self._complete(landed, begun_file)
@@ -138,7 +171,7 @@ class Reading:
                     future.set_exception(exc)
 
     def _begin(
-        self, file: Path, pool: ThreadPoolExecutor, handles: ExitStack
+        self, file: Path, pool: ThreadPoolExecutor, opened: ExitStack
     ) -> tuple[dict[str, Tensor], list[Future[torch.cuda.Event | None]]]:
         """Have a file read; its tensors, and what is done when they are there."""
         entries = header(file)
@@ -148,33 +181,47 @@ class Reading:
         if self._left.is_set():
             raise CancelledError
         try:
-            handle = handles.enter_context(file.open("rb", buffering=0)).fileno()
+            handle = opened.enter_context(file.open("rb", buffering=0)).fileno()
         except OSError as exc:
             raise _broken(file, f"it cannot be read: {exc.strerror}") from exc
         tensors = self._places(file, entries)
         ready = torch.cuda.current_stream(self.device).record_event() if self.device.type == "cuda" else None
-        chunks = list(_chunks((entry, tensors[entry.name]) for entry in entries))
+        way = self._way(handle, entries)
+        threads, size = (MAPPERS, WINDOW) if way is _Mapped else (THREADS, CHUNK)
+        chunks = list(_chunks(((entry, tensors[entry.name]) for entry in entries), size))
 
         numbers = itertools.count()
 
         def land() -> torch.cuda.Event | None:
             """Read chunks until none is left."""
             event: torch.cuda.Event | None = None
+            lands = self._of_this_thread(way, opened)
             # `next` of a count is one step of the interpreter: no two threads get the same number.
             while (number := next(numbers)) < len(chunks):
                 if self._left.is_set():
                     raise CancelledError
-                _announce(handle, chunks[number + THREADS : number + THREADS + 1])
+                _announce(handle, chunks[number + threads : number + threads + 1])
                 try:
-                    event = self._threads.lands.take(handle, chunks[number], ready)
+                    event = lands.take(handle, chunks[number], ready)
                 except (OSError, EOFError) as exc:
                     raise _broken(file, f"reading it failed: {exc}") from exc
             return event
 
-        return tensors, [pool.submit(land) for _ in range(min(THREADS, len(chunks)))]
+        return tensors, [pool.submit(land) for _ in range(min(threads, len(chunks)))]
 
-    def _settle_in(self) -> None:
-        self._threads.lands = _Straight() if self.device.type == "cpu" else _Staged(self.device)
+    def _way(self, handle: int, entries: Sequence[Entry]) -> Callable[[torch.device], _Way]:
+        """How a file is best brought to where its tensors are."""
+        if self.device.type == "cpu":
+            return _Straight
+        mapped = bool(entries) and pages.cached(handle, entries[-1].end) and pages.pinnable(handle)
+        return _Mapped if mapped else _Staged
+
+    def _of_this_thread(self, way: Callable[[torch.device], _Way], opened: ExitStack) -> _Way:
+        own = self._own.ways
+        if way not in own:
+            own[way] = way(self.device)
+            opened.callback(own[way].close)
+        return own[way]
 
     def _complete(
         self,
@@ -254,8 +301,8 @@ def made(entries: Sequence[Entry], device: torch.device) -> dict[str, Tensor]:
     return {entry.name: torch.empty(entry.shape, dtype=entry.dtype, device=device) for entry in entries}
 
 
-def _chunks(entries: Iterable[tuple[Entry, Tensor]]) -> Iterator[_Chunk]:
-    """Cut the tensors of a file, in their order, into chunks of at most CHUNK bytes."""
+def _chunks(entries: Iterable[tuple[Entry, Tensor]], size: int) -> Iterator[_Chunk]:
+    """Cut the tensors of a file, in their order, into chunks of at most `size` bytes."""
     pieces: list[_Piece] = []
     begin = end = 0
     for entry, tensor in entries:
@@ -263,10 +310,10 @@ def _chunks(entries: Iterable[tuple[Entry, Tensor]]) -> Iterator[_Chunk]:
         while done < count:
             if not pieces:
                 begin = end = entry.begin + done
-            take = min(count - done, begin + CHUNK - end)
+            take = min(count - done, begin + size - end)
             pieces.append(_Piece(end, flat[done : done + take]))
             done, end = done + take, end + take
-            if end - begin == CHUNK:
+            if end - begin == size:
                 yield _Chunk(begin, end, tuple(pieces))
                 pieces = []
     if pieces:
@@ -296,9 +343,34 @@ def _in_short_turns() -> Iterator[None]:
 class _Straight:
     """On the CPU: each piece is read to where it stays."""
 
+    def __init__(self, device: torch.device) -> None:
+        pass
+
     def take(self, handle: int, chunk: _Chunk, ready: torch.cuda.Event | None) -> None:
         for piece in chunk.pieces:
             _fill(handle, memoryview(piece.target.numpy()), piece.begin)
+
+    def close(self) -> None:
+        pass
+
+
+class _Copies:
+    """On a GPU: chunks are copied on a stream of one's own."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._waited: torch.cuda.Event | None = None
+
+    def copy(self, chunk: _Chunk, whole: Tensor, ready: torch.cuda.Event | None) -> torch.cuda.Event | None:
+        """Have a chunk copied when the device is `ready` for it; when that is done the event is."""
+        with torch.cuda.stream(self._stream) if self._stream is not None else nullcontext():
+            if self._stream is not None and ready is not None and ready is not self._waited:
+                # What the memory was used for before is queued on another stream.
+                self._stream.wait_event(ready)
+                self._waited = ready
+            # All in one call: each one is a turn to wait for.
+            torch._foreach_copy_(chunk.targets(), chunk.cut(whole), non_blocking=True)
+            return None if self._stream is None else self._stream.record_event()
 
 
 class _Staged:
@@ -308,30 +380,57 @@ class _Staged:
         pinned = device.type == "cuda"
         self._buffers = [torch.empty(CHUNK, dtype=torch.uint8, pin_memory=pinned) for _ in range(BUFFERS)]
         self._copied: list[torch.cuda.Event | None] = [None] * BUFFERS
-        self._stream = torch.cuda.Stream(device) if pinned else None
-        self._waited: torch.cuda.Event | None = None
+        self._copies = _Copies(device)
         self._turn = 0
 
     def take(self, handle: int, chunk: _Chunk, ready: torch.cuda.Event | None) -> torch.cuda.Event | None:
-        """Read a chunk, and copy it when the device is `ready` for it; when that is done the event is."""
-        copied, buffer = self._copied[self._turn], self._buffers[self._turn]
-        # It nearly always is, and waiting means to get in line for the interpreter once more.
-        if copied is not None and not copied.query():
-            copied.synchronize()
-        _fill(handle, memoryview(buffer.numpy())[: chunk.end - chunk.begin], chunk.begin)
-        with torch.cuda.stream(self._stream) if self._stream is not None else nullcontext():
-            if self._stream is not None and ready is not None and ready is not self._waited:
-                # What the memory was used for before is queued on another stream.
-                self._stream.wait_event(ready)
-                self._waited = ready
-            targets = [piece.target for piece in chunk.pieces]
-            whole = buffer[: chunk.end - chunk.begin]
-            # All in one call, for the same reason.
-            torch._foreach_copy_(targets, whole.split([target.numel() for target in targets]), non_blocking=True)
-            if self._stream is not None:
-                self._copied[self._turn] = self._stream.record_event()
-        copied, self._turn = self._copied[self._turn], (self._turn + 1) % BUFFERS
+        turn, self._turn = self._turn, (self._turn + 1) % BUFFERS
+        _wait(self._copied[turn])
+        whole = self._buffers[turn][: chunk.end - chunk.begin]
+        _fill(handle, memoryview(whole.numpy()), chunk.begin)
+        self._copied[turn] = self._copies.copy(chunk, whole, ready)
+        return self._copied[turn]
+
+    def close(self) -> None:
+        pass
+
+
+class _Mapped:
+    """On a GPU, of what lies in the page cache: a chunk is pinned there, and the device copies it."""
+
+    def __init__(self, device: torch.device) -> None:
+        _use(device)
+        self._copies = _Copies(device)
+        self._open: deque[tuple[pages.Window, torch.cuda.Event | None]] = deque()
+
+    def take(self, handle: int, chunk: _Chunk, ready: torch.cuda.Event | None) -> torch.cuda.Event | None:
+        while len(self._open) >= WINDOWS:
+            self._let_go()
+        window = pages.Window(handle, chunk.begin, chunk.end)
+        copied = self._copies.copy(chunk, window.tensor(), ready)
+        self._open.append((window, copied))
         return copied
+
+    def close(self) -> None:
+        while self._open:
+            self._let_go()
+
+    def _let_go(self) -> None:
+        window, copied = self._open.popleft()
+        _wait(copied)
+        window.close()
+
+
+def _use(device: torch.device) -> None:
+    """Make a GPU this thread's current one, for which memory is pinned."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+
+
+def _wait(event: torch.cuda.Event | None) -> None:
+    # It nearly always is there, and waiting means to get in line for the interpreter once more.
+    if event is not None and not event.query():
+        event.synchronize()
 
 
 def _fill(handle: int, target: memoryview, begin: int) -> None:

@@ -4,7 +4,7 @@ import json
 import os
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from vidgen.accel import loader
+from vidgen.accel import loader, pages
 from vidgen.errors import FatalError
 
 CPU = torch.device("cpu")
@@ -45,13 +45,24 @@ def same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> boo
 @pytest.fixture
 def staged(monkeypatch: pytest.MonkeyPatch) -> None:
     """The way of a GPU, through buffers, with buffers and copies of the CPU."""
-    monkeypatch.setattr(loader, "_Straight", lambda: loader._Staged(CPU))
+    monkeypatch.setattr(loader, "_Straight", loader._Staged)
 
 
-@pytest.fixture(params=["straight", "staged"])
+@pytest.fixture
+def mapped(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The way of a GPU for what lies in the page cache; whatever was pinned must have been given back."""
+    pinned = set[int]()
+    monkeypatch.setattr(loader, "_Straight", loader._Mapped)
+    monkeypatch.setattr(pages, "_pin", lambda address, size: pinned.add(address) is None)
+    monkeypatch.setattr(pages, "_unpin", pinned.remove)
+    yield
+    assert not pinned
+
+
+@pytest.fixture(params=["straight", "staged", "mapped"])
 def way(request: pytest.FixtureRequest) -> str:
-    if request.param == "staged":
-        request.getfixturevalue("staged")
+    if request.param != "straight":
+        request.getfixturevalue(request.param)
     return str(request.param)
 
 
@@ -166,10 +177,10 @@ def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
         loader.read([tmp_path / "gone.safetensors"], CPU)
 
 
-@pytest.mark.usefixtures("way")
+@pytest.mark.parametrize("way", ["straight", "staged"], indirect=True)
 @pytest.mark.parametrize("fault", [lambda *a: 0, lambda *a: os.preadv(-1, [], 0)], ids=["it ends", "the disk fails"])
 def test_a_file_that_breaks_while_it_is_read_is_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Callable[..., int]
+    way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Callable[..., int]
 ) -> None:
     save_file({"a": torch.ones(400)}, tmp_path / "x.safetensors")
     monkeypatch.setattr(loader, "CHUNK", 64)
@@ -180,6 +191,20 @@ def test_a_file_that_breaks_while_it_is_read_is_named(
     )
     with pytest.raises(FatalError, match=r"x\.safetensors is damaged \(reading it failed"):
         loader.read([tmp_path / "x.safetensors"], CPU)
+
+
+@pytest.mark.usefixtures("mapped")
+def test_a_file_that_ends_before_what_is_mapped_of_it_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever touched it there would be killed by a signal."""
+    file = tmp_path / "x.safetensors"
+    save_file({"a": torch.ones(40_000)}, file)
+    entries = loader.header(file)
+    os.truncate(file, 50_000)
+    monkeypatch.setattr(loader, "header", lambda file: entries)
+    monkeypatch.setattr(loader, "CHUNK", 4096)
+    monkeypatch.setattr(pages, "_pin", lambda address, size: False)  # as CUDA answers then
+    with pytest.raises(FatalError, match=r"x\.safetensors is damaged \(reading it failed: .*it ends too early"):
+        loader.read([file], CPU)
 
 
 # ── several files on their way ───────────────────────────────────────────────────────────────────────────────────────

@@ -1,0 +1,97 @@
+"""What of a file lies in the kernel's page cache: a GPU can copy it from there, and no processor has to."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import functools
+import mmap
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+# Of Linux 5.14: an error instead of a signal where pages cannot be read.
+POPULATE_READ = 22
+READ_ONLY = 8  # cudaHostRegisterReadOnly, which CUDA asks for where memory must not be written to
+NOWHERE = ctypes.c_void_p(-1).value  # MAP_FAILED
+PROBES = 64  # evenly spaced over a file
+
+
+class Window:
+    """The bytes of an open file from `begin` to `end`, mapped and, where that can be, pinned, until it is closed.
+
+    Raises OSError where they cannot be read, or the file ends before.
+    """
+
+    def __init__(self, handle: int, begin: int, end: int) -> None:
+        start = begin // mmap.PAGESIZE * mmap.PAGESIZE
+        self._size, self._head = end - start, begin - start
+        self._address = _libc().mmap(None, self._size, mmap.PROT_READ, mmap.MAP_SHARED, handle, start)
+        if self._address == NOWHERE:
+            raise _failed()
+        self.pinned = _pin(self._address, self._size)
+        # Then CUDA copies from here all the same, by a way of its own, if there is something to be read.
+        if not self.pinned and _libc().madvise(self._address, self._size, POPULATE_READ):
+            failed = _failed()
+            self.close()
+            raise failed
+
+    def tensor(self) -> Tensor:
+        """The bytes, uint8, which must be neither written nor looked at once this is closed."""
+        # By its address, for torch has no word for memory that is not to be written, and warns.
+        given = (ctypes.c_uint8 * self._size).from_address(self._address)
+        return torch.frombuffer(given, dtype=torch.uint8)[self._head :]
+
+    def close(self) -> None:
+        if self.pinned:
+            _unpin(self._address)
+        _libc().munmap(self._address, self._size)
+
+
+def cached(handle: int, size: int) -> bool:
+    """Whether a file of so many bytes lies in the page cache, as far as samples tell; none of it is read for that."""
+    sample = bytearray(1)
+    try:
+        return all(os.preadv(handle, [sample], size * part // PROBES, os.RWF_NOWAIT) for part in range(PROBES))
+    except (AttributeError, OSError):  # it would have to be waited for, or this system cannot tell
+        return False
+
+
+def pinnable(handle: int) -> bool:
+    """Whether the pages of a file can be pinned here, by its first: not every driver does that."""
+    try:
+        window = Window(handle, 0, 1)
+    except OSError:
+        return False
+    window.close()
+    return window.pinned
+
+
+@functools.cache
+def _libc() -> Any:
+    # Python's own `mmap` keeps the interpreter while it gives back what it had mapped.
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mmap.restype, libc.mmap.argtypes = (
+        ctypes.c_void_p,
+        (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long),
+    )
+    libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+    return libc
+
+
+def _failed() -> OSError:
+    number = ctypes.get_errno()
+    said = "it ends too early, or the disk fails" if number == errno.EFAULT else os.strerror(number)
+    return OSError(number, said)
+
+
+def _pin(address: int, size: int) -> bool:
+    """Pin memory for the current device. What CUDA says against it stays with this thread, and is not asked for."""
+    return int(torch.cuda.cudart().cudaHostRegister(address, size, READ_ONLY)) == 0
+
+
+def _unpin(address: int) -> None:
+    torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(address))

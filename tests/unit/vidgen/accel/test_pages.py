@@ -1,0 +1,101 @@
+from __future__ import annotations
+
+import errno
+import mmap
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from vidgen.accel import pages
+
+SIZE = 3 * mmap.PAGESIZE + 100
+
+
+@pytest.fixture
+def handle(tmp_path: Path) -> Iterator[int]:
+    (tmp_path / "x").write_bytes(bytes(number % 251 for number in range(SIZE)))
+    opened = os.open(tmp_path / "x", os.O_RDONLY)
+    yield opened
+    os.close(opened)
+
+
+@pytest.fixture
+def pinned(monkeypatch: pytest.MonkeyPatch) -> dict[int, int]:
+    """What is pinned, and how many bytes of it."""
+    held: dict[int, int] = {}
+    monkeypatch.setattr(pages, "_pin", lambda address, size: held.update({address: size}) is None)
+    monkeypatch.setattr(pages, "_unpin", held.pop)
+    return held
+
+
+@pytest.mark.parametrize(
+    ("begin", "end"),
+    [(0, 1), (0, SIZE), (1, 2), (mmap.PAGESIZE - 1, mmap.PAGESIZE + 1), (2 * mmap.PAGESIZE, SIZE), (SIZE - 1, SIZE)],
+)
+def test_a_window_holds_the_bytes_of_its_file(handle: int, pinned: dict[int, int], begin: int, end: int) -> None:
+    window = pages.Window(handle, begin, end)
+    assert bytes(window.tensor().numpy()) == os.pread(handle, end - begin, begin)
+    assert window.pinned
+    [(address, size)] = pinned.items()
+    assert address % mmap.PAGESIZE == 0
+    assert size == end - begin // mmap.PAGESIZE * mmap.PAGESIZE
+    window.close()
+    assert not pinned
+
+
+def test_a_window_that_cannot_be_pinned_holds_them_too(handle: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pages, "_pin", lambda address, size: False)
+    monkeypatch.setattr(pages, "_unpin", lambda address: pytest.fail("it was not pinned"))
+    window = pages.Window(handle, 5, SIZE)
+    assert not window.pinned
+    assert bytes(window.tensor().numpy()) == os.pread(handle, SIZE, 5)
+    window.close()
+
+
+def test_what_lies_behind_the_end_of_a_file_is_an_error_and_no_signal(
+    handle: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pages, "_pin", lambda address, size: False)  # as CUDA answers then
+    before = Path("/proc/self/maps").read_text().count("/x\n")
+    with pytest.raises(OSError, match="it ends too early") as caught:
+        pages.Window(handle, 0, SIZE + mmap.PAGESIZE)
+    assert caught.value.errno == errno.EFAULT
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        pages.Window(-1, 0, 1)
+    assert Path("/proc/self/maps").read_text().count("/x\n") == before
+
+
+def test_memory_can_be_pinned_where_one_page_of_it_can(
+    handle: int, pinned: dict[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert pages.pinnable(handle)
+    assert not pinned
+    monkeypatch.setattr(pages, "_pin", lambda address, size: False)
+    assert not pages.pinnable(handle)
+
+
+def test_a_file_that_was_just_written_lies_in_the_page_cache(handle: int) -> None:
+    assert pages.cached(handle, SIZE)
+
+
+def test_a_file_of_which_a_part_would_have_to_be_waited_for_does_not(
+    handle: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[int, int]] = []
+
+    def preadv(handle: int, buffers: list[bytearray], offset: int, flags: int) -> int:
+        asked.append((offset, flags))
+        if offset > SIZE // 2:
+            raise BlockingIOError(errno.EAGAIN, "not there")
+        return 1
+
+    monkeypatch.setattr("vidgen.accel.pages.os.preadv", preadv)
+    assert not pages.cached(handle, SIZE)
+    assert {flags for _, flags in asked} == {os.RWF_NOWAIT}
+
+
+def test_a_system_that_cannot_tell_has_nothing_in_its_page_cache(handle: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr("vidgen.accel.pages.os.RWF_NOWAIT")
+    assert not pages.cached(handle, SIZE)
