@@ -117,7 +117,8 @@ def tell_of_turns(engine: Any, tiny: bool) -> None:
 
     from edit_service.engine import qwen
 
-    work = qwen.WARM_UP.model_copy(update={"steps": 4} | ({"width": 64, "height": 64} if tiny else qwen.LARGE))
+    side = 64 if tiny else 1024
+    work = qwen.WARM_UP.model_copy(update={"steps": 4, "width": side, "height": side})
     inputs = engine._laid_out(work, (Image.effect_noise((900, 700), 64).convert("RGB"),))
 
     def edited() -> Any:
