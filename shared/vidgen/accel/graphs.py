@@ -96,14 +96,15 @@ class Graphs:
         self._forwards: OrderedDict[Hashable, Forward] = OrderedDict()
         self._pool: Any = None
         self._stream: Any = None  # one for all: cuBLAS keeps memory for each that it is used on
+        self._refused = set[Hashable]()  # kinds of which no graph could be recorded
         self._paused = False
 
     def __len__(self) -> int:
         return sum(forward.recorded for forward in self._forwards.values())
 
     def answer(self, kind: Hashable, make: Callable[[], Forward], given: Any) -> Tensor | None:
-        """The result of a forward of this kind, which `make` makes where it is the first; None while paused."""
-        if self._paused:
+        """The result of a forward of this kind, which `make` makes where it is the first; None where it is refused."""
+        if self._paused or kind in self._refused:
             return None
         forward = self._forwards.get(kind)
         if forward is None:
@@ -112,19 +113,24 @@ class Graphs:
             forward = self._forwards[kind] = make()
         self._forwards.move_to_end(kind)
         forward.fill(given)
-        if forward.ran and not forward.recorded and records_on(forward.device):
-            self._record(forward)
+        if forward.ran and not forward.recorded and records_on(forward.device) and not self._record(forward):
+            self._refuse(kind)
+            return None
         return forward.run()
 
     def drop(self) -> None:
         """Let go of all graphs and of their memory; the next forwards record them anew."""
+        self._let_go()
+        self._refused.clear()
+
+    def _let_go(self) -> None:
         self._forwards.clear()
         self._pool = None
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
         """Within it forwards are the models' own, and no memory is kept for graphs."""
-        self.drop()
+        self._let_go()
         before, self._paused = self._paused, True
         try:
             yield
@@ -137,7 +143,7 @@ class Graphs:
             return 0
         return sum(segment["total_size"] for segment in torch.cuda.memory_snapshot(self._pool))
 
-    def _record(self, forward: Forward) -> None:
+    def _record(self, forward: Forward) -> bool:
         if self._stream is None:
             self._stream = torch.cuda.Stream(forward.device)
         if self._pool is None:
@@ -145,9 +151,17 @@ class Graphs:
         try:
             forward.record(self._pool, self._stream)
         except RuntimeError as exc:  # memory ran out, mostly; what the device itself lacks the next forward says
-            log.warning(f"no CUDA graph can be recorded, this worker goes on without: {exc}", _event="graphs_off")
-            self.drop()
-            self._paused = True
+            log.warning(f"a size of picture or text goes on without a CUDA graph: {exc}", _event="graph_refused")
+            return False
+        return True
+
+    def _refuse(self, kind: Hashable) -> None:
+        # Its forwards want the memory that the others' graphs hold. Those are recorded anew; this one is not tried
+        # again, or each of its tasks would cost them theirs.
+        self._let_go()
+        if len(self._refused) >= self._kept:
+            self._refused.clear()
+        self._refused.add(kind)
 
 
 # ── the transformer of Qwen-Image ────────────────────────────────────────────────────────────────────────────────────

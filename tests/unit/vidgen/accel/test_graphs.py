@@ -238,23 +238,44 @@ def test_paused_the_forwards_are_the_models_own_and_no_memory_is_held(
     assert recorded.recorded == 2
 
 
-def test_where_no_graph_can_be_recorded_the_worker_goes_on_without(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
-    model, found = make()
-    wanted = model(**inputs(7))[0]
+def test_a_kind_of_which_no_graph_can_be_recorded_goes_on_without_and_the_others_with(
+    make: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, found = make(kept=3)
+    wanted = {tokens: model(**inputs(tokens))[0] for tokens in (7, 70, 170, 250)}
     graphs.predict(found, model)
-    Recorded(monkeypatch)
+    recorded = Recorded(monkeypatch)
+    record = graphs.Forward.record
     tried: list[int] = []
 
     def fails(self: Any, pool: object, stream: object) -> None:
-        tried.append(1)
-        raise torch.OutOfMemoryError("CUDA out of memory")
+        tried.append(self._text.shape[1])
+        if self._text.shape[1] > 64:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        record(self, pool, stream)
 
     monkeypatch.setattr(graphs.Forward, "record", fails)
     with structlog.testing.capture_logs() as logs:
-        made = [model(**inputs(7))[0] for _ in range(4)]
-    assert max(error(one, wanted) for one in made) < 1e-6
-    assert len(tried) == 1
-    assert [entry["_event"] for entry in logs] == ["graphs_off"]
+        for _ in range(3):
+            for tokens in (7, 70):
+                made = [model(**inputs(tokens))[0] for _ in range(4)]
+                assert max(error(one, wanted[tokens]) for one in made) < 1e-6
+    assert tried == [64, 128, 64], "the larger one was not tried again, and the other one was recorded anew"
+    assert recorded.replayed == 3 + 3 + 4
+    assert [entry["_event"] for entry in logs] == ["graph_refused"]
+    with found.paused():  # as where memory runs out
+        pass
+    model(**inputs(70))
+    model(**inputs(70))
+    assert tried == [64, 128, 64]
+    found.drop()  # as where its weights have moved: then there may be room
+    model(**inputs(70))
+    model(**inputs(70))
+    assert tried == [64, 128, 64, 128]
+    for tokens in (170, 250, 7):  # those that are remembered are as many as the graphs at the most
+        model(**inputs(tokens))
+        model(**inputs(tokens))
+    assert len(found._refused) == 3
 
 
 # ── who gets graphs ──────────────────────────────────────────────────────────────────────────────────────────────────
