@@ -6,6 +6,7 @@ noise; all else is real: the same pipelines load and run them, in a fraction of 
 
 from __future__ import annotations
 
+import itertools
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -179,15 +180,20 @@ def lora(folder: Path, pipe: Any, component: str = "transformer") -> Path:
     return folder / "lora.safetensors"
 
 
-def qwen_tokenizer() -> Any:
-    """A token for each byte, and Qwen's special tokens."""
+def qwen_tokenizer(merges: int = 0) -> Any:
+    """A token for each byte, and Qwen's special tokens; and so many of merged bytes, of which no ASCII has any."""
     from tokenizers import pre_tokenizers
     from transformers import Qwen2Tokenizer
 
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    rare = [letter for letter in alphabet if 0xA0 < ord(letter) < 0x100]
+    pairs = list(itertools.product(rare, rare))
+    merged = list(itertools.islice(
+        itertools.chain(pairs, itertools.product(map("".join, pairs), rare)), merges
+    ))  # fmt: skip
     tokenizer = Qwen2Tokenizer(
-        vocab={letter: index for index, letter in enumerate(alphabet)},
-        merges=[],
+        vocab={token: index for index, token in enumerate([*alphabet, *map("".join, merged)])},
+        merges=merged,
         pad_token="<|endoftext|>",
         eos_token="<|im_end|>",
         additional_special_tokens=[f"<|{token}|>" for token in QWEN_SPECIAL],
@@ -236,15 +242,24 @@ def qwen_scheduler() -> Any:
     )
 
 
+def umt5_tokenizer(pieces: int = 0) -> Any:
+    """A token for each letter of ASCII; and so many of two Chinese ones."""
+    from transformers import T5Tokenizer
+
+    words = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0)]
+    words += [(chr(code), -3.0) for code in range(33, 127)]
+    rare = [chr(code) for code in range(0x4E00, 0x9000)]
+    words += [("".join(pair), -9.0) for pair in itertools.islice(itertools.product(rare, rare), pieces)]
+    return T5Tokenizer(vocab=words, extra_ids=0)
+
+
 def wan_parts() -> dict[str, Any]:
     """Tokenizer, text encoder and scheduler: alike in every Wan."""
     import torch
     from diffusers import UniPCMultistepScheduler
-    from transformers import T5Tokenizer, UMT5Config, UMT5EncoderModel
+    from transformers import UMT5Config, UMT5EncoderModel
 
-    words = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("\u2581", -2.0)]
-    words += [(chr(code), -3.0) for code in range(33, 127)]
-    tokenizer = T5Tokenizer(vocab=words, extra_ids=0)
+    tokenizer = umt5_tokenizer()
     torch.manual_seed(0)
     config = UMT5Config(
         vocab_size=len(tokenizer),

@@ -45,6 +45,10 @@ WAN_5B = WAN_A14B | {
 }  # fmt: skip
 UMT5 = {"vocab_size": 256384, "d_model": 4096, "d_kv": 64, "d_ff": 10240, "num_layers": 24, "num_heads": 64}
 
+# As many tokens as the released tokenizers have: what they take to be loaded depends on it.
+QWEN_MERGES = 151_387
+UMT5_PIECES = 256_202
+
 TEMPLATE_TOKENS = 64  # what the pipeline cuts off the front of the encoded prompt
 
 
@@ -90,7 +94,7 @@ def qwen(device: torch.device, dtype: torch.dtype, *, tiny: bool = False) -> Any
     from diffusers import AutoencoderKLQwenImage, QwenImageEditPlusPipeline, QwenImageTransformer2DModel
     from transformers import Qwen2_5_VLForConditionalGeneration, Qwen2VLImageProcessor, Qwen2VLVideoProcessor
 
-    tokenizer = checkpoints.qwen_tokenizer()
+    tokenizer = checkpoints.qwen_tokenizer(0 if tiny else QWEN_MERGES)
     text, vision, transformer, vae = dict(QWEN_TEXT), dict(QWEN_VISION), dict(QWEN_TRANSFORMER), {}
     if tiny:
         text |= {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -136,6 +140,8 @@ def wan(device: torch.device, dtype: torch.dtype, *, small: bool = False, tiny: 
             "scale_factor_spatial": 16, "scale_factor_temporal": 4,
         }  # fmt: skip
     parts = checkpoints.wan_parts()
+    if not tiny:
+        parts["tokenizer"] = checkpoints.umt5_tokenizer(UMT5_PIECES)
     if tiny:
         shape |= {"num_attention_heads": 2, "attention_head_dim": 12, "text_dim": 32, "ffn_dim": 32, "num_layers": 2}
         vae |= {"base_dim": 3, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1} | (

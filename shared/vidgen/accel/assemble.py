@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 import torch
@@ -30,6 +31,8 @@ from vidgen.weights import SCALE
 P = TypeVar("P")
 Tensors = dict[str, Tensor]
 OnPhase = Callable[[str, float], None]
+# Components that are not loaded, and how each is had of those that have no weights either.
+Instead = Mapping[str, Callable[[Mapping[str, Any]], Any]]
 
 
 @dataclass(frozen=True)
@@ -55,13 +58,15 @@ def assemble(
     dtypes: Mapping[str, torch.dtype],
     *,
     arithmetic: bool,
+    instead: Instead = MappingProxyType({}),
     reading: loader.Reading | None = None,
     on_phase: OnPhase = lambda phase, seconds: None,
 ) -> P:
     """Build the pipeline of a verified folder on the device: what `from_pretrained` builds, in less time.
 
-    `dtypes` are the precisions of the components, with a `default`. What an FP8 snapshot holds in FP8 becomes
-    `Fp8Linear`, with that `arithmetic`. A `reading` of the folder's weights that was begun before is gone on with.
+    `dtypes` are the precisions of the components, with a `default`. What is had `instead` is not loaded. What an FP8
+    snapshot holds in FP8 becomes `Fp8Linear`, with that `arithmetic`. A `reading` of the folder's weights that was
+    begun before is gone on with.
     `on_phase` is told the seconds of `read` from its beginning to its end, and of `build` without what was waited for.
     Raises FatalError.
     """
@@ -76,7 +81,8 @@ def assemble(
             models = sorted((part for part in parts if is_model(part)), key=lambda part: part.library == "diffusers")
             wanted = {part.name: dtypes.get(part.name, dtypes["default"]) for part in models}
             made = {part.name: part.kind.from_pretrained(part.folder, local_files_only=True)
-                    for part in parts if part not in models}  # fmt: skip
+                    for part in parts if part not in models and part.name not in instead}  # fmt: skip
+            made |= {name: had_of(made) for name, had_of in instead.items()}
             empty = {part.name: skeleton(part, wanted[part.name]) for part in models if part.library == "diffusers"}
             waited = 0.0
             for part in models:

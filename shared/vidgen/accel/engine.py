@@ -62,6 +62,8 @@ class DiffusersEngine(abc.ABC):
     PIPELINES: ClassVar[frozenset[str]]
     WORK: ClassVar[int]  # bytes that one task takes beside the weights
     BOUND_BY_BUS: ClassVar[bool] = False  # where weights stream
+    # What `assemble` need not load, and what there is of the rest that serves for it.
+    INSTEAD: ClassVar[Mapping[str, Callable[[Mapping[str, Any]], Any]]] = {}
 
     def __init__(self, model: str, revision: str | None, loras: Mapping[str, str | None], layout: Layout) -> None:
         self.model = model
@@ -211,7 +213,8 @@ class DiffusersEngine(abc.ABC):
             reading = ahead.begin(found, place, dtypes, streams=True)
         arithmetic = fp8.has_arithmetic(self._device)
         pipe = assemble(
-            self.PIPELINE, found, place, dtypes, arithmetic=arithmetic, reading=reading, on_phase=self._add
+            self.PIPELINE, found, place, dtypes, arithmetic=arithmetic, instead=self.INSTEAD, reading=reading,
+            on_phase=self._add,
         )  # fmt: skip
         # Of what was read this moment. A folder's name says little of it, and a commit nothing of what was fused.
         self._content["weights"] = weights.sampled(weights.in_reading_order(found.folder))

@@ -254,6 +254,10 @@ def test_control_tokens_of_the_model_are_rejected(engine: QwenEditEngine, photo:
     assert caught.value.field == field
 
 
+def test_they_are_those_of_the_tokenizer_that_reads_the_text(engine: QwenEditEngine) -> None:
+    assert engine._pipe.tokenizer is engine._pipe.processor.tokenizer
+
+
 def test_a_file_that_is_no_image_is_rejected(engine: QwenEditEngine, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("not an image")
     with pytest.raises(RejectedError):

@@ -95,6 +95,18 @@ def test_it_is_what_from_pretrained_makes_bit_for_bit(
     assert torch.equal(picture(made), picture(wanted))
 
 
+def test_what_is_had_instead_is_not_loaded(tiny_models: dict[str, Path], tmp_path: Path) -> None:
+    folder = shutil.copytree(tiny_models["qwen-edit"], tmp_path / "qwen")
+    wanted = picture(assembled(folder))
+    for file in (folder / "tokenizer").iterdir():
+        file.write_bytes(b"{}")
+    with pytest.raises(FatalError):
+        assembled(folder)
+    made = assembled(folder, instead={"tokenizer": lambda others: others["processor"].tokenizer})
+    assert made.tokenizer is made.processor.tokenizer
+    assert torch.equal(picture(made), wanted)
+
+
 def test_a_model_in_shards_is_read_from_all_of_them(tiny_models: dict[str, Path], tmp_path: Path) -> None:
     folder = shutil.copytree(tiny_models["wan2.2-a14b-i2v"], tmp_path / "wan")
     wanted = picture(assembled(folder))
