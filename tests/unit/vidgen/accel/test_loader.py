@@ -49,13 +49,19 @@ def staged(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def mapped(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """The way of a GPU for what lies in the page cache; whatever was pinned must have been given back."""
-    pinned = set[int]()
+def mapped(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """The way of a GPU for what lies in the page cache; how much was pinned at each pinning, all of it given back."""
+    pinned, counts = set[int](), list[int]()
+
+    def pin(address: int, size: int) -> bool:
+        pinned.add(address)
+        counts.append(len(pinned))
+        return True
+
     monkeypatch.setattr(loader, "_Straight", loader._Mapped)
-    monkeypatch.setattr(pages, "_pin", lambda address, size: pinned.add(address) is None)
+    monkeypatch.setattr(pages, "_pin", pin)
     monkeypatch.setattr(pages, "_unpin", pinned.remove)
-    yield
+    yield counts
     assert not pinned
 
 
@@ -66,10 +72,16 @@ def way(request: pytest.FixtureRequest) -> str:
     return str(request.param)
 
 
+def in_pieces(patch: pytest.MonkeyPatch, size: int) -> None:
+    """Have files read, or mapped, so many bytes at once."""
+    patch.setattr(loader, "CHUNK", size)
+    patch.setattr(loader, "WINDOW", size)
+
+
 @pytest.mark.parametrize("chunk", [1, 7, 256, loader.CHUNK])
 @pytest.mark.usefixtures("way")
 def test_every_tensor_is_read_as_it_was_written(tmp_path: Path, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loader, "CHUNK", chunk)
+    in_pieces(monkeypatch, chunk)
     tensors = some_tensors()
     names = sorted(tensors)
     files = [tmp_path / "a.safetensors", tmp_path / "b.safetensors", tmp_path / "empty.safetensors"]
@@ -193,6 +205,34 @@ def test_a_file_that_breaks_while_it_is_read_is_named(
         loader.read([tmp_path / "x.safetensors"], CPU)
 
 
+def test_a_thread_has_no_more_of_a_file_pinned_than_it_copies(
+    tmp_path: Path, mapped: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(loader, "MAPPERS", 1)
+    in_pieces(monkeypatch, 4096)
+    save_file({"a": torch.randn(10_000)}, tmp_path / "x.safetensors")
+    assert loader.read([tmp_path / "x.safetensors"], CPU)["a"].shape == (10_000,)
+    assert max(mapped) == loader.WINDOWS
+    assert len(mapped) == 10
+
+
+@pytest.mark.parametrize("pinnable", [True, False])
+@pytest.mark.parametrize("cached", [True, False])
+def test_a_gpu_copies_from_the_page_cache_what_lies_there_and_can_be_pinned(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cached: bool, pinnable: bool
+) -> None:
+    save_file({"a": torch.ones(40)}, tmp_path / "x.safetensors")
+    entries, asked = loader.header(tmp_path / "x.safetensors"), list[int]()
+    monkeypatch.setattr(pages, "cached", lambda handle, size: (asked.append(size), cached)[1])
+    monkeypatch.setattr(pages, "pinnable", lambda handle: pinnable)
+    reading = loader.Reading([], CPU)
+    reading.close()
+    reading.device = torch.device("cuda:0")
+    assert reading._way(0, entries) is (loader._Mapped if cached and pinnable else loader._Staged)
+    assert asked == [(tmp_path / "x.safetensors").stat().st_size]
+    assert reading._way(0, []) is loader._Staged
+
+
 @pytest.mark.usefixtures("mapped")
 def test_a_file_that_ends_before_what_is_mapped_of_it_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever touched it there would be killed by a signal."""
@@ -201,7 +241,7 @@ def test_a_file_that_ends_before_what_is_mapped_of_it_is_named(tmp_path: Path, m
     entries = loader.header(file)
     os.truncate(file, 50_000)
     monkeypatch.setattr(loader, "header", lambda file: entries)
-    monkeypatch.setattr(loader, "CHUNK", 4096)
+    in_pieces(monkeypatch, 4096)
     monkeypatch.setattr(pages, "_pin", lambda address, size: False)  # as CUDA answers then
     with pytest.raises(FatalError, match=r"x\.safetensors is damaged \(reading it failed: .*it ends too early"):
         loader.read([file], CPU)
