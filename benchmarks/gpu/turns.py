@@ -51,7 +51,6 @@ MAKE: Mapping[Stage, Callable[..., Any]] = {"edit": models.qwen, "i2v": models.w
 JOBS = 5
 ACK_WAIT_S = 60.0
 SIZES: tuple[int | None, ...] = (None, 80, 48, 24)  # GiB, each with no more room than the one before
-FEWER = 3  # jobs, where nothing moves
 # Bytes of the models' components as FP8 snapshots have them.
 SNAPSHOTS: Mapping[Stage, Mapping[str, int]] = {
     "edit": {"transformer": 20 * GIB, "text_encoder": 31 * GIB // 2, "vae": GIB // 4},
@@ -151,12 +150,11 @@ async def _through_sizes(bench: Bench, folder: Path, sizes: Sequence[int | None]
                 if gib in SIZES[:2]:  # compiles, and has each of them asleep once
                     await queue.through(["warm"])
                     await queue.turn_to(STAGES[0])
-                jobs = JOBS if plan.takes_turns else FEWER
                 peak()
                 moved, begun = len(spans), time.perf_counter()
-                await queue.through([f"job-{number}" for number in range(jobs)])
+                await queue.through([f"job-{number}" for number in range(JOBS)])
                 taken = time.perf_counter() - begun
-                _tell_queue(bench, f"{name}: {jobs} jobs", spans[moved:], taken)
+                _tell_queue(bench, f"{name}: {JOBS} jobs", spans[moved:], taken)
                 await queue.turn_to(STAGES[0])
             for stage in STAGES:
                 mine = [span for span in spans[before:] if span.stage == stage]
