@@ -278,8 +278,11 @@ def test_images_have_the_version_of_the_package_and_no_tag_that_moves() -> None:
 def test_containers_run_our_programs() -> None:
     scripts = {one.name for one in importlib.metadata.entry_points(group="console_scripts") if one.dist is not None}
     for name, pod in pods(built("gpu", ())).items():
-        assert {container["command"][0] for container in containers(pod)} <= scripts
+        theirs = [container for container in containers(pod) if container["command"][0] not in scripts]
+        assert [container["command"] for container in theirs] in ([], [["mkdir", "-p", "/weights/compiled"]])
         for container in pod["spec"].get("initContainers", []):
+            if container in theirs:
+                continue
             command: Any = typer.main.get_command(cli)
             arguments = container["command"][1:]
             while hasattr(command, "commands"):
@@ -423,11 +426,28 @@ def test_a_worker_has_one_gpu_and_a_preview_none(name: str) -> None:
     assert real["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == "1"
     assert [one["key"] for one in real["tolerations"]] == ["nvidia.com/gpu"]
     assert real["priorityClassName"] == "vidgen-gpu"
-    mounts = {mount["name"]: mount for mount in real["containers"][0]["volumeMounts"]}
-    assert mounts["weights"]["readOnly"] is True
+    mounts = {mount["mountPath"]: mount for mount in real["containers"][0]["volumeMounts"]}
+    assert mounts["/weights"]["readOnly"] is True
     assert "nvidia.com/gpu" not in json.dumps(preview)
     assert "weights" not in json.dumps(preview)
     assert preview["containers"][0]["image"] == f"vidgen/gateway:{vidgen.__version__}"
+
+
+@pytest.mark.parametrize("name", WORKERS)
+def test_what_one_pod_of_a_stage_compiles_the_next_one_finds(name: str) -> None:
+    """Each had compiled everything anew: it was kept with the pod."""
+    spec = pods(built("gpu", ()))[name]["spec"]
+    given = {one["name"]: one.get("value") for one in spec["containers"][0]["env"]}
+    [cache] = [
+        one for one in spec["containers"][0]["volumeMounts"] if one["mountPath"] == given["VIDGEN_COMPILE_CACHE"]
+    ]
+    assert not cache.get("readOnly")
+    [volume] = [volume for volume in spec["volumes"] if volume["name"] == cache["name"]]
+    assert volume["persistentVolumeClaim"]["claimName"] == f"weights-{name.removesuffix('-service')}"
+    # As a part of the volume it has to be there first, and be the user's who writes to it.
+    [maker] = [one for one in spec["initContainers"] if one["command"][0] == "mkdir"]
+    [whole] = [one for one in maker["volumeMounts"] if one["name"] == cache["name"]]
+    assert maker["command"][-1] == f"{whole['mountPath']}/{cache['subPath']}"
 
 
 def test_the_gateway_is_never_away_as_a_whole() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import importlib.util
 import inspect
@@ -103,9 +104,11 @@ def keep_compiled(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
+        if os.statvfs(folder).f_flag & getattr(os, "ST_NOEXEC", 0):
+            raise PermissionError(errno.EACCES, "it is mounted noexec, and what is compiled is run from there")
     except OSError as exc:
         log.warning(
-            f"VIDGEN_COMPILE_CACHE={folder} cannot be written to ({exc.strerror}): the next start compiles again",
+            f"VIDGEN_COMPILE_CACHE={folder} is of no use ({exc.strerror}): the next start compiles again",
             _event="compile_cache_unusable",
         )
         return

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import os
 import sys
+import types
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
@@ -126,5 +128,8 @@ def test_where_nothing_can_be_kept_it_is_compiled_all_the_same(monkeypatch: pyte
     (tmp_path / "file").write_text("")
     with structlog.testing.capture_logs() as logs:
         speed.keep_compiled(tmp_path / "file" / "cache")
-    assert [entry["_event"] for entry in logs] == ["compile_cache_unusable"]
+        monkeypatch.setattr(speed.os, "statvfs", lambda path: types.SimpleNamespace(f_flag=os.ST_NOEXEC))
+        speed.keep_compiled(tmp_path / "cache")
+    assert [entry["_event"] for entry in logs] == ["compile_cache_unusable"] * 2
+    assert "noexec" in logs[1]["event"]
     assert speed.os.environ.keys().isdisjoint(("TORCHINDUCTOR_CACHE_DIR", "TRITON_CACHE_DIR"))
