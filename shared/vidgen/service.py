@@ -30,6 +30,7 @@ from vidgen import (
     garbage,
     gpu,
     jetstream,
+    listing,
     metrics,
     pagecache,
     probes,
@@ -219,7 +220,7 @@ class _Service:
         importing = time.monotonic()
         # In a thread: the packages of a real engine take seconds, and the probes are to answer meanwhile.
         files = self._files(stage) if chosen.kind == "real" and reason is None else []
-        with _ending_the_start(), pagecache.filling(files):
+        with _ending_the_start(), pagecache.filling(files), listing.kept(self._settings.compile_cache):
             engine = await asyncio.to_thread(in_thread(self._makers[stage]), self._settings, chosen)
         return _Loaded(engine, time.monotonic() - begun, {"imports": time.monotonic() - importing})
 
