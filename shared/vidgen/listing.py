@@ -1,8 +1,8 @@
 """What transformers finds in its own files at each import, kept for the next start.
 
 To know which of its modules has which name it reads the 1,700 files of its models, twice: a sixth of what a service
-takes to import. What it finds depends on nothing but those files, so a start that finds it beside what is compiled takes it
-from there; on whatever is not as it was, transformers looks for itself.
+takes to import. What it finds depends on nothing but those files, so a start that finds it beside what is compiled
+takes it from there; on whatever is not as it was, transformers looks for itself.
 """
 
 from __future__ import annotations

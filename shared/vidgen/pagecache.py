@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import mmap
 import os
 import threading
 from collections.abc import Iterator, Sequence
@@ -31,7 +32,7 @@ def filling(files: Sequence[Path]) -> Iterator[None]:
     lock = threading.Lock()
 
     def work() -> None:
-        buffer = memoryview(bytearray(CHUNK))
+        buffer = mmap.mmap(-1, CHUNK)  # of which nothing is touched, or filled with zeros, before it is needed
         while True:
             with lock:
                 chunk = next(chunks, None)
@@ -57,7 +58,7 @@ def _within(budget: int, files: Sequence[Path]) -> Iterator[tuple[Path, int]]:
     return itertools.islice(pieces, budget // CHUNK)
 
 
-def _fetch(file: Path, begin: int, buffer: memoryview) -> None:
+def _fetch(file: Path, begin: int, buffer: mmap.mmap) -> None:
     handle = os.open(file, os.O_RDONLY)
     try:
         if not _is_there(handle, begin):
