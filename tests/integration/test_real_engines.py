@@ -34,8 +34,15 @@ class Slow(Stack):
 
 
 @pytest.fixture(scope="module")
-def stack(tmp_path_factory: pytest.TempPathFactory, tiny_models: dict[str, Path]) -> Iterator[Stack]:
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What both services keep for their next start."""
+    return tmp_path_factory.mktemp("compiled")
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory: pytest.TempPathFactory, tiny_models: dict[str, Path], compiled: Path) -> Iterator[Stack]:
     env = {
+        "VIDGEN_COMPILE_CACHE": str(compiled),
         "VIDGEN_ENGINE": "real",
         "VIDGEN_DEVICE": "cpu",
         "VIDGEN_EDIT_MODEL": str(tiny_models["qwen-edit"]),
@@ -57,7 +64,7 @@ def a_request(**more: object) -> VideoRequest:
     return VideoRequest.model_validate({"references": ("uploads/form",), "edit": edit, "i2v": i2v} | more)
 
 
-async def test_a_photograph_goes_through_qwen_and_wan(client: AsyncClient, tmp_path: Path) -> None:
+async def test_a_photograph_goes_through_qwen_and_wan(client: AsyncClient, tmp_path: Path, compiled: Path) -> None:
     job = await finished(client, await client.submit(a_request(), images=[PHOTO]))
     assert job.status is JobStatus.COMPLETED, job.error
     edited, animated = job.stages
@@ -69,6 +76,7 @@ async def test_a_photograph_goes_through_qwen_and_wan(client: AsyncClient, tmp_p
     facts = video.probe(tmp_path / "video.mp4")
     assert (facts.frames, facts.fps, facts.width, facts.height) == (9, 8, 64, 64)
     assert facts.metadata["engine"] == "wan"
+    assert len(list(compiled.glob("transformers-*.json"))) == 1
 
 
 async def test_three_references_and_two_candidates_are_one_task(client: AsyncClient) -> None:
