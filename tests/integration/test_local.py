@@ -213,6 +213,21 @@ def test_the_services_get_this_stack_and_the_rest_of_the_users_settings(
     assert len({service.env["VIDGEN_S3_SECRET_KEY"] for service in services}) == 3
 
 
+@pytest.mark.parametrize("ephemeral", [True, False])
+@pytest.mark.parametrize("asked", [None, "/elsewhere", ""])
+def test_what_workers_compile_is_kept_with_the_stack_that_stays_unless_it_is_said_where(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: str | None, ephemeral: bool
+) -> None:
+    if asked is not None:
+        monkeypatch.setenv("VIDGEN_COMPILE_CACHE", asked)
+    stack = Stack(tmp_path, ephemeral=ephemeral)
+    stack._let_in_the_services()
+    stack.s3.choose()
+    wanted = asked if asked is not None or ephemeral else str(tmp_path / "compiled")
+    _, *workers = stack._make_services()
+    assert [worker.env.get("VIDGEN_COMPILE_CACHE") for worker in workers] == [wanted] * 2
+
+
 def test_the_stack_of_one_job_asks_for_no_key_whatever_else_does(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -267,12 +267,15 @@ class Stack:
         return {"TMPDIR": str(scratch)}
 
     def _make_workers(self, logs: Path, env: dict[str, str]) -> Iterator[Service]:
+        beneath = {"VIDGEN_NICE": str(self.nice)}
+        if not self._ephemeral:
+            beneath["VIDGEN_COMPILE_CACHE"] = str(self.folder / "compiled")
         for number in range(1, self._workers + 1):
             for kind, module, arguments in self._kinds():
                 name = kind if number == 1 else f"{kind}-{number}"
                 work = self.folder / "work" / name
                 work.mkdir(parents=True, exist_ok=True)
-                own = {"VIDGEN_NICE": str(self.nice), **env, **self._identity(kind), "VIDGEN_WORK_DIR": str(work)}
+                own = {**beneath, **env, **self._identity(kind), "VIDGEN_WORK_DIR": str(work)}
                 yield Service(name, module, logs, own, arguments)
 
     def _kinds(self) -> Iterator[tuple[str, str, Sequence[str]]]:
