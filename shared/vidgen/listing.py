@@ -2,7 +2,8 @@
 
 To know which of its modules has which name it reads the 1,700 files of its models, twice: a sixth of what a service
 takes to import. What it finds depends on nothing but those files, so a start that finds it beside what is compiled
-takes it from there; on whatever is not as it was, transformers looks for itself.
+takes it from there; of another version, or installation, transformers looks for itself. Whoever changes files of an
+installed package by hand removes what is kept of it.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import functools
 import hashlib
 import importlib.metadata
 import json
-import os
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -69,12 +69,18 @@ class _Finder(MetaPathFinder):
         """Keep what was found anew; where the folder takes nothing, the next start looks once more."""
         if self._file is None or not self._more:
             return
+        text = json.dumps(dict(self._found))  # of a copy: a thread may be importing still
         with contextlib.suppress(OSError):
             self._folder.mkdir(parents=True, exist_ok=True)
-            handle, temporary = tempfile.mkstemp(dir=self._folder)
-            with os.fdopen(handle, "w") as file:
-                json.dump(self._found, file)
-            Path(temporary).replace(self._file)
+            with tempfile.NamedTemporaryFile("w", dir=self._folder, suffix=".part", delete=False) as file:
+                temporary = Path(file.name)
+                try:
+                    file.write(text)
+                    file.flush()
+                    temporary.replace(self._file)
+                except OSError:
+                    temporary.unlink()
+                    raise
 
     def _adopt(self, module: ModuleType, path: Path) -> None:
         theirs = getattr(module, FUNCTION, None)
@@ -82,7 +88,7 @@ class _Finder(MetaPathFinder):
             return
         with contextlib.suppress(OSError, importlib.metadata.PackageNotFoundError):
             self._file = self._folder / f"{PACKAGE}-{_version(path)}.json"
-            with contextlib.suppress(ValueError):
+            with contextlib.suppress(ValueError, RecursionError):
                 found = json.loads(self._file.read_bytes())
                 self._found = found if isinstance(found, dict) else {}
         if self._file is not None:
@@ -112,12 +118,23 @@ class _Loader(SourceFileLoader):
 
 
 def _read(written: Any) -> Structure:
-    return {frozenset(needed): {name: set(names) for name, names in modules.items()} for needed, modules in written}
+    return {
+        frozenset(_words(needed)): {name: set(_words(names)) for name, names in modules.items()}
+        for needed, modules in written
+    }
+
+
+def _words(found: Any) -> list[str]:
+    if not isinstance(found, list) or not all(isinstance(word, str) for word in found):
+        raise TypeError(found)
+    return found
 
 
 def _version(path: Path) -> str:
     """A name for the files of a package, of which this one is in its folder `utils`: where, of when, and which."""
-    of_models, own = (path.parents[1] / "models").stat(), path.stat()
+    # Folders tell nothing of when: bytecode may be put into them.
+    models = sorted({one.name for one in (path.parents[1] / "models").iterdir()} - {"__pycache__"})
+    own = path.stat()
     version = importlib.metadata.version(PACKAGE)
-    said = repr((str(path), version, own.st_size, own.st_mtime_ns, of_models.st_mtime_ns))
+    said = repr((str(path), version, own.st_size, own.st_mtime_ns, models))
     return f"{version}-{hashlib.sha256(said.encode()).hexdigest()[:16]}"

@@ -191,6 +191,10 @@ class _Service:
 
     async def _load(self, device_thread: ThreadPoolExecutor) -> tuple[dict[Stage, _Loaded], bool]:
         """The engines, set up, and whether they take turns; then all but the first stage's are asleep."""
+        with listing.kept(self._settings.compile_cache):
+            return await self._load_all(device_thread)
+
+    async def _load_all(self, device_thread: ThreadPoolExecutor) -> tuple[dict[Stage, _Loaded], bool]:
         made = {stage: await self._make(stage) for stage in self._stages}
         engines = {stage: one.engine for stage, one in made.items()}
         plan = await _on(device_thread, lambda: device.share(engines, self._settings.profile))
@@ -220,7 +224,7 @@ class _Service:
         importing = time.monotonic()
         # In a thread: the packages of a real engine take seconds, and the probes are to answer meanwhile.
         files = self._files(stage) if chosen.kind == "real" and reason is None else []
-        with _ending_the_start(), pagecache.filling(files), listing.kept(self._settings.compile_cache):
+        with _ending_the_start(), pagecache.filling(files):
             engine = await asyncio.to_thread(in_thread(self._makers[stage]), self._settings, chosen)
         return _Loaded(engine, time.monotonic() - begun, {"imports": time.monotonic() - importing})
 

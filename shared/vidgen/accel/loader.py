@@ -85,13 +85,14 @@ class _Chunk:
 
 
 class _Way(Protocol):
-    """How a thread brings chunks to their places; it is closed when all threads are done."""
+    """How a thread brings chunks to their places."""
 
     def take(self, handle: int, chunk: _Chunk, ready: torch.cuda.Event | None) -> torch.cuda.Event | None:
         """Bring a chunk when the device is `ready` for it; it is there when the event is, or at once without one."""
         ...
 
-    def close(self) -> None: ...
+    def rest(self) -> None:
+        """Wait until all that was taken is there, and hold nothing of the files any more."""
 
 
 class _OfThread(threading.local):
@@ -195,16 +196,18 @@ class Reading:
         def land() -> torch.cuda.Event | None:
             """Read chunks until none is left."""
             event: torch.cuda.Event | None = None
-            lands = self._of_this_thread(way, opened)
-            # `next` of a count is one step of the interpreter: no two threads get the same number.
-            while (number := next(numbers)) < len(chunks):
-                if self._left.is_set():
-                    raise CancelledError
-                _announce(handle, chunks[number + threads : number + threads + 1])
-                try:
+            lands = self._of_this_thread(way)
+            try:
+                # `next` of a count is one step of the interpreter: no two threads get the same number.
+                while (number := next(numbers)) < len(chunks):
+                    if self._left.is_set():
+                        raise CancelledError
+                    _announce(handle, chunks[number + threads : number + threads + 1])
                     event = lands.take(handle, chunks[number], ready)
-                except (OSError, EOFError) as exc:
-                    raise _broken(file, f"reading it failed: {exc}") from exc
+            except (OSError, EOFError) as exc:
+                raise _broken(file, f"reading it failed: {exc}") from exc
+            finally:
+                lands.rest()
             return event
 
         return tensors, [pool.submit(land) for _ in range(min(threads, len(chunks)))]
@@ -216,11 +219,10 @@ class Reading:
         mapped = bool(entries) and pages.cached(handle, entries[-1].end) and pages.pinnable(handle)
         return _Mapped if mapped else _Staged
 
-    def _of_this_thread(self, way: Callable[[torch.device], _Way], opened: ExitStack) -> _Way:
+    def _of_this_thread(self, way: Callable[[torch.device], _Way]) -> _Way:
         own = self._own.ways
         if way not in own:
             own[way] = way(self.device)
-            opened.callback(own[way].close)
         return own[way]
 
     def _complete(
@@ -350,7 +352,7 @@ class _Straight:
         for piece in chunk.pieces:
             _fill(handle, memoryview(piece.target.numpy()), piece.begin)
 
-    def close(self) -> None:
+    def rest(self) -> None:
         pass
 
 
@@ -391,39 +393,58 @@ class _Staged:
         self._copied[turn] = self._copies.copy(chunk, whole, ready)
         return self._copied[turn]
 
-    def close(self) -> None:
-        pass
+    def rest(self) -> None:
+        for copied in self._copied:
+            _wait(copied)
+
+
+@dataclass
+class _Held:
+    """A window that is copied from until the event, once there is one."""
+
+    window: pages.Window
+    copied: torch.cuda.Event | None = None
+
+    def let_go(self) -> None:
+        try:
+            _wait(self.copied)
+        finally:
+            self.window.close()
 
 
 class _Mapped:
-    """On a GPU, of what lies in the page cache: a chunk is pinned there, and the device copies it."""
+    """On a GPU, of what lies in the page cache: a chunk is pinned there, and the device copies it.
+
+    What cannot be pinned after all is read.
+    """
 
     def __init__(self, device: torch.device) -> None:
         _use(device)
         self._copies = _Copies(device)
-        self._open: deque[tuple[pages.Window, torch.cuda.Event | None]] = deque()
+        self._held: deque[_Held] = deque()
 
     def take(self, handle: int, chunk: _Chunk, ready: torch.cuda.Event | None) -> torch.cuda.Event | None:
-        while len(self._open) >= WINDOWS:
-            self._let_go()
-        window = pages.Window(handle, chunk.begin, chunk.end)
-        copied = self._copies.copy(chunk, window.tensor(), ready)
-        self._open.append((window, copied))
-        return copied
+        while len(self._held) >= WINDOWS:
+            self._held.popleft().let_go()
+        try:
+            held = _Held(pages.Window(handle, chunk.begin, chunk.end))
+        except OSError:
+            whole = torch.empty(chunk.end - chunk.begin, dtype=torch.uint8)
+            _fill(handle, memoryview(whole.numpy()), chunk.begin)
+            return self._copies.copy(chunk, whole, ready)
+        self._held.append(held)
+        held.copied = self._copies.copy(chunk, held.window.tensor(), ready)
+        return held.copied
 
-    def close(self) -> None:
-        while self._open:
-            self._let_go()
-
-    def _let_go(self) -> None:
-        window, copied = self._open.popleft()
-        _wait(copied)
-        window.close()
+    def rest(self) -> None:
+        with ExitStack() as stack:  # each of them, whatever becomes of the others
+            while self._held:
+                stack.callback(self._held.pop().let_go)
 
 
 def _use(device: torch.device) -> None:
     """Make a GPU this thread's current one, for which memory is pinned."""
-    if device.type == "cuda":
+    if device.type == "cuda" and device.index is not None:
         torch.cuda.set_device(device)
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import errno
 import functools
 import mmap
 import os
@@ -12,17 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Of Linux 5.14: an error instead of a signal where pages cannot be read.
-POPULATE_READ = 22
 READ_ONLY = 8  # cudaHostRegisterReadOnly, which CUDA asks for where memory must not be written to
 NOWHERE = ctypes.c_void_p(-1).value  # MAP_FAILED
 PROBES = 64  # evenly spaced over a file
 
 
 class Window:
-    """The bytes of an open file from `begin` to `end`, mapped and, where that can be, pinned, until it is closed.
+    """The bytes of an open file from `begin` to `end`, mapped and pinned for the current device, until it is closed.
 
-    Raises OSError where they cannot be read, or the file ends before.
+    Raises OSError where they cannot be: the driver does not take them, or the file ends before.
     """
 
     def __init__(self, handle: int, begin: int, end: int) -> None:
@@ -30,13 +27,11 @@ class Window:
         self._size, self._head = end - start, begin - start
         self._address = _libc().mmap(None, self._size, mmap.PROT_READ, mmap.MAP_SHARED, handle, start)
         if self._address == NOWHERE:
-            raise _failed()
-        self.pinned = _pin(self._address, self._size)
-        # Then CUDA copies from here all the same, by a way of its own, if there is something to be read.
-        if not self.pinned and _libc().madvise(self._address, self._size, POPULATE_READ):
-            failed = _failed()
-            self.close()
-            raise failed
+            number = ctypes.get_errno()
+            raise OSError(number, os.strerror(number))
+        if not _pin(self._address, self._size):
+            self._unmap()
+            raise OSError("it cannot be pinned")
 
     def tensor(self) -> Tensor:
         """The bytes, uint8, which must be neither written nor looked at once this is closed."""
@@ -45,8 +40,12 @@ class Window:
         return torch.frombuffer(given, dtype=torch.uint8)[self._head :]
 
     def close(self) -> None:
-        if self.pinned:
+        try:
             _unpin(self._address)
+        finally:
+            self._unmap()
+
+    def _unmap(self) -> None:
         _libc().munmap(self._address, self._size)
 
 
@@ -62,11 +61,10 @@ def cached(handle: int, size: int) -> bool:
 def pinnable(handle: int) -> bool:
     """Whether the pages of a file can be pinned here, by its first: not every driver does that."""
     try:
-        window = Window(handle, 0, 1)
+        Window(handle, 0, 1).close()
     except OSError:
         return False
-    window.close()
-    return window.pinned
+    return True
 
 
 @functools.cache
@@ -77,15 +75,8 @@ def _libc() -> Any:
         ctypes.c_void_p,
         (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int, ctypes.c_int, ctypes.c_int, ctypes.c_long),
     )
-    libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
     libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
     return libc
-
-
-def _failed() -> OSError:
-    number = ctypes.get_errno()
-    said = "it ends too early, or the disk fails" if number == errno.EFAULT else os.strerror(number)
-    return OSError(number, said)
 
 
 def _pin(address: int, size: int) -> bool:

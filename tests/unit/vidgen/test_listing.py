@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import importlib.metadata
 import json
@@ -87,7 +88,7 @@ def test_without_a_folder_it_is_the_packages_own(imported: Imported, tmp_path: P
     assert len(imported(None).CALLS) == 3
 
 
-@pytest.mark.parametrize("said", ["", "{", "[]", "3", '{"x": 1}', "\x00"])
+@pytest.mark.parametrize("said", ["", "{", "[]", "3", '{"x": 1}', "\x00", "[" * 200_000])
 def test_what_cannot_be_read_is_found_anew_and_kept(imported: Imported, tmp_path: Path, said: str) -> None:
     imported(tmp_path / "kept")
     [file] = (tmp_path / "kept").iterdir()
@@ -96,7 +97,10 @@ def test_what_cannot_be_read_is_found_anew_and_kept(imported: Imported, tmp_path
     assert imported(tmp_path / "kept").CALLS == []
 
 
-@pytest.mark.parametrize("value", [1, None, [1], [[1, 2]], [[["a"], {"b": 1}]], [[["a"], []]]])
+@pytest.mark.parametrize(
+    "value",
+    [1, None, [1], [[1, 2]], [[["a"], {"b": 1}]], [[["a"], []]], [["torch", {"m": ["A"]}]], [[[], {"m": "AB"}]]],
+)
 def test_nor_is_an_entry_that_is_none(imported: Imported, tmp_path: Path, value: Any) -> None:
     imported(tmp_path / "kept")
     [file] = (tmp_path / "kept").iterdir()
@@ -104,18 +108,38 @@ def test_nor_is_an_entry_that_is_none(imported: Imported, tmp_path: Path, value:
     assert len(imported(tmp_path / "kept").CALLS) == 2
 
 
-@pytest.mark.parametrize("changed", ["version", "module", "models"])
+@pytest.mark.parametrize("changed", ["version", "module", "more models"])
 def test_of_another_package_nothing_is_kept_yet(
     imported: Imported, tmp_path: Path, package: Path, monkeypatch: pytest.MonkeyPatch, changed: str
 ) -> None:
     imported(tmp_path / "kept")
     if changed == "version":
         monkeypatch.setattr(importlib.metadata, "version", lambda name: "1.1")
+    elif changed == "module":
+        os.utime(package / "utils" / "import_utils.py", ns=(1, 1))
     else:
-        os.utime(package / {"module": "utils/import_utils.py", "models": "models"}[changed], ns=(1, 1))
+        (package / "models" / "another").mkdir()
     assert len(imported(tmp_path / "kept").CALLS) == 2
     assert imported(tmp_path / "kept").CALLS == []
     assert len(list((tmp_path / "kept").iterdir())) == 2
+
+
+def test_bytecode_makes_no_other_package_of_it(imported: Imported, tmp_path: Path, package: Path) -> None:
+    imported(tmp_path / "kept")
+    (package / "models" / "__pycache__").mkdir()
+    assert imported(tmp_path / "kept").CALLS == []
+
+
+def test_a_volume_that_is_full_holds_nothing_more_of_it(
+    imported: Imported, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: Path, target: Path) -> None:
+        raise OSError(errno.ENOSPC, "no space left on device")
+
+    monkeypatch.setattr(Path, "replace", full)
+    for _ in range(2):
+        assert len(imported(tmp_path / "kept").CALLS) == 2
+    assert list((tmp_path / "kept").iterdir()) == []
 
 
 def test_a_package_of_which_nobody_knows_the_version_is_its_own(

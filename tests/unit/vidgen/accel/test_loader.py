@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import sys
@@ -233,6 +234,112 @@ def test_a_gpu_copies_from_the_page_cache_what_lies_there_and_can_be_pinned(
     assert reading._way(0, []) is loader._Staged
 
 
+def test_what_cannot_be_pinned_after_all_is_read(
+    tmp_path: Path, mapped: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_pieces(monkeypatch, 4096)
+    pin, asked = pages._pin, list[int]()
+    monkeypatch.setattr(
+        pages, "_pin", lambda address, size: (asked.append(size), len(asked) % 3 == 0 and pin(address, size))[1]
+    )
+    wanted = {"a": torch.randn(10_000)}
+    save_file(wanted, tmp_path / "x.safetensors")
+    assert same(loader.read([tmp_path / "x.safetensors"], CPU), wanted)
+    assert (len(asked), len(mapped)) == (10, 3)
+
+
+def test_of_many_files_no_more_is_pinned_than_of_one(
+    tmp_path: Path, mapped: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each thread that had ever been at one kept its windows until the last file's end."""
+    in_pieces(monkeypatch, 128)
+    loader.read(some_files(tmp_path, 20), CPU)
+    # Two files at once: the next one is begun before the one before it is waited for.
+    assert max(mapped) <= 2 * loader.MAPPERS * loader.WINDOWS
+
+
+class Copied:
+    """Stands in for the event of a copy, which takes as long as nobody waits for it."""
+
+    def __init__(self) -> None:
+        self.done = False
+
+    def query(self) -> bool:
+        return self.done
+
+    def synchronize(self) -> None:
+        self.done = True
+
+
+@pytest.mark.parametrize("way", ["staged", "mapped"], indirect=True)
+@pytest.mark.parametrize("fails_at", [None, 3])
+def test_nothing_is_copied_any_more_when_a_reading_is_over(
+    way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fails_at: int | None
+) -> None:
+    """Nor is a stretch of a file given back from which something is copied still."""
+    copies: list[Copied] = []
+    copy, unpin = loader._Copies.copy, pages._unpin
+    in_flight: list[int] = []
+
+    def copied(self: Any, *given: Any) -> Any:
+        copy(self, *given)
+        if len(copies) == fails_at:
+            raise RuntimeError("the device is gone")
+        copies.append(Copied())
+        return copies[-1]
+
+    def unpinned(address: int) -> None:
+        in_flight.append(sum(not one.done for one in copies))
+        unpin(address)
+
+    monkeypatch.setattr(loader._Copies, "copy", copied)
+    monkeypatch.setattr(pages, "_unpin", unpinned)
+    for name in ("MAPPERS", "THREADS"):
+        monkeypatch.setattr(loader, name, 1)
+    in_pieces(monkeypatch, 4096)
+    save_file({"a": torch.randn(10_000)}, tmp_path / "x.safetensors")
+    with contextlib.nullcontext() if fails_at is None else pytest.raises(RuntimeError, match="the device is gone"):
+        loader.read([tmp_path / "x.safetensors"], CPU)
+    assert len(copies) == (fails_at or 10)
+    assert all(one.done for one in copies)
+    if way == "mapped" and fails_at is None:
+        # The oldest first, and at that moment the one behind it may be under way; the last one has nobody behind it.
+        assert in_flight == [1] * 9 + [0]
+
+
+def test_each_thread_that_pins_uses_the_gpu_that_is_read_to(
+    tmp_path: Path, mapped: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory is pinned for the current device of a thread, which is the first one unless it is said."""
+    used: list[str] = []
+    monkeypatch.setattr(loader, "_use", lambda device: used.append(threading.current_thread().name))
+    loader.read(some_files(tmp_path, 1), CPU)
+    assert [name.split("_")[0] for name in used] == ["reader", "weights"]
+    assert mapped
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda", "cuda:1"])
+def test_a_thread_is_told_which_gpu_is_its_own_where_one_is_named(monkeypatch: pytest.MonkeyPatch, device: str) -> None:
+    used: list[torch.device] = []
+    monkeypatch.setattr(torch.cuda, "set_device", used.append)
+    loader._use(torch.device(device))
+    assert used == ([torch.device(device)] if device == "cuda:1" else [])
+
+
+def test_the_kernel_hears_once_of_each_piece_that_is_not_begun_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heard: list[int] = []
+    monkeypatch.setattr(loader, "_announce", lambda handle, chunks: heard.extend(chunk.begin for chunk in chunks))
+    in_pieces(monkeypatch, 4096)
+    save_file({"a": torch.randn(20_000)}, tmp_path / "x.safetensors")
+    loader.read([tmp_path / "x.safetensors"], CPU)
+    begins = [
+        entry.begin + 4096 * number for entry in loader.header(tmp_path / "x.safetensors") for number in range(20)
+    ]
+    assert sorted(heard) == begins[loader.THREADS :]
+
+
 @pytest.mark.usefixtures("mapped")
 def test_a_file_that_ends_before_what_is_mapped_of_it_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whoever touched it there would be killed by a signal."""
@@ -242,7 +349,10 @@ def test_a_file_that_ends_before_what_is_mapped_of_it_is_named(tmp_path: Path, m
     os.truncate(file, 50_000)
     monkeypatch.setattr(loader, "header", lambda file: entries)
     in_pieces(monkeypatch, 4096)
-    monkeypatch.setattr(pages, "_pin", lambda address, size: False)  # as CUDA answers then
+    pin = pages._pin
+    counts = iter(range(100))
+    # As CUDA answers for what is not there.
+    monkeypatch.setattr(pages, "_pin", lambda address, size: next(counts) < 8 and pin(address, size))
     with pytest.raises(FatalError, match=r"x\.safetensors is damaged \(reading it failed: .*it ends too early"):
         loader.read([file], CPU)
 

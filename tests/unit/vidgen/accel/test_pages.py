@@ -37,7 +37,6 @@ def pinned(monkeypatch: pytest.MonkeyPatch) -> dict[int, int]:
 def test_a_window_holds_the_bytes_of_its_file(handle: int, pinned: dict[int, int], begin: int, end: int) -> None:
     window = pages.Window(handle, begin, end)
     assert bytes(window.tensor().numpy()) == os.pread(handle, end - begin, begin)
-    assert window.pinned
     [(address, size)] = pinned.items()
     assert address % mmap.PAGESIZE == 0
     assert size == end - begin // mmap.PAGESIZE * mmap.PAGESIZE
@@ -45,26 +44,35 @@ def test_a_window_holds_the_bytes_of_its_file(handle: int, pinned: dict[int, int
     assert not pinned
 
 
-def test_a_window_that_cannot_be_pinned_holds_them_too(handle: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pages, "_pin", lambda address, size: False)
-    monkeypatch.setattr(pages, "_unpin", lambda address: pytest.fail("it was not pinned"))
-    window = pages.Window(handle, 5, SIZE)
-    assert not window.pinned
-    assert bytes(window.tensor().numpy()) == os.pread(handle, SIZE, 5)
-    window.close()
-
-
-def test_what_lies_behind_the_end_of_a_file_is_an_error_and_no_signal(
+def test_a_window_that_cannot_be_had_is_an_error_and_leaves_nothing(
     handle: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pages, "_pin", lambda address, size: False)  # as CUDA answers then
-    before = Path("/proc/self/maps").read_text().count("/x\n")
-    with pytest.raises(OSError, match="it ends too early") as caught:
-        pages.Window(handle, 0, SIZE + mmap.PAGESIZE)
-    assert caught.value.errno == errno.EFAULT
+    monkeypatch.setattr(pages, "_unpin", lambda address: pytest.fail("it was not pinned"))
+    monkeypatch.setattr(pages, "_pin", lambda address, size: False)
+    before = mappings()
+    with pytest.raises(OSError, match="it cannot be pinned"):
+        pages.Window(handle, 5, SIZE)
     with pytest.raises(OSError, match="Bad file descriptor"):
         pages.Window(-1, 0, 1)
-    assert Path("/proc/self/maps").read_text().count("/x\n") == before
+    assert mappings() == before
+
+
+def test_what_cannot_be_given_back_is_not_mapped_any_more(handle: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(address: int) -> None:
+        raise RuntimeError("the device is gone")
+
+    monkeypatch.setattr(pages, "_pin", lambda address, size: True)
+    monkeypatch.setattr(pages, "_unpin", fails)
+    before = mappings()
+    window = pages.Window(handle, 0, SIZE)
+    assert mappings() == before + 1
+    with pytest.raises(RuntimeError, match="the device is gone"):
+        window.close()
+    assert mappings() == before
+
+
+def mappings() -> int:
+    return Path("/proc/self/maps").read_text().count("/x\n")
 
 
 def test_memory_can_be_pinned_where_one_page_of_it_can(
