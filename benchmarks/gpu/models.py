@@ -142,7 +142,7 @@ def wan(device: torch.device, dtype: torch.dtype, *, small: bool = False, tiny: 
     parts = checkpoints.wan_parts()
     if not tiny:
         parts["tokenizer"] = checkpoints.umt5_tokenizer(UMT5_PIECES)
-    if tiny:
+    else:
         shape |= {"num_attention_heads": 2, "attention_head_dim": 12, "text_dim": 32, "ffn_dim": 32, "num_layers": 2}
         vae |= {"base_dim": 3, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1} | (
             {"decoder_base_dim": 3} if small else {}

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import structlog
@@ -24,6 +24,9 @@ from vidgen.contracts import MAX_REFERENCES, EditWork, Work
 from vidgen.engine import Finished, Generated, OnStep
 from vidgen.errors import RejectedError
 from vidgen.profiles import GIB
+
+if TYPE_CHECKING:
+    from vidgen.accel.assemble import Instead
 
 log = structlog.get_logger(__name__)
 
@@ -73,9 +76,7 @@ class QwenEditEngine(DiffusersEngine):
     WORK = profiles.WORK["edit"]
     BOUND_BY_BUS = True  # a forward takes less time than its weights take to come
     # The pipeline reads text by its processor alone, and a tokenizer of this size takes a quarter of a second.
-    INSTEAD: ClassVar[Mapping[str, Callable[[Mapping[str, Any]], Any]]] = {
-        "tokenizer": lambda made: made["processor"].tokenizer
-    }
+    INSTEAD: ClassVar[Instead] = {"tokenizer": lambda made: made["processor"].tokenizer}
 
     def __init__(
         self,

@@ -10,7 +10,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import structlog
 import torch
@@ -19,6 +19,9 @@ from vidgen import diffusion, profiles, weights
 from vidgen.accel import ahead, blocks, fp8, graphs, ladder, loader, residency, speed, stepcache, streaming, trial
 from vidgen.engine import EngineInfo, Generated, OnStep, Rung
 from vidgen.errors import FatalError, RetryableError
+
+if TYPE_CHECKING:
+    from vidgen.accel.assemble import Instead
 
 log = structlog.get_logger(__name__)
 
@@ -63,7 +66,7 @@ class DiffusersEngine(abc.ABC):
     WORK: ClassVar[int]  # bytes that one task takes beside the weights
     BOUND_BY_BUS: ClassVar[bool] = False  # where weights stream
     # What `assemble` need not load, and what there is of the rest that serves for it.
-    INSTEAD: ClassVar[Mapping[str, Callable[[Mapping[str, Any]], Any]]] = {}
+    INSTEAD: ClassVar[Instead] = {}
 
     def __init__(self, model: str, revision: str | None, loras: Mapping[str, str | None], layout: Layout) -> None:
         self.model = model

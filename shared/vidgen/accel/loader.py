@@ -87,9 +87,8 @@ class _Chunk:
 class _Way(Protocol):
     """How a thread brings chunks to their places."""
 
-    def take(self, handle: int, chunk: _Chunk, ready: torch.cuda.Event | None) -> torch.cuda.Event | None:
-        """Bring a chunk when the device is `ready` for it; it is there when the event is, or at once without one."""
-        ...
+    def take(self, handle: int, chunk: _Chunk, ready: torch.cuda.Event | None) -> None:
+        """Bring a chunk, when the device is `ready` for it."""
 
     def rest(self) -> None:
         """Wait until all that was taken is there, and hold nothing of the files any more."""
@@ -173,7 +172,7 @@ class Reading:
 
     def _begin(
         self, file: Path, pool: ThreadPoolExecutor, opened: ExitStack
-    ) -> tuple[dict[str, Tensor], list[Future[torch.cuda.Event | None]]]:
+    ) -> tuple[dict[str, Tensor], list[Future[None]]]:
         """Have a file read; its tensors, and what is done when they are there."""
         entries = header(file)
         if self._waits(entries):
@@ -193,9 +192,8 @@ class Reading:
 
         numbers = itertools.count()
 
-        def land() -> torch.cuda.Event | None:
-            """Read chunks until none is left."""
-            event: torch.cuda.Event | None = None
+        def land() -> None:
+            """Bring chunks until none is left, and wait until those are there."""
             lands = self._of_this_thread(way)
             try:
                 # `next` of a count is one step of the interpreter: no two threads get the same number.
@@ -203,12 +201,11 @@ class Reading:
                     if self._left.is_set():
                         raise CancelledError
                     _announce(handle, chunks[number + threads : number + threads + 1])
-                    event = lands.take(handle, chunks[number], ready)
+                    lands.take(handle, chunks[number], ready)
             except (OSError, EOFError) as exc:
                 raise _broken(file, f"reading it failed: {exc}") from exc
             finally:
                 lands.rest()
-            return event
 
         return tensors, [pool.submit(land) for _ in range(min(threads, len(chunks)))]
 
@@ -228,14 +225,13 @@ class Reading:
     def _complete(
         self,
         landed: Mapping[Path, Future[dict[str, Tensor]]],
-        begun: tuple[Path, dict[str, Tensor], list[Future[torch.cuda.Event | None]]] | None,
+        begun: tuple[Path, dict[str, Tensor], list[Future[None]]] | None,
     ) -> None:
         if begun is None:
             return
-        file, tensors, chunks = begun
-        for chunk in chunks:
-            if (copied := chunk.result()) is not None:
-                copied.synchronize()
+        file, tensors, landing = begun
+        for thread in landing:
+            thread.result()
         landed[file].set_result(tensors)
 
 
@@ -385,13 +381,12 @@ class _Staged:
         self._copies = _Copies(device)
         self._turn = 0
 
-    def take(self, handle: int, chunk: _Chunk, ready: torch.cuda.Event | None) -> torch.cuda.Event | None:
+    def take(self, handle: int, chunk: _Chunk, ready: torch.cuda.Event | None) -> None:
         turn, self._turn = self._turn, (self._turn + 1) % BUFFERS
         _wait(self._copied[turn])
         whole = self._buffers[turn][: chunk.end - chunk.begin]
         _fill(handle, memoryview(whole.numpy()), chunk.begin)
         self._copied[turn] = self._copies.copy(chunk, whole, ready)
-        return self._copied[turn]
 
     def rest(self) -> None:
         for copied in self._copied:
@@ -423,7 +418,7 @@ class _Mapped:
         self._copies = _Copies(device)
         self._held: deque[_Held] = deque()
 
-    def take(self, handle: int, chunk: _Chunk, ready: torch.cuda.Event | None) -> torch.cuda.Event | None:
+    def take(self, handle: int, chunk: _Chunk, ready: torch.cuda.Event | None) -> None:
         while len(self._held) >= WINDOWS:
             self._held.popleft().let_go()
         try:
@@ -431,10 +426,10 @@ class _Mapped:
         except OSError:
             whole = torch.empty(chunk.end - chunk.begin, dtype=torch.uint8)
             _fill(handle, memoryview(whole.numpy()), chunk.begin)
-            return self._copies.copy(chunk, whole, ready)
+            _wait(self._copies.copy(chunk, whole, ready))
+            return
         self._held.append(held)
         held.copied = self._copies.copy(chunk, held.window.tensor(), ready)
-        return held.copied
 
     def rest(self) -> None:
         with ExitStack() as stack:  # each of them, whatever becomes of the others

@@ -22,6 +22,7 @@ from vidgen import artifacts, checkpoints, contracts, errors, eventlog, results,
 from vidgen.contracts import MAX_REFERENCES
 from vidgen.engine import Engine, Finished
 from vidgen.eta import Pace
+from vidgen.metrics import Outcome
 from vidgen.testing import FakeClock, MemoryStore
 from vidgen.turn import Reason, Turn
 
@@ -1031,12 +1032,18 @@ class Away:
         await asyncio.Event().wait()
 
 
-async def test_a_cancel_does_not_wait_for_a_store_that_is_away(bench_of: MakeBench) -> None:
-    bench = bench_of()
+async def begun_without(bench: Bench, method: str) -> tuple[Turn, asyncio.Task[Outcome]]:
+    """A task that waits for what a store does not do."""
     await bench.queue()
-    away, turn = Away(bench, "put"), bench.turn()
+    away, turn = Away(bench, method), bench.turn()
     running = await bench.begin(turn)
     await asyncio.wait_for(away.asked.wait(), BOUND)
+    return turn, running
+
+
+async def test_a_cancel_does_not_wait_for_a_store_that_is_away(bench_of: MakeBench) -> None:
+    bench = bench_of()
+    turn, running = await begun_without(bench, "put")
 
     await bench.cancel()
     turn.look.set()
@@ -1066,10 +1073,7 @@ async def test_a_cancel_that_comes_with_the_last_step_wins_over_the_result(bench
 async def test_what_cannot_be_fetched_is_handed_back_at_once_when_it_is_told_to(bench_of: MakeBench) -> None:
     """For as long as a store was away a worker kept what it was to leave, and charged it a try in the end."""
     bench = bench_of()
-    await bench.queue()
-    away, turn = Away(bench, "fetch"), bench.turn()
-    running = await bench.begin(turn)
-    await asyncio.wait_for(away.asked.wait(), BOUND)
+    turn, running = await begun_without(bench, "fetch")
     await settled()
 
     turn.stop.now("released")

@@ -234,30 +234,6 @@ def test_a_gpu_copies_from_the_page_cache_what_lies_there_and_can_be_pinned(
     assert reading._way(0, []) is loader._Staged
 
 
-def test_what_cannot_be_pinned_after_all_is_read(
-    tmp_path: Path, mapped: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    in_pieces(monkeypatch, 4096)
-    pin, asked = pages._pin, list[int]()
-    monkeypatch.setattr(
-        pages, "_pin", lambda address, size: (asked.append(size), len(asked) % 3 == 0 and pin(address, size))[1]
-    )
-    wanted = {"a": torch.randn(10_000)}
-    save_file(wanted, tmp_path / "x.safetensors")
-    assert same(loader.read([tmp_path / "x.safetensors"], CPU), wanted)
-    assert (len(asked), len(mapped)) == (10, 3)
-
-
-def test_of_many_files_no_more_is_pinned_than_of_one(
-    tmp_path: Path, mapped: list[int], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Each thread that had ever been at one kept its windows until the last file's end."""
-    in_pieces(monkeypatch, 128)
-    loader.read(some_files(tmp_path, 20), CPU)
-    # Two files at once: the next one is begun before the one before it is waited for.
-    assert max(mapped) <= 2 * loader.MAPPERS * loader.WINDOWS
-
-
 class Copied:
     """Stands in for the event of a copy, which takes as long as nobody waits for it."""
 
@@ -269,6 +245,33 @@ class Copied:
 
     def synchronize(self) -> None:
         self.done = True
+
+
+def test_what_cannot_be_pinned_after_all_is_read(
+    tmp_path: Path, mapped: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    in_pieces(monkeypatch, 4096)
+    pin, asked = pages._pin, list[int]()
+    monkeypatch.setattr(
+        pages, "_pin", lambda address, size: (asked.append(size), len(asked) % 3 == 0 and pin(address, size))[1]
+    )
+    copy, copies = loader._Copies.copy, list[Copied]()
+    monkeypatch.setattr(loader._Copies, "copy", lambda *given: (copy(*given), copies.append(Copied()), copies[-1])[-1])
+    wanted = {"a": torch.randn(10_000)}
+    save_file(wanted, tmp_path / "x.safetensors")
+    assert same(loader.read([tmp_path / "x.safetensors"], CPU), wanted)
+    assert (len(asked), len(mapped), len(copies)) == (10, 3, 10)
+    assert all(one.done for one in copies)
+
+
+def test_of_many_files_no_more_is_pinned_than_of_one(
+    tmp_path: Path, mapped: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each thread that had ever been at one kept its windows until the last file's end."""
+    in_pieces(monkeypatch, 128)
+    loader.read(some_files(tmp_path, 20), CPU)
+    # Two files at once: the next one is begun before the one before it is waited for.
+    assert max(mapped) <= 2 * loader.MAPPERS * loader.WINDOWS
 
 
 @pytest.mark.parametrize("way", ["staged", "mapped"], indirect=True)
