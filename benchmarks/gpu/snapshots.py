@@ -32,6 +32,7 @@ def write(pipe: Any, folder: Path, *, in_fp8: bool, least: int = fp8.LEAST_FEATU
         if not isinstance(part, torch.nn.Module):
             if part is not None:
                 part.save_pretrained(folder / name)
+                _list_added_tokens(getattr(part, "tokenizer", part), folder / name)
             continue
         _configure(part, folder / name)
         narrow = in_fp8 and name in quantize.COMPONENTS
@@ -50,6 +51,21 @@ def write(pipe: Any, folder: Path, *, in_fp8: bool, least: int = fp8.LEAST_FEATU
         )
         manifest.write(folder, manifest.Manifest(model="random", created_by="a benchmark", profile="fp8", files=told))
     return size
+
+
+def _list_added_tokens(tokenizer: Any, folder: Path) -> None:
+    """Have a tokenizer's configuration list them, as transformers 4 wrote it and the released models have it.
+
+    Else transformers 5 reads all of `tokenizer.json` once more, for them alone.
+    """
+    config = folder / "tokenizer_config.json"
+    if config.exists():
+        told = {
+            number: {"content": token.content, "single_word": token.single_word, "lstrip": token.lstrip,
+                     "rstrip": token.rstrip, "normalized": token.normalized, "special": token.special}
+            for number, token in tokenizer.added_tokens_decoder.items()
+        }  # fmt: skip
+        config.write_text(json.dumps(json.loads(config.read_bytes()) | {"added_tokens_decoder": told}))
 
 
 def _configure(part: Any, folder: Path) -> None:
