@@ -9,6 +9,7 @@ from typing import Any, Literal, Protocol, TypeVar, runtime_checkable
 
 from vidgen import profiles
 from vidgen.contracts import GpuFigures, Work
+from vidgen.frames import roomy
 
 # What an engine can do without for the length of a task, in this order: the candidates made one after another, the
 # VAE in tiles, the weights streamed from the host's memory.
@@ -141,7 +142,7 @@ def in_thread(work: Callable[..., T]) -> Callable[..., T]:
         except StopIteration as exc:
             raise RuntimeError("the engine raised StopIteration") from exc
 
-    return call
+    return roomy(call)
 
 
 class GpuMonitor(Protocol):
