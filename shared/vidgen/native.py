@@ -6,13 +6,24 @@ holds the interpreter, and takes one processor; the dynamic linker and the drive
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
+import importlib
 import importlib.util
 import os
 import threading
 from pathlib import Path
 
 LIBRARIES = (("libtorch_global_deps.so", os.RTLD_GLOBAL), ("libtorch.so", os.RTLD_LOCAL))  # as torch's own import does
+# What the packages of a service have in shared libraries of their own. The linker has one lock, and works for half a
+# second on torch's: whoever wants one of these meanwhile waits for it, and keeps the interpreter. By the names that all
+# import: who imports `_asyncio` before `asyncio` has its tasks from one of the two and asks the other for them.
+OWN_LIBRARIES = (
+    "asyncio", "bisect", "bz2", "contextvars", "csv", "decimal", "hashlib", "json", "lzma",
+    "multiprocessing.connection", "pickle", "queue", "random", "ssl", "statistics", "uuid", "xml.etree.ElementTree",
+    "zoneinfo", "grp", "mmap", "resource", "unicodedata", "zlib", "pydantic_core", "uvloop", "httptools",
+    "Crypto.Cipher.AES", "Crypto.Cipher.ChaCha20_Poly1305", "Crypto.Cipher._mode_gcm", "_argon2_cffi_bindings",
+)  # fmt: skip
 DRIVER = "libcuda.so.1"
 DEVICE = Path("/dev/nvidiactl")
 # How torch manages memory, its own variables: it reads one of them when it is imported.
@@ -31,10 +42,20 @@ def load_ahead() -> threading.Thread | None:
         return None
     if os.environ.keys().isdisjoint(ALLOCATOR):
         os.environ[ALLOCATOR[0]] = PINNED_BY_THREADS
+    _link_own()
     folder = Path(torch.submodule_search_locations[0]) / "lib"
     thread = threading.Thread(target=_load, args=(folder,), name="libraries", daemon=True)
     thread.start()
     return thread
+
+
+def _link_own() -> None:
+    for name in OWN_LIBRARIES:
+        with contextlib.suppress(ImportError):  # it is not there, or not in this version
+            importlib.import_module(name)
+    with contextlib.suppress(ImportError, AttributeError):
+        # At its first use it asks the linker for a symbol.
+        importlib.import_module("pydantic_core").SchemaSerializer({"type": "any"})
 
 
 def _load(folder: Path) -> None:
