@@ -29,8 +29,8 @@ from vidgen import (
     errors,
     garbage,
     gpu,
+    imports,
     jetstream,
-    listing,
     metrics,
     pagecache,
     probes,
@@ -191,7 +191,7 @@ class _Service:
 
     async def _load(self, device_thread: ThreadPoolExecutor) -> tuple[dict[Stage, _Loaded], bool]:
         """The engines, set up, and whether they take turns; then all but the first stage's are asleep."""
-        with listing.kept(self._settings.compile_cache):
+        with imports.kept(self._settings.compile_cache, "-".join(self._stages)):
             return await self._load_all(device_thread)
 
     async def _load_all(self, device_thread: ThreadPoolExecutor) -> tuple[dict[Stage, _Loaded], bool]:
