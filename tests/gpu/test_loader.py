@@ -45,7 +45,7 @@ def test_what_is_read_to_a_gpu_is_what_the_files_hold(
 
     other = threading.Thread(target=busy)
     other.start()
-    reading = loader.Reading(files, torch.device("cuda:0"))
+    reading = loader.Reading(files, torch.device("cuda:0"), sparing=True)
     try:
         for file in files:
             taken = reading.take(file)

@@ -49,7 +49,7 @@ def begin_for(
         return None
     streams = chosen.startswith("offload")
     place = torch.device("cpu") if streams else target
-    return begin(found, place, {"default": dtype}, streams=streams)
+    return begin(found, place, {"default": dtype}, streams=streams, sparing=True)
 
 
 def beginning_for(
@@ -63,11 +63,12 @@ def beginning_for(
 
 
 def begin(
-    found: weights.Weights, device: torch.device, dtypes: Mapping[str, torch.dtype], *, streams: bool = False
-) -> loader.Reading:
+    found: weights.Weights, device: torch.device, dtypes: Mapping[str, torch.dtype], *, streams: bool = False,
+    sparing: bool = False,
+) -> loader.Reading:  # fmt: skip
     """Begin to read all weights of a verified model to a device; those that are to stream to pinned memory of the host.
 
-    Raises FatalError where the host has no room for them.
+    `sparing` as `Reading` has it. Raises FatalError where the host has no room for them.
     """
     widest = max(dtype.itemsize for dtype in dtypes.values())
 
@@ -76,8 +77,9 @@ def begin(
         return sum(entry.end - entry.begin for entry in entries if entry.dtype.itemsize > widest) > LITTLE
 
     return loader.Reading(
-        weights.in_reading_order(found.folder), device, waits, places(found.folder, widest) if streams else None
-    )
+        weights.in_reading_order(found.folder), device, waits, places(found.folder, widest) if streams else None,
+        sparing=sparing,
+    )  # fmt: skip
 
 
 def places(folder: Path, widest: int) -> Callable[[Path, Sequence[Entry]], dict[str, Tensor]]:
@@ -123,7 +125,7 @@ def settle(device: torch.device) -> None:
     with contextlib.suppress(ImportError, AttributeError):
         # It hashes all of Triton, half a second; each kernel's key has it in it, and it is computed once.
         importlib.import_module("triton.runtime.cache").triton_key()
-    for begin_with in (_multiply, _multiply_e4m3, _convolve, _attend):
+    for begin_with in (_multiply, _multiply_e4m3, _convolve, _attend, _compute):
         # What this GPU cannot do, or what there is no memory for: then the models will say so.
         with contextlib.suppress(RuntimeError), torch.no_grad():
             begin_with(device)
@@ -163,6 +165,20 @@ def _convolve(device: torch.device) -> None:
     torch.nn.functional.conv2d(x[:, :, 0], kernel[:, :, 0])
     last = torch.channels_last_3d
     torch.nn.functional.conv3d(x.contiguous(memory_format=last), kernel.contiguous(memory_format=last))
+
+
+def _compute(device: torch.device) -> None:
+    """Kernels of torch's own, each of which it loads when it is first asked for: the encoders' norms and masks."""
+    x = torch.zeros(2, 64, 128, dtype=torch.bfloat16, device=device)
+    wide, whole, mask = x.float(), torch.arange(1, 5, device=device), x > 0
+    torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)
+    functional = torch.nn.functional
+    functional.layer_norm(x, x.shape[-1:])
+    for work in (functional.silu, functional.gelu, functional.normalize, torch.neg, torch.reciprocal, torch.isfinite):
+        work(x)
+    torch.cat((x, x)).masked_scatter(torch.cat((mask, mask)), x)
+    whole.repeat_interleave(whole)
+    (whole // 2, whole.cumsum(0), mask.sum(), mask.all())
 
 
 def memory(device: torch.device) -> int:

@@ -1,7 +1,8 @@
 """Reads safetensors at the rate of the disk, or from the page cache at the rate of the bus.
 
 Threads read the files in chunks; on a GPU into pinned buffers, each copied to the device on a stream of its own while
-the next chunk is read. A file that lies in the page cache is not read: there the device copies from the cache itself.
+the next chunk is read. A file that lies in the page cache is not read where others need the processors and the
+interpreter: there the device copies from the cache itself, as fast as its driver pins that.
 Unless who reads them says where they are to lie, tensors are stored apart, so that each can be replaced or moved and
 its memory given back.
 """
@@ -34,12 +35,15 @@ THREADS = 8
 CHUNK = 32 << 20
 # Each thread has two pinned buffers, one being read into while the other is copied: half a gigabyte at the most.
 BUFFERS = 2
-# What lies in the page cache: its threads only ask for it, and each time need the interpreter for a moment.
-MAPPERS = 2
-WINDOW = 128 << 20
+# What lies in the page cache is read by more threads, where there are processors for them.
+COPIERS = 10
+PLENTY = 16
+# Or it is mapped, by one thread: the driver pins one window after another. Each needs the interpreter for a moment.
+MAPPERS = 1
+WINDOW = 1 << 30
 WINDOWS = 2  # of a thread, at once
 AHEAD = 2
-SHORT_TURN_S = 0.0005
+SHORT_TURN_S = 0.0002
 LARGEST_HEADER = 100 << 20
 DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32,
@@ -106,7 +110,8 @@ class Reading:
 
     It begins at once, in threads of its own, and goes through the files in their order; any thread may `take` them.
     Of files for which `waits` says so there are never more than two on the device that nobody has taken. Where `places`
-    is given, it makes the tensors of each file, with nothing in them yet, on that device.
+    is given, it makes the tensors of each file, with nothing in them yet, on that device. A `sparing` one leaves the
+    processors and the interpreter to others as far as it can, and takes longer.
     """
 
     def __init__(
@@ -115,8 +120,10 @@ class Reading:
         device: torch.device,
         waits: Callable[[Sequence[Entry]], bool] = lambda entries: False,
         places: Callable[[Path, Sequence[Entry]], dict[str, Tensor]] | None = None,
+        *,
+        sparing: bool = False,
     ) -> None:
-        self.files, self.device = tuple(files), device
+        self.files, self.device, self._sparing = tuple(files), device, sparing
         self._places = places or (lambda file, entries: made(entries, device))
         self.seconds = 0.0  # from the beginning to the last file's end
         self._waits, self._waiting = waits, set[Path]()
@@ -151,7 +158,7 @@ class Reading:
             with (
                 _in_short_turns(),
                 ExitStack() as opened,
-                ThreadPoolExecutor(THREADS, "weights") as pool,
+                ThreadPoolExecutor(max(THREADS, COPIERS), "weights") as pool,
             ):
                 try:
                     # Each file is waited for when the next one is being read already.
@@ -186,8 +193,7 @@ class Reading:
             raise _broken(file, f"it cannot be read: {exc.strerror}") from exc
         tensors = self._places(file, entries)
         ready = torch.cuda.current_stream(self.device).record_event() if self.device.type == "cuda" else None
-        way = self._way(handle, entries)
-        threads, size = (MAPPERS, WINDOW) if way is _Mapped else (THREADS, CHUNK)
+        way, threads, size = self._way(handle, entries)
         chunks = list(_chunks(((entry, tensors[entry.name]) for entry in entries), size))
 
         numbers = itertools.count()
@@ -209,12 +215,16 @@ class Reading:
 
         return tensors, [pool.submit(land) for _ in range(min(threads, len(chunks)))]
 
-    def _way(self, handle: int, entries: Sequence[Entry]) -> Callable[[torch.device], _Way]:
-        """How a file is best brought to where its tensors are."""
+    def _way(self, handle: int, entries: Sequence[Entry]) -> tuple[Callable[[torch.device], _Way], int, int]:
+        """How a file is best brought to where its tensors are, by how many threads, and in chunks of which size."""
         if self.device.type == "cpu":
-            return _Straight
-        mapped = bool(entries) and pages.cached(handle, entries[-1].end) and pages.pinnable(handle)
-        return _Mapped if mapped else _Staged
+            return _Straight, THREADS, CHUNK
+        if not entries or not pages.cached(handle, entries[-1].end):
+            return _Staged, THREADS, CHUNK
+        plenty = processors() >= PLENTY
+        if (self._sparing or not plenty) and pages.pinnable(handle):
+            return _Mapped, MAPPERS, WINDOW
+        return _Staged, COPIERS if plenty else THREADS, CHUNK
 
     def _of_this_thread(self, way: Callable[[torch.device], _Way]) -> _Way:
         own = self._own.ways
@@ -318,6 +328,16 @@ def _chunks(entries: Iterable[tuple[Entry, Tensor]], size: int) -> Iterator[_Chu
         yield _Chunk(begin, end, tuple(pieces))
 
 
+def processors(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """How many processors this process may use: its own of the machine's, or its container's share of them."""
+    count = len(os.sched_getaffinity(0))
+    try:
+        share, period = (cgroup / "cpu.max").read_text().split()
+        return min(count, int(share) // int(period))
+    except (OSError, ValueError):  # no limit is written "max"
+        return count
+
+
 def _announce(handle: int, chunks: Sequence[_Chunk]) -> None:
     """Have the kernel fetch what will be read soon: its own readahead is too short for a fast disk."""
     for chunk in chunks:
@@ -326,7 +346,7 @@ def _announce(handle: int, chunks: Sequence[_Chunk]) -> None:
 
 @contextlib.contextmanager
 def _in_short_turns() -> Iterator[None]:
-    """Have the interpreter pass on in half a millisecond: the threads need it for a moment for each chunk.
+    """Have the interpreter pass on in a fifth of a millisecond: the threads need it for a moment for each chunk.
 
     Meanwhile another thread imports and builds, and would keep it for five each time.
     """

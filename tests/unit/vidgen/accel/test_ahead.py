@@ -37,7 +37,10 @@ def snapshot(tiny_models: dict[str, Path], tmp_path_factory: pytest.TempPathFact
 def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """A GPU of 80 GiB, to which nothing can be read."""
 
-    def begin(found: weights.Weights, device: torch.device, dtypes: Any, *, streams: bool) -> loader.Reading:
+    def begin(
+        found: weights.Weights, device: torch.device, dtypes: Any, *, streams: bool, sparing: bool
+    ) -> loader.Reading:
+        assert sparing  # the packages are imported meanwhile
         raise BegunError(f"{found.folder.name} to {device} in {dtypes['default']}{', to stream' * streams}")
 
     monkeypatch.setattr(ahead.diffusion, "device_of", lambda wanted: torch.device("cuda", 0))
@@ -140,11 +143,15 @@ def test_a_file_waits_where_much_of_it_will_be_cast(
     monkeypatch: pytest.MonkeyPatch, tiny_models: dict[str, Path], stored: torch.dtype, wanted: torch.dtype, waits: bool
 ) -> None:
     given: list[Any] = []
-    monkeypatch.setattr(loader, "Reading", lambda files, device, waits, places: given.append(waits))
-    ahead.begin(weights.require(str(tiny_models["wan2.2-a14b-i2v"])), CPU, {"default": wanted})
+    monkeypatch.setattr(loader, "Reading", lambda files, device, *more, sparing: given.append((more[0], sparing)))
+    found = weights.require(str(tiny_models["wan2.2-a14b-i2v"]))
+    for sparing in (False, True):
+        ahead.begin(found, CPU, {"default": wanted}, sparing=sparing)
     much = [Entry("a", stored, (1 << 30,), 8, 8 + (1 << 30) * stored.itemsize)]
-    assert given[0](much) is waits
-    assert not given[0]([Entry("a", stored, (4,), 8, 8 + 4 * stored.itemsize)])
+    for (asked, spares), sparing in zip(given, (False, True), strict=True):
+        assert asked(much) is waits
+        assert not asked([Entry("a", stored, (4,), 8, 8 + 4 * stored.itemsize)])
+        assert spares is sparing
 
 
 def entry(name: str, dtype: torch.dtype, *shape: int) -> Entry:

@@ -43,10 +43,15 @@ def same(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> boo
     )
 
 
+def take(patch: pytest.MonkeyPatch, way: Callable[[], tuple[Any, int, int]]) -> None:
+    """Have all files brought in this way."""
+    patch.setattr(loader.Reading, "_way", lambda reading, handle, entries: way())
+
+
 @pytest.fixture
 def staged(monkeypatch: pytest.MonkeyPatch) -> None:
     """The way of a GPU, through buffers, with buffers and copies of the CPU."""
-    monkeypatch.setattr(loader, "_Straight", loader._Staged)
+    take(monkeypatch, lambda: (loader._Staged, loader.THREADS, loader.CHUNK))
 
 
 @pytest.fixture
@@ -59,7 +64,7 @@ def mapped(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
         counts.append(len(pinned))
         return True
 
-    monkeypatch.setattr(loader, "_Straight", loader._Mapped)
+    take(monkeypatch, lambda: (loader._Mapped, loader.MAPPERS, loader.WINDOW))
     monkeypatch.setattr(pages, "_pin", pin)
     monkeypatch.setattr(pages, "_unpin", pinned.remove)
     yield counts
@@ -218,20 +223,42 @@ def test_a_thread_has_no_more_of_a_file_pinned_than_it_copies(
 
 
 @pytest.mark.parametrize("pinnable", [True, False])
-@pytest.mark.parametrize("cached", [True, False])
-def test_a_gpu_copies_from_the_page_cache_what_lies_there_and_can_be_pinned(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cached: bool, pinnable: bool
+@pytest.mark.parametrize("sparing", [True, False])
+@pytest.mark.parametrize("there", [1, loader.PLENTY - 1, loader.PLENTY])
+def test_what_lies_in_the_page_cache_is_mapped_where_processors_are_to_be_spared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: int, sparing: bool, pinnable: bool
 ) -> None:
     save_file({"a": torch.ones(40)}, tmp_path / "x.safetensors")
     entries, asked = loader.header(tmp_path / "x.safetensors"), list[int]()
-    monkeypatch.setattr(pages, "cached", lambda handle, size: (asked.append(size), cached)[1])
+    monkeypatch.setattr(loader, "processors", lambda: there)
+    monkeypatch.setattr(pages, "cached", lambda handle, size: (asked.append(size), True)[1])
     monkeypatch.setattr(pages, "pinnable", lambda handle: pinnable)
-    reading = loader.Reading([], CPU)
+    reading = loader.Reading([], CPU, sparing=sparing)
     reading.close()
     reading.device = torch.device("cuda:0")
-    assert reading._way(0, entries) is (loader._Mapped if cached and pinnable else loader._Staged)
+    few = there < loader.PLENTY
+    if pinnable and (sparing or few):
+        wanted = loader._Mapped, loader.MAPPERS, loader.WINDOW
+    else:
+        wanted = loader._Staged, loader.THREADS if few else loader.COPIERS, loader.CHUNK
+    assert reading._way(0, entries) == wanted
     assert asked == [(tmp_path / "x.safetensors").stat().st_size]
-    assert reading._way(0, []) is loader._Staged
+    from_disk = loader._Staged, loader.THREADS, loader.CHUNK
+    assert reading._way(0, []) == from_disk
+    monkeypatch.setattr(pages, "cached", lambda handle, size: False)
+    assert reading._way(0, entries) == from_disk
+
+
+@pytest.mark.parametrize(
+    ("limit", "count"), [(None, 6), ("max 100000\n", 6), ("250000 100000\n", 2), ("900000 100000\n", 6), ("x", 6)]
+)
+def test_the_processors_are_those_that_this_process_may_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str | None, count: int
+) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(6)))
+    if limit is not None:
+        (tmp_path / "cpu.max").write_text(limit)
+    assert loader.processors(tmp_path) == count
 
 
 class Copied:
