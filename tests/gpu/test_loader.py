@@ -20,7 +20,7 @@ def test_what_is_read_to_a_gpu_is_what_the_files_hold(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, chunk: int, way: str
 ) -> None:
     monkeypatch.setattr(loader, "CHUNK", chunk)
-    monkeypatch.setattr(loader, "WINDOW", chunk)
+    monkeypatch.setattr(loader, "WINDOW", 2 * chunk)
     windows: list[bool] = []
     opened = pages.Window.__init__
 

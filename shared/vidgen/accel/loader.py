@@ -28,20 +28,21 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from vidgen.accel import pages
+from vidgen.accel import host, pages
 from vidgen.errors import FatalError
 
 THREADS = 8
 CHUNK = 32 << 20
-# Each thread has two pinned buffers, one being read into while the other is copied: half a gigabyte at the most.
+# Each thread has two pinned buffers, one being read into while the other is copied: 640 MiB at the most.
 BUFFERS = 2
-# What lies in the page cache is read by more threads, where there are processors for them.
+# What lies in the page cache is read by more threads, where there are so many processors.
 COPIERS = 10
 PLENTY = 16
 # Or it is mapped, by one thread: the driver pins one window after another. Each needs the interpreter for a moment.
 MAPPERS = 1
 WINDOW = 1 << 30
 WINDOWS = 2  # of a thread, at once
+SHARE = 32  # and no window is more than such a part of the memory that is left
 AHEAD = 2
 SHORT_TURN_S = 0.0002
 LARGEST_HEADER = 100 << 20
@@ -194,8 +195,8 @@ class Reading:
         tensors = self._places(file, entries)
         ready = torch.cuda.current_stream(self.device).record_event() if self.device.type == "cuda" else None
         way, threads, size = self._way(handle, entries)
-        chunks = list(_chunks(((entry, tensors[entry.name]) for entry in entries), size))
-
+        pieces = (_Piece(entry.begin, tensors[entry.name].reshape(-1).view(torch.uint8)) for entry in entries)
+        chunks = list(_chunks(pieces, size))
         numbers = itertools.count()
 
         def land() -> None:
@@ -221,9 +222,9 @@ class Reading:
             return _Straight, THREADS, CHUNK
         if not entries or not pages.cached(handle, entries[-1].end):
             return _Staged, THREADS, CHUNK
-        plenty = processors() >= PLENTY
+        plenty = host.processors() >= PLENTY
         if (self._sparing or not plenty) and pages.pinnable(handle):
-            return _Mapped, MAPPERS, WINDOW
+            return _Mapped, MAPPERS, max(CHUNK, min(WINDOW, (host.host_memory() or 0) // SHARE))
         return _Staged, COPIERS if plenty else THREADS, CHUNK
 
     def _of_this_thread(self, way: Callable[[torch.device], _Way]) -> _Way:
@@ -309,33 +310,23 @@ def made(entries: Sequence[Entry], device: torch.device) -> dict[str, Tensor]:
     return {entry.name: torch.empty(entry.shape, dtype=entry.dtype, device=device) for entry in entries}
 
 
-def _chunks(entries: Iterable[tuple[Entry, Tensor]], size: int) -> Iterator[_Chunk]:
-    """Cut the tensors of a file, in their order, into chunks of at most `size` bytes."""
+def _chunks(wanted: Iterable[_Piece], size: int) -> Iterator[_Chunk]:
+    """Cut a stretch of a file, of which these are the pieces, in their order, into chunks of at most `size` bytes."""
     pieces: list[_Piece] = []
     begin = end = 0
-    for entry, tensor in entries:
-        flat, done, count = tensor.reshape(-1).view(torch.uint8), 0, entry.end - entry.begin
+    for piece in wanted:
+        done, count = 0, piece.target.numel()
         while done < count:
             if not pieces:
-                begin = end = entry.begin + done
+                begin = end = piece.begin + done
             take = min(count - done, begin + size - end)
-            pieces.append(_Piece(end, flat[done : done + take]))
+            pieces.append(_Piece(end, piece.target[done : done + take]))
             done, end = done + take, end + take
             if end - begin == size:
                 yield _Chunk(begin, end, tuple(pieces))
                 pieces = []
     if pieces:
         yield _Chunk(begin, end, tuple(pieces))
-
-
-def processors(cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """How many processors this process may use: its own of the machine's, or its container's share of them."""
-    count = len(os.sched_getaffinity(0))
-    try:
-        share, period = (cgroup / "cpu.max").read_text().split()
-        return min(count, int(share) // int(period))
-    except (OSError, ValueError):  # no limit is written "max"
-        return count
 
 
 def _announce(handle: int, chunks: Sequence[_Chunk]) -> None:
@@ -444,9 +435,10 @@ class _Mapped:
         try:
             held = _Held(pages.Window(handle, chunk.begin, chunk.end))
         except OSError:
-            whole = torch.empty(chunk.end - chunk.begin, dtype=torch.uint8)
-            _fill(handle, memoryview(whole.numpy()), chunk.begin)
-            _wait(self._copies.copy(chunk, whole, ready))
+            for part in _chunks(chunk.pieces, CHUNK):
+                whole = torch.empty(part.end - part.begin, dtype=torch.uint8)
+                _fill(handle, memoryview(whole.numpy()), part.begin)
+                _wait(self._copies.copy(part, whole, ready))
             return
         self._held.append(held)
         held.copied = self._copies.copy(chunk, held.window.tensor(), ready)

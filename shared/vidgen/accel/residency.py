@@ -12,7 +12,6 @@ import ctypes
 import itertools
 import json
 import math
-import re
 import tempfile
 import traceback
 import weakref
@@ -27,6 +26,7 @@ from torch import Tensor, nn
 
 from vidgen import diffusion
 from vidgen.accel import loader
+from vidgen.accel.host import host_memory
 from vidgen.errors import RetryableError
 from vidgen.profiles import GIB
 
@@ -48,23 +48,6 @@ def home_for(wanted: str, size: int, available: int | None) -> Home:
     if wanted == "auto":
         return "memory" if available is None or size + SPARE <= available else "disk"
     return "disk" if wanted == "disk" else "memory"
-
-
-def host_memory(meminfo: Path = Path("/proc/meminfo"), cgroup: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """The bytes of host memory that may still be taken, the container's limit included; None where nobody says."""
-    found = _number(meminfo, r"^MemAvailable:\s*(\d+) kB")
-    limit, used = _number(cgroup / "memory.max", r"^(\d+)$"), _number(cgroup / "memory.stat", r"^anon (\d+)$")
-    left = [found * 1024] if found is not None else []
-    # What a container holds of the page cache is given back when it is needed.
-    return min([*left, max(0, limit - used)] if limit is not None and used is not None else left, default=None)
-
-
-def _number(file: Path, pattern: str) -> int | None:
-    try:
-        found = re.search(pattern, file.read_text(), re.MULTILINE)
-    except OSError:
-        return None
-    return int(found[1]) if found else None
 
 
 def pin(modules: Iterable[nn.Module], *, pinned: bool = True) -> None:

@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from vidgen.accel import loader, pages
+from vidgen.accel import host, loader, pages
 from vidgen.errors import FatalError
 
 CPU = torch.device("cpu")
@@ -225,12 +225,17 @@ def test_a_thread_has_no_more_of_a_file_pinned_than_it_copies(
 @pytest.mark.parametrize("pinnable", [True, False])
 @pytest.mark.parametrize("sparing", [True, False])
 @pytest.mark.parametrize("there", [1, loader.PLENTY - 1, loader.PLENTY])
+@pytest.mark.parametrize(
+    ("left", "window"), [(1 << 40, loader.WINDOW), (1 << 34, 1 << 29), (1 << 20, loader.CHUNK), (None, loader.CHUNK)]
+)
 def test_what_lies_in_the_page_cache_is_mapped_where_processors_are_to_be_spared(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: int, sparing: bool, pinnable: bool
-) -> None:
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: int, sparing: bool, pinnable: bool, left: int | None,
+    window: int,
+) -> None:  # fmt: skip
     save_file({"a": torch.ones(40)}, tmp_path / "x.safetensors")
     entries, asked = loader.header(tmp_path / "x.safetensors"), list[int]()
-    monkeypatch.setattr(loader, "processors", lambda: there)
+    monkeypatch.setattr(host, "processors", lambda: there)
+    monkeypatch.setattr(host, "host_memory", lambda: left)
     monkeypatch.setattr(pages, "cached", lambda handle, size: (asked.append(size), True)[1])
     monkeypatch.setattr(pages, "pinnable", lambda handle: pinnable)
     reading = loader.Reading([], CPU, sparing=sparing)
@@ -238,7 +243,7 @@ def test_what_lies_in_the_page_cache_is_mapped_where_processors_are_to_be_spared
     reading.device = torch.device("cuda:0")
     few = there < loader.PLENTY
     if pinnable and (sparing or few):
-        wanted = loader._Mapped, loader.MAPPERS, loader.WINDOW
+        wanted = loader._Mapped, loader.MAPPERS, window
     else:
         wanted = loader._Staged, loader.THREADS if few else loader.COPIERS, loader.CHUNK
     assert reading._way(0, entries) == wanted
@@ -247,18 +252,6 @@ def test_what_lies_in_the_page_cache_is_mapped_where_processors_are_to_be_spared
     assert reading._way(0, []) == from_disk
     monkeypatch.setattr(pages, "cached", lambda handle, size: False)
     assert reading._way(0, entries) == from_disk
-
-
-@pytest.mark.parametrize(
-    ("limit", "count"), [(None, 6), ("max 100000\n", 6), ("250000 100000\n", 2), ("900000 100000\n", 6), ("x", 6)]
-)
-def test_the_processors_are_those_that_this_process_may_use(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str | None, count: int
-) -> None:
-    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(6)))
-    if limit is not None:
-        (tmp_path / "cpu.max").write_text(limit)
-    assert loader.processors(tmp_path) == count
 
 
 class Copied:
@@ -289,6 +282,40 @@ def test_what_cannot_be_pinned_after_all_is_read(
     assert same(loader.read([tmp_path / "x.safetensors"], CPU), wanted)
     assert (len(asked), len(mapped), len(copies)) == (10, 3, 10)
     assert all(one.done for one in copies)
+
+
+def test_what_cannot_be_pinned_is_read_in_small_pieces(
+    tmp_path: Path, mapped: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory may be short, and a window is large."""
+    in_pieces(monkeypatch, 4096)
+    monkeypatch.setattr(loader, "WINDOW", 5 * 4096)
+    monkeypatch.setattr(pages, "_pin", lambda address, size: False)
+    copy, sizes = loader._Copies.copy, list[int]()
+    monkeypatch.setattr(loader._Copies, "copy", lambda *given: (copy(*given), sizes.append(given[2].numel()))[0])
+    wanted = {"a": torch.randn(10_000), "b": torch.randn(77)}
+    save_file(wanted, tmp_path / "x.safetensors")
+    assert same(loader.read([tmp_path / "x.safetensors"], CPU), wanted)
+    assert (max(sizes), sum(sizes)) == (4096, 40_308)
+    assert not mapped
+
+
+def test_as_many_threads_read_as_a_way_has(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    in_pieces(monkeypatch, 1024)
+    take(monkeypatch, lambda: (loader._Staged, loader.COPIERS, loader.CHUNK))
+    all_at_it = threading.Barrier(loader.COPIERS)
+    begun = threading.local()
+    taken = loader._Staged.take
+
+    def once(self: Any, *given: Any) -> None:
+        if not hasattr(begun, "was"):
+            begun.was = all_at_it.wait(10)
+        taken(self, *given)
+
+    monkeypatch.setattr(loader._Staged, "take", once)
+    wanted = {"a": torch.randn(10_000)}
+    save_file(wanted, tmp_path / "x.safetensors")
+    assert same(loader.read([tmp_path / "x.safetensors"], CPU), wanted)
 
 
 def test_of_many_files_no_more_is_pinned_than_of_one(
