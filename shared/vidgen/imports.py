@@ -3,9 +3,9 @@
 A worker imports 3,400 modules. Much of the time that takes goes into what comes out the same at each start: to find and
 read the bytecode of every module, to compile what dataclasses write, to translate regular expressions, and to look up
 in which of transformers' 1,700 files each name is, and which distribution has which package. It is kept in one file
-beside what is compiled for the GPU, under keys that say all that it depends on. Python, torch and transformers work out
-for themselves whatever is not there; whoever changes files of an installed package by hand, and sets their times back,
-removes the file.
+beside what is compiled for the GPU, under keys that say what it depends on: a file's size and time, above all. Python,
+torch and transformers work out for themselves whatever is not there. Whoever changes files of an installed package by
+hand, and gives them their old size and time, removes the file.
 """
 
 from __future__ import annotations
@@ -17,14 +17,11 @@ import hashlib
 import importlib.metadata
 import importlib.util
 import inspect
-import marshal
 import os
 import re
 import sys
-import tempfile
 import time
 import weakref
-import zlib
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from importlib.abc import MetaPathFinder
 from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
@@ -32,27 +29,27 @@ from pathlib import Path
 from types import CodeType, FrameType, FunctionType, ModuleType, SimpleNamespace
 from typing import Any
 
+from vidgen.kept import Key, Store
+
 TRANSFORMERS = "transformers"
 LISTS = f"{TRANSFORMERS}.utils.import_utils"
 LIST = "define_import_structure"  # of a path, and of a prefix for the modules' names
 TRITON = "triton.runtime.cache"
 HASH = "triton_key"  # of all that compiles, half a gigabyte
 FORMAT = 1  # of what is kept under a key, by which another vidgen does not take it for its own
-# So many of a hundred may be new, and are not worth 70 MB: an expression made of a set is another one at each start.
-FEW = 1
-UNUSED_S = 30 * 24 * 3600.0  # and a file is given up: each image of a cluster, say, has its own
+UNUSED_S = 30 * 24 * 3600.0  # behind which a file is removed: each image of a cluster, say, has its own
 # Not ours: in an image all files may have one time, and of one size there may be another tomorrow.
 OWN = ("vidgen", "edit_service", "i2v_service", "gateway")
 
-Key = tuple[Any, ...]  # of what marshal can write
-
 
 @contextlib.contextmanager
-def kept(folder: Path | None, name: str) -> Iterator[None]:
+def kept(folder: Path | None, name: str) -> Iterator[str | None]:
     """Within it what importing works out is taken from the folder, or else left there under this name.
 
-    Where the folder takes nothing, or None is given, all is worked out at each start.
+    Where the folder takes nothing, or None is given, all is worked out at each start; so it is where what is there is
+    refused, and then this says why.
     """
+    refused = None
     with contextlib.ExitStack() as stack:
         _put(stack, inspect, "getmodule", functools.partial(_module_of, inspect.getmodule))
         if folder is not None:
@@ -60,104 +57,8 @@ def kept(folder: Path | None, name: str) -> Iterator[None]:
             stack.callback(_give_up, folder, name)
             stack.callback(store.close)
             _adopt(stack, store)
-        yield
-
-
-class Store:
-    """Values that marshal can write, by their keys, in a file: those that were there, and those that are added.
-
-    What is asked for in between is what the file holds afterwards.
-    """
-
-    def __init__(self, file: Path) -> None:
-        self._file = file
-        self._index: dict[Key, tuple[int, int, int]] = {}  # where it begins and ends, and its checksum
-        self._content = memoryview(b"")
-        self._used: dict[Key, bytes | memoryview] = {}
-        self._new = 0
-        self._closed = False
-        with contextlib.suppress(OSError, EOFError, ValueError, TypeError):
-            self._open()
-
-    def asked(self, key: Key, work_out: Callable[[], Any]) -> Any:
-        """The value of this key, a new object each time, worked out if need be."""
-        found = self.found(key)
-        if found is None:
-            found = work_out()
-            self.add(key, found)
-        return found
-
-    def found(self, key: Key) -> Any:
-        """The value of this key, a new object each time; None where there is none."""
-        try:
-            data = self._used.get(key) or self._read(*self._index[key])
-            value = marshal.loads(data)  # noqa: S302  whoever writes there may write code as well
-        except (KeyError, EOFError, ValueError, TypeError):  # the others: of an entry that is none
-            return None
-        self._used[key] = data
-        return value
-
-    def add(self, key: Key, value: Any) -> None:
-        """Keep a value, if it and its key are of those that can be, until the store is closed."""
-        if self._closed:
-            return
-        with contextlib.suppress(ValueError, TypeError):
-            marshal.dumps(key)
-            self._used[key] = marshal.dumps(value)
-            self._new += 1
-
-    def close(self) -> None:
-        """Write what was used, if enough of it is new; a folder that takes nothing is left alone.
-
-        From here on it has nothing, and keeps nothing, whoever asks it.
-        """
-        self._closed = True
-        used, self._used, new, self._new = self._used, {}, self._new, 0
-        # Of what is there, too: a start that fails early uses little of it, and is to leave it to the next one.
-        many = max(len(used), len(self._index))
-        self._index, self._content = {}, memoryview(b"")
-        if 100 * new > FEW * many:
-            self._write(used)
-
-    def _write(self, used: dict[Key, bytes | memoryview]) -> None:
-        index, place = {}, 0
-        for key, data in used.items():
-            index[key] = (place, place + len(data), zlib.crc32(data))
-            place += len(data)
-        head = marshal.dumps(index)
-        with contextlib.suppress(OSError):
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            with tempfile.NamedTemporaryFile(
-                dir=self._file.parent, prefix=f"{self._file.stem}-", suffix=".part", delete=False
-            ) as file:
-                temporary = Path(file.name)
-                try:
-                    file.write(len(head).to_bytes(8, "little") + zlib.crc32(head).to_bytes(4, "little") + head)
-                    file.writelines(used.values())
-                    file.flush()
-                    temporary.replace(self._file)
-                except OSError:
-                    temporary.unlink()
-
-    def _open(self) -> None:
-        with self._file.open("rb") as file:
-            if os.fstat(file.fileno()).st_uid not in (os.geteuid(), 0):  # what another one left there is run by none
-                return
-            content = memoryview(file.read())  # not mapped: who replaces it on another host would end this process
-        with contextlib.suppress(OSError):
-            os.utime(self._file)
-        size, checksum = int.from_bytes(content[:8], "little"), int.from_bytes(content[8:12], "little")
-        head = content[12 : 12 + size]
-        # marshal trusts what it reads: damaged data could end the process, at this start and at every other.
-        index = marshal.loads(head) if zlib.crc32(head) == checksum else None  # noqa: S302
-        if isinstance(index, dict):
-            self._index, self._content = index, content[12 + size :]
-
-    def _read(self, begin: int, end: int, checksum: int) -> memoryview:
-        data = self._content[begin:end]
-        if zlib.crc32(data) != checksum:
-            raise ValueError(checksum)
-        return data
+            refused = store.refused
+        yield refused
 
 
 def _give_up(folder: Path, name: str) -> None:
@@ -200,12 +101,12 @@ def _put(stack: contextlib.ExitStack, module: ModuleType, name: str, value: Any)
 
 
 def _remove(finder: MetaPathFinder) -> None:
-    with contextlib.suppress(ValueError):  # others may have, with all the rest
+    with contextlib.suppress(ValueError, AttributeError):  # others may have, with all the rest; at its end Python does
         sys.meta_path.remove(finder)
 
 
 class _Finder(MetaPathFinder):
-    """Finds what is in packages; packages themselves are found as ever, so that none hides another one."""
+    """Finds what is in packages; those at the top are found as ever, so that none hides another one."""
 
     def __init__(self, store: Store) -> None:
         self._store = store
@@ -224,7 +125,8 @@ class _Finder(MetaPathFinder):
         if spec is None or type(spec.loader) is not SourceFileLoader:
             return spec
         spec.loader = own = _loader(name, spec.loader.path, self._store)
-        if own.version is not None:
+        # A folder of its name would hide it as soon as it were a package, which no time of a folder here tells.
+        if own.version is not None and not Path(own.path).with_suffix("").is_dir():
             self._store.add(key, (times, own.path, own.version, spec.submodule_search_locations))
         return spec
 
@@ -356,7 +258,7 @@ def _expressions(store: Store) -> Callable[..., re.Pattern[Any]]:
         return text, int(all_flags), [int(one) for one in code], groups, names, numbers
 
     def compiled(pattern: Any, flags: int = 0) -> re.Pattern[Any]:
-        # What is in bytes may depend on the locale, and what is told of while it is translated wants to be told.
+        # What is in bytes may depend on the locale, and DEBUG wants to be told. A warning is by who translates it.
         if type(pattern) is not str or flags & re.DEBUG:
             made: re.Pattern[Any] = theirs(pattern, flags)
             return made
@@ -389,16 +291,26 @@ def _module_of(theirs: Callable[..., Any], *given: Any, **more: Any) -> Any:
 def _distributions() -> Iterator[tuple[str, str, int]]:
     """What is installed: in which folder, under which name, and since when."""
     for folder in sys.path:
+        found = []
         with contextlib.suppress(OSError), os.scandir(folder or ".") as entries:
-            yield from sorted(
-                (folder, entry.name, entry.stat().st_mtime_ns)
-                for entry in entries
-                if entry.name.endswith((".dist-info", ".egg-info"))
-            )
+            for entry in entries:
+                if entry.name.endswith((".dist-info", ".egg-info")):
+                    with contextlib.suppress(OSError):  # a link to nothing is no distribution
+                        found.append((folder, entry.name, entry.stat().st_mtime_ns))
+        yield from sorted(found)
 
 
 def _here() -> str:
-    """A name for this interpreter and what is installed for it: others' bytecode it may not be able to read."""
-    installed = [name for _, name, _ in _distributions()]
-    said = repr((FORMAT, sys.version, sys.flags.optimize, importlib.util.MAGIC_NUMBER, sys.path, installed))
-    return hashlib.sha256(said.encode()).hexdigest()[:16]
+    """A name for this interpreter and what is installed for it.
+
+    Others' bytecode it may not be able to read. And in an image all files may have one time, and another one of the
+    same size tomorrow: what is installed is known by the checksums in its RECORD.
+    """
+    said = hashlib.sha256(
+        repr((FORMAT, sys.version, sys.flags.optimize, importlib.util.MAGIC_NUMBER, sys.path)).encode()
+    )
+    for folder, name, _ in _distributions():
+        said.update(f"{folder}/{name}".encode())
+        with contextlib.suppress(OSError):
+            said.update((Path(folder) / name / "RECORD").read_bytes())
+    return said.hexdigest()[:16]

@@ -33,8 +33,9 @@ PINNED_BY_THREADS = "pinned_use_cuda_host_register:True,pinned_num_register_thre
 
 
 def load_ahead() -> threading.Thread | None:
-    """Begin, in a thread; a fault is for whoever needs the library to meet. None where there is nothing to load.
+    """Import what links libraries itself, then begin, in a thread; None where there is nothing to load.
 
+    A fault is for whoever needs the library to meet.
     Has torch pin host memory with several threads, unless its variables say how it is to manage memory.
     """
     torch = importlib.util.find_spec("torch")

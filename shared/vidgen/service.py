@@ -191,8 +191,16 @@ class _Service:
 
     async def _load(self, device_thread: ThreadPoolExecutor) -> tuple[dict[Stage, _Loaded], bool]:
         """The engines, set up, and whether they take turns; then all but the first stage's are asleep."""
-        with imports.kept(self._settings.compile_cache, "-".join(self._stages)):
+        kept = contextlib.ExitStack()
+        # In threads: a volume may be slow, or not answer, and the probes are to.
+        keeping = imports.kept(self._settings.compile_cache, "-".join(self._stages))
+        refused = await asyncio.to_thread(kept.enter_context, keeping)
+        if refused is not None:
+            log.warning(f"{refused}: what imports work out is not kept", _event="imports_not_kept")
+        try:
             return await self._load_all(device_thread)
+        finally:
+            await asyncio.to_thread(kept.close)
 
     async def _load_all(self, device_thread: ThreadPoolExecutor) -> tuple[dict[Stage, _Loaded], bool]:
         made = {stage: await self._make(stage) for stage in self._stages}

@@ -13,17 +13,19 @@ import sys
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import make_dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import httpx
 import pytest
+from structlog.testing import capture_logs
 from tests import checkpoints, engines
 from tests.workbench import BOUND
 
-from vidgen import choice, errors, jetstream, manifest, profiles, service, weights
+from vidgen import choice, errors, frames, imports, jetstream, manifest, profiles, service, weights
 from vidgen.contracts import Stage
-from vidgen.engine import Engine
+from vidgen.engine import Engine, in_thread
 from vidgen.errors import FatalError
 from vidgen.profiles import GIB
 from vidgen.settings import WorkerSettings
@@ -182,6 +184,46 @@ async def test_an_engine_is_told_whether_it_is_alone_and_is_made_where_nothing_w
     with ThreadPoolExecutor(1) as device_thread:
         await made._load(device_thread)
     assert told == [len(stages) == 1] * len(stages)
+
+
+@pytest.mark.parametrize("stages", [("edit",), ("edit", "i2v")])
+async def test_what_imports_work_out_is_kept_beside_what_is_compiled(
+    stages: tuple[Stage, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And neither read nor written where the probes are answered: a volume may be slow."""
+    threads = list[threading.Thread]()
+
+    class Seen(imports.Store):
+        def __init__(self, file: Path) -> None:
+            threads.append(threading.current_thread())
+            super().__init__(file)
+
+        def close(self) -> None:
+            threads.append(threading.current_thread())
+            super().close()
+
+    def make(settings: WorkerSettings, chosen: choice.Choice) -> Engine:
+        make_dataclass("Made", ["a"])
+        return engines.Instant()
+
+    monkeypatch.setattr(imports, "Store", Seen)
+    settings = WorkerSettings(engine="preview", device="cpu", compile_cache=tmp_path)
+    for user, events in ((os.geteuid(), 0), (os.geteuid() + 1, 1)):
+        monkeypatch.setattr(os, "geteuid", lambda user=user: user)
+        with ThreadPoolExecutor(1) as device_thread, capture_logs() as logs:
+            await service._Service(dict.fromkeys(stages, make), settings)._load(device_thread)
+        [file] = tmp_path.iterdir()
+        assert file.name.startswith(f"imports-{'-'.join(stages)}-")
+        assert [entry["_event"] for entry in logs].count("imports_not_kept") == events
+    assert len(threads) == 4
+    assert threading.main_thread() not in threads
+
+
+@pytest.mark.parametrize("work", [sum, lambda given: sum(given)])
+def test_an_engine_has_room_for_all_that_it_calls(work: Callable[[list[int]], int]) -> None:
+    done = in_thread(work)
+    assert done([1, 2]) == 3
+    assert done.__code__.co_stacksize >= frames.OWN  # type: ignore[attr-defined]
 
 
 @pytest.mark.parametrize("engine", ["real", "preview"])

@@ -219,3 +219,13 @@ def test_a_host_without_room_for_what_streams_is_told_of_before_anything_is_read
 
 def test_settling_in_does_no_harm_where_there_is_nothing_to_settle() -> None:
     ahead.settle(CPU)
+
+
+def test_what_torch_computes_in_a_warm_up_is_asked_for_before(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = list[str]()
+    for name in ("_multiply", "_multiply_e4m3", "_convolve", "_attend"):
+        monkeypatch.setattr(ahead, name, lambda device, name=name: asked.append(name))
+    compute = ahead._compute
+    monkeypatch.setattr(ahead, "_compute", lambda device: (compute(device), asked.append("_compute"))[0])
+    ahead.settle(CPU)
+    assert sorted(asked) == ["_attend", "_compute", "_convolve", "_multiply", "_multiply_e4m3"]
