@@ -21,7 +21,7 @@ LIBRARIES = (("libtorch_global_deps.so", os.RTLD_GLOBAL), ("libtorch.so", os.RTL
 OWN_LIBRARIES = (
     "asyncio", "bisect", "bz2", "contextvars", "csv", "decimal", "hashlib", "json", "lzma",
     "multiprocessing.connection", "pickle", "queue", "random", "ssl", "statistics", "uuid", "xml.etree.ElementTree",
-    "zoneinfo", "grp", "mmap", "resource", "unicodedata", "zlib", "pydantic_core", "uvloop", "httptools",
+    "zoneinfo", "grp", "mmap", "resource", "unicodedata", "zlib", "uvloop", "httptools",
     "Crypto.Cipher.AES", "Crypto.Cipher.ChaCha20_Poly1305", "Crypto.Cipher._mode_gcm", "_argon2_cffi_bindings",
 )  # fmt: skip
 DRIVER = "libcuda.so.1"
