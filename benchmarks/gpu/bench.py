@@ -21,7 +21,7 @@ import torch
 from PIL import Image
 
 from vidgen import diffusion, profiles, weights
-from vidgen.accel import blocks, fp8, graphs, residency
+from vidgen.accel import blocks, fp8, graphs, host
 from vidgen.accel.engine import Layout
 
 PROMPT = "turn the car bright red, golden hour light"
@@ -94,13 +94,13 @@ def cap(device: torch.device, gib: int | None) -> None:
 def have_the_host_grow() -> None:
     """Use the host's memory once: virtual machines that are given it as they use it tell of too little before."""
     filled: list[torch.Tensor] = []
-    while len(filled) < HOST // GIB and (residency.host_memory() or 0) > 6 * GIB:
+    while len(filled) < HOST // GIB and (host.host_memory() or 0) > 6 * GIB:
         filled.append(torch.ones(GIB, dtype=torch.uint8))
 
 
 def left_gib() -> float:
     """GiB of the host's memory that may still be taken: what the driver pins no process says that it holds."""
-    return (residency.host_memory() or 0) / GIB
+    return (host.host_memory() or 0) / GIB
 
 
 def peak() -> float:

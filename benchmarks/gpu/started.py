@@ -137,9 +137,9 @@ def tell_of_turns(engine: Any, tiny: bool) -> None:
 
 def left_gib() -> float:
     """GiB of the host's memory that may still be taken."""
-    from vidgen.accel import residency
+    from vidgen.accel import host
 
-    return (residency.host_memory() or 0) / (1 << 30)
+    return (host.host_memory() or 0) / (1 << 30)
 
 
 def peak_gib() -> float:

@@ -38,7 +38,7 @@ from bench import (
 )
 
 from vidgen import artifacts, contracts, device, gpu, profiles, topology, weights
-from vidgen.accel import loader, residency
+from vidgen.accel import host, loader, residency
 from vidgen.accel.engine import Layout
 from vidgen.contracts import EditWork, Event, I2VWork, Stage, Task, Work
 from vidgen.metrics import WorkerMetrics
@@ -174,7 +174,7 @@ async def _measured(bench: Bench, folder: Path, gib: int | None, wanted: str) ->
         _refuse_without_room(engines, plan, folder)
         bench.row(
             "turns", f"{name}: plan", profiles=plan.profiles, takes_turns=plan.takes_turns,
-            host_gib=(residency.host_memory() or 0) / GIB, disk_gib=shutil.disk_usage(folder).free / GIB,
+            host_gib=(host.host_memory() or 0) / GIB, disk_gib=shutil.disk_usage(folder).free / GIB,
         )  # fmt: skip
         for stage in reversed(STAGES):  # as the service does: so the first one ends awake
             phases = await _on(thread, engines[stage].setup)
@@ -281,7 +281,7 @@ def _alone(bench: Bench, stage: Stage, engine: Any, gib: int | None, folder: Pat
 
 def _refuse_without_room(engines: Mapping[Stage, Any], plan: profiles.Plan, folder: Path) -> None:
     """Raise before anything is built where the homes of those that are to sleep will not find room."""
-    free, disk = residency.host_memory(), shutil.disk_usage(folder).free
+    free, disk = host.host_memory(), shutil.disk_usage(folder).free
     if not plan.takes_turns or free is None:
         return
     wanted = dict(zip(engines, plan.profiles, strict=True))

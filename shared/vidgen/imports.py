@@ -1,11 +1,11 @@
 """What a start works out while it imports and builds, kept for the next one.
 
 A worker imports 3,400 modules. Much of the time that takes goes into what comes out the same at each start: to find and
-read the bytecode of every module, to compile what dataclasses write, to translate regular expressions, and to look up
-in which of transformers' 1,700 files each name is, and which distribution has which package. It is kept in one file
-beside what is compiled for the GPU, under keys that say what it depends on: a file's size and time, above all. Python,
-torch and transformers work out for themselves whatever is not there. Whoever changes files of an installed package by
-hand, and gives them their old size and time, removes the file.
+read the bytecode of every module, to compile what dataclasses write, to translate regular expressions, to look up in
+which of transformers' 1,700 files each name is, and which distribution has which package, and to hash all of Triton. It
+is kept in one file beside what is compiled for the GPU, under a name that says what is installed and keys that say what
+else it depends on: a file's size and time, above all. Python and those packages work out for themselves whatever is not
+there. Whoever changes files of an installed package by hand, other than Python's bytecode would notice, removes it.
 """
 
 from __future__ import annotations
@@ -31,12 +31,11 @@ from typing import Any
 
 from vidgen.kept import Key, Store
 
-TRANSFORMERS = "transformers"
-LISTS = f"{TRANSFORMERS}.utils.import_utils"
+LISTS = "transformers.utils.import_utils"
 LIST = "define_import_structure"  # of a path, and of a prefix for the modules' names
 TRITON = "triton.runtime.cache"
 HASH = "triton_key"  # of all that compiles, half a gigabyte
-FORMAT = 1  # of what is kept under a key, by which another vidgen does not take it for its own
+FORMAT = 2  # of what is kept under a key, by which another vidgen does not take it for its own
 UNUSED_S = 30 * 24 * 3600.0  # behind which a file is removed: each image of a cluster, say, has its own
 # Not ours: in an image all files may have one time, and of one size there may be another tomorrow.
 OWN = ("vidgen", "edit_service", "i2v_service", "gateway")
@@ -189,7 +188,7 @@ def _keep_lists(store: Store, module: ModuleType, path: Path) -> None:
         return
     try:
         version = _version(path)
-    except (OSError, importlib.metadata.PackageNotFoundError):
+    except OSError:
         return
 
     known = weakref.ref(store)  # the module outlives it
@@ -225,15 +224,12 @@ def _files(triton: Path) -> Iterator[Hashable]:
             yield str(file), found.st_size, found.st_mtime_ns
 
 
-def _version(path: Path) -> str:
-    """What the files of transformers depend on, of which this one is in its folder `utils`: where, of when, and which.
-
-    Raises OSError, and PackageNotFoundError where it is not installed.
-    """
+def _version(path: Path) -> tuple[Hashable, ...]:
+    """What the files of transformers depend on, of which this one is in its folder `utils`; raises OSError."""
     # Folders tell nothing of when: bytecode may be put into them.
     models = sorted({one.name for one in (path.parents[1] / "models").iterdir()} - {"__pycache__"})
     own = path.stat()
-    return repr((str(path), importlib.metadata.version(TRANSFORMERS), own.st_size, own.st_mtime_ns, models))
+    return (str(path), own.st_size, own.st_mtime_ns, *models)
 
 
 ADOPTED: dict[str, Callable[[Store, ModuleType, Path], None]] = {LISTS: _keep_lists, TRITON: _keep_hash}

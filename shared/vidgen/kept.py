@@ -7,13 +7,16 @@ import marshal
 import os
 import stat
 import tempfile
+import time
 import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-# So many of a hundred may be new, and are not worth a file of 70 MB: some keys are other ones at each start.
+# What is new is worth a file of 70 MB if it is so many of a hundred, or took so long: some keys are other ones at each
+# start, and some values take as long as all others.
 FEW = 1
+LONG_S = 0.1
 
 Key = tuple[Any, ...]  # of what marshal can write
 
@@ -29,7 +32,7 @@ class Store:
         self._index: dict[Key, tuple[int, int, int]] = {}  # where it begins and ends, and its checksum
         self._content = memoryview(b"")
         self._used: dict[Key, bytes | memoryview] = {}
-        self._new = 0
+        self._new, self._took_s = 0, 0.0
         self._closed = False
         self.refused: str | None = None  # why the file that is there is neither taken nor written anew
         with contextlib.suppress(OSError, EOFError, ValueError, TypeError):
@@ -39,7 +42,9 @@ class Store:
         """The value of this key, a new object each time, worked out if need be."""
         found = self.found(key)
         if found is None:
+            begun = time.perf_counter()
             found = work_out()
+            self._took_s += time.perf_counter() - begun
             self.add(key, found)
         return found
 
@@ -63,16 +68,23 @@ class Store:
             self._new += 1
 
     def close(self) -> None:
-        """Write what was used, if enough of it is new; a folder that takes nothing is left alone.
+        """Write what was used, if enough is new or that took long; a folder that takes nothing is left alone.
 
         From here on it has nothing, and keeps nothing, whoever asks it.
         """
         self._closed = True
-        used, self._used, new, self._new = self._used, {}, self._new, 0
+        used, self._used = self._used, {}
         # Of what is there, too: a start that fails early uses little of it, and is to leave it to the next one.
-        many = max(len(used), len(self._index))
+        much = 100 * self._new > FEW * max(len(used), len(self._index))
+        if self._new and not much and self._took_s > LONG_S:
+            much = True
+            for key, place in self._index.items():
+                if key not in used:
+                    with contextlib.suppress(ValueError, TypeError):
+                        used[key] = self._read(*place)
         self._index, self._content = {}, memoryview(b"")
-        if 100 * new > FEW * many and self.refused is None:
+        self._new = 0
+        if much and self.refused is None:
             self._write(used)
 
     def _write(self, used: dict[Key, bytes | memoryview]) -> None:

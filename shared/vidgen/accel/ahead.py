@@ -123,7 +123,7 @@ def _rows(entries: Sequence[Entry]) -> list[list[Entry]]:
 def settle(device: torch.device) -> None:
     """Have the libraries set themselves up that would else do so one by one in the warm-up; nothing depends on it."""
     with contextlib.suppress(ImportError, AttributeError):
-        # It hashes all of Triton, half a second; each kernel's key has it in it, and it is computed once.
+        # A hash of all of Triton, half a second where it is not kept: each kernel's key has it in it.
         importlib.import_module("triton.runtime.cache").triton_key()
     for begin_with in (_multiply, _multiply_e4m3, _convolve, _attend, _compute):
         # What this GPU cannot do, or what there is no memory for: then the models will say so.

@@ -94,6 +94,28 @@ def test_a_few_new_ones_are_not_worth_writing(file: Path, new: int, written: boo
     assert is_kept(file, "new 0") == written
 
 
+def test_one_that_took_long_is_worth_it_and_costs_nothing_else(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's hash of itself is one of nine thousand, and takes as long as a thousand others."""
+    keep(file, {str(number): number for number in range(500)})
+    clock = [0.0]
+    monkeypatch.setattr(kept.time, "perf_counter", lambda: clock[0])
+
+    def work(seconds: float) -> int:
+        clock[0] += seconds
+        return 7
+
+    for seconds, written in ((kept.LONG_S / 2, False), (kept.LONG_S * 2, True)):
+        with opened(file) as store:
+            assert store.found(("1",)) == 1
+            assert store.asked(("new",), lambda seconds=seconds: work(seconds)) == 7  # type: ignore[misc]
+        assert is_kept(file, "new") is written
+        assert [is_kept(file, str(number)) for number in range(500)] == [True] * 500
+    before = file.stat().st_ino
+    with opened(file) as store:
+        assert store.asked(("object",), lambda: (work(kept.LONG_S * 2), object())[1]) is not None
+    assert file.stat().st_ino == before  # what cannot be written is no reason
+
+
 def test_a_start_that_ends_early_leaves_what_is_there_to_the_next_one(file: Path) -> None:
     keep(file, {str(number): number for number in range(200)})
     with opened(file) as store:

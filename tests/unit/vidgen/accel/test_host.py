@@ -8,6 +8,18 @@ import pytest
 from vidgen.accel import host
 
 
+def test_the_hosts_memory_is_what_is_available_within_the_containers_limit(tmp_path: Path) -> None:
+    meminfo = tmp_path / "meminfo"
+    assert host.host_memory(meminfo, tmp_path) is None
+    meminfo.write_text("MemTotal:       100 kB\nMemFree: 1 kB\nMemAvailable:   50 kB\n")
+    assert host.host_memory(meminfo, tmp_path) == 50 * 1024
+    (tmp_path / "memory.stat").write_text("anon 10240\nfile 99999\n")
+    (tmp_path / "memory.max").write_text("max\n")
+    assert host.host_memory(meminfo, tmp_path) == 50 * 1024
+    (tmp_path / "memory.max").write_text("20480\n")
+    assert host.host_memory(meminfo, tmp_path) == 10240
+
+
 @pytest.mark.parametrize(
     ("files", "count"),
     [

@@ -18,7 +18,7 @@ from torch import nn
 from vidgen import errors
 from vidgen.accel import residency
 from vidgen.accel.fp8 import Fp8Linear
-from vidgen.accel.residency import Residency, home_for, host_memory
+from vidgen.accel.residency import Residency, home_for
 from vidgen.contracts import EditWork, I2VWork, Work
 
 pytestmark = pytest.mark.timeout(600)  # importing diffusers takes minutes on a machine that is busy
@@ -164,18 +164,6 @@ def test_weights_go_into_memory_only_where_the_host_has_some_to_spare() -> None:
     assert home_for("auto", 57 * GIB, None) == "memory"
     assert home_for("disk", 1, 100 * GIB) == "disk"
     assert home_for("memory", 57 * GIB, 1) == "memory"
-
-
-def test_the_hosts_memory_is_what_is_available_within_the_containers_limit(tmp_path: Path) -> None:
-    meminfo = tmp_path / "meminfo"
-    assert host_memory(meminfo, tmp_path) is None
-    meminfo.write_text("MemTotal:       100 kB\nMemFree: 1 kB\nMemAvailable:   50 kB\n")
-    assert host_memory(meminfo, tmp_path) == 50 * 1024
-    (tmp_path / "memory.stat").write_text("anon 10240\nfile 99999\n")
-    (tmp_path / "memory.max").write_text("max\n")
-    assert host_memory(meminfo, tmp_path) == 50 * 1024
-    (tmp_path / "memory.max").write_text("20480\n")
-    assert host_memory(meminfo, tmp_path) == 10240
 
 
 # ── the engines ──────────────────────────────────────────────────────────────────────────────────────────────────
