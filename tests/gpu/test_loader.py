@@ -27,9 +27,12 @@ def test_what_is_read_to_a_gpu_is_what_the_files_hold(
     def seen(window: pages.Window, handle: int, begin: int, end: int) -> None:
         if begin and way == "mapped, and cannot be pinned":
             monkeypatch.setattr(pages, "READ_ONLY", 0)  # which CUDA refuses
-        windows.append(False)
-        opened(window, handle, begin, end)
-        windows[-1] = True
+        try:
+            opened(window, handle, begin, end)
+        except OSError:
+            windows.append(False)
+            raise
+        windows.append(True)
 
     monkeypatch.setattr(pages.Window, "__init__", seen)
     if way == "staged":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from statistics import median
 from typing import Any
 
 import pynvml
@@ -74,8 +75,8 @@ async def test_seconds_a_step_and_busy_seconds_are_those_of_the_gpus_own_clock(b
     await bench.queue(steps=STEPS)
     assert await bench.run() == "completed"
     engine: Any = bench.engine
-    mean = sum(engine.took) / STEPS
-    assert bench.metric("vidgen_worker_seconds_per_step") == pytest.approx(mean, rel=0.05)
+    # The first step may carry a warm-up and is not counted; the median, for another process may hold the GPU meanwhile.
+    assert bench.metric("vidgen_worker_seconds_per_step") == pytest.approx(median(engine.took[1:]), rel=0.05)
     assert bench.metric("vidgen_worker_gpu_busy_seconds_total") == pytest.approx(sum(engine.took), rel=0.05)
     [completed] = [event for event in bench.events() if event.type == "stage_completed"]
     assert completed.gpu_seconds == pytest.approx(sum(engine.took), rel=0.05)

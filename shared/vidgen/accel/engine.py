@@ -390,6 +390,7 @@ class DiffusersEngine(abc.ABC):
     def _lay_out(self, profile: profiles.Name | None) -> None:
         if profile is None:
             return
+        speed.take_torchs_assembler()
         if self.layout.compile_cache is not None:
             speed.keep_compiled(self.layout.compile_cache)  # Triton's kernels, too, which serve what streams as well
         transformers = self.transformers()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import mmap
@@ -80,8 +81,13 @@ def _libc() -> Any:
 
 
 def _pin(address: int, size: int) -> bool:
-    """Pin memory for the current device. What CUDA says against it stays with this thread, and is not asked for."""
-    return int(torch.cuda.cudart().cudaHostRegister(address, size, READ_ONLY)) == 0
+    """Pin memory for the current device, if its driver does."""
+    if int(torch.cuda.cudart().cudaHostRegister(address, size, READ_ONLY)) == 0:
+        return True
+    # CUDA remembers what it said, and torch would take it for an error of what this thread does next.
+    with contextlib.suppress(AttributeError):
+        _libc().cudaGetLastError()
+    return False
 
 
 def _unpin(address: int) -> None:

@@ -116,6 +116,18 @@ def keep_compiled(folder: Path) -> None:
     os.environ.setdefault("TRITON_CACHE_DIR", str(folder / "triton"))
 
 
+def take_torchs_assembler() -> None:
+    """Have Triton take the `ptxas` that torch brings, if it does, for all kernels and not just for later ones.
+
+    Inductor sees to that at its first kernel, and in the processes that compile for it. Triton's keys have the version
+    of its assembler in them: where two were at work, by chance for one kernel or for another one, the next start found
+    what this one had compiled by the other, and compiled it once more.
+    """
+    ptxas = Path(torch.__file__).parent / "bin" / "ptxas"
+    if os.access(ptxas, os.X_OK):
+        os.environ.setdefault("TRITON_PTXAS_PATH", str(ptxas))
+
+
 def import_compiler() -> None:
     """Import what the first compilation would: a second that goes by while weights are still on their way."""
     for name in ("torch._dynamo.repro.after_dynamo", "torch._inductor.compile_fx"):
