@@ -60,3 +60,15 @@ def test_what_is_read_to_a_gpu_is_what_the_files_hold(
         other.join()
     assert set(windows) == {"staged": set(), "mapped": {True}}.get(way, {True, False})
     assert torch.ones(8, device="cuda:0").sum().item() == 8  # what CUDA refused is nobody else's error
+
+
+@pytest.mark.parametrize("size", [1 << 29, 8])
+def test_what_cuda_refused_is_no_error_of_what_the_thread_does_next(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    torch.cuda.empty_cache()  # so that the larger one asks CUDA for memory
+    monkeypatch.setattr(pages, "READ_ONLY", 0)
+    (tmp_path / "x").write_bytes(b"x")
+    with (tmp_path / "x").open("rb") as opened:
+        assert not pages.pinnable(opened.fileno())
+    assert torch.ones(size, dtype=torch.uint8, device="cuda:0")[-1].item() == 1

@@ -3,10 +3,12 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+import types
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
 
 from vidgen.accel import pages
 
@@ -82,6 +84,24 @@ def test_memory_can_be_pinned_where_one_page_of_it_can(
     assert not pinned
     monkeypatch.setattr(pages, "_pin", lambda address, size: False)
     assert not pages.pinnable(handle)
+
+
+@pytest.mark.parametrize("forgets", [True, False], ids=["", "a torch that hides its runtime"])
+def test_what_is_refused_is_no_error_of_what_the_thread_does_next(
+    handle: int, monkeypatch: pytest.MonkeyPatch, forgets: bool
+) -> None:
+    """CUDA remembered it, and the next allocation failed with `invalid argument`: the start was over."""
+    done: list[object] = []
+    runtime = types.SimpleNamespace(cudaHostRegister=lambda *given: done.append(given) or 1)
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    symbols = {"mmap": pages._libc().mmap, "munmap": pages._libc().munmap}
+    if forgets:
+        symbols["cudaGetLastError"] = lambda: done.append("forgotten")
+    monkeypatch.setattr(pages, "_libc", lambda: types.SimpleNamespace(**symbols))
+    assert not pages.pinnable(handle)
+    [(_, size, flags), *more] = done
+    assert (size, flags) == (1, pages.READ_ONLY)
+    assert more == ["forgotten"] * forgets
 
 
 def test_a_file_that_was_just_written_lies_in_the_page_cache(handle: int) -> None:
