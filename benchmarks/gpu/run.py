@@ -584,9 +584,12 @@ def start(bench: Bench, folder: Path, *, stage: str = "edit", in_fp8: bool = Fal
             said = process.stderr.read()
         if process.returncode:
             raise RuntimeError("".join([*lines, said])[-2000:])
-        processor, told = (json.loads(line) for line in lines[-2:])
+        found, processor, told = (json.loads(line) for line in lines[-3:])
         rates = {"read_gib_per_s": size / GIB / told["read"]}
-        bench.row(section, name, process_s=taken, **rates, raw_gib_per_s=raw, phases=rounded(told), **processor)
+        bench.row(
+            section, name, process_s=taken, **rates, raw_gib_per_s=raw, compiled=found["compiled"],
+            phases=rounded(told), **processor,
+        )  # fmt: skip
 
 
 def raw_rate(model: Path) -> float:
