@@ -79,7 +79,7 @@ def _configure(part: Any, folder: Path) -> None:
 
 def _mark(folder: Path) -> None:
     config = folder / "config.json"
-    config.write_text(json.dumps(json.loads(config.read_bytes()) | {"quantization_config": quantize.MARK}))
+    config.write_text(json.dumps(json.loads(config.read_bytes()) | {"quantization_config": fp8.MARK}))
 
 
 def _files(part: Any, folder: Path, quantised: set[str]) -> Iterator[tuple[Path, list[Stored]]]:

@@ -10,6 +10,7 @@ import fnmatch
 import hashlib
 import os
 import re
+import secrets
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -99,7 +100,8 @@ def read(folder: Path) -> Manifest | None:
 
 def write(folder: Path, manifest: Manifest) -> None:
     """Put the manifest into its folder, all of it or nothing; raises FatalError where the folder takes none."""
-    written = folder / f".{NAME}.{os.getpid()}"
+    # Containers that share a volume may have one process number.
+    written = folder / f".{NAME}.{secrets.token_hex(8)}"
     try:
         written.write_text(manifest.model_dump_json(indent=1) + "\n", "utf-8")
         written.replace(folder / NAME)

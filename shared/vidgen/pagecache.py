@@ -83,7 +83,8 @@ def _free() -> int:
         free = int(told["MemAvailable"].split()[0]) << 10
     except (OSError, KeyError, ValueError):
         return 0
-    with contextlib.suppress(OSError, ValueError):  # no limit is a word, not a number
-        limit, taken = (int((CGROUP / name).read_text()) for name in ("memory.max", "memory.current"))
-        free = min(free, max(limit - taken, 0))
+    for names in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
+        with contextlib.suppress(OSError, ValueError):  # of cgroup v2, and before; no limit is a word, not a number
+            limit, taken = (int((CGROUP / name).read_text()) for name in names)
+            free = min(free, max(limit - taken, 0))
     return free

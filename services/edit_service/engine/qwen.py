@@ -102,6 +102,7 @@ class QwenEditEngine(DiffusersEngine):
         vision.attend_without_plans(self._pipe.text_encoder)
         graphs.encode(self._graphs, self._pipe.text_encoder)
         self._multiple: int = self._pipe.vae_scale_factor * 2
+        self._pipe.transformer.pos_embed.register_forward_hook(_refuse_long_text, with_kwargs=True)
 
     def prepare(self, work: Work, files: Sequence[Path]) -> Inputs:
         """Open and resize the references; raises RejectedError for what is no image, or not one to three of them."""
@@ -171,7 +172,8 @@ class QwenEditEngine(DiffusersEngine):
 
     def _area_of(self, work: EditWork) -> int:
         """Pixels to which each reference is resized for the VAE."""
-        return min(self.reference_area or REFERENCE_AREA, work.reference_area or REFERENCE_AREA)
+        own = self.reference_area or REFERENCE_AREA
+        return min(own, work.reference_area or own)
 
     def _edited(self, inputs: Inputs, on_step: OnStep, state: bytes | None, part: Part) -> Generated:
         """One call of the pipeline; the output is pixels."""
@@ -261,3 +263,15 @@ class QwenEditEngine(DiffusersEngine):
             for token in self._pipe.tokenizer.all_special_tokens:
                 if token in text:
                     raise RejectedError(f"{field} contains the control token {token}: remove it", field=field)
+
+
+def _refuse_long_text(
+    rotations: Any, args: Any, given: dict[str, Any], made: tuple[torch.Tensor, torch.Tensor]
+) -> None:
+    """Raise RejectedError where the model's table of rotations ends within a text: it is cut short without a word."""
+    wanted, room = int(given["max_txt_seq_len"]), len(made[1])
+    if room < wanted:
+        raise RejectedError(
+            f"prompt: it or the negative one has {wanted} tokens with its references, and beside pictures of this size "
+            f"the model reads {room}: shorten it", field="prompt",
+        )  # fmt: skip

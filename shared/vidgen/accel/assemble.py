@@ -124,9 +124,11 @@ def skeleton(part: Part, dtype: torch.dtype) -> nn.Module:
     """A model of diffusers whose parameters are on the meta device.
 
     What else it holds, tables of rotations above all, is on the CPU, and made in `dtype` as `from_pretrained` does.
+    Raises FatalError where it was quantised in another way than ours.
     """
     config = part.kind.load_config(part.folder, local_files_only=True)
-    config.pop("quantization_config", None)
+    if (told := config.pop("quantization_config", fp8.MARK)) != fp8.MARK:
+        raise _foreign(part, f"weights that are quantised in another way than this version's, {told}")
     # No numbers are drawn for them either, which takes the processor as long where there is nowhere to put them.
     with _default_dtype(dtype), no_init_weights(), init_empty_weights(include_buffers=False):
         model: nn.Module = part.kind.from_config(config)
@@ -146,6 +148,8 @@ def _taken(part: Part, reading: loader.Reading, dtype: torch.dtype) -> Tensors:
             tensor = tensors.pop(name)
             if name in stay or not tensor.is_floating_point():
                 taken[name] = tensor
+            elif tensor.dtype.itemsize == 1:
+                raise _foreign(part, f"{name} in FP8 without the scales that this version's has")
             elif part.in_float32.isdisjoint(name.split(".")):
                 taken[name] = tensor.to(dtype)
             else:
@@ -170,13 +174,16 @@ def _put_fp8(model: nn.Module, name: str, tensors: Tensors, part: Part, *, arith
         or (weight.dtype, scale.dtype) != (kernels.E4M3, torch.float32)
         or (weight.shape, scale.shape) != (linear.weight.shape, (linear.out_features, 1))
     ):
-        raise FatalError(
-            f"{part.folder} holds {name} in another FP8 than this version's: make it again with "
-            "`vidgen weights quantize`",
-            code="weights_refused",
-        )
+        raise _foreign(part, f"{name} in another FP8 than this version's")
     bias = tensors[f"{name}.bias"] if linear.bias is not None else None
     model.set_submodule(name, fp8.Fp8Linear(weight, scale, bias, arithmetic=arithmetic))
+
+
+def _foreign(part: Part, what: str) -> FatalError:
+    return FatalError(
+        f"{part.folder} holds {what}: take the model as it was released, and make it with `vidgen weights quantize`",
+        code="weights_refused",
+    )
 
 
 def _by_transformers(part: Part, tensors: Tensors, device: torch.device, dtype: torch.dtype) -> Any:

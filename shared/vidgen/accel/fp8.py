@@ -18,6 +18,9 @@ from vidgen.accel.kernels import e4m3
 MULTIPLE = 16
 # Smaller layers cost nothing either way: time and image-position embeddings, the last projection.
 LEAST_FEATURES = 512
+# In the configuration of a component with such layers. diffusers knows no such method: by itself it refuses the
+# folder, where it would else leave out the scales.
+MARK = {"quant_method": "vidgen-fp8-rows"}
 # Of so few rows cuBLAS splits long sums, in kernels that have scales of rows or a bias but not both, and refuses: on an
 # H200 below 44 rows with sums of 12288, of 13824 at least up to 20.
 FEW_ROWS = 128

@@ -215,11 +215,17 @@ class _Answered(ModelHook):
     def new_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         if self.graphs is not None and not args and not kwargs.get("return_dict", True):
             kind = kind_of(kwargs)
-            if kind is not None:
+            if kind is not None and _holds_pads(module.pos_embed, kind):
                 made = self.graphs.answer(kind, lambda: Prediction(module, kind, kwargs), kwargs)
                 if made is not None:
                     return (made,)
         return self.fn_ref.original_forward(*args, **kwargs)
+
+
+def _holds_pads(rotations: Any, kind: Kind) -> bool:
+    """Whether a table of rotations, in which a text comes behind the largest picture, goes to the end of its pads."""
+    longest = max(max(height, width) for _, height, width in kind.pictures)
+    return (longest // 2 if rotations.scale_rope else longest) + kind.text <= len(rotations.pos_freqs)
 
 
 class Prediction(Forward):

@@ -13,10 +13,16 @@ CGROUP = Path("/sys/fs/cgroup")
 def host_memory(meminfo: Path = Path("/proc/meminfo"), cgroup: Path = CGROUP) -> int | None:
     """The bytes of host memory that may still be taken; None where nobody says."""
     found = _number(meminfo, r"^MemAvailable:\s*(\d+) kB")
-    limit, used = _number(cgroup / "memory.max", r"^(\d+)$"), _number(cgroup / "memory.stat", r"^anon (\d+)$")
     left = [found * 1024] if found is not None else []
     # What a container holds of the page cache is given back when it is needed.
-    return min([*left, max(0, limit - used)] if limit is not None and used is not None else left, default=None)
+    for limited, told, own in (
+        ("memory.max", "memory.stat", "anon"),
+        ("memory/memory.limit_in_bytes", "memory/memory.stat", "total_rss"),
+    ):  # fmt: skip  cgroup v2, and before
+        limit, used = _number(cgroup / limited, r"^(\d+)$"), _number(cgroup / told, rf"^{own} (\d+)$")
+        if limit is not None and used is not None:
+            left.append(max(0, limit - used))
+    return min(left, default=None)
 
 
 def processors(cgroup: Path = CGROUP) -> int:

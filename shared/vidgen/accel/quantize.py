@@ -35,8 +35,6 @@ from vidgen.weights import SCALE
 COMPONENTS = ("transformer", "transformer_2")
 LARGEST_SHARD = 5 * 10**9
 STEM = "diffusion_pytorch_model"
-# diffusers knows no such method: by itself it refuses the folder, where it would else leave out the scales.
-MARK = {"quant_method": "vidgen-fp8-rows"}
 WIDE = (torch.float32, torch.bfloat16, torch.float16)
 NAMES = {dtype: name for name, dtype in loader.DTYPES.items()}
 
@@ -121,7 +119,7 @@ def _copy(source: Path, folder: Path, without: Sequence[str]) -> dict[str, str]:
             continue
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         if component in without and name == f"{component}/config.json":
-            marked = json.loads((source / name).read_bytes()) | {"quantization_config": MARK}
+            marked = json.loads((source / name).read_bytes()) | {"quantization_config": fp8.MARK}
             (folder / name).write_text(json.dumps(marked, indent=2) + "\n", "utf-8")
         elif name.endswith(".safetensors"):
             _link((source / name).resolve(), folder / name)

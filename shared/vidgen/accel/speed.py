@@ -50,6 +50,12 @@ def choose_attention(
         raise FatalError(
             f"VIDGEN_ATTENTION={name} needs the package {package}: install it, or use torch", code="settings"
         )
+    if package == PACKAGES["flash3"] and not _takes(dtype):
+        raise FatalError(
+            f"VIDGEN_ATTENTION={name} has no kernels for {str(dtype).removeprefix('torch.')} in the FlashAttention 3 "
+            "that is installed: use VIDGEN_DTYPE=bfloat16, or torch",
+            code="settings",
+        )
     if name == "flash3-8bit" and not has_eight_bits():
         raise FatalError(
             "VIDGEN_ATTENTION=flash3-8bit needs the FlashAttention 3 that deploy/flash-attention-3/build.py builds: "
@@ -66,10 +72,15 @@ def attention_of(wanted: str, device: torch.device, dtype: torch.dtype) -> str:
     """The attention that a setting means on a device, for queries of this type."""
     if wanted != "auto":
         return wanted
-    if dtype not in (torch.bfloat16, torch.float16):  # FlashAttention 3 takes nothing wider
+    if not _takes(dtype):
         return "torch"
     hopper = torch.cuda.get_device_capability(device) == HOPPER
     return "flash3" if hopper and importlib.util.find_spec(PACKAGES["flash3"]) is not None else "torch"
+
+
+def _takes(dtype: torch.dtype) -> bool:
+    """Whether the FlashAttention 3 that is installed has kernels for a type: of float16 ours has none."""
+    return dtype == torch.bfloat16 or (dtype == torch.float16 and not _left_out("FP16"))
 
 
 def set_attention(model: Any, backend: str) -> None:

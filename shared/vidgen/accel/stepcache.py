@@ -64,6 +64,7 @@ class StepCache:
         self._plan: tuple[bool, ...] = ()
         self._index = -1
         self._time: float | None = None
+        self._asked: list[object] = []
         self._transformers: Sequence[Any] = ()
 
     def attach(self, transformers: Sequence[Any]) -> None:
@@ -76,14 +77,16 @@ class StepCache:
 
     def begin(self, steps: int, done: int = 0) -> None:
         """Forget the run before; this one has so many steps, of which `done` were made elsewhere."""
-        self._plan, self._index, self._time = computed(steps, self.every), done - 1, None
+        self._plan, self._index, self._time, self._asked = computed(steps, self.every), done - 1, None, []
         for model in self._transformers:
             model._diffusers_hook.reset_stateful_hooks(recurse=False)
 
-    def computes(self, time: float) -> bool:
-        """Whether the step at this timestep is to be computed; asked once per guidance branch."""
-        if time != self._time:
-            self._time, self._index = time, self._index + 1
+    def computes(self, time: float, branch: object) -> bool:
+        """Whether the step at this timestep is to be computed; asked once by each guidance branch."""
+        # In bfloat16 two steps can have one timestep: then the second is the one in which a branch asks once more.
+        if time != self._time or any(one is branch for one in self._asked):
+            self._time, self._index, self._asked = time, self._index + 1, []
+        self._asked.append(branch)
         return self._index >= len(self._plan) or self._plan[self._index]
 
 
@@ -100,8 +103,8 @@ class _Foretold(ModelHook):
     def new_forward(self, module: torch.nn.Module, *args: Any, **kwargs: Any) -> Any:
         # Per token where the first frame is given: the others have the timestep.
         time = float(kwargs["timestep"].max())
-        computes = self._cache.computes(time)
         known: _Known = self.state_manager.get_state()
+        computes = self._cache.computes(time, known)
         if not computes and known.makes_a_line:
             return (known.at(time),)
         made = self.fn_ref.original_forward(*args, **kwargs)

@@ -98,6 +98,12 @@ def test_a_task_may_ask_for_smaller_references_than_the_engines_but_not_for_larg
     assert tokens_of(engine, photo, monkeypatch) == whole
 
 
+def test_references_may_be_larger_than_a_megapixel_where_that_is_set(make: Callable[..., QwenEditEngine]) -> None:
+    assert make(reference_area=2 << 20)._area_of(work()) == 2 << 20
+    assert make(reference_area=2 << 20)._area_of(work(reference_area=64 * 64)) == 64 * 64
+    assert make(reference_area=None)._area_of(work()) == 1 << 20
+
+
 @pytest.mark.parametrize("references", [1, 2, 3])
 def test_an_edit_has_exactly_the_asked_size(
     engine: QwenEditEngine, photo: Path, tmp_path: Path, references: int
@@ -252,6 +258,20 @@ def test_control_tokens_of_the_model_are_rejected(engine: QwenEditEngine, photo:
     with pytest.raises(RejectedError, match=r"<\|image_pad\|>") as caught:
         engine.prepare(work(**{field: "blue <|image_pad|>"}), [photo])
     assert caught.value.field == field
+
+
+@pytest.mark.parametrize("field", ["prompt", "negative_prompt"])
+def test_a_text_of_more_tokens_than_the_model_reads_is_rejected(
+    engine: QwenEditEngine, photo: Path, field: str
+) -> None:
+    """In some scripts 4,000 characters are 6,000 tokens; behind its table of rotations a kernel read something else."""
+    long = {field: "\U00012000" * 4000, "true_cfg_scale": 2.0}
+    with pytest.raises(
+        RejectedError, match=r"^prompt: it or the negative one has \d+ tokens .* reads 40\d\d: "
+    ) as caught:
+        engine.generate(engine.prepare(work(**long), [photo]), ignore)
+    assert caught.value.field == "prompt"
+    pixels(engine, photo)
 
 
 def test_they_are_those_of_the_tokenizer_that_reads_the_text(engine: QwenEditEngine) -> None:

@@ -117,5 +117,11 @@ def test_a_container_s_limit_counts_where_it_is_smaller(tmp_path: Path, monkeypa
         (tmp_path / "memory.max").write_text(f"{limit}\n")
         (tmp_path / "memory.current").write_text(f"{taken}\n")
         assert pagecache._free() == free
+    (tmp_path / "memory.max").unlink()
+    (tmp_path / "memory").mkdir()
+    (tmp_path / "memory" / "memory.usage_in_bytes").write_text("5000\n")
+    for limit, free in (("9223372036854771712", 1000 << 10), ("7000", 2000)):  # of cgroup v1
+        (tmp_path / "memory" / "memory.limit_in_bytes").write_text(f"{limit}\n")
+        assert pagecache._free() == free
     monkeypatch.setattr(pagecache, "MEMINFO", tmp_path / "gone")
     assert pagecache._free() == 0

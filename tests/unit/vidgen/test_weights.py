@@ -238,6 +238,27 @@ def test_a_manifest_that_cannot_be_written_says_so(folder: Path, monkeypatch: py
     assert [path.name for path in folder.glob(".*manifest*")] == []
 
 
+def test_two_containers_that_share_a_volume_write_a_manifest_each(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In a container everybody's process has the same number, and both took the same name for what they wrote."""
+    monkeypatch.setattr("os.getpid", lambda: 1)
+    written = manifest.Manifest(model="someone/model", created_by="test", profile="bf16", files=())
+    put, both = Path.replace, []
+
+    def replace(self: Path, target: Path) -> Path:
+        both.append(self)
+        if len(both) == 1:  # the other one does the same in between
+            manifest.write(folder, written)
+        return put(self, target)
+
+    monkeypatch.setattr(Path, "replace", replace)
+    manifest.write(folder, written)
+    assert len(set(both)) == 2
+    assert manifest.read(folder) == written
+    assert [path.name for path in folder.glob(".*manifest*")] == []
+
+
 def test_a_model_is_as_large_as_it_is_held_not_as_it_is_stored(tmp_path: Path) -> None:
     """Of one stored in float32 a card that holds it in bfloat16 was given the profile of a smaller card."""
     for name, tensors in {

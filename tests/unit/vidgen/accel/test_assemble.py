@@ -181,6 +181,34 @@ def test_a_model_of_another_shape_is_refused(tiny_models: dict[str, Path], tmp_p
         assembled(folder)
 
 
+@pytest.mark.parametrize("part", ["transformer", "text_encoder"])
+def test_fp8_of_another_kind_is_refused(tiny_models: dict[str, Path], tmp_path: Path, part: str) -> None:
+    """Its scales have another name, and would be left out without a word: the picture is another one."""
+    folder = shutil.copytree(tiny_models["qwen-edit"], tmp_path / "qwen")
+    [file] = (folder / part).glob("*.safetensors")
+    tensors = load_file(file)
+    name = next(name for name, tensor in tensors.items() if tensor.dim() == 2)
+    tensors |= {name: tensors[name].to(torch.float8_e4m3fn), f"{name}_scale_inv": torch.ones(1)}
+    file.unlink()  # which may be mapped
+    save_file(tensors, file)
+    with pytest.raises(FatalError, match=f"{part} holds {name} in FP8 without the scales") as caught:
+        assembled(folder)
+    assert caught.value.code == "weights_refused"
+
+
+def test_a_model_that_says_it_is_quantised_in_another_way_is_refused(
+    tiny_models: dict[str, Path], tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_models["qwen-edit"], tmp_path / "qwen")
+    config = folder / "transformer" / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"quantization_config": {"quant_method": "fp8"}}))
+    with pytest.raises(
+        FatalError, match=r"transformer holds weights that are quantised in another way .*'fp8'"
+    ) as caught:
+        assembled(folder)
+    assert caught.value.code == "weights_refused"
+
+
 def test_what_is_switched_off_in_transformers_is_still_called_so() -> None:
     import transformers.modeling_utils
 

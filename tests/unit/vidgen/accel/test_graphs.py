@@ -87,6 +87,20 @@ def test_padded_text_changes_nothing(make: Make, tokens: int, zero_cond_t: bool)
     assert error(model(**inputs(tokens))[0], wanted) < 1e-6
 
 
+@pytest.mark.parametrize(("rows", "graphed"), [(3 + 127, 0), (3 + 128, 1)])
+def test_a_text_whose_pads_go_beyond_the_table_of_rotations_is_the_models_own(
+    make: Make, rows: int, graphed: int
+) -> None:
+    """The table is cut short there, and a kernel would read behind it."""
+    model, found = make()
+    rotations = model.pos_embed
+    rotations.pos_freqs, rotations.neg_freqs = rotations.pos_freqs[:rows], rotations.neg_freqs[-rows:]
+    wanted = model(**inputs(66))[0]
+    graphs.predict(found, model)
+    assert error(model(**inputs(66))[0], wanted) < 1e-6
+    assert len(found._forwards) == graphed
+
+
 @pytest.mark.parametrize("narrow", [False, True])
 def test_nor_does_it_in_fp8_blocks_and_in_attention_of_8_bits(
     make: Make, monkeypatch: pytest.MonkeyPatch, narrow: bool

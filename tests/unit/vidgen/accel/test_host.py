@@ -18,6 +18,12 @@ def test_the_hosts_memory_is_what_is_available_within_the_containers_limit(tmp_p
     assert host.host_memory(meminfo, tmp_path) == 50 * 1024
     (tmp_path / "memory.max").write_text("20480\n")
     assert host.host_memory(meminfo, tmp_path) == 10240
+    (tmp_path / "memory.max").unlink()  # of cgroup v1
+    (tmp_path / "memory").mkdir()
+    (tmp_path / "memory" / "memory.stat").write_text("rss 1\ntotal_cache 5\ntotal_rss 10000\n")
+    for limit, left in (("9223372036854771712", 50 * 1024), ("20000", 10000), ("5000", 0)):
+        (tmp_path / "memory" / "memory.limit_in_bytes").write_text(f"{limit}\n")
+        assert host.host_memory(meminfo, tmp_path) == left
 
 
 @pytest.mark.parametrize(

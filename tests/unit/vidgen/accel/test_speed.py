@@ -39,16 +39,20 @@ def test_kernels_that_are_not_installed_are_refused_by_the_name_of_their_package
     assert caught.value.code == "settings"
 
 
-@pytest.mark.parametrize("ours", [True, False])
-def test_attention_in_8_bits_needs_the_flash_attention_that_is_built_for_it(
-    monkeypatch: pytest.MonkeyPatch, ours: bool
-) -> None:
+def installed(monkeypatch: pytest.MonkeyPatch, flags: dict[str, bool]) -> None:
+    """A FlashAttention 3 that was built with these flags."""
     for name in ("flash_attn_interface", "flash_attn_config"):
         module = ModuleType(name)
         module.__spec__ = ModuleSpec(name, None)
         monkeypatch.setitem(sys.modules, name, module)
-    flags = {"VIDGEN_INT8_SCORES": True} if ours else {}
     sys.modules["flash_attn_config"].CONFIG = {"build_flags": flags}  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("ours", [True, False])
+def test_attention_in_8_bits_needs_the_flash_attention_that_is_built_for_it(
+    monkeypatch: pytest.MonkeyPatch, ours: bool
+) -> None:
+    installed(monkeypatch, {"VIDGEN_INT8_SCORES": True} if ours else {})
     model = Model()
     if ours:
         assert speed.choose_attention([model], "flash3-8bit", CPU) == "flash3-8bit"
@@ -82,15 +86,23 @@ def test_flash_attention_3_is_chosen_on_a_hopper_alone(
     assert speed.choose_attention([Model()], "auto", CPU) == name
 
 
-@pytest.mark.parametrize(
-    ("dtype", "name"), [(torch.float32, "torch"), (torch.float16, "flash3"), (torch.bfloat16, "flash3")]
-)
-def test_by_itself_it_is_not_chosen_for_numbers_that_it_does_not_take(
-    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, name: str
+@pytest.mark.parametrize("flags", [{}, {"FLASHATTENTION_DISABLE_FP16": True, "VIDGEN_INT8_SCORES": True}])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_it_is_not_taken_for_numbers_that_it_does_not_take(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, flags: dict[str, bool]
 ) -> None:
+    """The one that we build has no kernels for float16, and by itself a worker chose it for that."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
-    monkeypatch.setattr(speed.importlib.util, "find_spec", lambda package: object())
-    assert speed.choose_attention([Model()], "auto", CPU, dtype) == name
+    installed(monkeypatch, flags)
+    takes = dtype == torch.bfloat16 or (dtype == torch.float16 and not flags)
+    assert speed.choose_attention([Model()], "auto", CPU, dtype) == ("flash3" if takes else "torch")
+    for name in ("flash3", "flash3-8bit"):
+        if takes and (name == "flash3" or flags):
+            assert speed.choose_attention([Model()], name, CPU, dtype) == name
+        elif not takes:
+            with pytest.raises(FatalError, match=f"VIDGEN_ATTENTION={name} has no kernels for float") as caught:
+                speed.choose_attention([Model()], name, CPU, dtype)
+            assert caught.value.code == "settings"
 
 
 def test_without_flash_attention_3_a_hopper_uses_torch(monkeypatch: pytest.MonkeyPatch) -> None:
