@@ -99,6 +99,8 @@ def standing(
         return "fenced"
     if isinstance(newest, CANCELLED):
         return "cancelled"
+    if isinstance(newest, contracts.Approved) and task.stage == "edit":
+        return "fenced"
     if not isinstance(newest, contracts.StageEvent) or (newest.stage == "edit" and task.stage == "i2v"):
         return "mine"
     if newest.stage != task.stage or newest.attempt > attempt:

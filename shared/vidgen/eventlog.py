@@ -10,7 +10,7 @@ from typing import Literal
 import pydantic
 
 from vidgen import attempts, contracts, errors, topology
-from vidgen.bus import Bus
+from vidgen.bus import Bus, Stored
 from vidgen.contracts import Event, Task
 
 CLAIM_TRIES = 10
@@ -32,13 +32,26 @@ class Newest:
     seq: int
 
 
-async def newest(bus: Bus, job_id: str) -> Newest:
-    """The newest event of a job; raises BusError, and RetryableError for an event of another version."""
-    stored = await bus.last(topology.EVENTS, topology.subject_of_events(job_id))
-    if stored is None:
-        return Newest(None, 0)
+async def newest(bus: Bus, job_id: str, run: int = 0) -> Newest:
+    """The newest event of a job that is of this run or a later one, and where its newest of all stands in the log.
+
+    The end of a run is told when it is on record, and that may be after a retry was asked for and begun. Raises
+    BusError, and RetryableError for an event of another version.
+    """
+    subject = topology.subject_of_events(job_id)
+    stored = await bus.last(topology.EVENTS, subject)
+    seq = stored.seq if stored else 0
+    while stored is not None:
+        event = _event(job_id, stored)
+        if event.run >= run:
+            return Newest(event, seq)
+        stored = next(iter(await bus.tail(topology.EVENTS, stored.seq, 1, subject)), None)
+    return Newest(None, seq)
+
+
+def _event(job_id: str, stored: Stored) -> contracts.AnyEvent:
     try:
-        return Newest(Event.validate_json(stored.body), stored.seq)
+        return Event.validate_json(stored.body)
     except pydantic.ValidationError as exc:
         raise errors.RetryableError(
             f"the newest event of job {job_id} cannot be read: run gateway and workers of one version",
@@ -99,7 +112,7 @@ class Claim:
 
     async def check(self, *, stopping: bool = False) -> None:
         """Look at the log; raises FencedError or, unless `stopping`, Cancelled when this attempt must end."""
-        seen = await newest(self.bus, self.task.job_id)
+        seen = await newest(self.bus, self.task.job_id, self.task.run)
         standing = attempts.standing(self.task, self.attempt, seen.event)
         if standing == "fenced":
             raise FencedError
@@ -116,7 +129,7 @@ async def outlook(
     A lease may have run out under a worker that is well: the bus counts it by its clock, which may step, and knows
     nothing of renewals that it did not hear. So whoever began the task is asked.
     """
-    event = (await newest(bus, task.job_id)).event
+    event = (await newest(bus, task.job_id, task.run)).event
     verdict = attempts.judge(task, event, max_attempts)
     if isinstance(verdict, attempts.Drop):
         return "free"
@@ -150,7 +163,7 @@ async def claim(
     """
     for number in range(CLAIM_TRIES):
         known = queued_at_seq or None if number == 0 else None
-        seen = Newest(None, known) if known else await newest(bus, task.job_id)
+        seen = Newest(None, known) if known else await newest(bus, task.job_id, task.run)
         verdict = attempts.judge(task, seen.event, max_attempts)
         if isinstance(verdict, attempts.Drop):
             return verdict
@@ -184,7 +197,7 @@ async def claim(
 async def give_up(bus: Bus, task: Task, worker: str, error: contracts.JobError) -> None:
     """Append the final failure of a task that is not run, unless its log has come to an end meanwhile."""
     while True:
-        seen = await newest(bus, task.job_id)
+        seen = await newest(bus, task.job_id, task.run)
         verdict = attempts.judge(task, seen.event, ANY_TRIES)
         if isinstance(verdict, attempts.Drop):
             return

@@ -42,6 +42,10 @@ T = TypeVar("T")
 
 MAX_INPUT_BYTES = 64 << 20
 HAND_BACK_S = 5.0  # what a worker that leaves in a hurry takes to hand a task back
+STORE_S = 2.0  # what one that leaves still gives the store to take a result
+LEAVING: tuple[Reason, ...] = ("released", "drained")
+SURE_S = 1.0  # for so long a task is held without a look; a gateway takes a worker for dead behind several seconds
+BUS_PAUSE_S = 1.0
 DISK_FAILS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO})
 KEEP_S = 15.0  # what storing a checkpoint may take: the machine may be gone soon after
 
@@ -187,9 +191,10 @@ class Handler:
             outcome = await self._hold(delivery, task, turn, clocks, gathering)
             return outcome
         finally:
-            if not gathering.done():
-                await asyncio.gather(gathering, return_exceptions=True)
-            elif not gathering.cancelled():
+            if not gathering.done():  # a store that is away may take minutes
+                gathering.cancel()
+                await asyncio.wait([gathering])
+            if not gathering.cancelled():
                 gathering.exception()  # nobody may have needed it
             # Where it ended otherwise a thread of its engine may still be about to write there.
             self._scratch.leave(room, again=outcome == "completed")
@@ -283,7 +288,7 @@ class Handler:
         result = gathered.result
         if not (gathered.looked or held.first):
             with clocks.timed("prepare"):
-                result = await results.find(self._store, task)
+                result = await _unless(turn.stop, results.find(self._store, task))
         reused = result is not None
         if result is None:
             try:
@@ -293,8 +298,7 @@ class Handler:
                     await self._keep_state(held, gathered.folder, exc, turn.stop)
                 raise
             with clocks.timed("store"):
-                await self._look_if_late(held, turn)
-                result = await _unless(turn.stop, self._keep(task, made), UNWANTED)
+                result = await _unless(turn.stop, self._stored(held, turn, made), UNWANTED, LEAVING)
             self._finishing.add(clocks.decode + clocks.encode + clocks.store)
         event = contracts.StageCompleted.model_validate(
             held.stamp()
@@ -317,7 +321,7 @@ class Handler:
         with clocks.timed("prepare"):
             preparing = self._watchdog.watch(task.work, "preparing")
             inputs = await preparing.over_thread(self._engine.prepare, task.work, gathered.files)
-            begun = await _unless(turn.stop, self._begun_elsewhere(held, gathered.folder), ("released",))
+            begun = await _unless(turn.stop, self._begun_elsewhere(held, gathered.folder), ("released", *UNWANTED))
         decoding = self._decoding.value or 0.0
 
         def stepped(seconds: float, left_s: float | None) -> None:
@@ -438,11 +442,24 @@ class Handler:
         self._metrics.artifact_moved("get", sum(sizes), time.monotonic() - begun)
         return paths
 
-    async def _look_if_late(self, held: Claim, turn: Turn) -> None:
-        """Behind a lease that may have ended, see that no newer attempt has stored: other GPUs make other bytes."""
-        if asyncio.get_running_loop().time() - turn.sure_at > self._policy.ack_wait:
-            with contextlib.suppress(errors.RetryableError):  # then whoever comes next finds this result
+    async def _stored(self, held: Claim, turn: Turn, made: results.Made) -> results.Result:
+        """The result in the store, unless a newer attempt has the task: other GPUs make other bytes."""
+        await self._be_sure(held, turn)
+        return await self._keep(held.task, made)
+
+    async def _be_sure(self, held: Claim, turn: Turn) -> None:
+        """See that the task is still held here; who was silent for seconds may have been taken for dead.
+
+        A bus that is away is waited for: it may have given the task to another one before.
+        """
+        while asyncio.get_running_loop().time() - turn.sure_at > SURE_S:
+            try:
                 await held.check()
+            except errors.BusError as exc:
+                log.warning(exc.message, _event="store_waits_for_bus")
+                await asyncio.sleep(BUS_PAUSE_S)
+            else:
+                return
 
     async def _keep(self, task: Task, made: results.Made) -> results.Result:
         begun = time.monotonic()
@@ -473,7 +490,7 @@ class Handler:
             turn.look.clear()
             try:
                 await delivery.in_progress()
-                seen = await eventlog.newest(self._bus, held.task.job_id)
+                seen = await eventlog.newest(self._bus, held.task.job_id, held.task.run)
             except errors.RetryableError as exc:
                 self._metrics.heartbeat_failed()
                 log.warning(exc.message, _event="heartbeat_failed")
@@ -516,16 +533,22 @@ def _causes(exc: BaseException) -> Iterator[BaseException]:
         cause = cause.__cause__
 
 
-async def _unless(stop: Stop, work: Awaitable[T], reasons: Sequence[Reason] = REASONS) -> T:
+async def _unless(
+    stop: Stop, work: Awaitable[T], reasons: Sequence[Reason] = REASONS, soon: Sequence[Reason] = ()
+) -> T:
     """What comes of it; Cancelled, and it is let go of, where the end is asked for by one of the reasons.
 
-    A store that is away may take minutes.
+    By one of those that want it `soon` a moment later. A store that is away may take minutes.
     """
     doing = asyncio.ensure_future(work)
 
     def look() -> None:
         if stop.reason in reasons:
             doing.cancel()
+        elif stop.reason in soon:
+            loop = asyncio.get_running_loop()
+            late = loop.call_later(STORE_S, doing.cancel)
+            doing.add_done_callback(lambda _: late.cancel())
 
     stop.wake = look
     try:

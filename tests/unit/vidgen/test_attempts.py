@@ -268,6 +268,12 @@ def test_whoever_is_dropped_could_not_go_on_either(
         assert attempts.standing(given_task, attempt, newest) != "mine"
 
 
+def test_whoever_made_candidates_once_more_is_fenced_by_the_choice_among_those_that_were_there() -> None:
+    approved = contracts.Approved(job_id="job", run=1, at=datetime(2026, 1, 1, tzinfo=UTC), candidate=0)
+    assert attempts.standing(task("edit", 1), 1, approved) == "fenced"
+    assert attempts.standing(task("i2v", 1), 1, approved) == "mine"
+
+
 @given(counts, st.integers(1, 6), st.sampled_from(["kills", "fails", "releases"]))
 def test_only_attempts_that_are_held_against_a_task_use_it_up(most: int, rounds: int, how: str) -> None:
     newest: contracts.AnyEvent | None = None

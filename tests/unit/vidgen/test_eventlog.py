@@ -109,6 +109,27 @@ async def test_a_task_of_a_later_run_is_nobody_elses() -> None:
     assert bus.calls["ask"] == 0
 
 
+@pytest.mark.parametrize("late", [0, 1, 3])
+async def test_the_end_of_a_run_that_is_told_late_changes_nothing_for_the_next_one(late: int) -> None:
+    """A gateway puts it on record first: by the time it is in the log, a retry may have been asked for and begun."""
+    bus = MemoryBus()
+    seq, second = await accepted(bus), TASK.model_copy(update={"run": 2})
+    first = await claim(bus, second, seq=seq)
+    assert isinstance(first, eventlog.Claim)
+    for number in range(late):
+        end = contracts.JobCancelled(job_id="j1", run=1, at=TASK.queued_at)
+        await bus.publish(LOG, end.to_bytes(), message_id=f"late {number}")
+    await first.check()
+    assert first.seq == seq + 1 + late
+
+    assert await eventlog.outlook(bus, second, "w2", 3, 1) == "elsewhere"
+    newer = await claim(bus, second, worker="w2", deliveries=2)
+    assert isinstance(newer, eventlog.Claim)
+    assert newer.attempt == 2
+    with pytest.raises(eventlog.FencedError):
+        await first.check()
+
+
 async def test_a_cancel_since_then_is_seen() -> None:
     bus = MemoryBus()
     seq = await accepted(bus)

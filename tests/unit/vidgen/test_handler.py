@@ -890,9 +890,9 @@ async def test_of_two_workers_with_the_same_task_one_wins(bench_of: MakeBench) -
     assert bench.queued() == 0
 
 
-@pytest.mark.parametrize("knows", [True, False], ids=["and knows it", "while it stood still"])
+@pytest.mark.parametrize("silent_s", [0, 7, 61], ids=["and knows it", "before it was told", "while it stood still"])
 async def test_an_attempt_that_was_overtaken_stores_nothing_over_what_the_newer_one_made(
-    bench_of: MakeBench, loop_clock: LoopClock, knows: bool
+    bench_of: MakeBench, loop_clock: LoopClock, silent_s: int
 ) -> None:
     """Two kinds of GPUs make other bytes: the record's checksum was of what no longer lay there."""
     engine = engines.Gated()
@@ -906,18 +906,52 @@ async def test_an_attempt_that_was_overtaken_stores_nothing_over_what_the_newer_
     await bench.bus.hand_back(topology.consumer_of("edit", "interactive"), held.seq)
     bench.use(engines.Instant(png=engines.PNG + b"of another GPU"))
     assert await bench.run() == "completed"
-    if knows:
-        turn.look.set()
-        await asyncio.wait_for(turn.stop.raised.wait(), BOUND)
-    else:
+    if silent_s:
         bench.bus.fail_next("in_progress")
-        loop_clock.advance(61)
+        loop_clock.advance(silent_s)
         await settled()
         assert turn.stop.reason is None
+    else:
+        turn.look.set()
+        await asyncio.wait_for(turn.stop.raised.wait(), BOUND)
     gate.open()
 
     assert await ended(running) == "fenced"
 
+    [artifact] = bench.events()[-1].artifacts
+    assert hashlib.sha256(bench.store.objects[artifact.key]).hexdigest() == artifact.sha256
+
+
+@pytest.mark.parametrize("overtaken", [True, False])
+async def test_what_was_made_while_the_bus_was_away_is_stored_once_it_is_known_whose_the_task_is(
+    bench_of: MakeBench, loop_clock: LoopClock, overtaken: bool
+) -> None:
+    """It may be away for this worker alone, and have given the task to another one."""
+    clock, engine = FakeClock(), engines.Gated()
+    gate = engine.hold("finish")
+    bench = bench_of(engine, clock=clock)
+    await bench.queue()
+    running = await bench.begin()
+    await reached(gate)
+    if overtaken:
+        clock.advance(61)
+        bench.use(engines.Instant(png=engines.PNG + b"of another GPU"))
+        assert await bench.run() == "completed"
+    bench.bus.down = True
+    loop_clock.advance(61)
+    looks, puts = bench.bus.calls["last"], bench.store.calls["put"]
+    gate.open()
+    for number in range(1, 4):
+        async with asyncio.timeout(BOUND):
+            while bench.bus.calls["last"] < looks + number:
+                await asyncio.sleep(0)
+        loop_clock.advance(1)
+    assert bench.store.calls["put"] == puts
+
+    bench.bus.down = False
+    loop_clock.advance(1)
+
+    assert await ended(running) == ("fenced" if overtaken else "completed")
     [artifact] = bench.events()[-1].artifacts
     assert hashlib.sha256(bench.store.objects[artifact.key]).hexdigest() == artifact.sha256
 
@@ -1041,16 +1075,32 @@ async def begun_without(bench: Bench, method: str) -> tuple[Turn, asyncio.Task[O
     return turn, running
 
 
-async def test_a_cancel_does_not_wait_for_a_store_that_is_away(bench_of: MakeBench) -> None:
+@pytest.mark.parametrize("method", ["fetch", "put"])
+async def test_a_cancel_does_not_wait_for_a_store_that_is_away(bench_of: MakeBench, method: str) -> None:
     bench = bench_of()
-    turn, running = await begun_without(bench, "put")
+    turn, running = await begun_without(bench, method)
 
     await bench.cancel()
     turn.look.set()
 
     assert await ended(running) == "cancelled"
     assert bench.types() == ["stage_started", "cancel_requested", "stage_cancelled"]
-    assert bench.events()[-1].gpu_seconds > 0
+    assert (bench.events()[-1].gpu_seconds > 0) == (method == "put")
+
+
+async def test_nor_where_it_is_asked_for_what_an_attempt_before_has_stored(bench_of: MakeBench) -> None:
+    bench = bench_of(clock=FakeClock())
+    await bench.accept()
+    await bench.queue_where_the_log_stands()
+    await bench.start_elsewhere(1, worker=bench.policy.worker_id)
+    away, turn = Away(bench, "stat"), bench.turn()
+    running = await bench.begin(turn)
+    await asyncio.wait_for(away.asked.wait(), BOUND)
+
+    await bench.cancel()
+    turn.look.set()
+
+    assert await ended(running) == "cancelled"
 
 
 async def test_a_cancel_that_comes_with_the_last_step_wins_over_the_result(bench_of: MakeBench) -> None:
@@ -1077,11 +1127,25 @@ async def test_what_cannot_be_fetched_is_handed_back_at_once_when_it_is_told_to(
     await settled()
 
     turn.stop.now("released")
-    await bench.journal.until(lambda: "nak" in bench.journal.entries)
+
+    assert await ended(running) == "released"
     assert (bench.events()[-1].type, bench.events()[-1].tries) == ("stage_released", 0)
 
-    running.cancel()
-    await asyncio.wait([running])
+
+@pytest.mark.parametrize("reason", ["released", "drained"])
+async def test_what_cannot_be_stored_is_handed_back_soon_when_it_is_told_to(
+    bench_of: MakeBench, loop_clock: LoopClock, reason: Reason
+) -> None:
+    bench = bench_of()
+    turn, running = await begun_without(bench, "put")
+
+    turn.stop.now(reason)
+    await settled()
+    assert bench.types() == ["stage_started"]  # a store that is well takes it in a moment
+    loop_clock.advance(2.1)
+
+    assert await ended(running) == "released"
+    assert (bench.events()[-1].type, bench.events()[-1].tries) == ("stage_released", 0)
 
 
 @pytest.mark.parametrize("most", [1, 3])
@@ -1747,7 +1811,10 @@ async def test_where_checkpoints_are_off_none_is_made_or_read(bench_of: MakeBenc
     assert second.made == [WHOLE]
 
 
-async def test_a_drain_waits_for_no_checkpoint_that_cannot_be_fetched(bench_of: MakeBench) -> None:
+@pytest.mark.parametrize("why", ["drained", "cancelled"])
+async def test_nobody_who_is_to_leave_waits_for_a_checkpoint_that_cannot_be_fetched(
+    bench_of: MakeBench, why: str
+) -> None:
     bench = bench_of()
     await bench.queue()
     await left_behind_step_two(bench)
@@ -1766,10 +1833,14 @@ async def test_a_drain_waits_for_no_checkpoint_that_cannot_be_fetched(bench_of: 
     running = await bench.begin(turn)
     await asyncio.wait_for(asked.wait(), BOUND)
 
-    turn.stop.now("released")
-
-    assert await ended(running) == "released"
-    assert bench.events()[-1].checkpoint == kept
+    if why == "cancelled":
+        await bench.cancel()
+        turn.look.set()
+        assert await ended(running) == "cancelled"
+    else:
+        turn.stop.now("released")
+        assert await ended(running) == "released"
+        assert bench.events()[-1].checkpoint == kept
 
 
 # ── checkpoints that cannot be stored, or come too late ──────────────────────────────────────────────────────────
