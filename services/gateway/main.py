@@ -99,10 +99,11 @@ class _Gateway:
             async with contextlib.AsyncExitStack() as stack:
                 name = f"gateway-{secrets.token_hex(4)}"
                 connected = await self._connect(stack, name)
+                store = S3Store.from_settings(self._settings)
+                # First: a worker that finds its queues needs the bucket.
+                await self._persist("the object store", store.ensure_bucket)
                 await self._bootstrap(connected)
                 looks = await self._connect(stack, f"{name}-looks")
-                store = S3Store.from_settings(self._settings)
-                await self._persist("the object store", store.ensure_bucket)
                 await self._serve(connected, looks, store, decoders)
         except StoppedError:
             pass

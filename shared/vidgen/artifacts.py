@@ -34,7 +34,9 @@ READY_TIMEOUT = 3.0
 BORNE = timedelta(minutes=15)  # between a signature's time and the store's, by the rules of S3
 DATE_S = 2.0  # by which the date of an answer may differ from what the store compared
 NO_KEY = f"{UPLOADS}-"  # no upload is called so
-MISSING = frozenset({"NoSuchKey", "NoSuchObject", "NoSuchBucket", "NoSuchUpload"})
+MISSING = frozenset({"NoSuchKey", "NoSuchObject", "NoSuchUpload"})
+NO_BUCKET = "NoSuchBucket"
+UNKNOWN_KEY = frozenset({HTTPStatus.UNAUTHORIZED, HTTPStatus.FORBIDDEN})
 
 
 @dataclass(frozen=True)
@@ -88,7 +90,7 @@ class ArtifactStore(Protocol):
         """Delete objects; one that is not there any more is no error."""
 
     async def ready(self) -> bool:
-        """Whether the store answers now and the bucket is there."""
+        """Whether the store answers now, takes this key, and has the bucket."""
 
 
 def job_prefix(job_id: str) -> str:
@@ -140,6 +142,10 @@ def missing(key: str) -> errors.NotFoundError:
     return errors.NotFoundError(f"no object at key {key}: upload it first")
 
 
+def no_bucket() -> errors.StoreRefusedError:
+    return errors.StoreRefusedError("the object store has no such bucket: correct VIDGEN_S3_BUCKET")
+
+
 def too_large(size: int, limit: int, field: str | None = None) -> errors.RejectedError:
     return errors.RejectedError(
         f"the object has {size:,} bytes, more than the {limit:,} allowed: send a smaller file",
@@ -185,8 +191,12 @@ def _translated(key: str = "") -> Iterator[None]:
                 f"the object store's clock is {apart}: it refuses {BORNE.seconds // 60} and more, so set both by NTP",
                 code="store_clock",
             ) from exc
+        if exc.code == NO_BUCKET:
+            raise no_bucket() from exc
         if exc.response.status < 500:
-            raise errors.StoreError(f"the object store refused: {exc.code}", code="store_refused") from exc
+            keys = ": correct VIDGEN_S3_ACCESS_KEY and VIDGEN_S3_SECRET_KEY, or what that key may do"
+            remedy = keys if exc.response.status in UNKNOWN_KEY else ""
+            raise errors.StoreRefusedError(f"the object store refused: {exc.code}{remedy}") from exc
         raise errors.StoreError(f"the object store could not: {exc.code}") from exc
     except (MinioException, urllib3.exceptions.HTTPError) as exc:
         raise errors.StoreError(f"the object store did not answer: {type(exc).__name__}") from exc
@@ -338,10 +348,20 @@ class S3Store:
 
     async def ready(self) -> bool:
         try:
-            async with asyncio.timeout(READY_TIMEOUT):  # a store that hangs is not ready; the thread ends by itself
-                return await asyncio.to_thread(self._is_there)
-        except (errors.VidgenError, TimeoutError):
+            await self.require()
+        except errors.StoreError:
             return False
+        return True
+
+    async def require(self) -> None:
+        """Raise StoreError where the store is not ready: it says why."""
+        try:
+            async with asyncio.timeout(READY_TIMEOUT):  # a store that hangs is not ready; the thread ends by itself
+                there = await asyncio.to_thread(self._is_there)
+        except TimeoutError:
+            raise errors.StoreError("the object store did not answer in time") from None
+        if not there:
+            raise no_bucket()
 
     def _is_there(self) -> bool:
         """Whether the bucket is there: asked for a file, for which nobody needs a right to the whole bucket."""
@@ -349,7 +369,7 @@ class S3Store:
             try:
                 self._client.get_object(self.bucket, NO_KEY).close()
             except S3Error as exc:
-                if exc.code not in ("NoSuchKey", "NoSuchBucket"):
+                if exc.code not in ("NoSuchKey", NO_BUCKET):
                     raise
                 return exc.code == "NoSuchKey"
         return True

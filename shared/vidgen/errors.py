@@ -128,6 +128,12 @@ class StoreError(RetryableError):
     code = "store_unavailable"
 
 
+class StoreRefusedError(StoreError):
+    """The object store does not take this key, lets it do too little, or lacks the bucket."""
+
+    code = "store_refused"
+
+
 class NotFoundError(RejectedError):
     """No such object."""
 

@@ -250,6 +250,13 @@ class Handler:
                 return await self._settlement.unfit(delivery, held, clocks, exc)
             except errors.BusError:
                 raise
+            except errors.StoreRefusedError as exc:
+                if await self._store.ready():  # of this task alone
+                    return await self._settlement.fail(delivery, held, clocks, exc, retryable=True)
+                # It would fail one task after another, and be free at once for the next.
+                log.error(exc.message, _event="worker_unhealthy", code=exc.code)
+                turn.fatal = errors.FatalError(exc.message, code=exc.code)
+                return await self._settlement.unfit(delivery, held, clocks, turn.fatal)
             except errors.RetryableError as exc:
                 return await self._settlement.fail(delivery, held, clocks, exc, retryable=True)
             except Exception as exc:

@@ -14,6 +14,7 @@ from vidgen import errors
 
 WRONG_LAST_SEQUENCE = frozenset({10071, 10164})  # alone · in a cluster
 STORE_FAILED = 10077
+NO_CLUSTER = 10074
 FULL_CODES = frozenset({10023, 10028, 10047, STORE_FAILED})
 
 
@@ -76,6 +77,10 @@ def from_api(exc: js_errors.APIError) -> errors.VidgenError:
         return errors.ConflictError()
     if code == STORE_FAILED and "per subject" in text:
         return errors.ConflictError("a message already waits on this subject", code="already_queued")
+    if code == NO_CLUSTER:
+        return errors.FatalError(
+            f"the bus is one server ({text}): set VIDGEN_STREAM_REPLICAS=1, or have it be a cluster", code="settings"
+        )
     if code in FULL_CODES:
         return errors.QueueFullError(f"the bus is full: {text}")
     return errors.BusError(f"the bus refused: {text}")

@@ -270,17 +270,18 @@ class _Service:
             connected = self._bus = await self._connect(stack, on_denied)
             if connected is None:
                 return
-            store = PatientStore(S3Store.from_settings(settings), settings.store_patience_s)
+            store = S3Store.from_settings(settings)
             await self._wait_for_queues(connected)
+            await self._wait_for_store(store)
             devices = device.views(
                 {stage: one.engine for stage, one in loaded.items()}, self._stages[0], device_thread,
                 lambda stage, seconds: self._metrics[stage].switched(seconds), takes_turns=takes_turns,
                 bears_s=settings.hang_first_s if settings.hang_factor else None,
             )  # fmt: skip
-            company = Company()
+            company, patient = Company(), PatientStore(store, settings.store_patience_s)
             self._workers = [
                 Worker(
-                    connected, store, loaded[stage].engine, device_thread, self._monitor, self._metrics[stage],
+                    connected, patient, loaded[stage].engine, device_thread, self._monitor, self._metrics[stage],
                     self._policy(stage), Registration(settings.heartbeat_s, settings.grace_s, loaded[stage].seconds),
                     devices[stage], company,
                 )
@@ -345,7 +346,7 @@ class _Service:
             except errors.FatalError as exc:  # a gateway that is just starting may set it
                 if time.monotonic() > give_up:
                     raise
-                self._waits_for = f"its queues: {exc.message}"
+                self._wait(f"its queues: {exc.message}")
             except errors.BusError as exc:
                 if time.monotonic() > give_up:
                     stages = " and ".join(self._stages)
@@ -353,9 +354,30 @@ class _Service:
                         f"the queues of {stages} are not there: start the gateway first ({exc.message})",
                         code="queues_missing",
                     ) from exc
+                self._wait(f"its queues, which the gateway makes: {exc.message}")
             else:
                 return
             await self._pause()
+
+    async def _wait_for_store(self, store: S3Store) -> None:
+        """A worker whom the store refuses would be free at once for each task, and fail them all."""
+        give_up, self._waits_for = time.monotonic() + START_PATIENCE_S, "the object store"
+        while not self._stop.is_set():
+            try:
+                await store.require()
+            except errors.StoreError as exc:
+                if time.monotonic() > give_up:
+                    raise errors.FatalError(exc.message, code=exc.code) from exc
+                self._wait(f"the object store: {exc.message}")
+            else:
+                return
+            await self._pause()
+
+    def _wait(self, what: str) -> None:
+        """Have the probes say what is waited for, and the log once."""
+        if what != self._waits_for:
+            self._waits_for = what
+            log.warning(f"this worker waits for {what}", _event="not_there_yet")
 
     def _take_signals(self) -> None:
         loop = asyncio.get_running_loop()

@@ -13,11 +13,14 @@ from pathlib import Path
 
 import httpx
 import pytest
+from structlog.testing import capture_logs
+from tests import engines
 from tests.receivers import Receiver, make_certificate
 
-from vidgen import errors, presign
+from vidgen import errors, presign, service
 from vidgen.artifacts import CHUNK, ArtifactStore, S3Store, Shown, artifact_key, check_key, job_prefix, upload_headers
 from vidgen.local import S3Server
+from vidgen.settings import WorkerSettings
 from vidgen.testing import MemoryStore
 
 BOUND = 60.0
@@ -321,21 +324,31 @@ async def test_links_are_signed_for_the_public_name(s3_server: S3Server) -> None
     assert (await store.url("uploads/a.png")).startswith("https://s3.test/vidgen/uploads/a.png?")
 
 
-async def test_a_bucket_that_is_not_there_is_not_ready_until_it_is_made(s3_server: S3Server) -> None:
+async def test_a_bucket_that_is_not_there_is_not_ready_until_it_is_made(
+    s3_server: S3Server, key: str, tmp_path: Path
+) -> None:
     store = S3Store(s3_server.endpoint, s3_server.access_key, s3_server.secret_key, f"b{secrets.token_hex(6)}")
 
     assert not await store.ready()
+    with pytest.raises(errors.StoreRefusedError, match="no such bucket: correct VIDGEN_S3_BUCKET"):
+        await store.require()
+    # Not the key's fault: a task that asks for it is not to be turned away for good.
+    with pytest.raises(errors.StoreRefusedError, match="no such bucket"):
+        await store.fetch(key, tmp_path / "copy")
     await asyncio.gather(store.ensure_bucket(), store.ensure_bucket())
     assert await store.ready()
+    await store.require()
 
 
 async def test_wrong_credentials_are_refused_and_not_shown(s3_server: S3Server, key: str, tmp_path: Path) -> None:
     store = S3Store(s3_server.endpoint, s3_server.access_key, "not-the-secret", s3_server.bucket)
 
-    with pytest.raises(errors.StoreError, match="refused") as caught:
+    with pytest.raises(errors.StoreRefusedError, match=r"refused: .*correct VIDGEN_S3_ACCESS_KEY") as caught:
         await store.fetch(key, tmp_path / "copy")
     assert "not-the-secret" not in str(caught.value)
     assert not await store.ready()
+    with pytest.raises(errors.StoreRefusedError, match="correct VIDGEN_S3_ACCESS_KEY"):
+        await store.require()
 
 
 @pytest.mark.parametrize(
@@ -391,7 +404,43 @@ async def test_a_server_that_accepts_and_says_nothing_is_not_ready() -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         store = S3Store(f"http://127.0.0.1:{silent.getsockname()[1]}", "key", "secret", "vidgen")
 
-        assert not await asyncio.wait_for(store.ready(), BOUND)
+        with pytest.raises(errors.StoreError, match="did not answer in time"):
+            await asyncio.wait_for(store.require(), BOUND)
+
+
+# ── a worker that starts ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("wrong", ["bucket", "key"])
+async def test_a_worker_that_the_store_refuses_is_never_ready_and_says_why(
+    s3_server: S3Server, monkeypatch: pytest.MonkeyPatch, wrong: str
+) -> None:
+    """It was free at once for each task, and failed them all."""
+    settings = WorkerSettings(
+        s3_endpoint=s3_server.endpoint, s3_access_key=s3_server.access_key, device="cpu",
+        s3_secret_key="another-one" if wrong == "key" else s3_server.secret_key,
+        s3_bucket=s3_server.bucket if wrong == "key" else f"b{secrets.token_hex(6)}",
+    )  # fmt: skip
+    made = service._Service({"edit": lambda settings, chosen: engines.Instant()}, settings)
+    store = S3Store.from_settings(settings)
+    told = "VIDGEN_S3_ACCESS_KEY" if wrong == "key" else "VIDGEN_S3_BUCKET"
+    with capture_logs() as logs:
+        waiting = asyncio.create_task(made._wait_for_store(store))
+        async with asyncio.timeout(BOUND):
+            while not logs:
+                await asyncio.sleep(0.01)
+        ready, reason = made._ready()
+        assert (ready, told in reason) == (False, True)
+        if wrong == "bucket":
+            await store.ensure_bucket()
+            await asyncio.wait_for(waiting, BOUND)
+        else:
+            monkeypatch.setattr(service, "START_PATIENCE_S", 0.0)
+            waiting.cancel()
+            with pytest.raises(errors.FatalError, match=told) as caught:
+                await made._wait_for_store(store)
+            assert caught.value.code == "store_refused"
+    assert [entry["_event"] for entry in logs] == ["not_there_yet"]  # once, however often it looks
 
 
 # ── keys ─────────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -923,6 +923,16 @@ async def test_a_record_that_was_deleted_is_not_the_latest_either(nats_server: N
         assert await records.get("j1") is None
 
 
+async def test_a_server_that_is_alone_and_is_to_keep_three_copies_says_which_setting_is_wrong(
+    nats_server: NatsServer,
+) -> None:
+    """It was taken for a bus that is not there yet, and waited for."""
+    with pytest.raises(errors.FatalError, match="set VIDGEN_STREAM_REPLICAS=1") as caught:
+        async with connected_bus(nats_server, topology.Topology(replicas=3)):
+            pass
+    assert caught.value.code == "settings"
+
+
 # ── a worker that binds ──────────────────────────────────────────────────────────────────────────────────────────
 
 

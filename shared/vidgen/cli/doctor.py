@@ -220,13 +220,9 @@ async def _ask_bus(settings: WorkerSettings) -> None:
 
 
 async def _ask_store(settings: WorkerSettings) -> None:
-    from vidgen import errors
-    from vidgen.artifacts import NO_KEY, S3Store
+    from vidgen.artifacts import S3Store
 
-    store = S3Store.from_settings(settings)
-    if not await store.ready():
-        await store.stat(NO_KEY)  # raises what is wrong
-        raise errors.StoreError("no such bucket")
+    await S3Store.from_settings(settings).require()
 
 
 async def _ask_gateway(url: str) -> None:

@@ -1076,6 +1076,33 @@ async def begun_without(bench: Bench, method: str) -> tuple[Turn, asyncio.Task[O
 
 
 @pytest.mark.parametrize("method", ["fetch", "put"])
+async def test_a_worker_that_the_store_takes_for_nobody_hands_its_task_back_unharmed_and_leaves(
+    bench_of: MakeBench, monkeypatch: pytest.MonkeyPatch, method: str
+) -> None:
+    """Its keys were taken away, say, while it ran: it failed one task after another, and was free for the next."""
+    bench = bench_of()
+    await bench.queue()
+    bench.store.fail_next(method, errors.StoreRefusedError("the object store refused: InvalidAccessKeyId"))
+
+    async def refused() -> bool:
+        return False
+
+    monkeypatch.setattr(bench.store, "ready", refused)
+    with pytest.raises(errors.FatalError, match="InvalidAccessKeyId") as caught:
+        await bench.run()
+    assert caught.value.code == "store_refused"
+    assert (bench.events()[-1].type, bench.events()[-1].tries) == ("stage_released", 0)
+
+
+async def test_a_store_that_refuses_one_task_alone_costs_that_task_a_try(bench_of: MakeBench) -> None:
+    bench = bench_of()
+    await bench.queue()
+    bench.store.fail_next("fetch", errors.StoreRefusedError("the object store refused: AccessDenied"))
+    assert await bench.run() == "retried"
+    assert (bench.events()[-1].type, bench.events()[-1].error.code) == ("stage_failed", "store_refused")
+
+
+@pytest.mark.parametrize("method", ["fetch", "put"])
 async def test_a_cancel_does_not_wait_for_a_store_that_is_away(bench_of: MakeBench, method: str) -> None:
     bench = bench_of()
     turn, running = await begun_without(bench, method)
