@@ -58,11 +58,12 @@ class Fp8Linear(nn.Module):
 
     def multiply(self, rows: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
         """The (rows, out) product with rows that are quantised already."""
-        apart = self.bias is not None and rows.shape[0] < FEW_ROWS
+        # With scales of rows many cards have kernels for bfloat16 alone.
+        apart = self.bias is not None and (rows.shape[0] < FEW_ROWS or dtype != torch.bfloat16)
         made: Tensor = torch._scaled_mm(
             rows, self.weight.t(), scale_a=scale, scale_b=self.weight_scale.t(), bias=None if apart else self.bias,
-            out_dtype=dtype, use_fast_accum=True,
-        )  # fmt: skip
+            out_dtype=torch.bfloat16, use_fast_accum=True,
+        ).to(dtype)  # fmt: skip
         return made + self.bias if apart else made
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Fp8Linear:

@@ -38,12 +38,22 @@ def test_a_stored_layer_is_near_the_layer_it_was_made_of(bias: bool) -> None:
     assert error(made(x), linear(x)) < 0.04
 
 
-def test_arithmetic_is_near_the_layer_it_was_made_of() -> None:
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_arithmetic_is_near_the_layer_it_was_made_of(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    stock, made_in = torch._scaled_mm, set()
+
+    def only_bfloat16(*given: Any, out_dtype: torch.dtype, bias: torch.Tensor | None, **more: Any) -> torch.Tensor:
+        made_in.add(out_dtype if bias is None else bias.dtype)
+        return stock(*given, out_dtype=out_dtype, bias=bias, **more)
+
+    monkeypatch.setattr(torch, "_scaled_mm", only_bfloat16)
     torch.manual_seed(1)
-    linear = nn.Linear(64, 32, dtype=torch.bfloat16)
-    x = torch.randn(3, 7, 64, dtype=torch.bfloat16)
+    linear = nn.Linear(64, 32, dtype=dtype)
+    x = torch.randn(30, 7, 64, dtype=dtype)
     made = fp8.Fp8Linear.of(linear, arithmetic=True)
+    assert made(x).dtype == dtype
     assert error(made(x), linear(x)) < 0.06
+    assert made_in == {torch.bfloat16}
 
 
 def test_moving_a_model_to_another_precision_does_not_widen_it() -> None:
