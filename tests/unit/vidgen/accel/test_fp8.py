@@ -92,10 +92,10 @@ def test_few_rows_get_their_bias_apart_because_cublas_has_no_kernel_for_both(mon
         return (made if given["bias"] is None else made + given["bias"]).to(given["out_dtype"])
 
     monkeypatch.setattr(torch, "_scaled_mm", product)
-    linear = nn.Linear(64, 32)
+    linear = nn.Linear(64, 32, dtype=torch.bfloat16)
     layer = fp8.Fp8Linear.of(linear, arithmetic=True)
     for rows in (1, 40, 127, 128, 300):
-        x = torch.randn(rows, 64)
+        x = torch.randn(rows, 64, dtype=torch.bfloat16)
         assert (layer(x) - linear(x)).norm() / linear(x).norm() < 0.05
     assert biases == {1: False, 40: False, 127: False, 128: True, 300: True}
     bare = fp8.Fp8Linear.of(nn.Linear(64, 32, bias=False), arithmetic=True)
