@@ -218,14 +218,16 @@ class FairShare:
 
 
 async def withdraw(bus: Bus, stream: str, subject: str, run: int) -> bool:
-    """Take a task of `run`, or of one before, from where it waits; whether there was one.
+    """Take a task of `run`, or of one before, from where it waits; whether there is none there now.
 
     One of another version stays: a worker that can read it will drop it, by the log.
     """
     # By its sequence: a purge of the subject could take the task of a retry that another replica just published.
     stored = await bus.last(stream, subject)
-    found = _run_of(stored.body) if stored is not None else None
-    if stored is None or found is None or found > run:
+    if stored is None:
+        return True
+    found = _run_of(stored.body)
+    if found is None or found > run:
         return False
     await bus.delete(stream, stored.seq)
     return True

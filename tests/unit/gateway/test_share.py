@@ -14,7 +14,7 @@ from tests.gateways import BOUND, EDIT, KEY, Gateway, completed, now, picture, p
 
 from gateway.share import FairShare, Place, withdraw
 from vidgen import contracts, errors, tenants, topology
-from vidgen.bus import Delivery
+from vidgen.bus import Delivery, Stored
 from vidgen.contracts import EditWork, Task
 from vidgen.tenants import Tenants
 from vidgen.testing import MemoryBus, MemoryStore
@@ -257,6 +257,31 @@ async def test_a_task_of_another_version_waits_for_the_queued_one_and_stops_nobo
     last = await lane.bus.pull(QUEUE, 0)
     assert last is not None
     assert last.body == held
+    assert lane.count(topology.HELD) == 0
+
+
+@pytest.mark.parametrize("tenant", ["default", "acme"])
+async def test_a_task_of_a_retry_is_not_lost_where_that_of_the_run_before_leaves_in_the_same_moment(
+    tenant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one in the way was asked for when it had gone, and the new one was taken for it: the job waited for ever."""
+    lane = Lane(waiting=4)
+    if tenant != "default":  # else it goes into the queue at once
+        await lane.know(tenant)
+    await lane.queue("j1", tenant)
+    older = await lane.bus.pull(QUEUE, 0)
+    assert older is not None
+    last = lane.bus.last
+
+    async def leaves(stream: str, subject: str) -> Stored | None:
+        await older.ack()
+        return await last(stream, subject)
+
+    monkeypatch.setattr(lane.bus, "last", leaves)
+    await lane.shares[0].queue(task("j1", tenant, run=2), "j1:edit:2", None)
+    await lane.fill(tenant)
+
+    assert [one.run for one in await lane.drain()] == [2]
     assert lane.count(topology.HELD) == 0
 
 
