@@ -24,6 +24,12 @@ class FencedError(errors.VidgenError):
     code = "fenced"
 
 
+class UnreadableError(errors.RetryableError):
+    """The newest event of a job is of another version."""
+
+    code = "unreadable_event"
+
+
 @dataclass(frozen=True)
 class Newest:
     """The newest event of a job, and where it stands in the log (0: there is none)."""
@@ -33,16 +39,15 @@ class Newest:
 
 
 async def newest(bus: Bus, job_id: str) -> Newest:
-    """The newest event of a job; raises BusError, and RetryableError for an event of another version."""
+    """The newest event of a job; raises BusError and UnreadableError."""
     stored = await bus.last(topology.EVENTS, topology.subject_of_events(job_id))
     if stored is None:
         return Newest(None, 0)
     try:
         return Newest(Event.validate_json(stored.body), stored.seq)
     except pydantic.ValidationError as exc:
-        raise errors.RetryableError(
-            f"the newest event of job {job_id} cannot be read: run gateway and workers of one version",
-            code="unreadable_event",
+        raise UnreadableError(
+            f"the newest event of job {job_id} cannot be read: run gateway and workers of one version"
         ) from exc
 
 
