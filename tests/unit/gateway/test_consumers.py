@@ -285,7 +285,9 @@ async def test_a_begun_task_whose_deliveries_ran_out_is_queued_anew_whatever_fai
     assert not (await loops.gateway.parts.jobs.get(job.id)).status.final
 
 
-def test_a_letter_too_large_for_a_message_keeps_its_beginning() -> None:
-    error = contracts.JobError(code="x", message="y")
-    letter = dead.letter(b"a" * (1 << 20), topology.SUBJECT_REQUESTS, error, job_id=None)
+@pytest.mark.parametrize("message", ["y", "y" * 100_000])
+def test_a_letter_too_large_for_a_message_keeps_its_beginning(message: str) -> None:
+    payload, error = b"abc" * (1 << 18), contracts.JobError(code="x", message=message)
+    letter = dead.letter(payload, topology.SUBJECT_REQUESTS, error, job_id=None)
+    assert payload.startswith(base64.b64decode(letter.payload))
     assert len(letter.to_bytes()) < 262_144

@@ -202,8 +202,8 @@ async def test_what_is_wrong_is_recorded_told_and_kept_and_the_next_request_is_h
     assert event.errors == record.error.fields
     [letter] = await door.letters()
     assert (letter.job_id, letter.stage, letter.subject) == (job.id, None, topology.SUBJECT_REQUESTS)
-    assert raw.startswith(base64.b64decode(letter.payload))
-    assert len(base64.b64decode(letter.payload)) == min(len(raw), 128 << 10)
+    kept = base64.b64decode(letter.payload)
+    assert kept == raw or (raw.startswith(kept) and len(kept) > 180_000)
     assert following.status is JobStatus.QUEUED
     assert len(await door.bus.tail(topology.TASKS, None, 10)) == 1
 
