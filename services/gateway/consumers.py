@@ -23,8 +23,7 @@ HAND_BACK_S = 2.0
 PAUSE_S = 0.5
 GIVE_UP_AFTER = 20  # deliveries of a message that this gateway cannot digest
 REMEMBERED = 10_000  # events that came last
-ENDS = (contracts.JobCompleted, contracts.JobFailed, contracts.JobCancelled, contracts.Rejected)
-OWN = (contracts.Accepted, *ENDS)  # what gateways write themselves: nothing is to be done about them
+OWN = contracts.Accepted | contracts.AnyEnd  # what gateways write themselves: nothing is to be done about them
 
 # What comes in belongs to those who answer HTTP: what a replica lets in itself comes back to it, and is known there.
 TAKEN_IN = (topology.REQUESTS,)
@@ -158,7 +157,7 @@ class Consumers:
             log.warning("an event of an unknown job is passed over", _event="event_orphaned", job=event.job_id)
         return job, changed
 
-    async def _count(self, event: contracts.AnyEvent) -> None:
+    async def _count(self, event: contracts.Accepted | contracts.AnyEnd) -> None:
         """Measure what gateways say of a job: each such event is in the log once, whichever replica wrote it."""
         if isinstance(event, contracts.Accepted):  # its record may be a moment behind
             self._metrics.request_accepted()
@@ -166,12 +165,11 @@ class Consumers:
         job = await self._jobs.ended(event.job_id)
         if job is None:
             return
-        if isinstance(event, ENDS) and event.run == job.run and not job.status.final:
+        if event.run == job.run and not job.status.final:
             # The record was written first; on a bus of several nodes the one that answers may not have it yet.
             raise errors.RetryableError(f"the record of job {event.job_id} is behind its log")
         self._metrics.observe(event, job)
-        if isinstance(event, ENDS) and job.status.final:
-            self._metrics.job_finished(job)
+        self._metrics.job_finished(job, event)
 
     async def _on_advisory(self, delivery: Delivery) -> None:
         """A task whose deliveries ran out stays in its queue and is never given again: look after it.

@@ -2,7 +2,7 @@
 
 What a worker is at, it ends itself at the next step; where it has died, its job waits as well. Deadlines are kept in
 mind by the gateway that wrote the record last; those of tasks are looked up in their queues as well, at the start and
-now and then, for a gateway may have died.
+now and then, for a gateway may have died. As often each is looked at, for another gateway may have ended its job.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ log = structlog.get_logger(__name__)
 SLACK = timedelta(seconds=2)  # behind the deadline: whoever is at the task says so himself
 AGAIN = timedelta(seconds=30)  # between two looks at one that a worker is at, who may die: nobody may come after him
 SWEEP_S = 600.0
+ANYWAY = timedelta(seconds=SWEEP_S)  # until a job is looked at that is not due: of an end by another nobody tells
 ENDED = 1000  # deadlines of jobs that have ended which may be kept in mind
 
 
@@ -41,7 +42,7 @@ class Due:
         self._known: dict[str, datetime] = {}
         self.changed = asyncio.Event()
 
-    def note(self, job: Job) -> None:
+    def note(self, job: Job, now: datetime) -> None:
         """Take in a job as it is now."""
         if job.deadline_at is None:
             return
@@ -49,7 +50,7 @@ class Due:
             self._known.pop(job.id, None)
             self._tidy()
         else:
-            self.at(job.id, job.deadline_at + SLACK)
+            self.at(job.id, _turn(job.deadline_at, now))
 
     def at(self, job_id: str, when: datetime) -> None:
         """Look at a job then."""
@@ -81,6 +82,10 @@ class Due:
         if len(self._next) > 2 * len(self._known) + ENDED:
             self._next = [(when, job_id) for job_id, when in self._known.items()]
             heapq.heapify(self._next)
+
+
+def _turn(deadline_at: datetime, now: datetime) -> datetime:
+    return min(deadline_at + SLACK, now + ANYWAY)
 
 
 class Deadlines:
@@ -125,8 +130,8 @@ class Deadlines:
             task = contracts.Task.model_validate_json(body)
         except pydantic.ValidationError:  # of another version: its worker says so
             return
-        if task.deadline_at is not None:
-            self._due.at(task.job_id, task.deadline_at + SLACK)
+        if task.deadline_at is not None and task.job_id not in self._due:
+            self._due.at(task.job_id, _turn(task.deadline_at, self._clock()))
 
     async def look(self) -> None:
         """End what is due and waits."""
@@ -146,8 +151,8 @@ class Deadlines:
         job = await self._jobs.find(job_id)
         if job is None or job.status.final or job.deadline_at is None:
             return
-        if job.deadline_at + SLACK > self._clock():  # a retry gave it more time
-            self._due.note(job)
+        if job.deadline_at + SLACK > self._clock():
+            self._due.note(job, self._clock())
             return
         record = job.stage_record(job.stage) if job.stage is not None else None
         if record is None or (record.state is StageState.RUNNING and not await self._left(job, record, missed)):

@@ -39,7 +39,9 @@ MAX_NAMED, MAX_FIELD_NAME = 50, 200
 FILES = 16  # references that are fetched, and decoded, at once
 REMEMBERED = 1000  # requests let in by HTTP whose message another replica may have taken
 JUST_NOW_S = 1.0  # a plain reference that was looked at since then is not looked at again
-LIMIT_TRIES = 4  # deliveries, seconds apart, before a request is turned away because its tenant has too many jobs
+# That long a request waits for room before it is turned away because its tenant has too many jobs; and that long one
+# that had found room when it came by HTTP. No longer: what waits is under way, and others have to have room for theirs.
+ROOM_S, LET_IN_S = 6.0, 60.0
 TENANT = re.compile(r"^[a-z0-9][a-z0-9-]{0,31}$")
 NO_TENANT = "vidgen.requests.<tenant> wants a tenant's id: lower case letters, digits and -, at most 32"
 MADE_OF_A_KEY = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-5[0-9a-f]{3}-[0-9a-f]{4}-[0-9a-f]{12}")  # by `id_from_key`
@@ -145,6 +147,9 @@ class Intake:
         # times. The first time nothing is asked of the store that would be in vain for a photograph that comes once.
         # With the object's tag, and when it was looked at.
         self._plain: OrderedDict[str, tuple[str, float, images.ImageFacts]] = OrderedDict()
+        # Requests for which there was no room, since when. Not by their deliveries or their age: they may have come
+        # again, or late, for the bus or the store. Another replica may have settled one: as many as can be under way.
+        self._waiting: OrderedDict[tuple[int, datetime], float] = OrderedDict()
         self.scratch, self.decoding = Scratch(), Decoding(decoders=decoders)
         self._files = asyncio.Semaphore(FILES)
 
@@ -170,7 +175,7 @@ class Intake:
             message_id = job_id if tenant == DEFAULT_TENANT else f"{tenant}:{job_id}"
             subject, body = topology.subject_of_requests(tenant), request.to_bytes()
             with self._submitting(subject, body) as submitted:
-                headers = {topology.HEADER_KEY: key.encode().hex()} if key else None
+                headers = {topology.HEADER_LET_IN: "1"} | ({topology.HEADER_KEY: key.encode().hex()} if key else {})
                 await self._bus.publish(subject, body, message_id=message_id, headers=headers)
                 try:
                     job, new = await self._jobs.create(job)
@@ -224,8 +229,7 @@ class Intake:
         except InvalidRequestError as exc:
             return await self._turn_away(delivery, request, exc, at, tenant)
         except LimitError as exc:
-            # What came by HTTP was counted there, and is on its way through here a moment before its job is.
-            if delivery.num_delivered < LIMIT_TRIES:
+            if self._may_wait(delivery):
                 raise errors.RetryableError(exc.message, code=exc.code) from exc
             return await self._turn_away(delivery, request, _as_invalid("tenant", exc), at, tenant)
         except JobIdTakenError as exc:
@@ -233,6 +237,20 @@ class Intake:
             wrong = _as_invalid("job_id", exc)
             return await self._record_rejected(delivery, request, _position(delivery), wrong, at, tenant)
         return job
+
+    def _may_wait(self, delivery: Delivery) -> bool:
+        """Whether a request for which there is no room may wait on."""
+        # What was answered by HTTP: its job is about to be there, or another took the room while the bus was away.
+        # Whoever writes this header himself gains no room by it.
+        bears_s = LET_IN_S if topology.HEADER_LET_IN in delivery.headers else ROOM_S
+        place, now = (delivery.seq, delivery.at), self._clock()
+        since = self._waiting.setdefault(place, now)
+        if len(self._waiting) > topology.REQUESTS_UNDER_WAY:
+            self._waiting.popitem(last=False)
+        if now - since < bears_s:
+            return True
+        del self._waiting[place]
+        return False
 
     async def give_up(self, delivery: Delivery) -> Job:
         """Turn a request away that no gateway could handle, so that whoever waits for it hears of its end."""

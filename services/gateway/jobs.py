@@ -301,7 +301,7 @@ class Jobs:
 
     async def _write(self, job: Job, revision: int) -> None:
         self._keep(job, await self._records.put(job.id, job.to_bytes(), revision=revision))
-        self.due.note(job)
+        self.due.note(job, now())
 
     def _keep(self, job: Job, revision: int) -> None:
         self._written[job.id] = job, revision

@@ -45,6 +45,7 @@ class Orphans:
         self._manned: dict[Stage, float] = {}  # since when there are workers in the registry
         self._unclaimed: dict[_Place, float] = {}  # in nobody's hands, since when
         self._handed: dict[_Place, float] = {}  # when; whoever took it then may have died as well
+        self._unreadable: set[str] = set()  # jobs whose log is of another version, and was told of
 
     async def run(self, stop: asyncio.Event) -> None:
         """Look until `stop`."""
@@ -66,6 +67,7 @@ class Orphans:
         stages = {stage for stage, _ in dead} | self._in_doubt({stage for stage, _ in workers})
         if not stages:
             self._handed.clear()
+            self._unreadable.clear()
         running = {job for name, worker in workers.items() if name not in dead for job in worker.running}
         for stage in stages:
             gone = {name for of, name in dead if of == stage}
@@ -99,7 +101,13 @@ class Orphans:
         seen: Mapping[_Place, float],
     ) -> None:  # fmt: skip
         at, job_id = self._clock(), _job_of(task)
-        newest = await eventlog.newest(self._bus, job_id)
+        try:
+            newest = await eventlog.newest(self._bus, job_id)
+        except eventlog.UnreadableError as exc:  # this one waits for its lease, and it alone
+            if job_id not in self._unreadable:
+                log.warning(exc.message, _event="orphan_unknown", job=job_id)
+            self._unreadable.add(job_id)
+            return
         event = newest.event if isinstance(newest.event, contracts.StageEvent) and newest.event.stage == stage else None
         place = stage, task.seq, newest.seq
         waits = isinstance(event, contracts.StageFailed | contracts.StageReleased)

@@ -9,6 +9,7 @@ import asyncio
 import contextlib
 from dataclasses import dataclass
 
+import pydantic
 import structlog
 
 from vidgen import contracts, errors, topology
@@ -51,6 +52,7 @@ class FairShare:
         self._freed: set[Place] = set()
         self._wake = asyncio.Event()
         self._shared = False  # as far as this gateway knows
+        self._passed_over: set[int] = set()  # held tasks of another version that wait for one in the queue
 
     async def queue(self, task: contracts.Task, message_id: str, headers: dict[str, str] | None) -> None:
         """Queue a task, or hold it until its tenant has room. Raises ConflictError `already_queued`, and BusError."""
@@ -136,16 +138,21 @@ class FairShare:
 
     async def fill(self, place: Place) -> None:
         """Move a tenant's oldest held tasks into the queue while fewer of its tasks wait there than may."""
-        while (held := await self._bus.first(topology.HELD, place.held)) is not None:
+        after = 0
+        while (held := await self._bus.first(topology.HELD, place.held, after)) is not None:
             room = await self._room(place)
             if room <= 0:
                 return
             while held is not None and room > 0:
-                await self._queue_held(held, place)
+                after = held.seq
+                if not await self._queue_held(held, place):
+                    held = await self._bus.first(topology.HELD, place.held, after)
+                    continue
                 room -= 1
+                self._passed_over.discard(after)
                 _, held = await asyncio.gather(
-                    self._bus.delete(topology.HELD, held.seq),
-                    self._bus.first(topology.HELD, place.held, held.seq),
+                    self._bus.delete(topology.HELD, after),
+                    self._bus.first(topology.HELD, place.held, after),
                 )
 
     async def _room(self, place: Place) -> int:
@@ -154,8 +161,10 @@ class FairShare:
         given = (await self._bus.depth(topology.consumer_of(place.stage, place.lane))).delivered
         return (own or self._waiting or UNSHARED) - await self._bus.count(topology.TASKS, place.queued, given)
 
-    async def _queue_held(self, held: Stored, place: Place) -> None:
+    async def _queue_held(self, held: Stored, place: Place) -> bool:
         """Queue a held task, to be held no longer behind it. Whoever dies in between leaves it to the next, as it was.
+
+        False where one is in the queue that may be another: it moves up at a sweep behind that.
 
         It keeps its message id and its place in the log: queued twice is once, and the fence knows what it knew.
         """
@@ -169,6 +178,23 @@ class FairShare:
         except errors.ConflictError as exc:
             if exc.code != "already_queued":
                 raise
+            return await self._is_queued(held, subject)
+        return True
+
+    async def _is_queued(self, held: Stored, subject: str) -> bool:
+        queued = await self._bus.last(topology.TASKS, subject)
+        if queued is None:  # it left just now, and may have been one of a run before
+            return False
+        own, other = _run_of(held.body), _run_of(queued.body)
+        if own is not None and other is not None:
+            return other >= own
+        if held.seq not in self._passed_over:
+            log.warning(
+                "a held task waits for one in the queue: is one of them of another version?", _event="held_unreadable",
+                subject=held.subject, seq=held.seq,
+            )  # fmt: skip
+        self._passed_over.add(held.seq)
+        return False
 
     async def _put(
         self, stream: str, subject: str, body: bytes, message_id: str, headers: dict[str, str] | None
@@ -182,18 +208,34 @@ class FairShare:
             try:
                 await self._bus.publish(subject, body, message_id=message_id, headers=headers)
             except errors.ConflictError as exc:
-                before = contracts.Task.model_validate_json(body).run - 1
-                if exc.code != "already_queued" or not await withdraw(self._bus, stream, subject, before):
+                run = _run_of(body)
+                if exc.code != "already_queued" or run is None:
+                    raise
+                if not await withdraw(self._bus, stream, subject, run - 1):
                     raise
             else:
                 return
 
 
 async def withdraw(bus: Bus, stream: str, subject: str, run: int) -> bool:
-    """Take a task of `run`, or of one before, from where it waits; whether there was one."""
+    """Take a task of `run`, or of one before, from where it waits; whether there is none there now.
+
+    One of another version stays: a worker that can read it will drop it, by the log.
+    """
     # By its sequence: a purge of the subject could take the task of a retry that another replica just published.
     stored = await bus.last(stream, subject)
-    if stored is None or contracts.Task.model_validate_json(stored.body).run > run:
+    if stored is None:
+        return True
+    found = _run_of(stored.body)
+    if found is None or found > run:
         return False
     await bus.delete(stream, stored.seq)
     return True
+
+
+def _run_of(body: bytes) -> int | None:
+    """The run of a task; None for one of another version."""
+    try:
+        return contracts.Task.model_validate_json(body).run
+    except pydantic.ValidationError:
+        return None

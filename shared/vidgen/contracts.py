@@ -463,6 +463,7 @@ class JobCancelled(JobEvent):
 
 
 AnyStageEvent = StageStarted | StageCompleted | StageFailed | StageReleased | StageCancelled
+AnyEnd = JobCompleted | JobFailed | JobCancelled | Rejected
 AnyEvent = (
     Accepted | Rejected | AnyStageEvent | CancelRequested | RetryRequested | Approved
     | JobCompleted | JobFailed | JobCancelled

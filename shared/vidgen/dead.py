@@ -9,7 +9,8 @@ from datetime import UTC, datetime
 from vidgen import contracts, telemetry, topology
 from vidgen.bus import Bus
 
-KEEP_BYTES = 128 << 10  # as base64 this fits into a message; no request and no task is as large
+MESSAGE_BYTES = 256 << 10  # what the bus takes
+HEADER_BYTES = 4 << 10  # of which the headers take less
 
 # What clients put into URLs although they must not. A JSON text may escape its slashes.
 USERINFO = re.compile(rb'(:(?:\\?/){2})[^/\s?#"\\]*@')
@@ -29,13 +30,14 @@ def letter(
 ) -> contracts.DeadLetter:
     """A dead letter holding `payload` as it was, but for credentials in URLs.
 
-    Of one that nothing valid could be as large as, the beginning.
+    Of one that as base64 does not fit into a message (about 190,000 bytes do), the beginning.
     """
-    kept = RECEIVER_QUERY.sub(MASK, SIGNED.sub(MASK, USERINFO.sub(MASK + b"@", payload)))[:KEEP_BYTES]
-    return contracts.DeadLetter(
-        job_id=job_id, stage=stage, subject=subject, error=error,
-        payload=base64.b64encode(kept).decode(), at=at or datetime.now(UTC),
-    )  # fmt: skip
+    masked = RECEIVER_QUERY.sub(MASK, SIGNED.sub(MASK, USERINFO.sub(MASK + b"@", payload)))
+    empty = contracts.DeadLetter(
+        job_id=job_id, stage=stage, subject=subject, error=error, payload="", at=at or datetime.now(UTC)
+    )
+    room = max(0, MESSAGE_BYTES - HEADER_BYTES - len(empty.to_bytes())) // 4 * 3
+    return empty.model_copy(update={"payload": base64.b64encode(masked[:room]).decode()})
 
 
 async def publish(bus: Bus, dead: contracts.DeadLetter, *, message_id: str, subject: str | None = None) -> None:

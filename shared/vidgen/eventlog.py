@@ -24,6 +24,12 @@ class FencedError(errors.VidgenError):
     code = "fenced"
 
 
+class UnreadableError(errors.RetryableError):
+    """The newest event of a job is of another version."""
+
+    code = "unreadable_event"
+
+
 @dataclass(frozen=True)
 class Newest:
     """The newest event of a job, and where it stands in the log (0: there is none)."""
@@ -36,7 +42,7 @@ async def newest(bus: Bus, job_id: str, run: int = 0) -> Newest:
     """The newest event of a job that is of this run or a later one, and where its newest of all stands in the log.
 
     The end of a run is told when it is on record, and that may be after a retry was asked for and begun. Raises
-    BusError, and RetryableError for an event of another version.
+    BusError and UnreadableError.
     """
     subject = topology.subject_of_events(job_id)
     stored = await bus.last(topology.EVENTS, subject)
@@ -53,9 +59,8 @@ def _event(job_id: str, stored: Stored) -> contracts.AnyEvent:
     try:
         return Event.validate_json(stored.body)
     except pydantic.ValidationError as exc:
-        raise errors.RetryableError(
-            f"the newest event of job {job_id} cannot be read: run gateway and workers of one version",
-            code="unreadable_event",
+        raise UnreadableError(
+            f"the newest event of job {job_id} cannot be read: run gateway and workers of one version"
         ) from exc
 
 

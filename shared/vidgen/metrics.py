@@ -607,11 +607,10 @@ class GatewayMetrics(_Exposed):
             case _:
                 pass  # the others say what was asked for, or sum up: `job_finished` counts the ends of jobs
 
-    def job_finished(self, job: contracts.Job) -> None:
-        """Count a job that just became final; call it once, beside the write that made it so."""
-        self._inc("vidgen_jobs_total", status=job.status)
-        seconds = ((job.completed_at or job.updated_at) - job.created_at).total_seconds()
-        self._observe("vidgen_job_seconds", seconds, status=job.status)
+    def job_finished(self, job: contracts.Job, end: contracts.AnyEnd) -> None:
+        """Count the end of one of a job's runs, by what its log says: the record may be that of a later one."""
+        self._inc("vidgen_jobs_total", status=end.type)
+        self._observe("vidgen_job_seconds", (end.at - job.created_at).total_seconds(), status=end.type)
 
     def request_accepted(self) -> None:
         """A request that became a job."""

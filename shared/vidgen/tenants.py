@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+import structlog
+from pydantic import Field, ValidationError
 
 from vidgen import errors, topology
 from vidgen.bus import Bus, Records
 from vidgen.contracts import DEFAULT_TENANT, Message, TenantId
+
+log = structlog.get_logger(__name__)
 
 KEEP_S = 3.0  # that long a change may take to be heard of
 
@@ -55,10 +59,14 @@ class Tenants:
         self._clock = clock
         self._lock = asyncio.Lock()
         self._known: dict[str, Tenant] | None = None
+        self._unreadable: set[str] = set()
         self._until = float("-inf")
 
     async def all(self) -> dict[str, Tenant]:
-        """The tenants by id, as they were last heard of; raises BusError where they never were."""
+        """The tenants by id, as they were last heard of; raises BusError where they never were.
+
+        Of one whose entry is of another version only that there is such a tenant is known.
+        """
         if self._clock() >= self._until:
             async with self._lock:
                 if self._clock() >= self._until:
@@ -72,8 +80,25 @@ class Tenants:
             if self._known is None:
                 raise
         else:
-            self._known = {name: Tenant.model_validate_json(value) for name, value in entries.items()}
+            read = {name: self._parse(name, value) for name, value in entries.items()}
+            self._known = {name: tenant for name, tenant in read.items() if tenant is not None}
         self._until = self._clock() + KEEP_S  # while the bus is away one asks, and not each caller in turn
+
+    def _parse(self, name: str, value: bytes) -> Tenant | None:
+        try:
+            tenant = Tenant.model_validate_json(value)
+        except ValidationError:
+            if name not in self._unreadable:
+                log.warning(
+                    "a tenant's limits cannot be read, the usual ones hold: are they of another version?",
+                    _event="tenant_unreadable", tenant=name,
+                )  # fmt: skip
+            self._unreadable.add(name)
+            with contextlib.suppress(ValidationError):  # no such name can be a tenant's
+                return Tenant(id=name)
+            return None
+        self._unreadable.discard(name)
+        return tenant
 
     async def get(self, tenant: str) -> Tenant:
         """What was set for a tenant; raises BusError."""

@@ -136,6 +136,7 @@ def consumer_of_held(stage: Stage, lane: Lane) -> Consumer:
 
 
 HEADER_KEY = "Vidgen-Key"  # of a request whose job_id stands for a key: that key, its UTF-8 in hex
+HEADER_LET_IN = "Vidgen-Let-In"  # of a request that found room at a gateway: it waits longer for room
 HEADER_LOG_SEQ = "Vidgen-Log-Seq"  # of a task: where the job's log stood when it was queued
 HEADER_REPLACES = "Vidgen-Replaces"  # of a held task: the one whose deliveries ran out, which goes before it is queued
 
@@ -184,8 +185,9 @@ STREAMS = (
 # What waits for its next try counts as unacknowledged, for a day where a receiver is away.
 GATEWAY_WEBHOOKS = Consumer(WEBHOOKS, "gateway-webhooks", max_ack_pending=100_000)
 
+REQUESTS_UNDER_WAY = 10_000  # those that wait for room are among them, and keep no other tenant's waiting
 CONSUMERS = (
-    Consumer(REQUESTS, GATEWAY),
+    Consumer(REQUESTS, GATEWAY, max_ack_pending=REQUESTS_UNDER_WAY),
     Consumer(EVENTS, GATEWAY, max_ack_pending=5000),
     Consumer(ADVISORIES, GATEWAY),
     GATEWAY_WEBHOOKS,

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import re
 from collections.abc import AsyncIterator
+from datetime import timedelta
 
 import pytest
-from tests.gateways import BOUND, EDIT, KEY, Gateway, completed, started
+from tests.gateways import BOUND, EDIT, KEY, Gateway, completed, failed, started
 
 from gateway import consumers
 from gateway.consumers import Consumers
@@ -93,6 +95,31 @@ async def test_an_end_is_counted_though_the_record_that_is_read_is_behind_it(
         while counted not in loops.gateway.parts.metrics.render()[0]:
             await asyncio.sleep(0)
     assert behind == []
+
+
+@pytest.mark.parametrize("again", [{}, {"completed": 50.0}], ids=["running", "completed"])
+async def test_an_end_that_is_looked_at_when_its_job_runs_anew_counts_as_what_it_was(again: dict[str, float]) -> None:
+    """It counted as what the job was by then, with the seconds of that, and not at all while the job ran."""
+    gateway = await Gateway.open()
+    job = await gateway.submit()
+    await gateway.tell(failed(job).model_copy(update={"at": job.created_at + timedelta(seconds=5)}))
+    answer = await gateway.client.post(f"/v1/jobs/{job.id}/retry")
+    second = Job.model_validate_json(answer.content)
+    if again:
+        await gateway.tell(completed(second).model_copy(update={"at": job.created_at + timedelta(seconds=50)}))
+
+    loops = Loops(gateway)
+    events = topology.Consumer(topology.EVENTS, topology.GATEWAY)
+    async with asyncio.timeout(BOUND):
+        while (await loops.bus.depth(events)).waiting:
+            await asyncio.sleep(0)
+    await loops.end()
+
+    text = gateway.parts.metrics.render()[0].decode()
+    found = re.findall(r'^vidgen_job_seconds_sum{status="(\w+)"} ([\d.]+)$', text, re.M)
+    assert {status: float(seconds) for status, seconds in found if float(seconds)} == {"failed": 5.0, **again}
+    counts = re.findall(r'^vidgen_jobs_total{status="(\w+)"} ([\d.]+)$', text, re.M)
+    assert {status for status, count in counts if float(count)} == {"failed", *again}
 
 
 @pytest.mark.parametrize(
@@ -258,7 +285,9 @@ async def test_a_begun_task_whose_deliveries_ran_out_is_queued_anew_whatever_fai
     assert not (await loops.gateway.parts.jobs.get(job.id)).status.final
 
 
-def test_a_letter_too_large_for_a_message_keeps_its_beginning() -> None:
-    error = contracts.JobError(code="x", message="y")
-    letter = dead.letter(b"a" * (1 << 20), topology.SUBJECT_REQUESTS, error, job_id=None)
+@pytest.mark.parametrize("message", ["y", "y" * 100_000])
+def test_a_letter_too_large_for_a_message_keeps_its_beginning(message: str) -> None:
+    payload, error = b"abc" * (1 << 18), contracts.JobError(code="x", message=message)
+    letter = dead.letter(payload, topology.SUBJECT_REQUESTS, error, job_id=None)
+    assert payload.startswith(base64.b64decode(letter.payload))
     assert len(letter.to_bytes()) < 262_144

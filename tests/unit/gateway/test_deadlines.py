@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from tests.gateways import BOUND, Gateway, completed, failed, now, started
 
-from gateway.deadlines import AGAIN, ENDED, SLACK, Deadlines, Due
+from gateway.deadlines import AGAIN, ANYWAY, ENDED, SLACK, Deadlines, Due
 from vidgen import contracts, eventlog, topology
 from vidgen.contracts import Job, JobStatus
 from vidgen.testing import MemoryBus
@@ -207,10 +207,32 @@ def test_deadlines_of_what_has_ended_are_not_kept_in_mind() -> None:
     job = Job(id="j", created_at=at, updated_at=at, deadline_at=at + timedelta(days=1))
     for number in range(3 * ENDED):
         one = job.model_copy(update={"id": f"j{number}"})
-        due.note(one)
-        due.note(one.model_copy(update={"status": JobStatus.COMPLETED}))
+        due.note(one, at)
+        due.note(one.model_copy(update={"status": JobStatus.COMPLETED}), at)
     assert len(due._next) <= ENDED + 1
     assert due.wait_s(at) is None
+
+
+async def test_deadlines_of_what_another_gateway_ended_are_not_kept_in_mind_either(late: Late) -> None:
+    """They were for as long as seven days: only who writes an end hears of it."""
+    other = Late(await Gateway.open(late.bus, late.gateway.parts.store))
+    review = await late.gateway.submit(i2v={"prompt": "zoom"}, review=True, deadline_s=86_400)
+    await late.gateway.tell(started(review))
+    await late.gateway.tell(completed(review))
+    jobs = [await late.gateway.submit(deadline_s=86_400) for _ in range(5)]
+    await other.deadlines.sweep()  # it knows of them by their tasks alone
+    third = await Gateway.open(late.bus, late.gateway.parts.store)
+    for job in jobs:
+        await third.tell(completed(job))
+
+    for one in (late, other):
+        await one.after(ANYWAY.total_seconds() + 5)
+        assert [job.id for job in (review, *jobs) if job.id in one.jobs.due] == [review.id]
+
+    for seconds in (ANYWAY.total_seconds(), 86_400):  # what is left is looked at again, and is not forgotten
+        assert (await late.of(review)).status is JobStatus.AWAITING_REVIEW
+        await late.after(seconds)
+    assert (await late.of(review)).status is JobStatus.FAILED
 
 
 async def test_what_came_and_went_behind_a_task_that_waits_for_long_is_not_asked_for(late: Late) -> None:

@@ -6,6 +6,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pytest
+from structlog.testing import capture_logs
 from tests.gateways import Gateway, started
 
 from gateway.orphans import BACK_S, SAID_S, Orphans
@@ -79,6 +80,24 @@ async def test_a_task_that_a_dead_worker_began_is_handed_out_again(ward: Ward) -
     assert again.num_delivered == 2
     assert isinstance(await ward.newest(job), contracts.StageStarted)
     assert b'vidgen_orphans_total{stage="edit"} 1.0' in ward.gateway.parts.metrics.render()[0]
+
+
+async def test_a_log_of_another_version_keeps_its_own_task_waiting_and_no_other(ward: Ward) -> None:
+    """All that workers died of waited for their leases then."""
+    other, _ = await ward.taken()  # looked at first
+    job, _ = await ward.taken()
+    await ward.bus.publish(topology.subject_of_events(other.id), b'{"type": "of_tomorrow"}', message_id="tomorrow")
+    await ward.gateway.tell(started(job))
+    await ward.register(running=(other.id, job.id))
+
+    with capture_logs() as logs:
+        await ward.looks()
+
+    again = await ward.again()
+    assert again is not None
+    assert again.subject.endswith(job.id)
+    assert await ward.again() is None
+    assert [entry["job"] for entry in logs if entry["_event"] == "orphan_unknown"] == [other.id]
 
 
 async def test_one_that_had_not_said_so_yet_is_handed_out_again_too(ward: Ward) -> None:

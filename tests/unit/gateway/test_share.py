@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from structlog.testing import capture_logs
 from tests.gateways import BOUND, EDIT, KEY, Gateway, completed, now, picture, put, started
 
-from gateway.share import FairShare, Place
+from gateway.share import FairShare, Place, withdraw
 from vidgen import contracts, errors, tenants, topology
-from vidgen.bus import Delivery
+from vidgen.bus import Delivery, Stored
 from vidgen.contracts import EditWork, Task
 from vidgen.tenants import Tenants
 from vidgen.testing import MemoryBus, MemoryStore
@@ -214,6 +215,82 @@ async def test_an_outage_only_delays_what_is_held() -> None:
     stop.set()
     await running
     assert delivery is not None
+
+
+async def test_a_tenant_of_another_version_ends_no_gateway_and_its_tasks_move_up() -> None:
+    """One such entry ended every gateway, and each one again at its start."""
+    lane = Lane(waiting=4)
+    await lane.bus.records(topology.TENANTS_BUCKET).put("acme", b'{"id":"acme","colour":"red"}')
+    await lane.shares[0].queue(task("j1", "acme"), "j1:edit:1", None)
+    share, stop = FairShare(lane.bus, Tenants(lane.bus), 4, sweep_s=0.01), asyncio.Event()
+    running = asyncio.create_task(share.run(stop))
+    async with asyncio.timeout(BOUND):
+        delivery = await lane.bus.pull(QUEUE, BOUND)
+    stop.set()
+    await running
+    assert delivery is not None
+
+
+@pytest.mark.parametrize("unreadable", ["held", "queued", "both"])
+async def test_a_task_of_another_version_waits_for_the_queued_one_and_stops_nobody(unreadable: str) -> None:
+    """It ended every gateway, and each one again at its start."""
+    lane = Lane(waiting=4)
+    await lane.know("acme")
+    newer = task("j1", "acme", run=2).to_bytes().replace(b"{", b'{"colour":"red",', 1)
+    queued = newer if unreadable != "held" else task("j1", "acme").to_bytes()
+    held = newer if unreadable != "queued" else task("j1", "acme", run=2).to_bytes()
+    where = "edit", "interactive", "j1", "acme"
+    await lane.bus.publish(topology.subject_of_task(*where), queued, message_id="j1:edit:1")
+    await lane.bus.publish(topology.subject_of_held(*where), held, message_id="j1:edit:2")
+
+    with capture_logs() as logs:
+        for number in range(2, 5):
+            await lane.queue(f"j{number}", "acme")
+
+    assert [entry["_event"] for entry in logs] == ["held_unreadable"]
+    assert [message.body for message in lane.bus.messages(topology.HELD)] == [held]
+    taken = [await lane.bus.pull(QUEUE, 0) for _ in range(4)]
+    assert [one.subject.rsplit(".", 1)[-1] for one in taken if one is not None] == ["j1", "j2", "j3", "j4"]
+    assert taken[0] is not None
+    await taken[0].ack()
+    await lane.fill("acme")  # the next sweep
+    last = await lane.bus.pull(QUEUE, 0)
+    assert last is not None
+    assert last.body == held
+    assert lane.count(topology.HELD) == 0
+
+
+@pytest.mark.parametrize("tenant", ["default", "acme"])
+async def test_a_task_of_a_retry_is_not_lost_where_that_of_the_run_before_leaves_in_the_same_moment(
+    tenant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The one in the way was asked for when it had gone, and the new one was taken for it: the job waited for ever."""
+    lane = Lane(waiting=4)
+    if tenant != "default":  # else it goes into the queue at once
+        await lane.know(tenant)
+    await lane.queue("j1", tenant)
+    older = await lane.bus.pull(QUEUE, 0)
+    assert older is not None
+    last = lane.bus.last
+
+    async def leaves(stream: str, subject: str) -> Stored | None:
+        await older.ack()
+        return await last(stream, subject)
+
+    monkeypatch.setattr(lane.bus, "last", leaves)
+    await lane.shares[0].queue(task("j1", tenant, run=2), "j1:edit:2", None)
+    await lane.fill(tenant)
+
+    assert [one.run for one in await lane.drain()] == [2]
+    assert lane.count(topology.HELD) == 0
+
+
+async def test_a_cancel_leaves_a_task_of_another_version_to_its_worker() -> None:
+    lane = Lane()
+    subject = topology.subject_of_task("edit", "interactive", "j1", "acme")
+    await lane.bus.publish(subject, b'{"job_id":"j1","colour":"red"}', message_id="j1:edit:1")
+    assert not await withdraw(lane.bus, topology.TASKS, subject, 1)
+    assert lane.count(topology.TASKS) == 1
 
 
 # ── with the jobs ────────────────────────────────────────────────────────────────────────────────────────────────

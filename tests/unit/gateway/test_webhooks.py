@@ -558,18 +558,49 @@ async def test_what_is_no_webhook_is_put_away_and_the_next_is_delivered(deliveri
     assert await delivering.posts.count(1) == ["j2:1"]
 
 
+async def bury(gateway: Gateway, job: Job, body: bytes) -> int:
+    error = contracts.JobError(code="webhook_failed", message="x")
+    letter = dead.letter(body, topology.subject_of_webhook(job.id), error, job_id=job.id)
+    await dead.publish(gateway.parts.bus, letter, message_id="x", subject=topology.DEAD_WEBHOOKS)
+    [stored] = await gateway.parts.bus.tail(topology.DEAD, None, 1)
+    assert len(stored.body) < 262_144
+    return stored.seq
+
+
 async def test_a_dead_letter_of_a_webhook_is_replayed_as_it_was(gateway: Gateway) -> None:
     job = await gateway.submit(webhook_url=URL)
     await gateway.tell(failed(job))
     [webhook] = await queued(gateway)
-    error = contracts.JobError(code="webhook_failed", message="x")
-    letter = dead.letter(webhook.to_bytes(), topology.subject_of_webhook(job.id), error, job_id=job.id)
-    await dead.publish(gateway.parts.bus, letter, message_id="x", subject=topology.DEAD_WEBHOOKS)
-    answer = await gateway.client.get("/v1/dead")
-    seq = answer.json()["dead"][0]["seq"]
+    seq = await bury(gateway, job, webhook.to_bytes())
 
     answer = await gateway.client.post(f"/v1/dead/{seq}/replay")
 
     assert (answer.status_code, answer.json()["id"]) == (202, job.id)
     assert await queued(gateway) == [webhook, webhook]
     assert (await gateway.client.get("/v1/dead")).json()["dead"] == []
+
+
+async def test_a_webhook_with_the_longest_prompts_is_replayed_as_it_was(gateway: Gateway) -> None:
+    """Its letter was cut at 128 KiB; the replay answered 202, sent JSON without an end, and dropped the letter."""
+    long = {"prompt": "\N{GRINNING FACE}" * 4000, "negative_prompt": "\N{GRINNING FACE}" * 4000}
+    job = await gateway.submit(webhook_url=URL, edit=long, i2v=long)
+    await gateway.tell(failed(job))
+    [webhook] = await queued(gateway)
+    assert len(webhook.to_bytes()) > 128 << 10
+    seq = await bury(gateway, job, webhook.to_bytes())
+
+    assert (await gateway.client.post(f"/v1/dead/{seq}/replay")).status_code == 202
+
+    assert await queued(gateway) == [webhook, webhook]
+
+
+async def test_a_webhook_of_which_the_beginning_was_kept_is_not_replayed_and_its_letter_stays(gateway: Gateway) -> None:
+    job = await gateway.submit(webhook_url=URL)
+    seq = await bury(gateway, job, b'{"id":"' + b"x" * (256 << 10) + b'"}')
+
+    answer = await gateway.client.post(f"/v1/dead/{seq}/replay")
+
+    assert (answer.status_code, answer.json()["code"]) == (409, "not_replayable")
+    assert "its beginning alone" in answer.json()["detail"]
+    assert await queued(gateway) == []
+    assert (await gateway.client.get(f"/v1/dead/{seq}")).status_code == 200

@@ -5,6 +5,7 @@ from __future__ import annotations
 from datetime import UTC, datetime, timedelta
 
 import pytest
+from structlog.testing import capture_logs
 
 from vidgen import errors, keys, tenants, topology
 from vidgen.testing import MemoryBus
@@ -100,3 +101,22 @@ async def test_a_tenant_that_is_met_is_known_everywhere() -> None:
     await one.meet("acme")
     await one.meet("default")
     assert set(await one.all()) == set(await other.all()) == {"acme"}
+
+
+async def test_a_tenant_of_another_version_has_the_usual_limits_and_is_told_of_once() -> None:
+    bus, at = MemoryBus(), 0.0
+    records, known = bus.records(topology.TENANTS_BUCKET), tenants.Tenants(bus, clock=lambda: at)
+    await tenants.change(records, "umbrella", {"jobs": 5})
+    await records.put("acme", b'{"id":"acme","jobs":7,"colour":"red"}')
+    await records.put("No_Tenant", b"{}")
+    with capture_logs() as logs:
+        for _ in range(3):
+            assert set(await known.all()) == {"acme", "umbrella"}
+            await known.meet("acme")
+            at += tenants.KEEP_S
+    assert await known.get("acme") == tenants.Tenant(id="acme")
+    assert (await known.get("umbrella")).jobs == 5
+    assert sorted((entry["_event"], entry["tenant"]) for entry in logs) == [
+        ("tenant_unreadable", "No_Tenant"), ("tenant_unreadable", "acme"),
+    ]  # fmt: skip
+    assert await records.get("acme") == (b'{"id":"acme","jobs":7,"colour":"red"}', 2)  # as it was written

@@ -122,7 +122,7 @@ def busy_gateway(on_gateway: metrics.GatewayMetrics) -> metrics.GatewayMetrics:
     on_gateway.observe(contracts.StageStarted(**common(engine="qwen", model="m", deliveries=2)), job())
     on_gateway.observe(completed(), job())
     on_gateway.observe(contracts.StageCancelled(**common(cancel_latency_s=0.3)), job())
-    on_gateway.job_finished(job(status="completed", completed_at=NOW + timedelta(seconds=50)))
+    on_gateway.job_finished(job(), contracts.JobCompleted(job_id="j1", at=NOW + timedelta(seconds=50)))
     on_gateway.dead_lettered(None)
     on_gateway.handed_back("edit")
     on_gateway.http_request("/v1/jobs/{id}", "GET", 200, 0.01)
@@ -396,8 +396,9 @@ def test_an_event_that_ends_no_attempt_counts_nothing(
 
 
 def test_a_job_is_timed_from_acceptance_to_its_end(on_gateway: metrics.GatewayMetrics) -> None:
-    on_gateway.job_finished(job(status="completed", completed_at=NOW + timedelta(hours=1, minutes=30)))
-    on_gateway.job_finished(job(status="failed", updated_at=NOW + timedelta(seconds=5)))
+    error = contracts.JobError(code="out_of_memory", message="no room")
+    on_gateway.job_finished(job(), contracts.JobCompleted(job_id="j1", at=NOW + timedelta(hours=1, minutes=30)))
+    on_gateway.job_finished(job(), contracts.JobFailed(job_id="j1", at=NOW + timedelta(seconds=5), error=error))
 
     assert value(on_gateway, "vidgen_jobs_total", status="completed") == 1
     assert value(on_gateway, "vidgen_job_seconds_sum", status="completed") == 5400
