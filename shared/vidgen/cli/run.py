@@ -29,7 +29,8 @@ CANCEL_WITHIN_S = 5.0
 PREVIEW_NOTE = """\
 The CPU preview engines made this: they need no model and follow the prompt only roughly, to show the whole way.
 For the real ones (Qwen-Image-Edit and Wan) on a machine with an NVIDIA GPU:
-  pip install 'vidgen[gpu]'   and the weights;   `vidgen doctor` says what is missing and how to get it."""
+  {install}
+and the weights; `vidgen doctor` says what is missing and how to get it."""
 
 
 def run(
@@ -183,8 +184,11 @@ def _report(out_put: Output, job: Job, wanted: dict[str, Path], *, retryable: bo
     if seeds:
         out_put.say(f"seed   {', '.join(map(str, seeds))}")
     if any(record.engine == "preview" for record in job.stages):
-        out_put.emit("note", {"engine": "preview", "message": PREVIEW_NOTE})
-        out_put.say(f"\n{PREVIEW_NOTE}")
+        from vidgen import extras
+
+        note = PREVIEW_NOTE.format(install=extras.install("gpu"))
+        out_put.emit("note", {"engine": "preview", "message": note})
+        out_put.say(f"\n{note}")
 
 
 def _measures(artifact: Artifact | None) -> str:

