@@ -306,7 +306,7 @@ class AsyncClient:
         raise AssertionError("watch ends with a job")
 
     async def download(self, job_id: str, name: str, path: Path) -> Path:
-        """Write an artifact to `path`, whole or not at all.
+        """Write an artifact to `path`, whole or not at all; raises an OSError that names it where that cannot be.
 
         It comes from the store by a presigned link, or through the gateway where the store cannot be reached.
         """
@@ -319,10 +319,10 @@ class AsyncClient:
         return path
 
     async def _download(self, job_id: str, name: str, path: Path, query: dict[str, str]) -> None:
-        await asyncio.to_thread(path.parent.mkdir, parents=True, exist_ok=True)
         part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
         url = _job(job_id, f"artifacts/{quote(name, safe='')}")
         try:
+            await asyncio.to_thread(path.parent.mkdir, parents=True, exist_ok=True)
             with _reported():
                 async with self._http.stream("GET", url, params=query, follow_redirects=True) as answer:
                     if answer.is_error:
@@ -332,8 +332,11 @@ class AsyncClient:
                         async for chunk in answer.aiter_bytes(1 << 20):
                             await asyncio.to_thread(file.write, chunk)
             await asyncio.to_thread(os.replace, part, path)
+        except OSError as exc:
+            raise OSError(exc.errno, exc.strerror or str(exc), str(path)) from exc
         finally:
-            part.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                part.unlink(missing_ok=True)
 
     # ── the fleet, the dead letters, the gateway itself ──────────────────────────────────────────────────────────
 

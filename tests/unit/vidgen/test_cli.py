@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import AsyncIterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -382,16 +384,64 @@ def test_a_place_that_cannot_be_written_to_is_found_before_anything_starts(
     assert fake.sent == []
 
 
-def test_a_file_that_cannot_be_written_in_the_end_is_said_in_a_sentence(
-    photo: Path, tmp_path: Path, fake: type[FakeClient], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async def full(_self: FakeClient, _job_id: str, _name: str, path: Path) -> Path:
-        raise OSError(28, "No space left on device", str(path))
+@pytest.fixture
+def full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder on a disk that is full when the job is done."""
+    written = FakeClient.download
 
-    monkeypatch.setattr(fake, "download", full)
-    result = vidgen("run", photo, "--edit", "x", "-o", tmp_path / "a.png", *GATEWAY)
+    async def download(self: FakeClient, job_id: str, name: str, path: Path) -> Path:
+        if path.is_relative_to(tmp_path / "full"):
+            raise OSError(28, "No space left on device", str(path))
+        return await written(self, job_id, name, path)
+
+    monkeypatch.setattr(FakeClient, "download", download)
+    return tmp_path / "full"
+
+
+def test_a_file_that_cannot_be_written_is_named_with_its_job_and_how_to_fetch_it(
+    photo: Path, tmp_path: Path, full: Path, fake: type[FakeClient]
+) -> None:
+    wanted = [photo, "--edit", "x", "--motion", "y", "-o", full / "a.mp4", "--frame", tmp_path / "frame.png"]
+    result = vidgen("--api-key", "vg_1", "run", *wanted, *GATEWAY)
     assert result.exit_code == 1
-    assert result.stderr.endswith(f"vidgen: {tmp_path / 'a.png'}: No space left on device\n")
+    where = "http://gateway/v1/jobs/j1/artifacts/video.mp4"
+    assert result.stderr.endswith(
+        f"vidgen: -o: {full / 'a.mp4'}: No space left on device; job j1 is done: fetch its video.mp4 with "
+        f'`curl -L -H "Authorization: Bearer $VIDGEN_API_KEY" -o FILE {where}`\n'
+    )
+    assert f"frame  {tmp_path / 'frame.png'}" in result.stdout
+    assert "video " not in result.stdout
+
+    wanted = [photo, "--edit", "x", "--motion", "y", "-o", tmp_path / "a.mp4", "--frame", full / "frame.png"]
+    lines = lines_of(vidgen("run", *wanted, *GATEWAY, "--json"))
+    assert [error["field"] for error in lines[-1]["errors"]] == ["--frame"]
+    assert "`curl -L -o FILE" in lines[-1]["message"]
+
+
+def test_what_an_embedded_stack_made_is_kept_where_it_cannot_be_written(
+    photo: Path, tmp_path: Path, full: Path, fake: type[FakeClient], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The result was gone with the stack, after minutes on a GPU."""
+
+    @contextlib.asynccontextmanager
+    async def stack(*_: object) -> AsyncIterator[tuple[str, None]]:
+        yield "http://gateway", None
+
+    monkeypatch.setattr("vidgen.cli.run._gateway", stack)
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    result = vidgen("run", photo, "--edit", "x", "-o", full / "a.png")
+    assert result.exit_code == 1
+    (kept,) = (tmp_path / "tmp").glob("*/edit-0.png")
+    assert (
+        f"-o: {full / 'a.png'}: No space left on device; job j1 is done: its edit-0.png is kept in {kept}\n"
+        in result.stderr
+    )
+    assert kept.read_bytes() == b"edit-0.png"
+
+    monkeypatch.setattr(tempfile, "tempdir", str(full))
+    result = vidgen("run", photo, "--edit", "x", "-o", full / "a.png")
+    assert f"its edit-0.png is lost, for it cannot be kept in {full} either" in result.stderr
 
 
 @pytest.mark.parametrize(
