@@ -41,7 +41,8 @@ OPTION_OF = {
     "i2v.width": "--size", "i2v.height": "--size", "edit": "--size", "i2v": "--size", "i2v.num_frames": "--frames",
     "i2v.fps": "--fps", "edit.style": "--style", "edit.background": "--background", "edit.viewpoint": "--viewpoint",
     "edit.candidates": "--candidates", "job_id": "--job-id", "lane": "--lane", "deadline_s": "--deadline",
-    "labels": "--label", "webhook_url": "--webhook", "request": "--edit or --motion",
+    "labels": "--label", "webhook_url": "--webhook", "image": "IMAGE", "candidate": "CANDIDATE", "seq": "NUMBER",
+    "cursor": "--cursor", "limit": "--limit", "status": "--status", "tenant": "--tenant",
 }  # fmt: skip
 
 
@@ -162,17 +163,20 @@ def _to_json(sent: dict[str, Any]) -> bytes:
     return json.dumps(sent, ensure_ascii=False).encode()
 
 
-def _named(error: FieldError) -> FieldError:
+def by_option(error: FieldError) -> FieldError:
     """The same error under the name of the option, with the field's own name behind it."""
     option = OPTION_OF.get(error.field) or OPTION_OF.get(error.field.split(".")[0])
-    message = error.message
+    return wrong(f"{option} ({error.field})" if option else error.field, error.message)
+
+
+def _named(error: FieldError) -> FieldError:
+    """The same of what the contracts say of a request, in words for who types."""
     if error.field == "request":
-        message = "say what to do: --edit PROMPT, --motion PROMPT, or both"
         if "exactly one image" in error.message:
-            option, message = "IMAGE", "a video without an edit starts from exactly one image"
-    if error.field == "references" and "at most" in message:
-        message = "at most 3 images"
-    return wrong(f"{option} ({error.field})" if option else error.field, message)
+            return wrong("IMAGE (request)", "a video without an edit starts from exactly one image")
+        return wrong("--edit or --motion (request)", "say what to do: --edit PROMPT, --motion PROMPT, or both")
+    at_most = error.field == "references" and "at most" in error.message
+    return by_option(wrong(error.field, "at most 3 images") if at_most else error)
 
 
 def _once(found: Sequence[FieldError]) -> list[FieldError]:

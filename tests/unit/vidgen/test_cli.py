@@ -301,7 +301,46 @@ def test_what_the_gateway_finds_wrong_is_exit_code_2(photo: Path, tmp_path: Path
     fake.answer = GatewayError(Problem(status=422, detail="invalid", code="invalid_request", errors=errors))
     result = vidgen("run", photo, "--edit", "a hat", "-o", tmp_path / "a.png", *GATEWAY)
     assert result.exit_code == 2
-    assert "image.0: truncated: send it again" in result.stderr
+    assert "IMAGE (image.0): truncated: send it again" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "detail", "field", "said"),
+    [
+        (("list", "--cursor", "foo"), "use the next_cursor", "cursor", "--cursor (cursor): use the next_cursor"),
+        (
+            ("approve", "j1", "7"),
+            "choose one from 0 to 1",
+            "candidate",
+            "CANDIDATE (candidate): choose one from 0 to 1",
+        ),
+        (("status", "j1"), "webhook_url: no secret", "webhook_url", "--webhook (webhook_url): no secret"),
+        (("workers",), "seq: less than 9", "seq", "NUMBER (seq): less than 9"),
+        (("workers",), "request: too large", "request", "request: too large"),
+    ],
+)
+def test_a_field_that_the_gateway_refuses_is_named_by_its_option(
+    command: tuple[str, ...],
+    detail: str,
+    field: str,
+    said: str,
+    fake: type[FakeClient],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One field alone was not named at all, and others by the name that only the API knows."""
+    fields = (FieldError(field=field, message=detail.removeprefix(f"{field}: ")),)
+    fake.answer = GatewayError(Problem(status=422, detail=detail, code="invalid_request", errors=fields))
+
+    async def refuse(self: FakeClient, **_: object) -> Any:
+        return self._answer()
+
+    monkeypatch.setattr(fake, "list", refuse)
+    monkeypatch.setattr(fake, "workers", refuse)
+    result = vidgen(*command, *GATEWAY)
+    assert result.exit_code == 2
+    assert result.stderr == f"vidgen: {said}\n"
+    line = lines_of(vidgen(*command, *GATEWAY, "--json"))[0]
+    assert line["message"] == f"{line['errors'][0]['field']}: {line['errors'][0]['message']}" == said
 
 
 @pytest.mark.parametrize(
