@@ -42,7 +42,7 @@ OPTION_OF = {
     "i2v.fps": "--fps", "edit.style": "--style", "edit.background": "--background", "edit.viewpoint": "--viewpoint",
     "edit.candidates": "--candidates", "job_id": "--job-id", "lane": "--lane", "deadline_s": "--deadline",
     "labels": "--label", "webhook_url": "--webhook", "image": "IMAGE", "candidate": "CANDIDATE", "seq": "NUMBER",
-    "cursor": "--cursor", "limit": "--limit", "status": "--status", "tenant": "--tenant",
+    "review": "--review", "cursor": "--cursor", "limit": "--limit", "status": "--status", "tenant": "--tenant",
 }  # fmt: skip
 
 
@@ -113,6 +113,8 @@ def request_of(wish: Wish, also: Sequence[FieldError] = ()) -> VideoRequest:
 def _misplaced(wish: Wish) -> list[FieldError]:
     """Options that belong to a part that was not asked for."""
     found: list[FieldError] = []
+    if (wish.rest or {}).get("review") and (wish.edit is None) != (wish.motion is None):
+        found.append(wrong("--review", "it stands between an edit and its video: add --edit and --motion"))
     if wish.motion is None:
         given = _given(frames=wish.frames, fps=wish.fps)
         found += (wrong(f"--{name}", "it is about a video: add --motion") for name in given)

@@ -407,6 +407,15 @@ def test_a_page_of_what_is_no_text_is_wrong_usage(monkeypatch: pytest.MonkeyPatc
     assert "not UTF-8" in result.stderr
 
 
+@pytest.mark.parametrize("part", ["--edit", "--motion"])
+def test_a_review_of_what_no_video_follows_is_refused(part: str, photo: Path, fake: type[FakeClient]) -> None:
+    """It was passed over without a word, and the job completed."""
+    result = vidgen("submit", photo, part, "x", "--review", *GATEWAY)
+    assert result.exit_code == 2
+    assert "--review: it stands between an edit and its video" in result.stderr
+    assert fake.sent == []
+
+
 def test_a_label_that_is_none_does_not_hide_what_else_is_wrong(photo: Path) -> None:
     result = vidgen("submit", photo, "--edit", "", "--label", "team", "--lane", "fast", "--json", *GATEWAY)
     assert result.exit_code == 2
@@ -512,7 +521,8 @@ def test_a_missing_argument_is_exit_code_2() -> None:
 
 
 def test_submit_prints_the_job_id(photo: Path, fake: type[FakeClient]) -> None:
-    result = vidgen("submit", photo, "--edit", "x", "--lane", "batch", "--label", "team=a", "--review", *GATEWAY)
+    asked = ["--edit", "x", "--motion", "y", "--lane", "batch", "--label", "team=a", "--review"]
+    result = vidgen("submit", photo, *asked, *GATEWAY)
     assert (result.exit_code, result.stdout) == (0, "j1\n")
     request, _ = fake.sent[0]
     assert (request.lane, request.labels, request.review) == ("batch", {"team": "a"}, True)
