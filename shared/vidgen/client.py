@@ -136,6 +136,14 @@ class _Bearer(httpx.Auth):
 NO_ADDRESS = "it is no address: write http://HOST:PORT or https://HOST"
 
 
+NOT_A_KEY = "the API key has characters that no key has: copy it anew"
+
+
+def is_key(text: str) -> bool:
+    """Whether a gateway can have made this key; a header takes nothing else."""
+    return text.isascii() and text.isprintable()
+
+
 def is_address(url: str) -> bool:
     """Whether a gateway can have this URL."""
     try:
@@ -427,9 +435,8 @@ def _without_proxy() -> dict[str, httpx.AsyncBaseTransport | None]:
 def _sendable(key: str) -> str:
     """A key without the line end that a file or a shell may have left on it; what is no header is not repeated."""
     key = key.strip()
-    if not (key.isascii() and key.isprintable()):
-        detail = "the API key has characters that no key has: copy it anew"
-        raise GatewayError(Problem(title="Unauthorized", status=401, detail=detail, code="unknown_key"))
+    if not is_key(key):
+        raise GatewayError(Problem(title="Unauthorized", status=401, detail=NOT_A_KEY, code="unknown_key"))
     return key
 
 

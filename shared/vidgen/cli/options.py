@@ -80,6 +80,16 @@ def gateway_url(given: str) -> str:
     return given
 
 
+def api_key() -> str | None:
+    """The key that was given; raises WrongUsageError where it can be none."""
+    from vidgen.client import NOT_A_KEY, is_key
+
+    given = API_KEY.get()
+    if given is not None and not is_key(given.strip()):  # a shell may have left a line end on it
+        raise WrongUsageError([wrong("--api-key", NOT_A_KEY)])
+    return given
+
+
 def request_of(wish: Wish, also: Sequence[FieldError] = ()) -> VideoRequest:
     """The request, with placeholders for the images' keys; raises WrongUsageError that names every wrong field.
 

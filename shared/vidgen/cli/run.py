@@ -98,10 +98,11 @@ async def _run(
     from vidgen.cli.progress import stages_of, view_for
     from vidgen.client import AsyncClient
 
+    key = options.api_key()
     with view_for(out_put) as view:
         async with (
             _gateway(gateway, view, stages_of(request)) as (url, stack),
-            AsyncClient(url, api_key=options.API_KEY.get()) as client,
+            AsyncClient(url, api_key=key) as client,
         ):
             job = await client.submit(request, images=images)
             job = await _unless_lost(stack, _followed(client, job.id, stages_of(request), view))

@@ -416,6 +416,14 @@ def test_a_review_of_what_no_video_follows_is_refused(part: str, photo: Path, fa
     assert fake.sent == []
 
 
+def test_a_key_that_can_be_none_is_wrong_usage(photo: Path, fake: type[FakeClient]) -> None:
+    for command in (("list",), ("run", photo, "--edit", "x", "-o", "a.png")):
+        result = vidgen("--api-key", "ü", *command, *GATEWAY)
+        assert result.exit_code == 2
+        assert result.stderr == "vidgen: --api-key: the API key has characters that no key has: copy it anew\n"
+    assert vidgen("--api-key", "vg_1\n", "list", *GATEWAY).exit_code == 0
+
+
 def test_a_label_that_is_none_does_not_hide_what_else_is_wrong(photo: Path) -> None:
     result = vidgen("submit", photo, "--edit", "", "--label", "team", "--lane", "fast", "--json", *GATEWAY)
     assert result.exit_code == 2
@@ -547,6 +555,10 @@ def test_the_secret_of_a_tenant_follows_from_the_gateways(monkeypatch: pytest.Mo
     assert acme.stdout.strip() == webhooks.Secret.parse(f"whsec_{'a' * 44}").of_tenant("acme").reveal()
     assert acme.stdout == again.stdout != other.stdout
     assert vidgen("webhooks", "secret", "--tenant", "Acme!").exit_code == 2
+    monkeypatch.setenv("VIDGEN_WEBHOOK_SECRET", "foo")
+    none = vidgen("webhooks", "secret")
+    assert none.exit_code == 2
+    assert none.stderr.startswith("vidgen: VIDGEN_WEBHOOK_SECRET: whsec_ and 24 to 64 random bytes")
 
 
 def test_submit_refuses_a_lane_and_a_label_that_are_none(photo: Path) -> None:

@@ -135,6 +135,19 @@ def test_a_name_that_is_none_is_refused(tmp_path: Path, name: str) -> None:
     assert list(identities) == []
 
 
+def test_a_wrong_name_and_what_is_no_folder_are_wrong_usage(tmp_path: Path) -> None:
+    """They were exit code 1: of a file for a folder only `File exists` was said."""
+    (tmp_path / "file").touch()
+    run("init", str(tmp_path / "safe"))
+    for command, field in (
+        (["add", str(tmp_path / "safe"), "foo"], "NAME"), (["init", str(tmp_path / "file")], "FOLDER"),
+        (["init", str(tmp_path / "file" / "new")], "FOLDER"), (["list", str(tmp_path / "file")], "FOLDER"),
+    ):  # fmt: skip
+        done = CliRunner().invoke(app, ["identities", *command])
+        assert done.exit_code == 2
+        assert done.stderr.startswith(f"vidgen: {field}: ")
+
+
 def test_what_is_there_is_not_made_again_and_what_is_not_there_is_not_changed(tmp_path: Path) -> None:
     identities = Identities(tmp_path)
     identities.complete()
