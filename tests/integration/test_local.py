@@ -216,6 +216,17 @@ def test_the_services_get_this_stack_and_the_rest_of_the_users_settings(
 
 
 @pytest.mark.parametrize("ephemeral", [True, False])
+async def test_a_service_that_cannot_start_names_its_log_where_that_stays(tmp_path: Path, ephemeral: bool) -> None:
+    """That of `vidgen run` was gone with its folder when it was named."""
+    stack = Stack(tmp_path, env={"VIDGEN_KEEP_UPLOADS": "OFF"}, ephemeral=ephemeral)
+    with pytest.raises(LocalError, match="VIDGEN_KEEP_UPLOADS: write a number of days") as caught:
+        await stack.start()
+    named = f"the end of its log, {tmp_path / 'services' / 'gateway.log'}:\n"
+    assert ("the end of its log:\n" if ephemeral else named) in caught.value.message
+    assert (str(tmp_path) in caught.value.message) is not ephemeral
+
+
+@pytest.mark.parametrize("ephemeral", [True, False])
 @pytest.mark.parametrize("asked", [None, "/elsewhere", ""])
 def test_what_workers_compile_is_kept_with_the_stack_that_stays_unless_it_is_said_where(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: str | None, ephemeral: bool
