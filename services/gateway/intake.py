@@ -48,6 +48,12 @@ MADE_OF_A_KEY = re.compile(r"[0-9a-f]{8}-[0-9a-f]{4}-5[0-9a-f]{3}-[0-9a-f]{4}-[0
 JOB_NAMESPACE = uuid.UUID("5f0c7f2e-64b5-5f0e-9a55-6b1f1f0a7c11")
 
 
+# Not in the contract: records of before are read by that, too.
+NO_REVIEW = FieldError(
+    field="review", message="it stands between an edit and its video: give edit and i2v, or leave it out"
+)
+
+
 class InvalidRequestError(errors.RejectedError):
     """The request does not validate."""
 
@@ -73,25 +79,36 @@ def parse(body: bytes, tenant: str = DEFAULT_TENANT) -> VideoRequest:
             [FieldError(field="request", message="not UTF-8: encode the JSON as UTF-8")]
         ) from None
     try:
-        return VideoRequest.model_validate_json(text)
+        request = VideoRequest.model_validate_json(text)
     except pydantic.ValidationError as exc:
         if exc.errors()[0]["type"] == "json_invalid":
             raise InvalidRequestError(
                 [FieldError(field="request", message="not JSON: send one JSON object, see docs/schemas")]
             ) from None
         found = contracts.field_errors(exc)
-        misplaced = _misplaced_keys(text, {error.field for error in found}, tenant)
-        raise InvalidRequestError([*found, *misplaced]) from None
+        also = _also_wrong(text, {error.field for error in found}, tenant)
+        raise InvalidRequestError([*found, *also]) from None
+    if request.review and (request.edit is None or request.i2v is None):
+        raise InvalidRequestError([NO_REVIEW])
+    return request
 
 
-def _misplaced_keys(text: str, named: set[str], tenant: str) -> list[FieldError]:
-    """The keys outside the places they may be in, of a request that is wrong anyway: one answer names all of it."""
+def _also_wrong(text: str, named: set[str], tenant: str) -> list[FieldError]:
+    """What the contract leaves open, of a request that is wrong anyway: one answer names all of it."""
     try:
         asked: Any = pydantic_core.from_json(text)
     except ValueError:  # a number too long for Python
         return []
-    given = asked.get("references") if isinstance(asked, dict) else None
-    job_id = asked.get("job_id") if isinstance(asked, dict) else None
+    if not isinstance(asked, dict):
+        return []
+    wrong = _misplaced_keys(asked, named, tenant)
+    one_alone = (asked.get("edit") is None) != (asked.get("i2v") is None)
+    return [*wrong, NO_REVIEW] if asked.get("review") is True and one_alone else wrong
+
+
+def _misplaced_keys(asked: dict[str, Any], named: set[str], tenant: str) -> list[FieldError]:
+    """The keys outside the places they may be in."""
+    given, job_id = asked.get("references"), asked.get("job_id")
     wrong = []
     for index, key in enumerate(given if isinstance(given, list) else ()):
         field = f"references.{index}"

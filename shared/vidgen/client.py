@@ -136,6 +136,14 @@ class _Bearer(httpx.Auth):
 NO_ADDRESS = "it is no address: write http://HOST:PORT or https://HOST"
 
 
+NOT_A_KEY = "the API key has characters that no key has: copy it anew"
+
+
+def is_key(text: str) -> bool:
+    """Whether a gateway can have made this key; a header takes nothing else."""
+    return text.isascii() and text.isprintable()
+
+
 def is_address(url: str) -> bool:
     """Whether a gateway can have this URL."""
     try:
@@ -306,7 +314,7 @@ class AsyncClient:
         raise AssertionError("watch ends with a job")
 
     async def download(self, job_id: str, name: str, path: Path) -> Path:
-        """Write an artifact to `path`, whole or not at all.
+        """Write an artifact to `path`, whole or not at all; raises an OSError that names it where that cannot be.
 
         It comes from the store by a presigned link, or through the gateway where the store cannot be reached.
         """
@@ -319,10 +327,10 @@ class AsyncClient:
         return path
 
     async def _download(self, job_id: str, name: str, path: Path, query: dict[str, str]) -> None:
-        await asyncio.to_thread(path.parent.mkdir, parents=True, exist_ok=True)
         part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
         url = _job(job_id, f"artifacts/{quote(name, safe='')}")
         try:
+            await asyncio.to_thread(path.parent.mkdir, parents=True, exist_ok=True)
             with _reported():
                 async with self._http.stream("GET", url, params=query, follow_redirects=True) as answer:
                     if answer.is_error:
@@ -332,8 +340,11 @@ class AsyncClient:
                         async for chunk in answer.aiter_bytes(1 << 20):
                             await asyncio.to_thread(file.write, chunk)
             await asyncio.to_thread(os.replace, part, path)
+        except OSError as exc:
+            raise OSError(exc.errno, exc.strerror or str(exc), str(path)) from exc
         finally:
-            part.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                part.unlink(missing_ok=True)
 
     # ── the fleet, the dead letters, the gateway itself ──────────────────────────────────────────────────────────
 
@@ -424,9 +435,8 @@ def _without_proxy() -> dict[str, httpx.AsyncBaseTransport | None]:
 def _sendable(key: str) -> str:
     """A key without the line end that a file or a shell may have left on it; what is no header is not repeated."""
     key = key.strip()
-    if not (key.isascii() and key.isprintable()):
-        detail = "the API key has characters that no key has: copy it anew"
-        raise GatewayError(Problem(title="Unauthorized", status=401, detail=detail, code="unknown_key"))
+    if not is_key(key):
+        raise GatewayError(Problem(title="Unauthorized", status=401, detail=NOT_A_KEY, code="unknown_key"))
     return key
 
 

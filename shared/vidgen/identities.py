@@ -2,7 +2,7 @@
 
 `identities.json` is what is known of them, with the store's keys; of the bus only public keys. From it are written
 `users.conf` for nats-server and `s3.json` for SeaweedFS, and once, when its keys are made, `NAME.env` for the process
-that has the identity.
+that has the identity; of that only the bucket is written anew.
 """
 
 from __future__ import annotations
@@ -25,6 +25,8 @@ NAME = re.compile(rf"(?P<kind>{'|'.join(KINDS)})(\.(?P<label>[a-z0-9][a-z0-9-]{{
 ACCOUNT = "VIDGEN"
 OWNER = "owner"  # of a stack on one machine
 BOOK, USERS, STORE = "identities.json", "users.conf", "s3.json"
+BUCKET_VARIABLE = "VIDGEN_S3_BUCKET="
+BUCKET = "vidgen"  # of whoever names none, in the settings, too
 
 
 class StoreKey(pydantic.BaseModel):
@@ -57,7 +59,7 @@ class Identity(pydantic.BaseModel):
 
 
 class _Book(pydantic.BaseModel):
-    bucket: str = "vidgen"
+    bucket: str = BUCKET
     identities: dict[str, Identity] = {}
 
 
@@ -102,6 +104,7 @@ class Identities:
     def __init__(self, folder: Path, bucket: str | None = None) -> None:
         self._folder = folder
         known = _read(folder / BOOK)
+        self._bucket_before = known.bucket
         self._book = known.model_copy(update={"bucket": bucket}) if bucket else known
 
     def __iter__(self) -> Iterator[Identity]:
@@ -113,6 +116,7 @@ class Identities:
         for role in missing:
             self._renew(role)
         self._write()
+        self._name_bucket()
         return list(missing)
 
     def add(self, name: str) -> None:
@@ -178,10 +182,24 @@ class Identities:
         if _actions(known, self._book.bucket):
             pair = StoreKey(access_key=secrets.token_hex(10), secret_key=secrets.token_hex(24))
             lines += [f"VIDGEN_S3_ACCESS_KEY={pair.access_key}", f"VIDGEN_S3_SECRET_KEY={pair.secret_key}"]
+            lines += _bucket_line(self._book.bucket)
             known = known.model_copy(update={"store_keys": (pair, *known.store_keys)})
         self._make_folder()
         write_private(self.env_file(name), "\n".join([*lines, ""]))
         self._keep(known)
+
+    def _name_bucket(self) -> None:
+        """Have the files of all who have keys of the store name its bucket; a line that is not ours stays."""
+        ours = _bucket_line(self._bucket_before)
+        for path in (self.env_file(one.name) for one in self if one.store_keys):
+            if not path.exists():
+                continue
+            lines = path.read_text("utf-8").splitlines()
+            fresh = [line for line in lines if line not in ours]
+            if not any(line.startswith(BUCKET_VARIABLE) for line in fresh):
+                fresh += _bucket_line(self._book.bucket)
+            if fresh != lines:
+                write_private(path, "\n".join([*fresh, ""]))
 
     def _make_folder(self) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -197,6 +215,11 @@ class Identities:
             # to everybody else the folder is closed.
             path.write_text(text, "utf-8")
             path.chmod(0o644)
+
+
+def _bucket_line(bucket: str) -> list[str]:
+    # Without --bucket a deployment may name it for all: on Kubernetes this line would win over that one.
+    return [] if bucket == BUCKET else [f"{BUCKET_VARIABLE}{bucket}"]
 
 
 # ── nats-server ──────────────────────────────────────────────────────────────────────────────────────────────────

@@ -12,7 +12,15 @@ from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, get_args
 
-from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator
+from pydantic import (
+    Field,
+    SecretStr,
+    ValidationError,
+    ValidationInfo,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    field_validator,
+)
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
@@ -139,8 +147,15 @@ class Settings(BaseSettings):
         return credentials.tls(self.nats_tls_ca, self.nats_tls_cert, self.nats_tls_key)
 
 
+def _days_or_off(value: Any, check: ValidatorFunctionWrapHandler) -> Any:
+    try:
+        return check(value)
+    except ValidationError:  # it has an error of each of the two
+        raise ValueError("write a number of days, 1 or more, or off") from None
+
+
 Days = Annotated[float, Field(ge=1)]  # less than a day is within reach of a clock that is wrong
-KeptDays = Days | Literal["off"]
+KeptDays = Annotated[Days | Literal["off"], WrapValidator(_days_or_off)]
 
 
 class GatewaySettings(Settings):
@@ -417,7 +432,7 @@ def read(kind: type[T]) -> T:
         wrong = "; ".join(
             f"{path if path in named else f'VIDGEN_{path.upper()}'}: {error['msg'].removeprefix('Value error, ')}"
             for error in exc.errors()
-            for path in ["_".join(map(str, error["loc"]))]
+            for path in [str(error["loc"][0])]
         )
         raise errors.FatalError(f"the settings are wrong: {wrong}", code="settings") from exc
 

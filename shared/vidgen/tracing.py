@@ -13,7 +13,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
-from vidgen import errors
+from vidgen import errors, extras
 
 if TYPE_CHECKING:
     from vidgen.otlp import OtlpTracer
@@ -46,8 +46,8 @@ def running(endpoint: str | None, service: str, instance: str | None = None) -> 
         from vidgen.otlp import OtlpTracer, exporter
     except ImportError as exc:
         raise errors.FatalError(
-            f"an OTLP endpoint is set and OpenTelemetry is not installed ({exc.name}): install vidgen[tracing], or "
-            "unset OTEL_EXPORTER_OTLP_ENDPOINT and OTEL_EXPORTER_OTLP_TRACES_ENDPOINT",
+            f"an OTLP endpoint is set and OpenTelemetry is not installed ({exc.name}): unset "
+            f"OTEL_EXPORTER_OTLP_ENDPOINT and OTEL_EXPORTER_OTLP_TRACES_ENDPOINT, or: {extras.install('tracing')}",
             code="not_installed",
         ) from exc
     tracer = OtlpTracer(exporter(endpoint), service, instance)

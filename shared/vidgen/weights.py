@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from vidgen import __version__, manifest
+from vidgen import __version__, extras, manifest
 from vidgen.errors import FatalError
 
 INDEX = "model_index.json"
@@ -172,7 +172,7 @@ def why_not(
 def not_installed() -> str | None:
     """Say which packages of the real engines are not here and what to do, or None."""
     missing = [package for package in PACKAGES if importlib.util.find_spec(package) is None]
-    return f'{_listed(missing)} not installed: pip install "vidgen[gpu]"' if missing else None
+    return f"{_listed(missing)} not installed: {extras.install('gpu')}" if missing else None
 
 
 def require(
@@ -238,7 +238,7 @@ def _download(model: str, revision: str, to: Path | None, on_progress: OnProgres
     try:
         from huggingface_hub import snapshot_download
     except ImportError as exc:
-        raise FatalError('downloading needs huggingface-hub: pip install "vidgen[gpu]"', code="not_installed") from exc
+        raise FatalError(f"downloading needs huggingface-hub: {extras.install('gpu')}", code="not_installed") from exc
     try:
         return Path(
             snapshot_download(

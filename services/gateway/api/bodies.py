@@ -50,8 +50,10 @@ async def read_json(request: Request) -> bytes:
     return body
 
 
-async def read_model(request: Request, model: type[M]) -> M:
-    """The body as a model; raises HttpError and InvalidRequestError."""
+async def read_model(request: Request, model: type[M], default: M | None = None) -> M:
+    """The body as a model, or the `default` where it may be left out; raises HttpError and InvalidRequestError."""
+    if default is not None and not await request.body():
+        return default
     body = await read_json(request)
     try:
         return model.model_validate_json(body)
@@ -59,8 +61,8 @@ async def read_model(request: Request, model: type[M]) -> M:
         raise InvalidRequestError(contracts.field_errors(exc)) from None
 
 
-def documented(model: type[pydantic.BaseModel]) -> dict[str, Any]:
+def documented(model: type[pydantic.BaseModel], *, required: bool = True) -> dict[str, Any]:
     """What the documentation says of a route whose body is a small model."""
     schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
     schema.pop("$defs", None)  # the contracts within: the job record brings them along
-    return {"requestBody": {"required": True, "content": {JSON: {"schema": schema}}}}
+    return {"requestBody": {"required": required, "content": {JSON: {"schema": schema}}}}

@@ -142,12 +142,12 @@ async def retry(job: JobHere, parts: PartsHere) -> Response:
 
 
 @router.post(
-    "/{job_id}/approve", response_model=Job, openapi_extra=bodies.documented(Approval),
+    "/{job_id}/approve", response_model=Job, openapi_extra=bodies.documented(Approval, required=False),
     responses=problems.responses(400, 404, 409, 413, 415, 422, 503),
 )  # fmt: skip
 async def approve(job: JobHere, request: Request, parts: PartsHere) -> Response:
-    """Let a job that waits for a review go on with one of its candidates."""
-    wanted = await bodies.read_model(request, Approval)
+    """Let a job that waits for a review go on with one of its candidates; without a body with the first one."""
+    wanted = await bodies.read_model(request, Approval, Approval())
     job = await parts.jobs.caught_up(job, pipeline.may_approve)  # before it takes room
     async with _room(parts, job, pipeline.may_approve(job)):
         return answer(await parts.jobs.approve(job.id, wanted.candidate))

@@ -60,7 +60,7 @@ def create(
     async def act(out_put: Output, bus: Bus) -> None:
         from pydantic import ValidationError
 
-        from vidgen import keys, tenants, topology
+        from vidgen import errors, keys, tenants, topology
         from vidgen.contracts import field_errors
 
         _check_tenant("--tenant", tenant)
@@ -69,6 +69,8 @@ def create(
             key, text = keys.issue(tenant, now, name=name, admin=admin, expires_at=_end_of(expires, now))
         except ValidationError as exc:
             raise WrongUsageError([wrong(f"--{one.field}", one.message) for one in field_errors(exc)]) from None
+        except errors.RejectedError as exc:
+            raise WrongUsageError([wrong(f"--{exc.field}", exc.message)]) from None
         await bus.records(topology.KEYS_BUCKET).put(key.id, key.to_bytes(), revision=0)
         if tenant != "default":  # gateways learn that there are several
             await tenants.change(bus.records(topology.TENANTS_BUCKET), tenant, {})

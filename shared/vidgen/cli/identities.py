@@ -47,6 +47,7 @@ def init(
     with speaking(as_json) as out_put:
         from vidgen.identities import Identities
 
+        _check_folder(folder)
         act(out_put, Identities(folder, _checked(bucket)))
 
 
@@ -55,7 +56,12 @@ def add(folder: Folder, name: Name, as_json: options.Json = False) -> None:
     """Add one: a second one of a role, a tenant's publisher, or an admin, who may do everything."""
 
     def act(out_put: Output, identities: Identities) -> None:
-        identities.add(name)
+        from vidgen import errors
+
+        try:
+            identities.add(name)
+        except errors.RejectedError as exc:
+            raise WrongUsageError([wrong("NAME", exc.message)]) from None
         _tell(out_put, "added", name, identities)
         out_put.say(RELOAD)
 
@@ -118,6 +124,12 @@ def _tell(out_put: Output, what: str, name: str, identities: Identities) -> None
     out_put.say(f"{name}: its variables are in {path}")
 
 
+def _check_folder(folder: Path) -> None:
+    place = next(one for one in (folder, *folder.absolute().parents) if one.exists())
+    if not place.is_dir():
+        raise WrongUsageError([wrong("FOLDER", f"{place} is no folder: name another place")])
+
+
 def _checked(bucket: str | None) -> str | None:
     """The bucket, where it is one: its name becomes part of the patterns of keys that the store lets through."""
     from vidgen.settings import BUCKET, NO_BUCKET
@@ -131,5 +143,6 @@ def _act(folder: Path, as_json: bool, act: Callable[[Output, Identities], None])
     with speaking(as_json) as out_put:
         from vidgen import identities
 
+        _check_folder(folder)
         identities.require(folder)
         act(out_put, identities.Identities(folder))

@@ -30,7 +30,7 @@ async def client_of(gateway: str | None) -> AsyncIterator[AsyncClient]:
             "none is configured: give --gateway URL or set VIDGEN_GATEWAY_URL (`vidgen up` starts one and prints it)"
         )
         raise WrongUsageError([wrong("--gateway", remedy)])
-    async with AsyncClient(options.gateway_url(gateway), api_key=options.API_KEY.get()) as client:
+    async with AsyncClient(options.gateway_url(gateway), api_key=options.api_key()) as client:
         yield client
 
 

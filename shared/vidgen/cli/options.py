@@ -41,7 +41,8 @@ OPTION_OF = {
     "i2v.width": "--size", "i2v.height": "--size", "edit": "--size", "i2v": "--size", "i2v.num_frames": "--frames",
     "i2v.fps": "--fps", "edit.style": "--style", "edit.background": "--background", "edit.viewpoint": "--viewpoint",
     "edit.candidates": "--candidates", "job_id": "--job-id", "lane": "--lane", "deadline_s": "--deadline",
-    "labels": "--label", "webhook_url": "--webhook", "request": "--edit or --motion",
+    "labels": "--label", "webhook_url": "--webhook", "image": "IMAGE", "candidate": "CANDIDATE", "seq": "NUMBER",
+    "review": "--review", "cursor": "--cursor", "limit": "--limit", "status": "--status", "tenant": "--tenant",
 }  # fmt: skip
 
 
@@ -79,6 +80,16 @@ def gateway_url(given: str) -> str:
     return given
 
 
+def api_key() -> str | None:
+    """The key that was given; raises WrongUsageError where it can be none."""
+    from vidgen.client import NOT_A_KEY, is_key
+
+    given = API_KEY.get()
+    if given is not None and not is_key(given.strip()):  # a shell may have left a line end on it
+        raise WrongUsageError([wrong("--api-key", NOT_A_KEY)])
+    return given
+
+
 def request_of(wish: Wish, also: Sequence[FieldError] = ()) -> VideoRequest:
     """The request, with placeholders for the images' keys; raises WrongUsageError that names every wrong field.
 
@@ -112,6 +123,8 @@ def request_of(wish: Wish, also: Sequence[FieldError] = ()) -> VideoRequest:
 def _misplaced(wish: Wish) -> list[FieldError]:
     """Options that belong to a part that was not asked for."""
     found: list[FieldError] = []
+    if (wish.rest or {}).get("review") and (wish.edit is None) != (wish.motion is None):
+        found.append(wrong("--review", "it stands between an edit and its video: add --edit and --motion"))
     if wish.motion is None:
         given = _given(frames=wish.frames, fps=wish.fps)
         found += (wrong(f"--{name}", "it is about a video: add --motion") for name in given)
@@ -162,17 +175,20 @@ def _to_json(sent: dict[str, Any]) -> bytes:
     return json.dumps(sent, ensure_ascii=False).encode()
 
 
-def _named(error: FieldError) -> FieldError:
+def by_option(error: FieldError) -> FieldError:
     """The same error under the name of the option, with the field's own name behind it."""
     option = OPTION_OF.get(error.field) or OPTION_OF.get(error.field.split(".")[0])
-    message = error.message
+    return wrong(f"{option} ({error.field})" if option else error.field, error.message)
+
+
+def _named(error: FieldError) -> FieldError:
+    """The same of what the contracts say of a request, in words for who types."""
     if error.field == "request":
-        message = "say what to do: --edit PROMPT, --motion PROMPT, or both"
         if "exactly one image" in error.message:
-            option, message = "IMAGE", "a video without an edit starts from exactly one image"
-    if error.field == "references" and "at most" in message:
-        message = "at most 3 images"
-    return wrong(f"{option} ({error.field})" if option else error.field, message)
+            return wrong("IMAGE (request)", "a video without an edit starts from exactly one image")
+        return wrong("--edit or --motion (request)", "say what to do: --edit PROMPT, --motion PROMPT, or both")
+    at_most = error.field == "references" and "at most" in error.message
+    return by_option(wrong(error.field, "at most 3 images") if at_most else error)
 
 
 def _once(found: Sequence[FieldError]) -> list[FieldError]:

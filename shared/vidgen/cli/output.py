@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from pydantic import BaseModel
     from rich.console import Console
 
+    from vidgen.client import GatewayError
     from vidgen.contracts import FieldError
 
 T = TypeVar("T")
@@ -133,8 +134,8 @@ def speaking(as_json: bool) -> Iterator[Output]:
         output.fail("usage", f"an argument has {what!r}, which is not UTF-8: write it anew", exit_code=WRONG_USAGE)
     except GatewayError as exc:
         wrong = exc.status in (400, 413, 415, 422)
-        message = NO_KEY if exc.code == "no_key" else exc.message  # the gateway's is for who writes headers
-        output.fail(exc.code, message, exit_code=WRONG_USAGE if wrong else FAILED, errors=exc.errors)
+        message, fields = _by_option(exc)
+        output.fail(exc.code, message, exit_code=WRONG_USAGE if wrong else FAILED, errors=fields)
     except errors.VidgenError as exc:
         output.fail(exc.code, exc.message)
     except KeyboardInterrupt:
@@ -149,6 +150,16 @@ def speaking(as_json: bool) -> Iterator[Output]:
         # Of this machine's files; what the network does is told by our own errors.
         place = f"{exc.filename}: " if exc.filename is not None else ""
         output.fail("local_file", f"{place}{exc.strerror or exc}")
+
+
+def _by_option(exc: GatewayError) -> tuple[str, Sequence[FieldError]]:
+    """What the gateway says, for who types options and not fields, and for who writes no headers."""
+    from vidgen.cli import options
+
+    fields = [options.by_option(error) for error in exc.errors]
+    if fields and all(error.message in exc.message for error in fields):  # it says nothing else
+        return str(WrongUsageError(fields)), fields
+    return NO_KEY if exc.code == "no_key" else exc.message, fields
 
 
 def run_async(main: Callable[[], Coroutine[Any, Any, T]]) -> T:

@@ -99,10 +99,10 @@ def plan(
 def _need(package: Literal["simpy", "matplotlib"]) -> None:
     import importlib.util
 
-    from vidgen import errors
+    from vidgen import errors, extras
 
     if importlib.util.find_spec(package) is None:
-        raise errors.VidgenError(f'planning needs {package}: pip install "vidgen[plan]"', code="not_installed")
+        raise errors.VidgenError(f"planning needs {package}: {extras.install('plan')}", code="not_installed")
 
 
 def _print_gpus() -> None:

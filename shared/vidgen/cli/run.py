@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import shlex
 import tempfile
 from collections.abc import AsyncIterator, Coroutine, Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from vidgen.cli.output import Output
 if TYPE_CHECKING:
     from vidgen.cli.progress import View
     from vidgen.client import AsyncClient
-    from vidgen.contracts import Artifact, Job, Stage, VideoRequest
+    from vidgen.contracts import Artifact, FieldError, Job, Stage, VideoRequest
     from vidgen.local import Stack
 
 T = TypeVar("T")
@@ -29,7 +30,8 @@ CANCEL_WITHIN_S = 5.0
 PREVIEW_NOTE = """\
 The CPU preview engines made this: they need no model and follow the prompt only roughly, to show the whole way.
 For the real ones (Qwen-Image-Edit and Wan) on a machine with an NVIDIA GPU:
-  pip install 'vidgen[gpu]'   and the weights;   `vidgen doctor` says what is missing and how to get it."""
+  {install}
+and the weights; `vidgen doctor` says what is missing and how to get it."""
 
 
 def run(
@@ -96,19 +98,53 @@ async def _run(
     from vidgen.cli.progress import stages_of, view_for
     from vidgen.client import AsyncClient
 
+    key = options.api_key()
     with view_for(out_put) as view:
         async with (
             _gateway(gateway, view, stages_of(request)) as (url, stack),
-            AsyncClient(url, api_key=options.API_KEY.get()) as client,
+            AsyncClient(url, api_key=key) as client,
         ):
             job = await client.submit(request, images=images)
             job = await _unless_lost(stack, _followed(client, job.id, stages_of(request), view))
+            unwritten: dict[str, FieldError] = {}
             if job.status == "completed":
-                for name, path in wanted.items():
-                    await client.download(job.id, name, path)
+                unwritten = await _fetched(client, job.id, wanted, gateway)
             elif stack is not None:
                 _show_log(out_put, stack, job)
-    _report(out_put, job, wanted, retryable=bool(gateway))
+    _report(out_put, job, {name: wanted[name] for name in wanted if name not in unwritten}, retryable=bool(gateway))
+    if unwritten:
+        told = "; ".join(f"{error.field}: {error.message}" for error in unwritten.values())
+        out_put.fail("local_file", told, errors=tuple(unwritten.values()))
+
+
+async def _fetched(
+    client: AsyncClient, job_id: str, wanted: dict[str, Path], gateway: str | None
+) -> dict[str, FieldError]:
+    """Fetch what is wanted; of what could not be written: why, and where it is. An embedded stack keeps nothing."""
+    unwritten = {}
+    for name, path in wanted.items():
+        try:
+            await client.download(job_id, name, path)
+        except OSError as exc:
+            option = "--frame" if name == FRAME and VIDEO in wanted else "-o"
+            where = _fetched_by(gateway, job_id, name) if gateway else await _kept(client, job_id, name)
+            unwritten[name] = wrong(option, f"{path}: {exc.strerror or exc}; job {job_id} is done: {where}")
+    return unwritten
+
+
+def _fetched_by(gateway: str, job_id: str, name: str) -> str:
+    key = '-H "Authorization: Bearer $VIDGEN_API_KEY" ' if options.API_KEY.get() else ""
+    url = shlex.quote(f"{gateway.rstrip('/')}/v1/jobs/{job_id}/artifacts/{name}")
+    return f"fetch its {name} with `curl -L {key}-o FILE {url}`"
+
+
+async def _kept(client: AsyncClient, job_id: str, name: str) -> str:
+    folder = tempfile.gettempdir()
+    try:
+        folder = tempfile.mkdtemp(prefix="vidgen-result-")
+        return f"its {name} is kept in {await client.download(job_id, name, Path(folder, name))}"
+    except OSError as exc:
+        return f"its {name} is lost, for it cannot be kept in {folder} either ({exc.strerror or exc})"
 
 
 def _show_log(out_put: Output, stack: Stack, job: Job) -> None:
@@ -183,8 +219,11 @@ def _report(out_put: Output, job: Job, wanted: dict[str, Path], *, retryable: bo
     if seeds:
         out_put.say(f"seed   {', '.join(map(str, seeds))}")
     if any(record.engine == "preview" for record in job.stages):
-        out_put.emit("note", {"engine": "preview", "message": PREVIEW_NOTE})
-        out_put.say(f"\n{PREVIEW_NOTE}")
+        from vidgen import extras
+
+        note = PREVIEW_NOTE.format(install=extras.install("gpu"))
+        out_put.emit("note", {"engine": "preview", "message": note})
+        out_put.say(f"\n{note}")
 
 
 def _measures(artifact: Artifact | None) -> str:

@@ -26,7 +26,7 @@ def secret(
     with output.speaking(as_json) as out_put:
         from pydantic import TypeAdapter, ValidationError
 
-        from vidgen import settings, webhooks
+        from vidgen import errors, settings, webhooks
         from vidgen.contracts import TenantId
 
         try:
@@ -37,6 +37,10 @@ def secret(
         given = settings.read(settings.GatewaySettings).webhook_secret
         if not given:
             raise WrongUsageError([wrong("VIDGEN_WEBHOOK_SECRET", "is not set: set it to what the gateway has")])
-        found = webhooks.Secret.parse(given.get_secret_value()).of_tenant(tenant).reveal()
+        try:
+            found = webhooks.Secret.parse(given.get_secret_value()).of_tenant(tenant).reveal()
+        except errors.FatalError as exc:
+            message = exc.message.removeprefix("VIDGEN_WEBHOOK_SECRET: ")
+            raise WrongUsageError([wrong("VIDGEN_WEBHOOK_SECRET", message)]) from None
         out_put.emit("webhook_secret", {"tenant": tenant, "secret": found})
         out_put.say(found)

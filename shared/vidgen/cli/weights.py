@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from vidgen.cli import options
-from vidgen.cli.output import FAILED, Output, speaking
+from vidgen.cli.options import wrong
+from vidgen.cli.output import FAILED, Output, WrongUsageError, speaking
 
 if TYPE_CHECKING:
     from vidgen.weights import OnProgress, Weights
@@ -40,8 +41,11 @@ def pull(
 ) -> None:
     """Download a model at a pinned commit; what broke off goes on where it did."""
     with speaking(as_json) as out_put:
-        from vidgen import weights
+        from vidgen import manifest, weights
 
+        if manifest.COMMIT.fullmatch(revision) is None:
+            message = f"{revision!r} is no commit: write the 40 hexadecimal digits of the one that you trust"
+            raise WrongUsageError([wrong("--revision", message)])
         with _progress(out_put) as on_progress:
             found = weights.pull(model, revision, to=to, on_progress=on_progress)
         _tell(out_put, found)

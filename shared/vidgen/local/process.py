@@ -56,11 +56,11 @@ class Process:
 
     It is killed with its parent, whatever ends that (Linux; elsewhere only an orderly end stops it). The kernel binds
     it to the *thread* that called `start`: start it from one that lives as long as it is needed. There, it is `nice` by
-    so much more than its parent, and then interrupts nobody when it is woken.
+    so much more than its parent, and then interrupts nobody when it is woken. Errors name its log where `log_stays`.
     """
 
     def __init__(self, name: str, log: Path) -> None:
-        self.name, self.log, self.nice = name, log, 0
+        self.name, self.log, self.log_stays, self.nice = name, log, True, 0
         self._popen: subprocess.Popen[bytes] | None = None
 
     @property
@@ -126,7 +126,8 @@ class Process:
     def failure(self, what: str) -> LocalError:
         """An error that says what happened and shows the end of the log."""
         ended = "" if self.running or self._popen is None else f" (exit code {self._popen.returncode})"
-        return LocalError(f"{self.name} {what}{ended}; the end of its log, {self.log}:\n{self.tail() or '(empty)'}")
+        log = f"its log, {self.log}" if self.log_stays else "its log"
+        return LocalError(f"{self.name} {what}{ended}; the end of {log}:\n{self.tail() or '(empty)'}")
 
     def check(self) -> None:
         """Raise if it has ended: for loops that wait for it to get ready."""

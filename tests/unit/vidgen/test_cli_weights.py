@@ -56,8 +56,8 @@ def test_pull_in_json_prints_the_progress_and_the_model(folder: Path) -> None:
 
 def test_pull_wants_a_whole_commit() -> None:
     result = vidgen("pull", "someone/model", "--revision", "main", "--json")
-    assert result.exit_code == 1
-    assert lines_of(result)[0]["code"] == "weights_unpinned"
+    assert result.exit_code == 2
+    assert lines_of(result)[0]["errors"][0]["field"] == "--revision"
     assert vidgen("pull", "someone/model").exit_code == 2
 
 

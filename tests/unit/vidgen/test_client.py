@@ -397,6 +397,18 @@ async def test_a_download_that_breaks_leaves_the_old_file_alone(tmp_path: Path) 
     assert (tmp_path / "out.mp4").read_bytes() == b"old"
 
 
+@pytest.mark.parametrize("place", ["file/out.mp4", "folder"])
+async def test_a_place_that_cannot_be_written_is_named_as_it_was_given(tmp_path: Path, place: str) -> None:
+    """It was named by the file that stands in for it: `.out.mp4.ef6e4646.part`."""
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    async with gateway(lambda _: httpx.Response(200, content=b"video")) as found:
+        with pytest.raises(OSError) as caught:  # noqa: PT011  its name is what is asked for
+            await found.download("j1", "video.mp4", tmp_path / place)
+    assert caught.value.filename == str(tmp_path / place)
+    assert sorted(names_in(tmp_path)) == ["file", "folder"]
+
+
 @pytest.mark.parametrize("kind", images.MEDIA_TYPES)
 async def test_an_upload_puts_the_image_where_the_gateway_says_under_what_its_bytes_are(kind: str) -> None:
     image = picture(kind.removeprefix("image/"))

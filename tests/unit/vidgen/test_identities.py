@@ -56,6 +56,33 @@ def test_another_bucket_is_that_of_all_keys_and_stays_so_where_none_is_named(tmp
     assert all(":frames" in action for several in actions for action in several)
 
 
+def test_who_has_keys_of_the_store_is_told_their_bucket(tmp_path: Path) -> None:
+    """A rented pod with the file of its identity and no other word of the bucket worked on that of the default."""
+    run("init", str(tmp_path), "--bucket", "my-videos")
+    run("add", str(tmp_path), "edit-service.acme")
+    run("rotate", str(tmp_path), "worker")
+    identities = Identities(tmp_path)
+    told = {one.name: identities.environment(one.name).get("VIDGEN_S3_BUCKET") for one in identities}
+    assert told == {one.name: "my-videos" if one.store_keys else None for one in identities}
+    assert told["edit-service.acme"] == "my-videos"
+
+
+def test_another_bucket_is_told_to_those_who_are_there_and_a_line_of_ones_own_stays(tmp_path: Path) -> None:
+    run("init", str(tmp_path))
+    identities = Identities(tmp_path)
+    given = identities.environment("worker")
+    assert "VIDGEN_S3_BUCKET" not in given  # where the settings of a deployment name it
+    assert Settings.model_fields["s3_bucket"].default == "vidgen"
+    with (tmp_path / "gateway.env").open("a") as file:
+        file.write("VIDGEN_S3_BUCKET=mine\n")
+
+    for bucket, told in (("frames", {"VIDGEN_S3_BUCKET": "frames"}), ("vidgen", {})):
+        run("init", str(tmp_path), "--bucket", bucket)
+        assert identities.environment("worker") == given | told
+        assert identities.environment("gateway")["VIDGEN_S3_BUCKET"] == "mine"
+    assert (tmp_path / "worker.env").stat().st_mode & 0o777 == 0o600
+
+
 @pytest.mark.parametrize("command", [("list",), ("add", "admin"), ("rotate", "x"), ("retire", "x"), ("remove", "x")])
 def test_a_folder_without_identities_is_named_and_none_is_made(tmp_path: Path, command: tuple[str, ...]) -> None:
     """A mistyped folder was an empty table, or a new folder with one identity in it that no server read."""
@@ -106,6 +133,19 @@ def test_a_name_that_is_none_is_refused(tmp_path: Path, name: str) -> None:
         identities.add(name)
     assert caught.value.code == "bad_name"
     assert list(identities) == []
+
+
+def test_a_wrong_name_and_what_is_no_folder_are_wrong_usage(tmp_path: Path) -> None:
+    """They were exit code 1: of a file for a folder only `File exists` was said."""
+    (tmp_path / "file").touch()
+    run("init", str(tmp_path / "safe"))
+    for command, field in (
+        (["add", str(tmp_path / "safe"), "foo"], "NAME"), (["init", str(tmp_path / "file")], "FOLDER"),
+        (["init", str(tmp_path / "file" / "new")], "FOLDER"), (["list", str(tmp_path / "file")], "FOLDER"),
+    ):  # fmt: skip
+        done = CliRunner().invoke(app, ["identities", *command])
+        assert done.exit_code == 2
+        assert done.stderr.startswith(f"vidgen: {field}: ")
 
 
 def test_what_is_there_is_not_made_again_and_what_is_not_there_is_not_changed(tmp_path: Path) -> None:

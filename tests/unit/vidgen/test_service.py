@@ -7,6 +7,7 @@ import contextlib
 import gc
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -23,7 +24,7 @@ from structlog.testing import capture_logs
 from tests import checkpoints, engines
 from tests.workbench import BOUND
 
-from vidgen import choice, errors, frames, imports, jetstream, manifest, profiles, service, weights
+from vidgen import choice, errors, extras, frames, imports, jetstream, manifest, profiles, service, weights
 from vidgen.contracts import Stage
 from vidgen.engine import Engine, in_thread
 from vidgen.errors import FatalError
@@ -164,7 +165,7 @@ async def test_a_real_engine_that_is_asked_for_where_its_packages_are_not_is_tol
         raise ModuleNotFoundError("No module named 'torch'", name="torch")
 
     monkeypatch.setattr(weights, "PACKAGES", ("no_such_torch",))
-    with pytest.raises(FatalError, match=r'no_such_torch not installed: pip install "vidgen\[gpu\]"') as caught:
+    with pytest.raises(FatalError, match=re.escape(f"no_such_torch not installed: {extras.install('gpu')}")) as caught:
         await service._Service({"edit": make_engine}, WorkerSettings(engine="real", device="cpu", metrics_port=0)).run()
     assert caught.value.code == "not_installed"
 

@@ -77,3 +77,23 @@ def test_an_empty_variable_is_one_that_is_not_set(monkeypatch: pytest.MonkeyPatc
     assert (found.work_dir, found.compile_cache, found.edit_lora, found.edit_revision) == (None,) * 4
     assert (found.metrics_port, found.edit_model) == (0, "Qwen/Qwen-Image-Edit-2511")
     assert read(GatewaySettings).keep_jobs == 30
+
+
+@pytest.mark.parametrize("value", ["OFF", "0.5", "a week"])
+@pytest.mark.parametrize("name", ["KEEP_UPLOADS", "KEEP_CHECKPOINTS", "KEEP_ARTIFACTS"])
+def test_what_takes_days_or_off_says_both_at_once(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+    """Two variables were named that do not exist: VIDGEN_KEEP_UPLOADS_CONSTRAINED-FLOAT and …_LITERAL['OFF']."""
+    monkeypatch.setenv(f"VIDGEN_{name}", value)
+    with pytest.raises(FatalError) as caught:
+        read(GatewaySettings)
+    assert caught.value.message == f"the settings are wrong: VIDGEN_{name}: write a number of days, 1 or more, or off"
+
+
+def test_each_wrong_variable_is_named_once_by_its_own_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = {name for name in GatewaySettings.model_fields if name.startswith(("keep_", "tenant_", "webhook_time"))}
+    for name in wrong:
+        monkeypatch.setenv(f"VIDGEN_{name.upper()}", "x")
+    with pytest.raises(FatalError) as caught:
+        read(GatewaySettings)
+    named = caught.value.message.removeprefix("the settings are wrong: ").split("; ")
+    assert sorted(one.split(": ")[0] for one in named) == sorted(f"VIDGEN_{name.upper()}" for name in wrong)

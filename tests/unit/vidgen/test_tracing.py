@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import re
 import subprocess
 import sys
 import threading
@@ -22,7 +23,7 @@ from tests import engines
 from tests.spans import Traced, id_of, parent_of, said, trace_of, traced, traceparent
 from tests.workbench import BOUND, Bench
 
-from vidgen import errors, otlp, telemetry, topology, tracing
+from vidgen import errors, extras, otlp, telemetry, topology, tracing
 from vidgen.engine import Engine
 from vidgen.settings import GatewaySettings, Settings, read
 
@@ -62,7 +63,7 @@ def test_an_endpoint_without_opentelemetry_ends_the_process_and_says_what_to_ins
     monkeypatch.setitem(sys.modules, "opentelemetry.sdk.trace", None)
 
     with (
-        pytest.raises(errors.FatalError, match=r"install vidgen\[tracing\]") as caught,
+        pytest.raises(errors.FatalError, match=re.escape(extras.install("tracing"))) as caught,
         tracing.running("http://127.0.0.1:1/v1/traces", "x"),
     ):
         raise AssertionError("it must not go on")

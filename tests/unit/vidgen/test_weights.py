@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from vidgen import manifest, weights
+from vidgen import extras, manifest, weights
 from vidgen.errors import FatalError
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -372,7 +372,7 @@ def test_why_not_names_the_first_thing_to_do(folder: Path, monkeypatch: pytest.M
     assert "run.py is code" in (weights.why_not(str(folder)) or "")
 
     monkeypatch.setattr(weights, "PACKAGES", ("json", "no_such_package", "nor_this"))
-    said = 'no_such_package and nor_this not installed: pip install "vidgen[gpu]"'
+    said = f"no_such_package and nor_this not installed: {extras.install('gpu')}"
     assert weights.why_not(str(folder)) == said
 
 
