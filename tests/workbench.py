@@ -239,12 +239,13 @@ class Bench:
         await self.say(contracts.CancelRequested(job_id=job, run=run, at=at or datetime.now(UTC)))
 
     async def start_elsewhere(
-        self, attempt: int, tries: int | None = None, job: str = "j1", *, alone: bool = False, worker: str = "another"
-    ) -> None:
+        self, attempt: int, tries: int | None = None, job: str = "j1", *, alone: bool = False, worker: str = "another",
+        run: int = 1,
+    ) -> None:  # fmt: skip
         await self.say(
             contracts.StageStarted(
                 job_id=job, at=datetime.now(UTC), stage=self.stage, attempt=attempt, tries=tries or attempt,
-                worker=worker, engine="e", model="m", alone=alone,
+                run=run, worker=worker, engine="e", model="m", alone=alone,
             )
         )  # fmt: skip
 

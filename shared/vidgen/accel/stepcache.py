@@ -77,7 +77,7 @@ class StepCache:
 
     def begin(self, steps: int, done: int = 0) -> None:
         """Forget the run before; this one has so many steps, of which `done` were made elsewhere."""
-        self._plan, self._index, self._time, self._asked = computed(steps, self.every), done - 1, None, []
+        self._plan, self._index, self._time = computed(steps, self.every), done - 1, None
         for model in self._transformers:
             model._diffusers_hook.reset_stateful_hooks(recurse=False)
 

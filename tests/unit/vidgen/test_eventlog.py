@@ -13,6 +13,7 @@ from vidgen.testing import MemoryBus
 
 TASK = task_of("j1")
 LOG = topology.subject_of_events("j1")
+ERROR = contracts.JobError(code="x", message="x", stage="edit", retryable=True)
 
 
 async def accepted(bus: MemoryBus) -> int:
@@ -126,8 +127,18 @@ async def test_the_end_of_a_run_that_is_told_late_changes_nothing_for_the_next_o
     newer = await claim(bus, second, worker="w2", deliveries=2)
     assert isinstance(newer, eventlog.Claim)
     assert newer.attempt == 2
+    for number in range(late):
+        end = contracts.JobFailed(job_id="j1", run=1, at=TASK.queued_at, error=ERROR)
+        await bus.publish(LOG, end.to_bytes(), message_id=f"later {number}")
     with pytest.raises(eventlog.FencedError):
         await first.check()
+    done = contracts.StageFailed.model_validate(newer.stamp() | {"error": ERROR, "final": True})
+    await bus.publish(LOG, done.to_bytes(), message_id="done")
+    for number in range(late):
+        end = contracts.JobCancelled(job_id="j1", run=1, at=TASK.queued_at)
+        await bus.publish(LOG, end.to_bytes(), message_id=f"last {number}")
+    await eventlog.give_up(bus, second, "w1", ERROR)
+    assert len(bus.messages(topology.EVENTS)) == 4 + 3 * late  # it had come to its end
 
 
 async def test_a_cancel_since_then_is_seen() -> None:

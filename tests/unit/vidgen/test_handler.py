@@ -835,15 +835,20 @@ async def test_an_attempt_that_was_overtaken_cannot_fail_the_task(bench_of: Make
     assert not {"ack", "nak"} & set(bench.journal.entries)
 
 
-async def test_the_heartbeat_finds_that_an_attempt_was_overtaken(bench_of: MakeBench, loop_clock: LoopClock) -> None:
+@pytest.mark.parametrize("late", [False, True], ids=["", "behind it the end of the run before"])
+async def test_the_heartbeat_finds_that_an_attempt_was_overtaken(
+    bench_of: MakeBench, loop_clock: LoopClock, late: bool
+) -> None:
     engine = engines.Gated()
     gate = engine.hold("generate", step=2)
     bench = bench_of(engine)
-    await bench.queue(steps=100)
+    await bench.queue(steps=100, run=2)
     turn = bench.turn()
     running = await bench.begin(turn)
     await reached(gate)
-    await bench.start_elsewhere(2)
+    await bench.start_elsewhere(2, run=2)
+    if late:
+        await bench.say(contracts.JobCancelled(job_id="j1", run=1, at=datetime.now(UTC)))
 
     loop_clock.advance(15.1)
     await asyncio.wait_for(turn.stop.raised.wait(), BOUND)

@@ -91,12 +91,18 @@ def test_kernels_are_kept_for_the_next_start_where_weights_stream_too(
     from vidgen.accel.engine import DiffusersEngine, Layout
 
     monkeypatch.setattr(DiffusersEngine, "_memory", lambda self: 200 << 30)
-    monkeypatch.setenv("TRITON_CACHE_DIR", "")
-    monkeypatch.delenv("TRITON_CACHE_DIR")
+    for name in ("TRITON_CACHE_DIR", "TRITON_PTXAS_PATH"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(torch, "__file__", str(tmp_path / "torch" / "__init__.py"))
+    ptxas = tmp_path / "torch" / "bin" / "ptxas"
+    ptxas.parent.mkdir(parents=True)
+    ptxas.touch(0o755)
     layout = Layout(device="cpu", profile="offload-fp8", attention="torch", vae="stock", compile_cache=tmp_path)
     engine = make(snapshot, layout=layout)
     assert engine.info.profile.startswith("offload-fp8")
     assert os.environ["TRITON_CACHE_DIR"] == str(tmp_path / "triton")
+    assert os.environ["TRITON_PTXAS_PATH"] == str(ptxas)
 
 
 @pytest.mark.parametrize("compiles", ["auto", "full"])
