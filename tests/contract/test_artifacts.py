@@ -422,12 +422,20 @@ async def test_a_worker_that_the_store_refuses_is_never_ready_and_says_why(
         s3_bucket=s3_server.bucket if wrong == "key" else f"b{secrets.token_hex(6)}",
     )  # fmt: skip
     made = service._Service({"edit": lambda settings, chosen: engines.Instant()}, settings)
-    store = S3Store.from_settings(settings)
+    store, looks = S3Store.from_settings(settings), 0
+    require = store.require
+
+    async def counted() -> None:
+        nonlocal looks
+        looks += 1
+        await require()
+
+    monkeypatch.setattr(store, "require", counted)
     told = "VIDGEN_S3_ACCESS_KEY" if wrong == "key" else "VIDGEN_S3_BUCKET"
     with capture_logs() as logs:
         waiting = asyncio.create_task(made._wait_for_store(store))
         async with asyncio.timeout(BOUND):
-            while not logs:
+            while looks < 3:
                 await asyncio.sleep(0.01)
         ready, reason = made._ready()
         assert (ready, told in reason) == (False, True)
