@@ -183,7 +183,7 @@ class Consumers:
         if stored is None:
             return
         task = contracts.Task.model_validate_json(stored.body)
-        newest = await eventlog.newest(self._bus, task.job_id)
+        newest = await eventlog.newest(self._bus, task.job_id, task.run)
         verdict = attempts.judge(task, newest.event, max_attempts=1 << 30)
         if isinstance(verdict, attempts.Drop):  # its last worker said how it ended, and died before it was acknowledged
             await self._bus.delete(topology.TASKS, seq)

@@ -159,7 +159,7 @@ class Deadlines:
             self._due.at(job_id, self._clock() + AGAIN)
             return
         task = pipeline.task_of(job, record)
-        newest = await eventlog.newest(self._bus, job_id)
+        newest = await eventlog.newest(self._bus, job_id, task.run)
         if isinstance(attempts.judge(task, newest.event, eventlog.ANY_TRIES), attempts.Drop):
             # It ended, and its record does not know yet: no letter of it. What is due then is looked at again.
             self._due.at(job_id, self._clock() + AGAIN)

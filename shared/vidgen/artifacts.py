@@ -92,6 +92,9 @@ class ArtifactStore(Protocol):
     async def ready(self) -> bool:
         """Whether the store answers now, takes this key, and has the bucket."""
 
+    async def require(self) -> None:
+        """Raise StoreError where the store is not ready: it says why."""
+
 
 def job_prefix(job_id: str) -> str:
     return f"{JOBS}{job_id}/"
@@ -252,12 +255,13 @@ class S3Store:
     async def fetch(self, key: str, path: Path, limit: int | None = None) -> int:
         def call() -> int:
             with _translated(key):
+                # First: whoever is gone when an answer comes late finds nothing made for it.
+                path.parent.mkdir(0o700, exist_ok=True)
                 response = self._client.get_object(self.bucket, key)
                 try:
                     size = int(response.headers["content-length"])  # S3 always says; a short answer raises below
                     if limit is not None and size > limit:
                         raise too_large(size, limit)
-                    path.parent.mkdir(0o700, exist_ok=True)
                     written = 0
                     with path.open("wb", buffering=0) as file:
                         for chunk in response.stream(CHUNK):
@@ -354,7 +358,6 @@ class S3Store:
         return True
 
     async def require(self) -> None:
-        """Raise StoreError where the store is not ready: it says why."""
         try:
             async with asyncio.timeout(READY_TIMEOUT):  # a store that hangs is not ready; the thread ends by itself
                 there = await asyncio.to_thread(self._is_there)

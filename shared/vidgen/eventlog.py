@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import random
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Literal
@@ -44,15 +46,25 @@ async def newest(bus: Bus, job_id: str, run: int = 0) -> Newest:
     The end of a run is told when it is on record, and that may be after a retry was asked for and begun. Raises
     BusError and UnreadableError.
     """
+    stored = await bus.last(topology.EVENTS, topology.subject_of_events(job_id))
+    if stored is None:
+        return Newest(None, 0)
+    found: contracts.AnyEvent | None = _event(job_id, stored)
+    if found is not None and found.run < run:
+        found = None
+        async for older in _log(bus, job_id, stored.seq):
+            event = _event(job_id, older)
+            found = event if event.run >= run else found
+    return Newest(found, stored.seq)
+
+
+async def _log(bus: Bus, job_id: str, before: int) -> AsyncIterator[Stored]:
+    """A job's messages, oldest first, one by one: to ask for more of the log at once is no worker's right."""
     subject = topology.subject_of_events(job_id)
-    stored = await bus.last(topology.EVENTS, subject)
-    seq = stored.seq if stored else 0
-    while stored is not None:
-        event = _event(job_id, stored)
-        if event.run >= run:
-            return Newest(event, seq)
-        stored = next(iter(await bus.tail(topology.EVENTS, stored.seq, 1, subject)), None)
-    return Newest(None, seq)
+    stored = await bus.first(topology.EVENTS, subject)
+    while stored is not None and stored.seq < before:
+        yield stored
+        stored = await bus.first(topology.EVENTS, subject, stored.seq)
 
 
 def _event(job_id: str, stored: Stored) -> contracts.AnyEvent:
@@ -65,9 +77,13 @@ def _event(job_id: str, stored: Stored) -> contracts.AnyEvent:
 
 
 async def current_run(bus: Bus, job_id: str) -> int:
-    """The run that a job is in; raises as `newest` does."""
+    """The run that a job is in, which its newest event need not be of; raises as `newest` does."""
     seen = await newest(bus, job_id)
-    return seen.event.run if seen.event else 1
+    run = seen.event.run if seen.event else 1
+    async for older in _log(bus, job_id, seen.seq):
+        with contextlib.suppress(UnreadableError):
+            run = max(run, _event(job_id, older).run)
+    return run
 
 
 @dataclass

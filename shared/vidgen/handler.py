@@ -43,7 +43,6 @@ T = TypeVar("T")
 MAX_INPUT_BYTES = 64 << 20
 HAND_BACK_S = 5.0  # what a worker that leaves in a hurry takes to hand a task back
 STORE_S = 2.0  # what one that leaves still gives the store to take a result
-LEAVING: tuple[Reason, ...] = ("released", "drained")
 SURE_S = 1.0  # for so long a task is held without a look; a gateway takes a worker for dead behind several seconds
 BUS_PAUSE_S = 1.0
 DISK_FAILS = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EIO})
@@ -230,7 +229,10 @@ class Handler:
             try:
                 reporter = Reporter(self._bus, held, self._metrics, self._finishing.value or 0.0)
                 with contextlib.closing(reporter):
-                    async with self._lease(delivery, held, turn), _disk_told_apart(self._scratch):
+                    async with (
+                        self._lease(delivery, held, turn), _disk_told_apart(self._scratch),
+                        _refusal_told_apart(self._store),
+                    ):  # fmt: skip
                         return await self._run(delivery, held, turn, clocks, gathering, reporter)
             except FencedError:
                 # A newer attempt holds the task: neither ack nor nak may come from here any more.
@@ -250,13 +252,6 @@ class Handler:
                 return await self._settlement.unfit(delivery, held, clocks, exc)
             except errors.BusError:
                 raise
-            except errors.StoreRefusedError as exc:
-                if await self._store.ready():  # of this task alone
-                    return await self._settlement.fail(delivery, held, clocks, exc, retryable=True)
-                # It would fail one task after another, and be free at once for the next.
-                log.error(exc.message, _event="worker_unhealthy", code=exc.code)
-                turn.fatal = errors.FatalError(exc.message, code=exc.code)
-                return await self._settlement.unfit(delivery, held, clocks, turn.fatal)
             except errors.RetryableError as exc:
                 return await self._settlement.fail(delivery, held, clocks, exc, retryable=True)
             except Exception as exc:
@@ -305,7 +300,7 @@ class Handler:
                     await self._keep_state(held, gathered.folder, exc, turn.stop)
                 raise
             with clocks.timed("store"):
-                result = await _unless(turn.stop, self._stored(held, turn, made), UNWANTED, LEAVING)
+                result = await _unless(turn.stop, self._stored(held, turn, made), UNWANTED, ("released",))
             self._finishing.add(clocks.decode + clocks.encode + clocks.store)
         event = contracts.StageCompleted.model_validate(
             held.stamp()
@@ -528,6 +523,24 @@ async def _disk_told_apart(scratch: Scratch) -> AsyncIterator[None]:
         raise errors.FatalError(
             f"this worker's disk fails ({cause.strerror}): make room in VIDGEN_WORK_DIR, or mend it", code="disk_failed"
         ) from exc
+
+
+@contextlib.asynccontextmanager
+async def _refusal_told_apart(store: ArtifactStore) -> AsyncIterator[None]:
+    """FatalError where the store refuses this worker whatever it asks for.
+
+    It would fail one task after another, and be free at once for the next.
+    """
+    try:
+        yield
+    except errors.StoreRefusedError as exc:
+        try:
+            await store.require()
+        except errors.StoreRefusedError:
+            raise errors.FatalError(exc.message, code=exc.code) from exc
+        except errors.StoreError:  # nobody knows
+            pass
+        raise
 
 
 def _causes(exc: BaseException) -> Iterator[BaseException]:

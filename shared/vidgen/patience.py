@@ -59,6 +59,9 @@ class PatientStore:
     async def ready(self) -> bool:
         return await self._store.ready()
 
+    async def require(self) -> None:
+        await self._store.require()
+
     async def _persist(self, call: Callable[[], Awaitable[T]]) -> T:
         give_up, pause = self._clock() + self._patience_s, FIRST_PAUSE_S
         while True:

@@ -360,13 +360,16 @@ class _Service:
             await self._pause()
 
     async def _wait_for_store(self, store: S3Store) -> None:
-        """A worker whom the store refuses would be free at once for each task, and fail them all."""
+        """A worker whom the store refuses would be free at once for each task, and fail them all.
+
+        One that is away is waited for, as it is where a task needs it.
+        """
         give_up, self._waits_for = time.monotonic() + START_PATIENCE_S, "the object store"
         while not self._stop.is_set():
             try:
                 await store.require()
             except errors.StoreError as exc:
-                if time.monotonic() > give_up:
+                if isinstance(exc, errors.StoreRefusedError) and time.monotonic() > give_up:
                     raise errors.FatalError(exc.message, code=exc.code) from exc
                 self._wait(f"the object store: {exc.message}")
             else:

@@ -37,8 +37,8 @@ class Stop:
     wake: Callable[[], object] | None = None
 
     def now(self, reason: Reason, asked_at: datetime | None = None) -> None:
-        """Ask for the end; the first reason stays. `asked_at` is when somebody wished it."""
-        if self.reason is None or (self.reason in SUSPENDING and reason in UNWANTED):
+        """Ask for the end; the first reason stays, unless it is one to leave later. `asked_at`: when it was wished."""
+        if self.reason is None or (self.reason in SUSPENDING and reason not in SUSPENDING):
             self.since, self.asked_at = time.monotonic(), asked_at
             self.reason = reason
             self.raised.set()

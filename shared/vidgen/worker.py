@@ -42,6 +42,7 @@ CANCEL_WAIT_S = 5.0
 IDLE_WAIT_S = 0.5
 MOMENT_S = 0.05  # how long the batch waits behind an interactive task for the next one
 BUS_PAUSE_S = 0.5
+GRACE_LOOK_S = 1.0  # between two looks, behind the grace period, at what still runs
 BATCH_SHARE = 10  # at least one task in ten is a batch task while any waits
 SOON_S = 1.0  # what is not urgent is told in the registry with what comes within that, in one
 LOOK_S = 1.0  # how often a worker with a long batch task looks for an interactive one
@@ -449,8 +450,12 @@ class Worker:
         finally:
             draining.cancel()
             ended.cancel()
-        for turn in self._turns:
-            turn.stop.now("drained" if self._handler.suspends and turn.phase == "generating" else "released")
+        while not ending.is_set():  # what was at its last step is to be stored by now
+            for turn in self._turns:
+                turn.stop.now("drained" if self._handler.suspends and turn.phase == "generating" else "released")
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(GRACE_LOOK_S):
+                    await ending.wait()
 
     async def _register(self, ending: asyncio.Event) -> None:
         records = self._bus.records(topology.WORKERS_BUCKET)

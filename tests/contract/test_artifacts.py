@@ -377,6 +377,29 @@ async def test_a_store_that_refuses_for_its_clock_is_said_to_do_so(
             assert caught.value.code == ("store_refused" if minutes == 14 else "store_clock")
 
 
+async def test_an_answer_that_comes_late_makes_nothing_for_whoever_is_gone(key: str, tmp_path: Path) -> None:
+    """The folder of a task that had left was made anew, and nobody emptied it."""
+    asked, goes_on = asyncio.Event(), asyncio.Event()
+
+    async def late(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        asked.set()
+        await goes_on.wait()
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 3\r\nConnection: close\r\n\r\nabc")
+        writer.close()
+        await writer.wait_closed()
+
+    async with await asyncio.start_server(late, "127.0.0.1", 0) as server:
+        store = S3Store(f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}", "key", "secret", "vidgen")
+        fetching = asyncio.create_task(store.fetch(key, tmp_path / "room" / "copy"))
+        await asyncio.wait_for(asked.wait(), BOUND)
+        (tmp_path / "room").rmdir()
+        goes_on.set()
+        with pytest.raises(errors.StoreError, match="No such file or directory"):
+            await asyncio.wait_for(fetching, BOUND)
+    assert list(tmp_path.iterdir()) == []
+
+
 async def test_a_server_that_is_gone_fails_soon(key: str, file: Path, tmp_path: Path) -> None:
     with socket.socket() as held:  # bound and not listening: nobody answers
         held.bind(("127.0.0.1", 0))

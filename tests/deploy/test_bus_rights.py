@@ -6,6 +6,7 @@ import asyncio
 import json
 import re
 from collections.abc import AsyncIterator, Iterator
+from datetime import UTC, datetime
 from pathlib import Path
 
 import nats.errors
@@ -13,7 +14,7 @@ import pytest
 from tests import identities as installed
 from tests.identities import DeployedNats
 
-from vidgen import bootstrap, credentials, errors, jetstream, permissions, topology
+from vidgen import bootstrap, contracts, credentials, errors, eventlog, jetstream, permissions, topology
 from vidgen.cli import doctor
 from vidgen.identities import Identities
 from vidgen.jetstream import JetStreamBus
@@ -352,6 +353,24 @@ async def test_a_worker_answers_one_of_its_stage_or_a_gateway_and_only_in_an_inb
         assert heard is not None
         await asked.signal(heard.reply, b"at it")
         assert await answer == b"at it"
+
+
+@pytest.mark.parametrize("name", sorted(WORKERS))
+async def test_a_worker_may_look_at_a_run_behind_which_the_end_of_the_one_before_is_told(
+    server: DeployedNats, identities: Identities, name: str
+) -> None:
+    """By another question than it may ask it was denied, and left: one worker after the other, by one such task."""
+    denied: list[str] = []
+    job, at = f"late-{name}", datetime.now(UTC)
+    told = [contracts.RetryRequested(job_id=job, run=2, at=at), contracts.JobCancelled(job_id=job, run=1, at=at)]
+    async with installed.connected(server.url, identities, "gateway") as gateway:
+        for number, event in enumerate(told):
+            subject = topology.subject_of_events(job)
+            await gateway.publish(subject, event.to_bytes(), message_id=f"{job}:{number}")
+    async with installed.connected(server.url, identities, name, on_denied=denied.append) as worker:
+        assert (await eventlog.newest(worker, job, 2)).event == told[0]
+        assert await eventlog.current_run(worker, job) == 2
+        assert denied == []
 
 
 async def test_an_answer_that_comes_too_late_is_refused_and_ends_no_worker(

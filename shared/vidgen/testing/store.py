@@ -86,6 +86,10 @@ class MemoryStore(Faults):
     async def ready(self) -> bool:
         return not self.down
 
+    async def require(self) -> None:
+        if self.down:
+            raise self._outage()
+
     def _found(self, key: str) -> bytes:
         if key not in self.objects:
             raise missing(key)

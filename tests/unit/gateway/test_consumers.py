@@ -258,11 +258,18 @@ async def test_a_task_that_is_done_and_whose_deliveries_ran_out_is_no_dead_lette
 
 
 @pytest.mark.parametrize("dies", [None, "publish", "delete", "first"])
+@pytest.mark.parametrize("late", [False, True], ids=["", "behind it the end of the run before"])
 async def test_a_begun_task_whose_deliveries_ran_out_is_queued_anew_whatever_fails_meanwhile(
-    loops: Loops, dies: str | None
+    loops: Loops, dies: str | None, late: bool
 ) -> None:
     job = await loops.gateway.submit()
+    if late:
+        await loops.gateway.client.post(f"/v1/jobs/{job.id}/cancel")
+        answer = await loops.gateway.client.post(f"/v1/jobs/{job.id}/retry")
+        job = contracts.Job.model_validate(answer.json())
     await say(loops, started(job))
+    if late:
+        await say(loops, contracts.JobCancelled(job_id=job.id, run=1, at=job.created_at))
     [task] = await loops.bus.tail(topology.TASKS, None, 1)
     advisory = b'{"stream_seq": %d}' % task.seq
     await loops.bus.publish(

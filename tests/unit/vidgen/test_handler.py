@@ -927,6 +927,33 @@ async def test_an_attempt_that_was_overtaken_stores_nothing_over_what_the_newer_
     assert hashlib.sha256(bench.store.objects[artifact.key]).hexdigest() == artifact.sha256
 
 
+@pytest.mark.parametrize("before", [None, "drained", "preempted"])
+async def test_who_waits_for_the_bus_with_what_was_made_leaves_when_it_is_told_to(
+    bench_of: MakeBench, loop_clock: LoopClock, before: Reason | None
+) -> None:
+    engine = engines.Gated()
+    gate = engine.hold("finish")
+    bench = bench_of(engine)
+    await bench.queue()
+    turn = bench.turn()
+    running = await bench.begin(turn)
+    await reached(gate)
+    bench.bus.down = True
+    loop_clock.advance(61)
+    looks = bench.bus.calls["last"]
+    gate.open()
+    async with asyncio.timeout(BOUND):
+        while bench.bus.calls["last"] == looks:
+            await asyncio.sleep(0)
+    if before is not None:
+        turn.stop.now(before)
+    turn.stop.now("released")
+    loop_clock.advance(2.1)
+
+    assert await ended(running) == "lost"
+    assert bench.store.calls["put"] == 0
+
+
 @pytest.mark.parametrize("overtaken", [True, False])
 async def test_what_was_made_while_the_bus_was_away_is_stored_once_it_is_known_whose_the_task_is(
     bench_of: MakeBench, loop_clock: LoopClock, overtaken: bool
@@ -1089,19 +1116,28 @@ async def test_a_worker_that_the_store_takes_for_nobody_hands_its_task_back_unha
     await bench.queue()
     bench.store.fail_next(method, errors.StoreRefusedError("the object store refused: InvalidAccessKeyId"))
 
-    async def refused() -> bool:
-        return False
+    async def refused() -> None:
+        raise errors.StoreRefusedError("the object store refused: InvalidAccessKeyId")
 
-    monkeypatch.setattr(bench.store, "ready", refused)
+    monkeypatch.setattr(bench.store, "require", refused)
     with pytest.raises(errors.FatalError, match="InvalidAccessKeyId") as caught:
         await bench.run()
     assert caught.value.code == "store_refused"
     assert (bench.events()[-1].type, bench.events()[-1].tries) == ("stage_released", 0)
 
 
-async def test_a_store_that_refuses_one_task_alone_costs_that_task_a_try(bench_of: MakeBench) -> None:
+@pytest.mark.parametrize("away", [False, True])
+async def test_a_store_that_refuses_one_task_alone_costs_that_task_a_try(
+    bench_of: MakeBench, monkeypatch: pytest.MonkeyPatch, away: bool
+) -> None:
     bench = bench_of()
     await bench.queue()
+
+    async def asked() -> None:
+        if away:
+            raise errors.StoreError("it did not answer in time")
+
+    monkeypatch.setattr(bench.store, "require", asked)
     bench.store.fail_next("fetch", errors.StoreRefusedError("the object store refused: AccessDenied"))
     assert await bench.run() == "retried"
     assert (bench.events()[-1].type, bench.events()[-1].error.code) == ("stage_failed", "store_refused")
@@ -1164,14 +1200,18 @@ async def test_what_cannot_be_fetched_is_handed_back_at_once_when_it_is_told_to(
     assert (bench.events()[-1].type, bench.events()[-1].tries) == ("stage_released", 0)
 
 
-@pytest.mark.parametrize("reason", ["released", "drained"])
+@pytest.mark.parametrize("before", [None, "drained", "preempted"])
 async def test_what_cannot_be_stored_is_handed_back_soon_when_it_is_told_to(
-    bench_of: MakeBench, loop_clock: LoopClock, reason: Reason
+    bench_of: MakeBench, loop_clock: LoopClock, before: Reason | None
 ) -> None:
     bench = bench_of()
     turn, running = await begun_without(bench, "put")
 
-    turn.stop.now(reason)
+    if before is not None:  # at its last step: it may take the grace period to be stored
+        turn.stop.now(before)
+        loop_clock.advance(20)
+        await settled()
+    turn.stop.now("released")
     await settled()
     assert bench.types() == ["stage_started"]  # a store that is well takes it in a moment
     loop_clock.advance(2.1)
@@ -1231,6 +1271,17 @@ async def test_the_first_reason_to_stop_stays() -> None:
     turn.stop.now("released")
 
     assert turn.stop.reason == "cancelled"
+
+
+@pytest.mark.parametrize("first", ["drained", "preempted"])
+@pytest.mark.parametrize("then", ["released", "cancelled", "fenced"])
+async def test_but_one_that_leaves_a_task_its_time_gives_way_to_one_that_does_not(first: Reason, then: Reason) -> None:
+    turn = Turn(asyncio.Lock())
+    turn.stop.now(first)
+    turn.stop.now("preempted")
+    assert turn.stop.reason == first
+    turn.stop.now(then)
+    assert turn.stop.reason == then
 
 
 # ── store and bus go away ────────────────────────────────────────────────────────────────────────────────────────

@@ -358,6 +358,38 @@ async def test_when_the_grace_is_over_what_still_runs_is_handed_back_at_its_next
         assert (await shop.bench.take()).num_delivered == 2
 
 
+async def test_what_was_at_its_last_step_when_the_grace_was_over_waits_for_no_store_that_is_away(
+    loop_clock: LoopClock,
+) -> None:
+    """A worker left behind the patience with the store, and the task was charged for it."""
+    async with open_shop(engines.Resumes(), grace_s=100) as shop:
+        gate = shop.engine.hold("generate", 1, 4)
+        await shop.queue(1, steps=4)
+        asked = asyncio.Event()
+
+        async def put(*given: object, **options: object) -> None:
+            asked.set()
+            await asyncio.Event().wait()
+
+        shop.bench.store.put = put  # type: ignore[method-assign]
+        shop.start()
+        await reached(gate)
+        shop.worker.drain()
+        await settled()
+        loop_clock.advance(101)
+        await settled()
+        gate.open()
+        await asyncio.wait_for(asked.wait(), BOUND)
+        for _ in range(2):
+            loop_clock.advance(2.1)
+            await settled()
+
+        await shop.left()
+
+        event = shop.bench.events("j1")[-1]
+        assert (event.type, event.tries) == ("stage_released", 0)
+
+
 # ── handed back in the middle ────────────────────────────────────────────────────────────────────────────────────
 
 
