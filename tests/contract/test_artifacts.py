@@ -474,6 +474,24 @@ async def test_a_worker_that_the_store_refuses_is_never_ready_and_says_why(
     assert [entry["_event"] for entry in logs] == ["not_there_yet"]  # once, however often it looks
 
 
+async def test_a_worker_waits_for_a_store_that_is_away_as_long_as_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each worker that a queue had started loaded its model, left, and began again."""
+    monkeypatch.setattr(service, "START_PATIENCE_S", 0.0)
+    settings = WorkerSettings(s3_endpoint="http://127.0.0.1:1", device="cpu")
+    made = service._Service({"edit": lambda settings, chosen: engines.Instant()}, settings)
+    store, looks = S3Store.from_settings(settings), 0
+
+    async def away() -> None:
+        nonlocal looks
+        looks += 1
+        if looks < 4:
+            raise errors.StoreError("the object store did not answer")
+
+    monkeypatch.setattr(store, "require", away)
+    await asyncio.wait_for(made._wait_for_store(store), BOUND)
+    assert looks == 4
+
+
 # ── keys ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
