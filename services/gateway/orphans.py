@@ -16,6 +16,7 @@ from collections.abc import Callable, Collection, Mapping
 import structlog
 
 from gateway.fleet import Fleet
+from gateway.share import run_of
 from vidgen import contracts, errors, eventlog, topology
 from vidgen.bus import Bus, Stored
 from vidgen.contracts import LANES, STAGES, Stage, WorkerInfo
@@ -102,7 +103,7 @@ class Orphans:
     ) -> None:  # fmt: skip
         at, job_id = self._clock(), _job_of(task)
         try:
-            newest = await eventlog.newest(self._bus, job_id)
+            newest = await eventlog.newest(self._bus, job_id, run_of(task.body) or 0)
         except eventlog.UnreadableError as exc:  # this one waits for its lease, and it alone
             if job_id not in self._unreadable:
                 log.warning(exc.message, _event="orphan_unknown", job=job_id)

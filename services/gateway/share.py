@@ -185,7 +185,7 @@ class FairShare:
         queued = await self._bus.last(topology.TASKS, subject)
         if queued is None:  # it left just now, and may have been one of a run before
             return False
-        own, other = _run_of(held.body), _run_of(queued.body)
+        own, other = run_of(held.body), run_of(queued.body)
         if own is not None and other is not None:
             return other >= own
         if held.seq not in self._passed_over:
@@ -208,7 +208,7 @@ class FairShare:
             try:
                 await self._bus.publish(subject, body, message_id=message_id, headers=headers)
             except errors.ConflictError as exc:
-                run = _run_of(body)
+                run = run_of(body)
                 if exc.code != "already_queued" or run is None:
                     raise
                 if not await withdraw(self._bus, stream, subject, run - 1):
@@ -226,14 +226,14 @@ async def withdraw(bus: Bus, stream: str, subject: str, run: int) -> bool:
     stored = await bus.last(stream, subject)
     if stored is None:
         return True
-    found = _run_of(stored.body)
+    found = run_of(stored.body)
     if found is None or found > run:
         return False
     await bus.delete(stream, stored.seq)
     return True
 
 
-def _run_of(body: bytes) -> int | None:
+def run_of(body: bytes) -> int | None:
     """The run of a task; None for one of another version."""
     try:
         return contracts.Task.model_validate_json(body).run

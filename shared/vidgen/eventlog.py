@@ -49,12 +49,13 @@ async def newest(bus: Bus, job_id: str, run: int = 0) -> Newest:
     stored = await bus.last(topology.EVENTS, topology.subject_of_events(job_id))
     if stored is None:
         return Newest(None, 0)
-    found: contracts.AnyEvent | None = _event(job_id, stored)
-    if found is not None and found.run < run:
-        found = None
-        async for older in _log(bus, job_id, stored.seq):
-            event = _event(job_id, older)
-            found = event if event.run >= run else found
+    event = _event(job_id, stored)
+    if event.run >= run:
+        return Newest(event, stored.seq)
+    found = None
+    async for older in _log(bus, job_id, stored.seq):
+        event = _event(job_id, older)
+        found = event if event.run >= run else found
     return Newest(found, stored.seq)
 
 

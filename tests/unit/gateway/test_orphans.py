@@ -133,9 +133,18 @@ async def test_a_worker_that_is_missed_once_may_be_reconnecting(ward: Ward) -> N
     assert await ward.again() is None
 
 
-async def test_what_another_worker_holds_by_now_is_not_taken_from_it(ward: Ward) -> None:
-    job, _ = await ward.taken()
+@pytest.mark.parametrize("late", [False, True], ids=["", "behind it the end of the run before"])
+async def test_what_another_worker_holds_by_now_is_not_taken_from_it(ward: Ward, late: bool) -> None:
+    job, delivery = await ward.taken()
+    if late:
+        await ward.gateway.client.post(f"/v1/jobs/{job.id}/cancel")
+        await delivery.ack()
+        answer = await ward.gateway.client.post(f"/v1/jobs/{job.id}/retry")
+        job = Job.model_validate(answer.json())
+        assert await ward.again() is not None
     await ward.gateway.tell(started(job).model_copy(update={"worker": "w2", "attempt": 2}))
+    if late:
+        await ward.gateway.tell(contracts.JobCancelled(job_id=job.id, run=1, at=job.created_at))
     await ward.register(running=(job.id,))
     await ward.register("w2")
     await ward.bus.listen(topology.subject_of_worker("edit", "w2"))

@@ -190,17 +190,22 @@ async def test_what_was_held_moves_up_where_shares_were_switched_off() -> None:
     assert (lane.count(topology.TASKS), lane.count(topology.HELD)) == (5, 0)
 
 
+async def moved_up(lane: Lane, running: asyncio.Task[None], stop: asyncio.Event) -> bool:
+    """Whether a task comes from the queue; then those who move them up are told to end, and do."""
+    async with asyncio.timeout(BOUND):
+        delivery = await lane.bus.pull(QUEUE, BOUND)
+    stop.set()
+    await running
+    return delivery is not None
+
+
 async def test_a_sweep_finds_what_nobody_told_of() -> None:
     lane = Lane(waiting=4)
     await lane.know("acme")
     await lane.shares[0].queue(task("j1", "acme"), "j1:edit:1", None)  # and that gateway died
     other, stop = FairShare(lane.bus, Tenants(lane.bus), 4, sweep_s=0.01), asyncio.Event()
     running = asyncio.create_task(other.run(stop))
-    async with asyncio.timeout(BOUND):
-        delivery = await lane.bus.pull(QUEUE, BOUND)
-    stop.set()
-    await running
-    assert delivery is not None
+    assert await moved_up(lane, running, stop)
 
 
 async def test_an_outage_only_delays_what_is_held() -> None:
@@ -210,11 +215,7 @@ async def test_an_outage_only_delays_what_is_held() -> None:
     lane.bus.fail_next("first", times=3)
     running = asyncio.create_task(share.run(stop))
     await share.queue(task("j1", "acme"), "j1:edit:1", None)
-    async with asyncio.timeout(BOUND):
-        delivery = await lane.bus.pull(QUEUE, BOUND)
-    stop.set()
-    await running
-    assert delivery is not None
+    assert await moved_up(lane, running, stop)
 
 
 async def test_a_tenant_of_another_version_ends_no_gateway_and_its_tasks_move_up() -> None:
@@ -224,11 +225,7 @@ async def test_a_tenant_of_another_version_ends_no_gateway_and_its_tasks_move_up
     await lane.shares[0].queue(task("j1", "acme"), "j1:edit:1", None)
     share, stop = FairShare(lane.bus, Tenants(lane.bus), 4, sweep_s=0.01), asyncio.Event()
     running = asyncio.create_task(share.run(stop))
-    async with asyncio.timeout(BOUND):
-        delivery = await lane.bus.pull(QUEUE, BOUND)
-    stop.set()
-    await running
-    assert delivery is not None
+    assert await moved_up(lane, running, stop)
 
 
 @pytest.mark.parametrize("unreadable", ["held", "queued", "both"])

@@ -64,6 +64,18 @@ async def ended(running: asyncio.Task[Any]) -> Any:
     return await asyncio.wait_for(running, BOUND)
 
 
+async def at_its_finish(bench_of: MakeBench) -> tuple[Bench, engines.Gate, Turn, asyncio.Task[Outcome]]:
+    """A task whose result is made, and not written yet."""
+    engine = engines.Gated()
+    gate = engine.hold("finish")
+    bench = bench_of(engine)
+    await bench.queue()
+    turn = bench.turn()
+    running = await bench.begin(turn)
+    await reached(gate)
+    return bench, gate, turn, running
+
+
 # ── done ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -900,13 +912,7 @@ async def test_an_attempt_that_was_overtaken_stores_nothing_over_what_the_newer_
     bench_of: MakeBench, loop_clock: LoopClock, silent_s: int
 ) -> None:
     """Two kinds of GPUs make other bytes: the record's checksum was of what no longer lay there."""
-    engine = engines.Gated()
-    gate = engine.hold("finish")
-    bench = bench_of(engine)
-    await bench.queue()
-    turn = bench.turn()
-    running = await bench.begin(turn)
-    await reached(gate)
+    bench, gate, turn, running = await at_its_finish(bench_of)
     [held] = await bench.bus.unsettled(topology.consumer_of("edit", "interactive"))
     await bench.bus.hand_back(topology.consumer_of("edit", "interactive"), held.seq)
     bench.use(engines.Instant(png=engines.PNG + b"of another GPU"))
@@ -931,13 +937,7 @@ async def test_an_attempt_that_was_overtaken_stores_nothing_over_what_the_newer_
 async def test_who_waits_for_the_bus_with_what_was_made_leaves_when_it_is_told_to(
     bench_of: MakeBench, loop_clock: LoopClock, before: Reason | None
 ) -> None:
-    engine = engines.Gated()
-    gate = engine.hold("finish")
-    bench = bench_of(engine)
-    await bench.queue()
-    turn = bench.turn()
-    running = await bench.begin(turn)
-    await reached(gate)
+    bench, gate, turn, running = await at_its_finish(bench_of)
     bench.bus.down = True
     loop_clock.advance(61)
     looks = bench.bus.calls["last"]

@@ -67,7 +67,7 @@ async def test_patience_ends() -> None:
     assert 55 <= sum(waiting.pauses) <= 60
 
 
-@pytest.mark.parametrize("error", [errors.StoreError("no", code="store_refused"), errors.NotFoundError()])
+@pytest.mark.parametrize("error", [errors.StoreRefusedError("no"), errors.NotFoundError()])
 async def test_what_is_refused_is_not_asked_again(error: errors.VidgenError) -> None:
     waiting = Waiting()
     waiting.under.fail_next("stat", error)

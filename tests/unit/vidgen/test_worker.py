@@ -338,17 +338,22 @@ async def test_a_task_that_arrives_with_the_drain_is_handed_back_unseen(monkeypa
         assert (await shop.bench.take()).num_delivered == 2
 
 
+async def past_its_grace(shop: Shop, gate: engines.Gate, loop_clock: LoopClock) -> None:
+    """Drain a worker while it is in a step, and let that end when its hundred seconds are over."""
+    shop.start()
+    await reached(gate)
+    shop.worker.drain()
+    await settled()
+    loop_clock.advance(101)
+    await settled()
+    gate.open()
+
+
 async def test_when_the_grace_is_over_what_still_runs_is_handed_back_at_its_next_step(loop_clock: LoopClock) -> None:
     async with open_shop(grace_s=100) as shop:
         gate = shop.engine.hold("generate", 1, 2)
         await shop.queue(1, steps=50)
-        shop.start()
-        await reached(gate)
-        shop.worker.drain()
-        await settled()
-        loop_clock.advance(101)
-        await settled()
-        gate.open()
+        await past_its_grace(shop, gate, loop_clock)
 
         await shop.left()
 
@@ -372,13 +377,7 @@ async def test_what_was_at_its_last_step_when_the_grace_was_over_waits_for_no_st
             await asyncio.Event().wait()
 
         shop.bench.store.put = put  # type: ignore[method-assign]
-        shop.start()
-        await reached(gate)
-        shop.worker.drain()
-        await settled()
-        loop_clock.advance(101)
-        await settled()
-        gate.open()
+        await past_its_grace(shop, gate, loop_clock)
         await asyncio.wait_for(asked.wait(), BOUND)
         for _ in range(2):
             loop_clock.advance(2.1)
@@ -480,13 +479,7 @@ async def test_when_the_grace_is_over_the_state_is_kept_where_it_can_be(loop_clo
     async with open_shop(engines.Resumes(), grace_s=100) as shop:
         gate = shop.engine.hold("generate", 1, 1)
         await shop.queue(1, steps=50)
-        shop.start()
-        await reached(gate)
-        shop.worker.drain()
-        await settled()
-        loop_clock.advance(101)
-        await settled()
-        gate.open()
+        await past_its_grace(shop, gate, loop_clock)
 
         await shop.left()
 
