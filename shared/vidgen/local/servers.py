@@ -203,7 +203,7 @@ class S3Server(_Server):
                 await self._start(executable)
             except LocalError:
                 # Somebody else may take a port between our choice and the server's bind: then choose anew.
-                if attempt == PORT_TRIES or not _lost_a_port(self.process.tail()):
+                if attempt == PORT_TRIES or not _lost_a_port(self.process.log):
                     raise
                 self._ports = {}
             else:
@@ -337,5 +337,9 @@ def _is_free(port: int) -> bool:
     return True
 
 
-def _lost_a_port(log: str) -> bool:
-    return "is not available" in log or "address already in use" in log
+def _lost_a_port(log: Path) -> bool:
+    # All of it: what runs at that moment is listed behind the line that says so.
+    with contextlib.suppress(OSError):
+        said = log.read_text(errors="replace")
+        return "is not available" in said or "address already in use" in said
+    return False

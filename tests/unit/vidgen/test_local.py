@@ -8,7 +8,8 @@ import pytest
 
 from vidgen import gpu, weights
 from vidgen.contracts import GpuFigures, Stage
-from vidgen.local import Stack
+from vidgen.local import S3Server, Stack, servers
+from vidgen.local.process import LocalError
 
 H200 = GpuFigures(index=0, uuid="GPU-aaaa", name="NVIDIA H200")
 
@@ -68,3 +69,28 @@ def test_without_a_gpu_there_are_two_services(
 @pytest.mark.usefixtures("machine")
 def test_one_stage_has_its_service(tmp_path: Path) -> None:
     assert workers(tmp_path, "edit") == SERVICES[:1]
+
+
+@pytest.mark.parametrize("lost", [True, False])
+async def test_a_port_that_was_lost_is_found_above_all_that_ran_in_the_servers_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: bool
+) -> None:
+    """SeaweedFS lists thirty lines of where it was behind the one that says why it ends."""
+    server, chosen = S3Server(tmp_path), []
+    why = "F1130 listen tcp 127.0.0.1:1: bind: address already in use" if lost else "F1130 the disk is full"
+
+    async def starts(executable: str) -> None:
+        chosen.append(server.endpoint)
+        if len(chosen) == 1:
+            server.process.log.write_text("\n".join([why, *["goroutine 1 [running]:"] * 30]))
+            raise LocalError("it ended before it was ready")
+
+    monkeypatch.setattr(servers, "program", lambda name: name)
+    monkeypatch.setattr(server, "_start", starts)
+    if not lost:
+        with pytest.raises(LocalError, match="ended before it was ready"):
+            await server.start()
+        assert len(chosen) == 1
+        return
+    await server.start()
+    assert len(set(chosen)) == 2
