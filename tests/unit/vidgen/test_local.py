@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import socket
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 
@@ -76,12 +78,13 @@ async def test_a_port_that_was_lost_is_found_above_all_that_ran_in_the_servers_l
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, lost: bool
 ) -> None:
     """SeaweedFS lists thirty lines of where it was behind the one that says why it ends."""
-    server, chosen = S3Server(tmp_path), []
+    server, chosen, held = S3Server(tmp_path), [], []
     why = "F1130 listen tcp 127.0.0.1:1: bind: address already in use" if lost else "F1130 the disk is full"
 
     async def starts(executable: str) -> None:
         chosen.append(server.endpoint)
         if len(chosen) == 1:
+            held.append(socket.create_server(("127.0.0.1", urlsplit(server.endpoint).port or 0)))
             server.process.log.write_text("\n".join([why, *["goroutine 1 [running]:"] * 30]))
             raise LocalError("it ended before it was ready")
 
@@ -90,7 +93,9 @@ async def test_a_port_that_was_lost_is_found_above_all_that_ran_in_the_servers_l
     if not lost:
         with pytest.raises(LocalError, match="ended before it was ready"):
             await server.start()
+        held[0].close()
         assert len(chosen) == 1
         return
     await server.start()
+    held[0].close()
     assert len(set(chosen)) == 2
