@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Collection
 from datetime import datetime
@@ -13,7 +12,8 @@ import structlog
 
 from gateway.intake import Intake
 from gateway.jobs import Jobs, parse_event
-from vidgen import attempts, contracts, dead, errors, eventlog, topology, tracing
+from gateway.stranded import Stranded
+from vidgen import contracts, dead, errors, topology, tracing
 from vidgen.bus import Bus, Delivery, Supply
 from vidgen.metrics import GatewayMetrics
 
@@ -43,6 +43,7 @@ class Consumers:
         """`streams` are those that this replica consumes; others must see to the rest."""
         self._bus, self._jobs, self._intake, self._metrics = bus, jobs, intake, metrics
         self._concurrency, self._streams = concurrency, streams
+        self._stranded = Stranded(bus, jobs.share)
         # Events that this replica has begun with, and whether it is done with them. One may come again: where its ack
         # was lost it was counted; where the bus failed in its middle it was not, and what it changes is found changed.
         # By their time, too, for a stream that is made anew begins at the first sequence.
@@ -55,10 +56,12 @@ class Consumers:
             for stream, handle, at_once in (
                 (topology.REQUESTS, self._on_request, self._concurrency),
                 (topology.EVENTS, self._on_event, self._concurrency),
-                (topology.ADVISORIES, self._on_advisory, 1),
+                (topology.ADVISORIES, self._stranded.on_advisory, 1),
             ):
                 if stream in self._streams:
                     group.create_task(self._consume(by_stream[stream], handle, at_once, stop))
+            if topology.ADVISORIES in self._streams:
+                group.create_task(self._stranded.run(stop))
             group.create_task(self._jobs.share.run(stop))
 
     async def _consume(self, consumer: topology.Consumer, handle: Handler, at_once: int, stop: asyncio.Event) -> None:
@@ -170,39 +173,3 @@ class Consumers:
             raise errors.RetryableError(f"the record of job {event.job_id} is behind its log")
         self._metrics.observe(event, job)
         self._metrics.job_finished(job, event)
-
-    async def _on_advisory(self, delivery: Delivery) -> None:
-        """A task whose deliveries ran out stays in its queue and is never given again: look after it.
-
-        One that was begun lost them to others: to workers that were drained, or died with several tasks. It gets new
-        ones; its tries are counted by its log. What nobody could ever begin is given up, aloud.
-        """
-        advisory = json.loads(delivery.body)
-        seq = int(advisory["stream_seq"])
-        stored = await self._bus.get(topology.TASKS, seq)
-        if stored is None:
-            return
-        task = contracts.Task.model_validate_json(stored.body)
-        newest = await eventlog.newest(self._bus, task.job_id, task.run)
-        verdict = attempts.judge(task, newest.event, max_attempts=1 << 30)
-        if isinstance(verdict, attempts.Drop):  # its last worker said how it ended, and died before it was acknowledged
-            await self._bus.delete(topology.TASKS, seq)
-            return
-        if verdict.attempt > 1:
-            await self._jobs.share.queue_again(task, stored)
-            log.warning(
-                "a task had many hands: it is queued anew", _event="requeued", job=task.job_id, stage=task.stage
-            )
-            return
-        error = contracts.JobError(
-            code="deliveries_exhausted", stage=task.stage, retryable=True,
-            message="the task was handed out too often without an end: see the workers' logs, then retry the job",
-        )  # fmt: skip
-        letter = dead.letter(stored.body, stored.subject, error, job_id=task.job_id, stage=task.stage)
-        with tracing.span(
-            "give up", of=stored.headers, kind="consumer", job_id=task.job_id, stage=task.stage, run=task.run
-        ):
-            tracing.failed(error.code)
-            await dead.publish(self._bus, letter, message_id=f"{task.job_id}:{task.stage}:{task.run}:dead")
-            await eventlog.give_up(self._bus, task, "gateway", error)
-            await self._bus.delete(topology.TASKS, seq)

@@ -207,12 +207,12 @@ class Bus(Protocol):
         """Whether the bus answers now."""
 
 
-async def each(bus: Bus, stream: str) -> AsyncIterator[Stored]:
-    """Everything that a stream holds, oldest first, one question a message.
+async def each(bus: Bus, stream: str, subject: str = ">") -> AsyncIterator[Stored]:
+    """Everything that a stream holds on a subject or a pattern, oldest first, one question a message.
 
     Where one has waited for long, what came and went since costs nothing; `tail` would ask for all of that.
     """
     after = 0
-    while (message := await bus.first(stream, ">", after)) is not None:
+    while (message := await bus.first(stream, subject, after)) is not None:
         yield message
         after = message.seq

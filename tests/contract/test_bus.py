@@ -14,7 +14,7 @@ from tests.servers import connected_bus, running_nats
 from tests.spans import traced, traceparent
 
 from vidgen import errors, jetstream, topology, tracing
-from vidgen.bus import Bus, Delivery, Stored, Supply
+from vidgen.bus import Bus, Delivery, Stored, Supply, each
 from vidgen.testing import MemoryBus
 from vidgen.testing import bus as memory
 
@@ -436,6 +436,13 @@ async def test_a_message_delivered_too_often_stays_and_an_advisory_tells(open_bu
     assert await bus.pull(QUEUE, 0.2) is None
     assert await bus.get(topology.TASKS, seq) is not None
     assert (await bus.depth(QUEUE)).waiting == 0
+    await queued(bus, "another")
+    await (await taken(bus)).ack()
+    held = await queued(bus, "held")
+    await taken(bus)
+    depth = await bus.depth(QUEUE)  # of what was handed out only this tells the two apart
+    assert (depth.ack_pending, depth.delivered) == (1, held)
+    assert [stored.seq async for stored in each(bus, topology.TASKS, QUEUE.filter_subject or ">")] == [seq, held]
     advisory = await taken(bus, ADVISORIES)
     assert advisory.subject == f"$JS.EVENT.ADVISORY.CONSUMER.MAX_DELIVERIES.{topology.TASKS}.{QUEUE.name}"
     body = json.loads(advisory.body)
