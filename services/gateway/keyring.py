@@ -9,11 +9,15 @@ from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import structlog
+
 from gateway.jobs import now
 from vidgen import errors, keys, topology
 from vidgen.bus import Bus
 from vidgen.contracts import DEFAULT_TENANT
 from vidgen.keys import Key
+
+log = structlog.get_logger(__name__)
 
 KEEP_S = 2.0  # that long a revoked key may still open this replica
 LOOK_S = 3.0
@@ -50,6 +54,7 @@ class Keyring:
         self._records = bus.records(topology.KEYS_BUCKET)
         self._clock = clock
         self._kept: OrderedDict[str, tuple[Key | None, float]] = OrderedDict()
+        self._unreadable: set[str] = set()
 
     async def identify(self, text: str) -> Caller:
         """Whose key this is; raises UnknownKeyError and BusError."""
@@ -78,9 +83,18 @@ class Keyring:
     async def _find(self, key_id: str) -> Key | None:
         kept = self._kept.get(key_id)
         if kept is None or self._clock() >= kept[1]:
-            kept = await keys.find(self._records, key_id), self._clock() + KEEP_S
+            kept = await self._read(key_id), self._clock() + KEEP_S
             self._kept[key_id] = kept
             self._kept.move_to_end(key_id)
             if len(self._kept) > KEPT:
                 self._kept.popitem(last=False)
         return kept[0]
+
+    async def _read(self, key_id: str) -> Key | None:
+        try:
+            return await keys.find(self._records, key_id)
+        except keys.UnreadableError as exc:  # it opens nothing here, and those of others all the same
+            if key_id not in self._unreadable:
+                log.warning(exc.message, _event="key_unreadable", key=key_id)
+            self._unreadable.add(key_id)
+            return None

@@ -15,6 +15,7 @@ import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -419,7 +420,7 @@ def _orientation(info: Mapping[str | tuple[int, int], object]) -> int:
     return 1
 
 
-def _best_window(weights: npt.NDArray[np.float32], share: float) -> float:
+def _best_window(weights: npt.NDArray[np.floating[Any]], share: float) -> float:
     """Where along an axis a window of that share holds most, as 0 (start) to 1 (end)."""
     free = len(weights) - min(len(weights), max(1, round(share * len(weights))))
     if free == 0:

@@ -9,7 +9,7 @@ import secrets
 from datetime import datetime
 from typing import Annotated, Literal
 
-from pydantic import Field, StringConstraints
+from pydantic import Field, StringConstraints, ValidationError
 
 from vidgen import errors
 from vidgen.bus import Records
@@ -68,19 +68,35 @@ def opens(key: Key | None, text: str) -> bool:
     return hmac.compare_digest(hash_of(text), key.hash if key is not None else NOBODY)
 
 
+class UnreadableError(errors.VidgenError):
+    """What is stored of a key is of another version."""
+
+    code = "key_unreadable"
+
+
+def read(key_id: str, record: bytes) -> Key:
+    """What is stored of a key; raises UnreadableError."""
+    try:
+        return Key.model_validate_json(record)
+    except ValidationError as exc:
+        raise UnreadableError(
+            f"what is stored of the key {key_id} cannot be read: use the version of vidgen that made it"
+        ) from exc
+
+
 async def find(records: Records, key_id: str) -> Key | None:
-    """A key by its id; raises BusError."""
+    """A key by its id; raises BusError and UnreadableError."""
     found = await records.get(key_id)
-    return Key.model_validate_json(found[0]) if found else None
+    return read(key_id, found[0]) if found else None
 
 
 async def revoke(records: Records, key_id: str, at: datetime) -> Key:
-    """End a key; one that has ended stays as it is. Raises NotFoundError and BusError."""
+    """End a key; one that has ended stays as it is. Raises NotFoundError, UnreadableError and BusError."""
     while True:
         found = await records.get(key_id)
         if found is None:
             raise errors.NotFoundError(f"there is no key {key_id}: `vidgen keys list` shows those that there are")
-        key = Key.model_validate_json(found[0])
+        key = read(key_id, found[0])
         if key.revoked_at is not None:
             return key
         key = key.model_copy(update={"revoked_at": at})

@@ -36,11 +36,27 @@ class Tenant(Message):
     )
 
 
+class UnreadableError(errors.VidgenError):
+    """What was set for a tenant is of another version."""
+
+    code = "tenant_unreadable"
+
+
 async def change(records: Records, tenant: str, limits: dict[str, Any]) -> Tenant:
-    """Set limits of a tenant, known or new; those that are not named stay. Raises BusError."""
+    """Set limits of a tenant, known or new; those that are not named stay. Raises BusError.
+
+    Of an entry of another version none can be set: UnreadableError; that there is such a tenant is known by it.
+    """
     while True:
         found = await records.get(tenant)
-        before = Tenant.model_validate_json(found[0]) if found else Tenant(id=tenant)
+        try:
+            before = Tenant.model_validate_json(found[0]) if found else Tenant(id=tenant)
+        except ValidationError as exc:
+            if not limits:
+                return Tenant(id=tenant)
+            raise UnreadableError(
+                f"what was set for the tenant {tenant} cannot be read: use the version of vidgen that set it"
+            ) from exc
         after = Tenant.model_validate(before.model_dump() | limits)
         if found is not None and after == before:
             return before

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import cast
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -83,15 +83,15 @@ def _expose(colours: Floats, look: Look) -> Floats:
     return cast(Floats, np.power(np.clip(linear, 0, 1), 1 / 2.2).astype(np.float32))
 
 
-def _tone(colours: Floats, look: Look) -> Floats:
+def _tone(colours: npt.NDArray[np.floating[Any]], look: Look) -> Floats:
     """Contrast, saturation, monochrome, split toning and lifted blacks, as the eye sees them."""
     contrast = float(np.clip(look.contrast, -0.9, 0.95))
     colours = colours - contrast / (2 * math.pi) * np.sin(2 * math.pi * colours)
     luma = (colours @ LUMA)[:, None]
     spread = colours.max(axis=1, keepdims=True) - colours.min(axis=1, keepdims=True)
     amount = max(-1.0, look.saturation)
-    amount = amount * (1 - 0.6 * spread) if amount > 0 else amount  # what is vivid already gets less
-    colours = luma + (colours - luma) * (1 + amount)
+    gained = amount * (1 - 0.6 * spread) if amount > 0 else amount  # what is vivid already gets less
+    colours = luma + (colours - luma) * (1 + gained)
     if look.mono > 0:
         colours = colours + (luma - colours) * min(1.0, look.mono)
     dark, bright = np.square(1 - luma), np.square(luma)

@@ -164,4 +164,4 @@ def _kept_inside(looked_at: Grid, time: Grid) -> Grid:
     tighter = needed[1:] / np.maximum(ramp[1:], 1e-6)
     amount = min(0.6, float(tighter.max(initial=0.0)))
     held = looked_at * (1 - amount * ramp)[:, None, None, None]
-    return cast(Grid, np.clip(held, -1, 1))
+    return np.asarray(np.clip(held, -1, 1), np.float64)

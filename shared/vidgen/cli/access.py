@@ -71,9 +71,9 @@ def create(
             raise WrongUsageError([wrong(f"--{one.field}", one.message) for one in field_errors(exc)]) from None
         except errors.RejectedError as exc:
             raise WrongUsageError([wrong(f"--{exc.field}", exc.message)]) from None
-        await bus.records(topology.KEYS_BUCKET).put(key.id, key.to_bytes(), revision=0)
-        if tenant != "default":  # gateways learn that there are several
+        if tenant != "default":  # gateways learn that there are several; first, for the key is shown behind all else
             await tenants.change(bus.records(topology.TENANTS_BUCKET), tenant, {})
+        await bus.records(topology.KEYS_BUCKET).put(key.id, key.to_bytes(), revision=0)
         out_put.emit("key", {**_shown(key), "key": text})
         out_put.note(f"{_whose(key)}; this is the only time that it is shown:")
         out_put.say(text)
@@ -86,16 +86,21 @@ def list_keys(as_json: options.Json = False) -> None:
     """List the keys, without their secrets."""
 
     async def act(out_put: Output, bus: Bus) -> None:
-        from vidgen import topology
-        from vidgen.keys import Key
+        from vidgen import keys, topology
 
-        found = [Key.model_validate_json(one) for one in (await bus.records(topology.KEYS_BUCKET).all()).values()]
+        stored = await bus.records(topology.KEYS_BUCKET).all()
+        if not stored:
+            out_put.note("no keys: make one with `vidgen keys create`")
+            return
+        found = []
+        for key_id, record in stored.items():
+            try:
+                found.append(keys.read(key_id, record))
+            except keys.UnreadableError as exc:
+                out_put.note(exc.message)
         found.sort(key=lambda key: key.created_at)
         for key in found:
             out_put.emit("key", _shown(key))
-        if not found:
-            out_put.note("no keys: make one with `vidgen keys create`")
-            return
         rows = [
             (key.id, key.tenant, "operator" if key.admin else "", key.state(datetime.now(UTC)), _day(key.created_at),
              _day(key.expires_at), key.name) for key in found

@@ -9,6 +9,7 @@ from typing import Any
 
 import httpx
 import pytest
+from structlog.testing import capture_logs
 from tests.access import bearer, key_for, revoke
 from tests.gateways import EDIT, Call, Gateway, completed, now, picture, put
 
@@ -307,6 +308,23 @@ async def test_a_revoked_key_opens_a_replica_for_no_longer_than_it_keeps_one() -
         with pytest.raises(UnknownKeyError) as caught:
             await replica.identify(key)
         assert caught.value.code == "key_revoked"
+
+
+async def test_a_key_of_another_version_opens_nothing_and_is_told_of_once() -> None:
+    bus, at = MemoryBus(), 0.0
+    ring = Keyring(bus, clock=lambda: at)
+    text = await key_for(bus, "acme")
+    caller = await ring.identify(text)
+    assert caller.key_id is not None
+    await bus.records(topology.KEYS_BUCKET).put(caller.key_id, b'{"schema_version": 2}')
+
+    with capture_logs() as logs:
+        for _ in range(2):
+            at += keyring.KEEP_S
+            with pytest.raises(UnknownKeyError):
+                await ring.identify(text)
+
+    assert [(entry["_event"], entry["key"]) for entry in logs] == [("key_unreadable", caller.key_id)]
 
 
 async def test_many_unknown_keys_do_not_fill_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:

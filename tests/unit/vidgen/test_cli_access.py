@@ -111,3 +111,38 @@ def test_limits_are_set_one_by_one_and_given_back(bus: MemoryBus) -> None:
     assert told == {"type": "tenant", "schema_version": 1, "id": "acme", "jobs": 0, "share": 16}
     shown = CliRunner().invoke(app, ["tenants", "list"]).stdout.split()
     assert shown[-5:] == ["acme", "usual", "usual", "0", "16"]
+
+
+OF_TOMORROW = b'{"schema_version": 2, "colour": "red"}'
+
+
+def test_a_key_of_another_version_hides_no_other_and_says_that_it_cannot_be_read(bus: MemoryBus) -> None:
+    asyncio.run(bus.records(topology.KEYS_BUCKET).put("0123456789ab", OF_TOMORROW))
+    [made] = vidgen("keys", "create")
+
+    result = CliRunner().invoke(app, ["keys", "list"])
+
+    assert result.exit_code == 0
+    assert made["id"] in result.stdout
+    assert "0123456789ab cannot be read" in result.stderr
+    [told] = vidgen("keys", "revoke", "0123456789ab", code=1)
+    assert told["code"] == "key_unreadable"
+    assert stored(bus)["0123456789ab"] == OF_TOMORROW
+
+
+def test_a_tenant_of_another_version_keeps_its_limits_and_may_have_keys(bus: MemoryBus) -> None:
+    asyncio.run(bus.records(topology.TENANTS_BUCKET).put("acme", OF_TOMORROW))
+
+    [made] = vidgen("keys", "create", "--tenant", "acme")
+
+    assert made["tenant"] == "acme"
+    [told] = vidgen("tenants", "set", "acme", "--jobs", "5", code=1)
+    assert told["code"] == "tenant_unreadable"
+    assert stored(bus, topology.TENANTS_BUCKET)["acme"] == OF_TOMORROW
+
+
+def test_a_key_that_could_not_be_shown_is_not_stored(bus: MemoryBus) -> None:
+    """Its text was gone, and it opened the gateway all the same."""
+    bus.fail_next("records.get")  # of the tenant
+    vidgen("keys", "create", "--tenant", "acme", code=1)
+    assert stored(bus) == {}
