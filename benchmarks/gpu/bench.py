@@ -41,6 +41,7 @@ class Bench:
     device: torch.device
     dtype: torch.dtype
     long: int = 40  # steps of a long run
+    minutes: float = 3.0  # of whatever comes
     rows: list[dict[str, Any]] = field(default_factory=list)
     keep: bool = False  # a model for the next section
     kept: dict[str, Any] = field(default_factory=dict)  # the pipelines, by their models

@@ -23,7 +23,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -40,6 +40,7 @@ if "--tiny" in sys.argv:
     checkpoints.install_shim()  # before anything imports transformers
     os.environ.setdefault("OMP_NUM_THREADS", "1")  # so little is computed that threads only wait for one another
 
+import mixed
 import models
 import numpy as np
 import snapshots
@@ -76,7 +77,7 @@ from bench import (
 from diffusers.hooks import HookRegistry
 
 from vidgen import profiles, weights
-from vidgen.accel import fp8, loader, stepcache
+from vidgen.accel import ahead, fp8, loader, stepcache
 from vidgen.accel.engine import Layout
 from vidgen.accel.guidance import Partner
 from vidgen.contracts import EditWork, I2VWork
@@ -505,25 +506,8 @@ def card(kind: type[Subject], gib: int) -> Callable[[Bench, Path], None]:
 
     def section(bench: Bench, folder: Path) -> None:
         subject = kind(bench, folder)
-        engine = engine_of(subject.kind, subject.pipe, Layout())
-        profile = profiles.NAMES[CARDS.index(gib)] if bench.tiny else engine.profile_on(gib * GIB)
-        if profile.endswith("fp8"):
-            in_fp8(subject.pipe, bench.device)
-        if profile.startswith("offload") and not bench.tiny:
-            have_the_host_grow()
-        free = left_gib()
-        if profile.startswith("offload"):
-            as_built(subject.pipe)
-            subject.pipe.to("cpu")
-        gc.collect()
-        cap(bench.device, gib)
-        try:
-            engine = subject.engine(Layout())
+        with on_card(bench, subject, gib) as engine:
             name = f"{subject.kind} on {gib} GiB"
-            bench.row(
-                "cards", f"{name}: ready", seconds=subject.ready_s, phases=rounded(engine.load_seconds),
-                host_taken_gib=free - left_gib(), host_left_gib=left_gib(),
-            )  # fmt: skip
             work = subject.work(4, 1.0)
             measured(bench, "cards", f"{name}: 4 steps, CFG off", engine, work, subject.source, brief=True)
             if isinstance(subject, Edit):
@@ -533,10 +517,45 @@ def card(kind: type[Subject], gib: int) -> Callable[[Bench, Path], None]:
                 stream.hold(room=0)
             if engine._room:
                 measured(bench, "cards", f"{name}: 4 steps, no block stays", engine, work, subject.source, brief=True)
-        finally:
-            cap(bench.device, None)
 
     return section
+
+
+def mix(kind: type[Subject], gib: int) -> Callable[[Bench, Path], None]:
+    """A section: whatever comes, for `--minutes`, on a GPU of which so much may be used."""
+
+    def section(bench: Bench, folder: Path) -> None:
+        subject = kind(bench, folder)
+        with on_card(bench, subject, gib) as engine:
+            mixed.traffic(bench, subject.kind, engine, subject.work(4, 1.0), folder)
+
+    return section
+
+
+@contextlib.contextmanager
+def on_card(bench: Bench, subject: Subject, gib: int) -> Iterator[Any]:
+    """Ours on a GPU of which so much may be used, in the profile that is chosen there."""
+    engine = engine_of(subject.kind, subject.pipe, Layout())
+    profile = profiles.NAMES[CARDS.index(gib)] if bench.tiny else engine.profile_on(gib * GIB)
+    if profile.endswith("fp8"):
+        in_fp8(subject.pipe, bench.device)
+    if profile.startswith("offload") and not bench.tiny:
+        have_the_host_grow()
+    free = left_gib()
+    if profile.startswith("offload"):
+        as_built(subject.pipe)
+        subject.pipe.to("cpu")
+    gc.collect()
+    cap(bench.device, gib)
+    try:
+        engine = subject.engine(Layout())
+        bench.row(
+            "cards", f"{subject.kind} on {gib} GiB: ready", seconds=subject.ready_s,
+            phases=rounded(engine.load_seconds), host_taken_gib=free - left_gib(), host_left_gib=left_gib(),
+        )  # fmt: skip
+        yield engine
+    finally:
+        cap(bench.device, None)
 
 
 def start(bench: Bench, folder: Path, *, stage: str = "edit", in_fp8: bool = False) -> None:
@@ -626,6 +645,7 @@ SECTIONS: dict[str, Callable[[Bench, Path], None]] = {
     "start-fp8": functools.partial(start, in_fp8=True), "start-i2v": functools.partial(start, stage="i2v"),
     "start-i2v-fp8": functools.partial(start, stage="i2v", in_fp8=True), "i2v-2": i2v_two,
     **{f"{kind.kind}-{gib}": card(kind, gib) for gib in CARDS for kind in (Edit, Video)},
+    **{f"mixed-{kind.kind}-{gib}": mix(kind, gib) for gib in CARDS for kind in (Edit, Video)},
     "turns": turns.section(None), **{f"turns-{gib}": turns.section(gib) for gib in CARDS},
     "turns-80-fp8": turns.section(80, "resident-fp8"),
     "turns-fp8": turns.snapshots(*turns.SIZES), "turns-fp8-24": turns.snapshots(24),
@@ -637,6 +657,7 @@ def main() -> None:
     parser.add_argument("sections", nargs="*", metavar="SECTION", help=f"of {', '.join(SECTIONS)}; by default all")
     parser.add_argument("--out", type=Path, default=Path("gpu-results.jsonl"))
     parser.add_argument("--variants", default="", help="only those in whose name this regular expression is found")
+    parser.add_argument("--minutes", type=float, default=3.0, help="of a `mixed` section")
     parser.add_argument("--long", type=int, default=40, help="steps of which the 40 of a long run are worked out")
     parser.add_argument(
         "--keep",
@@ -650,6 +671,8 @@ def main() -> None:
         parser.error(f"no such section: {', '.join(sorted(unknown))}; there are {', '.join(SECTIONS)}")
     structlog.configure(wrapper_class=structlog.make_filtering_bound_logger(logging.WARNING))
     device = torch.device("cpu" if options.tiny else "cuda:0")
+    if device.type == "cuda":
+        ahead.open_device(device)  # as engines do
     bench = Bench(
         options.out,
         options.tiny,
@@ -657,6 +680,7 @@ def main() -> None:
         device,
         torch.float32 if options.tiny else torch.bfloat16,
         options.long,
+        minutes=options.minutes,
         keep=options.keep,
     )
     done = (

@@ -7,16 +7,18 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import os
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import structlog
 import torch
 from torch import Tensor
 
-from vidgen import diffusion, profiles, weights
+from vidgen import diffusion, native, profiles, weights
 from vidgen.accel import loader, residency
 from vidgen.accel.loader import Entry
 from vidgen.errors import FatalError
@@ -26,6 +28,9 @@ QKV = ("to_q", "to_k", "to_v")
 ADDED_QKV = ("add_q_proj", "add_k_proj", "add_v_proj")
 # So much of a file may lie on the device twice, as it is stored and as it is cast.
 LITTLE = 1 << 30
+_OPENING = threading.Lock()  # what one thread tries, another one may be about to use
+
+log = structlog.get_logger(__name__)
 
 
 def begin_for(
@@ -40,7 +45,7 @@ def begin_for(
     if target.type != "cuda":
         return None
     found = weights.require(model, revision, pipelines=pipelines)
-    torch.zeros(1, device=target)  # the context
+    open_device(target)
     threading.Thread(target=settle, args=(target,), name="settle", daemon=True).start()
     dtype = diffusion.dtype_of(layout["dtype"], target)
     sizes = weights.component_sizes(found.folder, dtype.itemsize)
@@ -50,6 +55,34 @@ def begin_for(
     streams = chosen.startswith("offload")
     place = torch.device("cpu") if streams else target
     return begin(found, place, {"default": dtype}, streams=streams, sparing=True)
+
+
+def open_device(device: torch.device) -> None:
+    """Make the context of a GPU, and have torch take its memory in pages, where the driver has them and nobody decided.
+
+    Pages that were let go anywhere make room for a large tensor; else there is room enough behind some hundred tasks of
+    many sizes, and none in one piece (docs/performance.md).
+    """
+    if native.ALLOCATOR[1] in os.environ or os.environ.get(native.ALLOCATOR[0]) not in (None, native.PINNED_BY_THREADS):
+        torch.zeros(1, device=device)
+        return
+    with _OPENING:
+        try:
+            _in_pages(True)
+            torch.zeros(1, device=device)
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as exc:  # as on some virtual GPUs and under WSL
+            _in_pages(False)
+            torch.zeros(1, device=device)  # or the device has another fault, which it says here
+            log.warning(
+                f"the driver gives no memory in pages, so it may run out sooner where tasks are of many sizes: {exc}",
+                _event="no_pages",
+            )  # fmt: skip
+
+
+def _in_pages(wanted: bool) -> None:
+    torch._C._accelerator_setAllocatorSettings(f"{native.PINNED_BY_THREADS},expandable_segments:{wanted}")
 
 
 def beginning_for(

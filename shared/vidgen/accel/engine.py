@@ -191,7 +191,7 @@ class DiffusersEngine(abc.ABC):
             # Of this thread, in which all is computed: Triton and graphs launch on the current device, wherever the
             # tensors are.
             torch.cuda.set_device(device)
-            torch.zeros(1, device=device)  # the context, so that its time is its own
+            ahead.open_device(device)  # so that its time is its own
             if (taken := ahead.taken_by_others(device)) > profiles.GIB:
                 log.warning(
                     f"other processes have about {taken / profiles.GIB:.1f} GiB of this GPU: the profile is chosen "

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import math
@@ -10,8 +11,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from structlog.testing import capture_logs
 
-from vidgen import profiles, weights
+from vidgen import native, profiles, weights
 from vidgen.accel import ahead, loader, residency
 from vidgen.accel.loader import Entry
 from vidgen.errors import FatalError
@@ -229,3 +231,59 @@ def test_what_torch_computes_in_a_warm_up_is_asked_for_before(monkeypatch: pytes
     monkeypatch.setattr(ahead, "_compute", lambda device: (compute(device), asked.append("_compute"))[0])
     ahead.settle(CPU)
     assert sorted(asked) == ["_attend", "_compute", "_convolve", "_multiply", "_multiply_e4m3"]
+
+
+@pytest.fixture
+def settings_of_memory(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What torch is told of how to take memory."""
+    told: list[str] = []
+    monkeypatch.setattr(torch._C, "_accelerator_setAllocatorSettings", told.append)
+    for name in native.ALLOCATOR:
+        monkeypatch.delenv(name, raising=False)
+    return told
+
+
+@pytest.mark.parametrize("before", [None, native.PINNED_BY_THREADS])
+def test_memory_is_taken_in_pages(
+    monkeypatch: pytest.MonkeyPatch, settings_of_memory: list[str], before: str | None
+) -> None:
+    if before is not None:
+        monkeypatch.setenv(native.ALLOCATOR[0], before)
+    ahead.open_device(torch.device("cpu"))
+    assert settings_of_memory == [f"{native.PINNED_BY_THREADS},expandable_segments:True"]
+
+
+@pytest.mark.parametrize("name", native.ALLOCATOR)
+def test_who_says_how_memory_is_taken_is_not_talked_over(
+    monkeypatch: pytest.MonkeyPatch, settings_of_memory: list[str], name: str
+) -> None:
+    monkeypatch.setenv(name, "backend:cudaMallocAsync")
+    ahead.open_device(torch.device("cpu"))
+    assert settings_of_memory == []
+
+
+@pytest.mark.parametrize("lacking", [True, False], ids=["", "of another fault"])
+def test_a_driver_that_gives_no_pages_is_asked_for_memory_as_ever(
+    monkeypatch: pytest.MonkeyPatch, settings_of_memory: list[str], lacking: bool
+) -> None:
+    def zeros(*size: int, device: object) -> None:
+        if not lacking or settings_of_memory[-1].endswith("True"):
+            raise RuntimeError("CUDA driver error: unknown error")
+
+    monkeypatch.setattr(torch, "zeros", zeros)
+    with capture_logs() as logs, contextlib.nullcontext() if lacking else pytest.raises(RuntimeError, match="unknown"):
+        ahead.open_device(torch.device("cuda"))
+    assert [one.rpartition(":")[2] for one in settings_of_memory] == ["True", "False"]
+    assert [entry["_event"] for entry in logs] == ["no_pages"] * lacking
+
+
+def test_a_gpu_without_any_memory_left_is_no_driver_without_pages(
+    monkeypatch: pytest.MonkeyPatch, settings_of_memory: list[str]
+) -> None:
+    def zeros(*size: int, device: object) -> None:
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(torch, "zeros", zeros)
+    with pytest.raises(torch.OutOfMemoryError):
+        ahead.open_device(torch.device("cuda"))
+    assert len(settings_of_memory) == 1
