@@ -69,8 +69,12 @@ def quantiles(histogram: str, by: str, legend: str, where: str = "") -> tuple[Qu
 
 
 def grown(counter: str, over: str) -> str:
-    """What a counter whose labels are not known beforehand grew by: a new series began at 0, unseen."""
-    return f"({counter} unless {counter} offset {over[1:-1]}) or increase({counter}{over})"
+    """What a counter whose labels are not known beforehand grew by: a new series began at 0, unseen.
+
+    It is looked for over as long before, for one that a scrape missed is not new.
+    """
+    before = f"last_over_time({counter}{over} offset {over[1:-1]})"
+    return f"({counter} unless {before}) or increase({counter}{over})"
 
 
 def board(uid: str, title: str, about: str) -> dashboard.Dashboard:
