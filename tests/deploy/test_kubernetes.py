@@ -512,7 +512,7 @@ def test_only_the_real_arrows_pass(overlay: str, components: tuple[str, ...]) ->
         "podSelector": {}, "policyTypes": ["Ingress", "Egress"],
     }  # fmt: skip
     labels = {name: pod["metadata"]["labels"] for name, pod in pods(manifests).items()}
-    client = {"vidgen/clients": "true"}
+    client, publisher = {"vidgen/clients": "true"}, {"vidgen/publishers": "true"}
     keda, prometheus, tracing, stranger = (
         {"kubernetes.io/metadata.name": name} for name in ("keda", "monitoring", "tracing", "default")
     )
@@ -538,6 +538,12 @@ def test_only_the_real_arrows_pass(overlay: str, components: tuple[str, ...]) ->
         assert not allowed(manifests, "Ingress", labels["gateway"], port, labels["edit-service"], {})
     assert allowed(manifests, "Ingress", NATS, 8222, {}, keda) == ("keda" in components)
     assert allowed(manifests, "Ingress", NATS, 6222, NATS, {})
+    # The bus is a way in like HTTP, for other namespaces than those of the browsers; nobody has its other ports.
+    assert allowed(manifests, "Ingress", NATS, 4222, {}, publisher)
+    for other in (client, stranger):
+        assert not allowed(manifests, "Ingress", NATS, 4222, {}, other)
+    for port in (6222, 8222, VALUES["promExporter"]["port"]):
+        assert not allowed(manifests, "Ingress", NATS, port, {}, publisher)
     for name in WORKERS:
         assert not allowed(manifests, "Egress", labels["gateway"], 9100, labels[name], {})
         assert not allowed(manifests, "Ingress", labels[name], "metrics", {}, stranger)
