@@ -29,6 +29,7 @@ from vidgen.local.process import Process, find_program
 
 PHOTO = ROOT / "examples" / "portrait.jpg"
 MONITORING = ROOT / "deploy" / "monitoring"
+OPERATIONS = ROOT / "docs" / "operations.md"
 PROFILES = ("preview", "gpu", "one-gpu")
 STORES = ("seaweedfs", "silo")
 STORE_FILES = tuple(ROOT / "deploy" / "s3" / f"{name}.yml" for name in STORES)
@@ -92,6 +93,16 @@ def test_each_service_has_the_identity_of_its_role_and_no_other() -> None:
     mounted = [volume for service in found.values() for volume in service.get("volumes", ()) if "/safe" in volume]
     # A server sees who may come, and nobody's seed.
     assert mounted == ["/safe/users.conf:/etc/nats/users.conf:ro", "/safe/s3.json:/etc/seaweedfs/s3.json:ro"]
+
+
+def test_whom_a_new_key_is_for_is_named_in_each_profile() -> None:
+    """The page named those of the previews alone: with GPUs `up edit-service` is one of them, beside the worker."""
+    section = OPERATIONS.read_text("utf-8").partition("**A key is changed**")[2].partition("\n### ")[0]
+    files = {f"./identities/{name}.env" for name in ("edit-service", "i2v-service", "worker")}
+    theirs = [name for name, service in compose.services().items() if files & set(service.get("env_file", ()))]
+
+    assert len(theirs) == 5
+    assert [name for name in theirs if not re.search(rf"\b{name}(?![\w-])", section)] == []
 
 
 def test_variables_of_the_file_that_look_like_settings_are_some() -> None:

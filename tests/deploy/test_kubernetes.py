@@ -419,6 +419,35 @@ def test_the_pods_of_nats_are_restricted_too() -> None:
     assert liberties({"spec": {**spec, "containers": parts}}) == []
 
 
+def told(heading: str) -> str:
+    """A section of docs/operations.md."""
+    text = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
+    return re.split(r"^#{2,3} ", text.partition(f"# {heading}\n")[2], maxsplit=1, flags=re.MULTILINE)[0]
+
+
+def test_an_upgrade_has_nats_read_anew_all_that_it_reads() -> None:
+    """What identities may hear is in the Secret, which the page left as it was."""
+    (volume,) = (one["value"] for one in VALUES["podTemplate"]["patch"] if one["path"] == "/spec/volumes/-")
+    sources = [next(iter(source.values()))["name"] for source in volume["projected"]["sources"]]
+
+    assert len(sources) == 2
+    assert [name for name in (*sources, "identities init") if name not in told("Upgrade")] == []
+
+
+@pytest.mark.parametrize(
+    ("heading", "secret", "service"),
+    [("Identities", "identity-edit-service", "edit-service"), ("Webhooks", "webhooks", "gateway")],
+)
+def test_who_has_a_secret_in_its_environment_is_started_anew_when_that_changes(
+    heading: str, secret: str, service: str
+) -> None:
+    sources = pods(built("gpu", ()))[service]["spec"]["containers"][0]["envFrom"]
+
+    assert secret in {source["secretRef"]["name"] for source in sources if "secretRef" in source}
+    _, _, behind = told(heading).partition(f" {secret} --from-")
+    assert f"rollout restart deployment/{service}" in behind
+
+
 @pytest.mark.parametrize("name", WORKERS)
 def test_a_worker_has_one_gpu_and_a_preview_none(name: str) -> None:
     real, preview = (pods(built(overlay, ()))[name]["spec"] for overlay in ("gpu", "local"))
