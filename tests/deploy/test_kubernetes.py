@@ -419,6 +419,20 @@ def test_the_pods_of_nats_are_restricted_too() -> None:
     assert liberties({"spec": {**spec, "containers": parts}}) == []
 
 
+# Of Qwen-Image-Edit-2511 as the hub has it, and of Wan2.2-I2V-A14B with both experts in float32: 57.2 each, 11.4, 0.5.
+MODEL_BYTES = {"edit": 57.7e9, "i2v": 126.3e9}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_volume_has_room_for_the_next_commit_beside_the_one_that_serves(stage: Stage) -> None:
+    """That of the edit had none: a new commit filled it, and the stage's pod did not start."""
+    claim = kinds(built("gpu", ()), "PersistentVolumeClaim")[f"weights-{stage}"]["spec"]
+    size = claim["resources"]["requests"]["storage"]
+
+    assert size.endswith("Gi")
+    assert int(size.removesuffix("Gi")) * 2**30 > 2 * MODEL_BYTES[stage]
+
+
 def told(heading: str) -> str:
     """A section of docs/operations.md."""
     text = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
