@@ -122,6 +122,26 @@ def test_the_example_names_every_variable_and_no_other() -> None:
     assert told == used
 
 
+# Each identity's own file has the first four; compose runs one gateway, one bus, and a store without regions; the last
+# one is of `vidgen up`.
+ELSEWHERE = {
+    "VIDGEN_NATS_NKEY_SEED", "VIDGEN_S3_ACCESS_KEY", "VIDGEN_S3_SECRET_KEY", "VIDGEN_S3_BUCKET", "VIDGEN_S3_REGION",
+    "VIDGEN_GATEWAY_ROLES", "VIDGEN_STREAM_REPLICAS", "VIDGEN_NICE",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("page", ["operations.md", "requests.md", "reliability.md"])
+def test_what_the_docs_have_somebody_set_reaches_the_services_from_env(page: str) -> None:
+    """A longer `VIDGEN_ACK_WAIT` in .env, as the runbook has it, went nowhere."""
+    named = set(re.findall(r"\bVIDGEN_[A-Z0-9_]+\b", (ROOT / "docs" / page).read_text("utf-8")))
+    services = compose.services()
+
+    for name in ("gateway", "edit-service-gpu", "i2v-service-gpu", "worker-gpu"):
+        known = {f"VIDGEN_{field.upper()}" for field in OURS[name].model_fields}
+        known -= set() if name == "gateway" else {"VIDGEN_S3_PUBLIC_ENDPOINT"}  # workers sign no links
+        assert sorted((named & known) - ELSEWHERE - set(services[name]["environment"])) == [], name
+
+
 def test_nothing_starts_with_the_example_as_it_is() -> None:
     with pytest.raises(compose.MissingError, match=r"set GRAFANA_PASSWORD in \.env, see \.env\.example"):
         compose.loaded(compose.example())
