@@ -855,6 +855,18 @@ async def test_edits_that_wait_start_their_gpus_and_the_first_of_the_video(
     assert found == {0: (0, 0), 1: (1, 1), 5: (1, 1), 50: (4, 1)}
 
 
+async def test_edits_alone_keep_the_pods_of_the_video(
+    server: NatsServer, bus: JetStreamBus, scaled: dict[str, Manifest]
+) -> None:
+    """Its metric is above what activates it, and nothing takes a pod before: the docs say so."""
+    await queue(bus, "edit", range(1))
+
+    spec = scaled["i2v-service"]["spec"]
+    assert replicas(server, scaled["i2v-service"]) == 1
+    assert spec["advanced"]["horizontalPodAutoscalerConfig"]["behavior"]["scaleDown"] == {"selectPolicy": "Disabled"}
+    assert "An edit that waits or runs keeps those of the video" in told("Scaling")
+
+
 async def test_videos_that_wait_start_their_gpus_up_to_the_limit_and_none_of_the_edit(
     server: NatsServer, bus: JetStreamBus, scaled: dict[str, Manifest]
 ) -> None:

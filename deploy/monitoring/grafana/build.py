@@ -117,7 +117,7 @@ def pipeline() -> Dashboard:
         graph("End to end", SECONDS, *quantiles("vidgen_job_seconds", "", "", '{status="completed"}'),
               about="Completed jobs, from their acceptance: both stages, waiting and any review included."),
         graph("Waiting", "none", ("max by (stage, lane) (vidgen_queue_depth)", by_lane),
-              about="Tasks that no worker has been given. What KEDA scales by."),
+              about="Tasks that no worker has been given. KEDA scales by these and those held by workers."),
         graph("Held by workers", "none", ("max by (stage, lane) (vidgen_queue_ack_pending)", by_lane)),
         graph("Age of the oldest", SECONDS,
               ("max by (stage, lane) (vidgen_queue_oldest_waiting_seconds)", f"{by_lane} waiting"),
