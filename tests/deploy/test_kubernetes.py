@@ -738,6 +738,25 @@ def mounted_users(folder: Path) -> dict[str, Any]:
     return credentials.nkey(str(identities.env_file("admin")))
 
 
+# What the chart's reloader (natsio/nats-server-config-reloader 0.23) takes for an include.
+INCLUDE = re.compile(r"^\s*include\s+(['\"]?[^'\";\n]*)", re.MULTILINE)
+
+
+def watched(conf: Path) -> set[Path]:
+    """The files on which that reloader has nats-server read everything anew, from one of them on."""
+    included = [conf.parent / found.strip("'\"") for found in INCLUDE.findall(conf.read_text(encoding="utf-8"))]
+    return {conf}.union(*map(watched, included))
+
+
+def test_nats_reads_anew_what_a_role_may_do_when_that_alone_changed(tmp_path: Path) -> None:
+    """The reloader did not see the includes: after an upgrade the new gateway was denied what it may do."""
+    mounted_users(tmp_path)
+    (mount,) = (one["value"]["mountPath"] for one in VALUES["container"]["patch"])
+    place = tmp_path / Path(mount).name
+
+    assert watched(place / "users.conf") == {place / "users.conf", *(place / "roles").iterdir()}
+
+
 class ChartServer(NatsServer):
     """One server with the settings of `k8s/nats/values.yaml` as the chart renders them; ports and folder are ours."""
 
