@@ -105,6 +105,19 @@ def test_whom_a_new_key_is_for_is_named_in_each_profile() -> None:
     assert [name for name in theirs if not re.search(rf"\b{name}(?![\w-])", section)] == []
 
 
+def test_an_upgrade_starts_anew_who_has_a_file_of_ours_mounted() -> None:
+    """A file that a new version brings is another one than that which is mounted, and `up` does not see it."""
+    section = OPERATIONS.read_text("utf-8").partition("## Upgrade without losing jobs")[2].partition("\n## ")[0]
+    restarted = {name for line in re.findall(r"docker compose restart ([^#\n;]*)", section) for name in line.split()}
+    mounted = {
+        name for name, service in compose.services().items() for volume in service.get("volumes", ())
+        if volume.startswith("./deploy/") and (ROOT / volume.split(":")[0]).is_file()
+    }  # fmt: skip
+
+    assert mounted
+    assert mounted - restarted == set()
+
+
 def test_variables_of_the_file_that_look_like_settings_are_some() -> None:
     known = {f"VIDGEN_{name.upper()}" for kind in set(OURS.values()) for name in kind.model_fields}
     handed = {name for service in compose.services().values() for name in service.get("environment", {})}
