@@ -33,7 +33,10 @@ TenantId = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]{0,31}$"
 # Left out where it is the operator's own, so that processes of the version before read those messages, too.
 TenantOfRecord = Annotated[TenantId, Field(exclude_if=lambda tenant: tenant == DEFAULT_TENANT)]
 ObjectKey = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9_./-]{0,499}$")]
-Prompt = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1, max_length=4000)]
+Prompt = Annotated[
+    str, StringConstraints(strip_whitespace=True, min_length=1, max_length=4000),
+    Field(json_schema_extra={"pattern": r"\S"}),
+]  # fmt: skip
 OptionalPrompt = Annotated[str, StringConstraints(max_length=4000)]
 Seed = Annotated[int, Field(ge=0, le=MAX_SEED)]
 Steps = Annotated[int, Field(ge=1, le=100)]
@@ -81,7 +84,8 @@ WebhookUrl = Annotated[
     Field(json_schema_extra={"format": "uri", "pattern": RECEIVER}),
 ]  # fmt: skip
 AskedSide = Annotated[Side, AfterValidator(_in_patches), Field(json_schema_extra={"multipleOf": SIZE_MULTIPLE})]
-Frames = Annotated[int, Field(ge=5, le=257), AfterValidator(_four_k_and_one)]
+# What a schema cannot say of these, and of fields that go together, it says in words.
+Frames = Annotated[int, Field(ge=5, le=257, description="4k+1, such as 77 or 81."), AfterValidator(_four_k_and_one)]
 LabelKey = Annotated[str, StringConstraints(min_length=1, max_length=63)]
 LabelValue = Annotated[str, StringConstraints(max_length=256)]
 
@@ -122,8 +126,8 @@ class EditParams(Message):
     true_cfg_scale: Guidance | None = Field(None, description="Classifier-free guidance; 1 is off.")
     guidance_scale: Guidance = 1.0
     seed: Seed | None = None
-    width: AskedSide | None = None
-    height: AskedSide | None = None
+    width: AskedSide | None = Field(None, description="Together with height: both or neither.")
+    height: AskedSide | None = Field(None, description="Together with width: both or neither.")
     candidates: Annotated[int, Field(ge=1, le=4)] = 1
     background: Background | None = None
     style: Style | None = None
@@ -157,10 +161,16 @@ class VideoRequest(Message):
 
     schema_version: Literal[1] = 1
     job_id: JobId | None = None
-    references: Annotated[tuple[ObjectKey, ...], Field(min_length=1, max_length=MAX_REFERENCES)]
-    edit: EditParams | None = None
-    i2v: I2VParams | None = None
-    review: bool = Field(False, description="Wait for approval of the edited frame before the video is made.")
+    references: Annotated[tuple[ObjectKey, ...], Field(min_length=1, max_length=MAX_REFERENCES)] = Field(
+        description="Keys under uploads/, a tenant's under uploads/<tenant>/; exactly one where there is no edit."
+    )
+    edit: EditParams | None = Field(None, description="At least one of edit and i2v is given.")
+    i2v: I2VParams | None = Field(None, description="At least one of edit and i2v is given.")
+    review: bool = Field(
+        False,
+        description="Wait for approval of the edited frame before the video is made; only where both edit and i2v are "
+        "given.",
+    )
     lane: Lane = "interactive"
     deadline_s: Annotated[float, Field(gt=0, le=7 * 86400, allow_inf_nan=False)] | None = None
     webhook_url: WebhookUrl | None = Field(

@@ -271,8 +271,9 @@ def _user(identity: Identity, key: str) -> str:
         return f'{{ nkey: "{key}", permissions: {{ publish: [">"], subscribe: [">"] }} }}  # {identity.name}'
     heard = permissions.rights_of(identity.role).hear
     role = f'include "roles/{identity.role}.conf"'
-    # A line of its own for `include`: it ends with the line.
-    return f'{{ nkey: "{key}", permissions: {{ {role}\n        {_hears(key, heard)} }} }}  # {identity.name}'
+    # A line of its own for `include`: it ends with the line. And only where it begins one, the reloader of NATS' chart
+    # sees that there is a file to watch.
+    return f'{{ nkey: "{key}", permissions: {{\n        {role}\n        {_hears(key, heard)} }} }}  # {identity.name}'
 
 
 def _hears(key: str, heard: Sequence[str] = ()) -> str:

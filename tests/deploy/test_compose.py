@@ -29,6 +29,7 @@ from vidgen.local.process import Process, find_program
 
 PHOTO = ROOT / "examples" / "portrait.jpg"
 MONITORING = ROOT / "deploy" / "monitoring"
+OPERATIONS = ROOT / "docs" / "operations.md"
 PROFILES = ("preview", "gpu", "one-gpu")
 STORES = ("seaweedfs", "silo")
 STORE_FILES = tuple(ROOT / "deploy" / "s3" / f"{name}.yml" for name in STORES)
@@ -94,6 +95,29 @@ def test_each_service_has_the_identity_of_its_role_and_no_other() -> None:
     assert mounted == ["/safe/users.conf:/etc/nats/users.conf:ro", "/safe/s3.json:/etc/seaweedfs/s3.json:ro"]
 
 
+def test_whom_a_new_key_is_for_is_named_in_each_profile() -> None:
+    """The page named those of the previews alone: with GPUs `up edit-service` is one of them, beside the worker."""
+    section = OPERATIONS.read_text("utf-8").partition("**A key is changed**")[2].partition("\n### ")[0]
+    files = {f"./identities/{name}.env" for name in ("edit-service", "i2v-service", "worker")}
+    theirs = [name for name, service in compose.services().items() if files & set(service.get("env_file", ()))]
+
+    assert len(theirs) == 5
+    assert [name for name in theirs if not re.search(rf"\b{name}(?![\w-])", section)] == []
+
+
+def test_an_upgrade_starts_anew_who_has_a_file_of_ours_mounted() -> None:
+    """A file that a new version brings is another one than that which is mounted, and `up` does not see it."""
+    section = OPERATIONS.read_text("utf-8").partition("## Upgrade without losing jobs")[2].partition("\n## ")[0]
+    restarted = {name for line in re.findall(r"docker compose restart ([^#\n;]*)", section) for name in line.split()}
+    mounted = {
+        name for name, service in compose.services().items() for volume in service.get("volumes", ())
+        if volume.startswith("./deploy/") and (ROOT / volume.split(":")[0]).is_file()
+    }  # fmt: skip
+
+    assert mounted
+    assert mounted - restarted == set()
+
+
 def test_variables_of_the_file_that_look_like_settings_are_some() -> None:
     known = {f"VIDGEN_{name.upper()}" for kind in set(OURS.values()) for name in kind.model_fields}
     handed = {name for service in compose.services().values() for name in service.get("environment", {})}
@@ -109,6 +133,26 @@ def test_the_example_names_every_variable_and_no_other() -> None:
         if value is None
     }  # fmt: skip
     assert told == used
+
+
+# Each identity's own file has the first four; compose runs one gateway, one bus, and a store without regions; the last
+# one is of `vidgen up`.
+ELSEWHERE = {
+    "VIDGEN_NATS_NKEY_SEED", "VIDGEN_S3_ACCESS_KEY", "VIDGEN_S3_SECRET_KEY", "VIDGEN_S3_BUCKET", "VIDGEN_S3_REGION",
+    "VIDGEN_GATEWAY_ROLES", "VIDGEN_STREAM_REPLICAS", "VIDGEN_NICE",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("page", ["operations.md", "requests.md", "reliability.md"])
+def test_what_the_docs_have_somebody_set_reaches_the_services_from_env(page: str) -> None:
+    """A longer `VIDGEN_ACK_WAIT` in .env, as the runbook has it, went nowhere."""
+    named = set(re.findall(r"\bVIDGEN_[A-Z0-9_]+\b", (ROOT / "docs" / page).read_text("utf-8")))
+    services = compose.services()
+
+    for name in ("gateway", "edit-service-gpu", "i2v-service-gpu", "worker-gpu"):
+        known = {f"VIDGEN_{field.upper()}" for field in OURS[name].model_fields}
+        known -= set() if name == "gateway" else {"VIDGEN_S3_PUBLIC_ENDPOINT"}  # workers sign no links
+        assert sorted((named & known) - ELSEWHERE - set(services[name]["environment"])) == [], name
 
 
 def test_nothing_starts_with_the_example_as_it_is() -> None:

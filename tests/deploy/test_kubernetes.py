@@ -419,6 +419,49 @@ def test_the_pods_of_nats_are_restricted_too() -> None:
     assert liberties({"spec": {**spec, "containers": parts}}) == []
 
 
+# Of Qwen-Image-Edit-2511 as the hub has it, and of Wan2.2-I2V-A14B with both experts in float32: 57.2 each, 11.4, 0.5.
+MODEL_BYTES = {"edit": 57.7e9, "i2v": 126.3e9}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_volume_has_room_for_the_next_commit_beside_the_one_that_serves(stage: Stage) -> None:
+    """That of the edit had none: a new commit filled it, and the stage's pod did not start."""
+    claim = kinds(built("gpu", ()), "PersistentVolumeClaim")[f"weights-{stage}"]["spec"]
+    size = claim["resources"]["requests"]["storage"]
+
+    assert size.endswith("Gi")
+    assert int(size.removesuffix("Gi")) * 2**30 > 2 * MODEL_BYTES[stage]
+
+
+def told(heading: str) -> str:
+    """A section of docs/operations.md."""
+    text = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
+    return re.split(r"^#{2,3} ", text.partition(f"# {heading}\n")[2], maxsplit=1, flags=re.MULTILINE)[0]
+
+
+def test_an_upgrade_has_nats_read_anew_all_that_it_reads() -> None:
+    """What identities may hear is in the Secret, which the page left as it was."""
+    (volume,) = (one["value"] for one in VALUES["podTemplate"]["patch"] if one["path"] == "/spec/volumes/-")
+    sources = [next(iter(source.values()))["name"] for source in volume["projected"]["sources"]]
+
+    assert len(sources) == 2
+    assert [name for name in (*sources, "identities init") if name not in told("Upgrade")] == []
+
+
+@pytest.mark.parametrize(
+    ("heading", "secret", "service"),
+    [("Identities", "identity-edit-service", "edit-service"), ("Webhooks", "webhooks", "gateway")],
+)
+def test_who_has_a_secret_in_its_environment_is_started_anew_when_that_changes(
+    heading: str, secret: str, service: str
+) -> None:
+    sources = pods(built("gpu", ()))[service]["spec"]["containers"][0]["envFrom"]
+
+    assert secret in {source["secretRef"]["name"] for source in sources if "secretRef" in source}
+    _, _, behind = told(heading).partition(f" {secret} --from-")
+    assert f"rollout restart deployment/{service}" in behind
+
+
 @pytest.mark.parametrize("name", WORKERS)
 def test_a_worker_has_one_gpu_and_a_preview_none(name: str) -> None:
     real, preview = (pods(built(overlay, ()))[name]["spec"] for overlay in ("gpu", "local"))
@@ -512,7 +555,7 @@ def test_only_the_real_arrows_pass(overlay: str, components: tuple[str, ...]) ->
         "podSelector": {}, "policyTypes": ["Ingress", "Egress"],
     }  # fmt: skip
     labels = {name: pod["metadata"]["labels"] for name, pod in pods(manifests).items()}
-    client = {"vidgen/clients": "true"}
+    client, publisher = {"vidgen/clients": "true"}, {"vidgen/publishers": "true"}
     keda, prometheus, tracing, stranger = (
         {"kubernetes.io/metadata.name": name} for name in ("keda", "monitoring", "tracing", "default")
     )
@@ -538,6 +581,12 @@ def test_only_the_real_arrows_pass(overlay: str, components: tuple[str, ...]) ->
         assert not allowed(manifests, "Ingress", labels["gateway"], port, labels["edit-service"], {})
     assert allowed(manifests, "Ingress", NATS, 8222, {}, keda) == ("keda" in components)
     assert allowed(manifests, "Ingress", NATS, 6222, NATS, {})
+    # The bus is a way in like HTTP, for other namespaces than those of the browsers; nobody has its other ports.
+    assert allowed(manifests, "Ingress", NATS, 4222, {}, publisher)
+    for other in (client, stranger):
+        assert not allowed(manifests, "Ingress", NATS, 4222, {}, other)
+    for port in (6222, 8222, VALUES["promExporter"]["port"]):
+        assert not allowed(manifests, "Ingress", NATS, port, {}, publisher)
     for name in WORKERS:
         assert not allowed(manifests, "Egress", labels["gateway"], 9100, labels[name], {})
         assert not allowed(manifests, "Ingress", labels[name], "metrics", {}, stranger)
@@ -563,6 +612,29 @@ def test_a_worker_is_given_the_time_that_its_drain_takes(name: str) -> None:
     assert "lifecycle" not in spec["containers"][0]  # SIGTERM itself is the drain
 
 
+def replicas_in_the_dark(spec: Manifest, current: int) -> int:
+    """The pods that KEDA 2.20 has of a stage whose queues it cannot read, once it has failed to for long enough.
+
+    Its `doFallback` takes so many pods times the target for the metric, which activates a stage like any other.
+    """
+    fallback = spec["fallback"]
+    match fallback["behavior"]:
+        case "currentReplicas":
+            meant = current
+        case "currentReplicasIfHigher":
+            meant = max(current, fallback["replicas"])
+        case other:
+            raise ValueError(f"{other} may take pods that work")
+    modifiers = spec["advanced"]["scalingModifiers"]
+    return meant if meant * float(modifiers["target"]) > float(modifiers["activationTarget"]) else 0
+
+
+@pytest.mark.parametrize("name", WORKERS)
+def test_no_gpu_is_started_where_nats_cannot_be_read(name: str) -> None:
+    """One of each stage was, at every outage of NATS and before the first gateway had made the queues."""
+    assert replicas_in_the_dark(kinds(built("gpu", ("keda",)), "ScaledObject")[name]["spec"], 0) == 0
+
+
 @pytest.mark.parametrize("components", [("keda",), ("keda", "warm-floor")])
 @pytest.mark.parametrize("name", WORKERS)
 def test_scaling_down_takes_nothing_from_a_stage_that_just_started(name: str, components: tuple[str, ...]) -> None:
@@ -573,8 +645,8 @@ def test_scaling_down_takes_nothing_from_a_stage_that_just_started(name: str, co
     down = scaled["advanced"]["horizontalPodAutoscalerConfig"]["behavior"]["scaleDown"]
 
     assert scaled["cooldownPeriod"] > cold_start
-    assert scaled["fallback"]["replicas"] >= 1
-    assert scaled["fallback"]["behavior"] == "currentReplicasIfHigher"
+    assert scaled["fallback"]["replicas"] >= 1  # else KEDA takes all pods at the first error
+    assert [replicas_in_the_dark(scaled, pods) for pods in (1, 5)] == [1, 5]
     if scaled["minReplicaCount"] == 0:
         assert down == {"selectPolicy": "Disabled"}
     else:
@@ -687,6 +759,25 @@ def mounted_users(folder: Path) -> dict[str, Any]:
     for item in config["configMap"]["items"]:
         shutil.copy(folder / "config" / item["key"], place / item["path"])
     return credentials.nkey(str(identities.env_file("admin")))
+
+
+# What the chart's reloader (natsio/nats-server-config-reloader 0.23) takes for an include.
+INCLUDE = re.compile(r"^\s*include\s+(['\"]?[^'\";\n]*)", re.MULTILINE)
+
+
+def watched(conf: Path) -> set[Path]:
+    """The files on which that reloader has nats-server read everything anew, from one of them on."""
+    included = [conf.parent / found.strip("'\"") for found in INCLUDE.findall(conf.read_text(encoding="utf-8"))]
+    return {conf}.union(*map(watched, included))
+
+
+def test_nats_reads_anew_what_a_role_may_do_when_that_alone_changed(tmp_path: Path) -> None:
+    """The reloader did not see the includes: after an upgrade the new gateway was denied what it may do."""
+    mounted_users(tmp_path)
+    (mount,) = (one["value"]["mountPath"] for one in VALUES["container"]["patch"])
+    place = tmp_path / Path(mount).name
+
+    assert watched(place / "users.conf") == {place / "users.conf", *(place / "roles").iterdir()}
 
 
 class ChartServer(NatsServer):
@@ -804,6 +895,18 @@ async def test_edits_that_wait_start_their_gpus_and_the_first_of_the_video(
     found = await pods_while_more_come(server, bus, scaled, "edit")
 
     assert found == {0: (0, 0), 1: (1, 1), 5: (1, 1), 50: (4, 1)}
+
+
+async def test_edits_alone_keep_the_pods_of_the_video(
+    server: NatsServer, bus: JetStreamBus, scaled: dict[str, Manifest]
+) -> None:
+    """Its metric is above what activates it, and nothing takes a pod before: the docs say so."""
+    await queue(bus, "edit", range(1))
+
+    spec = scaled["i2v-service"]["spec"]
+    assert replicas(server, scaled["i2v-service"]) == 1
+    assert spec["advanced"]["horizontalPodAutoscalerConfig"]["behavior"]["scaleDown"] == {"selectPolicy": "Disabled"}
+    assert "An edit that waits or runs keeps those of the video" in told("Scaling")
 
 
 async def test_videos_that_wait_start_their_gpus_up_to_the_limit_and_none_of_the_edit(

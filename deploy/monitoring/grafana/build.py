@@ -69,8 +69,12 @@ def quantiles(histogram: str, by: str, legend: str, where: str = "") -> tuple[Qu
 
 
 def grown(counter: str, over: str) -> str:
-    """What a counter whose labels are not known beforehand grew by: a new series began at 0, unseen."""
-    return f"({counter} unless {counter} offset {over[1:-1]}) or increase({counter}{over})"
+    """What a counter whose labels are not known beforehand grew by: a new series began at 0, unseen.
+
+    It is looked for over as long before, for one that a scrape missed is not new.
+    """
+    before = f"last_over_time({counter}{over} offset {over[1:-1]})"
+    return f"({counter} unless {before}) or increase({counter}{over})"
 
 
 def board(uid: str, title: str, about: str) -> dashboard.Dashboard:
@@ -113,7 +117,7 @@ def pipeline() -> Dashboard:
         graph("End to end", SECONDS, *quantiles("vidgen_job_seconds", "", "", '{status="completed"}'),
               about="Completed jobs, from their acceptance: both stages, waiting and any review included."),
         graph("Waiting", "none", ("max by (stage, lane) (vidgen_queue_depth)", by_lane),
-              about="Tasks that no worker has been given. What KEDA scales by."),
+              about="Tasks that no worker has been given. KEDA scales by these and those held by workers."),
         graph("Held by workers", "none", ("max by (stage, lane) (vidgen_queue_ack_pending)", by_lane)),
         graph("Age of the oldest", SECONDS,
               ("max by (stage, lane) (vidgen_queue_oldest_waiting_seconds)", f"{by_lane} waiting"),

@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -239,6 +240,33 @@ def test_the_request_schema_says_what_the_code_checks() -> None:
     assert schema["additionalProperties"] is False
     assert schema["properties"]["references"]["maxItems"] == contracts.MAX_REFERENCES
     assert schema["$defs"]["I2VParams"]["properties"]["width"]["multipleOf"] == contracts.SIZE_MULTIPLE
+
+
+@pytest.mark.parametrize(
+    ("request_", "where", "words"),
+    [
+        ({"i2v": {"num_frames": 80}}, ("$defs", "I2VParams", "properties", "num_frames"), "4k+1"),
+        ({"edit": {"prompt": "x", "width": 64}}, ("$defs", "EditParams", "properties", "width"), "both or neither"),
+        ({"edit": {"prompt": "x", "height": 64}}, ("$defs", "EditParams", "properties", "height"), "both or neither"),
+        ({}, ("properties", "edit"), "At least one of edit and i2v"),
+        ({}, ("properties", "i2v"), "At least one of edit and i2v"),
+        ({"references": ["uploads/a", "uploads/b"], "i2v": {}}, ("properties", "references"), "one where there is no"),
+        ({"edit": {"prompt": " \n"}}, ("$defs", "EditParams", "properties", "prompt"), None),
+    ],
+)
+def test_what_is_refused_is_in_the_request_schema_in_words_at_least(
+    request_: dict[str, Any], where: tuple[str, ...], words: str | None
+) -> None:
+    """Who went by the schema alone asked for 80 frames, and was turned away."""
+    request = {"references": ["uploads/a"]} | request_
+    schema: Any = contracts.json_schemas()["video-request"]
+    with pytest.raises(ValidationError):
+        VideoRequest.model_validate_json(json.dumps(request))
+
+    assert jsonschema.Draft202012Validator(schema).is_valid(request) == (words is not None)
+    for step in where:
+        schema = schema[step]
+    assert words is None or words in schema["description"]
 
 
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity"])
