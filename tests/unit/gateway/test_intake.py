@@ -178,6 +178,7 @@ async def test_a_request_becomes_a_job_with_its_first_task_queued(door: Door) ->
         (GOOD | {"references": ["uploads/missing.png"]}, ["references.0"]),
         (GOOD | {"references": ["elsewhere/a.png"]}, ["references.0"]),
         (GOOD | {"references": ["jobs/another/edit-0.png"]}, ["references.0"]),
+        (GOOD | {"references": ["/etc/a.png"]}, ["references.0"]),
         (GOOD | {"references": [KEY, "uploads/text.png", "uploads/large.png"]}, ["references.1", "references.2"]),
         (GOOD | {"edit": {"prompt": ""}}, ["edit.prompt"]),
         (GOOD | {"edit": {"prompt": "x" * 4001}}, ["edit.prompt"]),
@@ -324,6 +325,13 @@ async def test_a_store_out_of_reach_hands_the_request_back_and_rejects_nothing()
     assert await door.bus.tail(topology.HISTORY, None, 10) == []
 
 
+def test_a_request_may_have_as_many_bytes_as_are_allowed_and_not_one_more() -> None:
+    body = json.dumps(GOOD).encode().ljust(intake.MAX_REQUEST_BYTES)
+    assert parse(body).references == (KEY,)
+    with pytest.raises(InvalidRequestError, match="larger than"):
+        parse(body + b" ")
+
+
 def test_a_number_too_long_for_python_is_refused_like_any_other_body() -> None:
     with pytest.raises(InvalidRequestError):
         parse(b'{"references":["x"],"edit":{"prompt":"a","seed":' + b"9" * 6000 + b"}}")
@@ -348,6 +356,19 @@ async def test_what_a_replica_let_in_by_http_is_not_done_again_when_it_comes_fro
     job = await door.handle_one()
 
     assert (job, new) == (submitted, True)
+    assert {name for name, count in door.bus.calls.items() if count != before.get(name, 0)} == {"pull", "ack"}
+
+
+async def test_nor_where_other_replicas_take_what_this_one_let_in(door: Door, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(intake, "REMEMBERED", 3)
+    for number in range(3):
+        await door.intake.submit(VideoRequest.model_validate(GOOD), f"theirs{number}", "default")
+        await (await door.take()).ack()
+    await door.intake.submit(VideoRequest.model_validate(GOOD), "own", "default")
+    before = dict(door.bus.calls)
+
+    await door.handle_one()
+
     assert {name for name, count in door.bus.calls.items() if count != before.get(name, 0)} == {"pull", "ack"}
 
 
