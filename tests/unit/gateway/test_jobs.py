@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from datetime import timedelta
 from unittest.mock import AsyncMock
 
@@ -162,7 +163,9 @@ async def test_a_look_waits_for_nothing_that_its_record_makes_needless() -> None
             await jobs.get("nobody")
 
 
-async def test_what_else_was_asked_for_may_fail_where_it_is_not_needed_and_only_there() -> None:
+async def test_what_else_was_asked_for_may_fail_where_it_is_not_needed_and_only_there(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     bus = MemoryBus()
     jobs = Jobs(bus)
     job, _ = await jobs.create(a_job())
@@ -172,6 +175,10 @@ async def test_what_else_was_asked_for_may_fail_where_it_is_not_needed_and_only_
     await jobs.apply(completed(job))
     bus.fail_next("latest")
     assert (await jobs.get(job.id)).status is JobStatus.COMPLETED
+    for _ in range(5):
+        await asyncio.sleep(0)
+    gc.collect()
+    assert not caplog.records  # nor does asyncio say that nobody heard of it
 
 
 async def test_a_record_that_is_newer_than_the_event_read_beside_it_is_told_as_it_is() -> None:
