@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import Counter
+from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
@@ -299,7 +301,24 @@ async def shared(waiting: int = 1) -> Gateway:
         await put(store, f"uploads/{prefix}photo.png", picture())
     bus = MemoryBus()
     await tenants.change(bus.records(topology.TENANTS_BUCKET), "acme", {})
-    return await Gateway.open(bus, store, tenant_waiting=waiting)
+    gateway = await Gateway.open(bus, store, tenant_waiting=waiting)
+    gateway.parts.jobs.share = FairShare(bus, Tenants(bus), waiting, sweep_s=10 * BOUND)
+    return gateway
+
+
+@contextlib.asynccontextmanager
+async def filling(gateway: Gateway) -> AsyncIterator[None]:
+    """The gateway moves tasks up by what it is told: the sweep at its beginning is over, and the next one far."""
+    bus, stop, before = gateway.parts.bus, asyncio.Event(), {"": 0}
+    running = asyncio.create_task(gateway.parts.jobs.share.run(stop))
+    assert isinstance(bus, MemoryBus)
+    while dict(bus.calls) != before:
+        before = dict(bus.calls)
+        for _ in range(50):
+            await asyncio.sleep(0)
+    yield
+    stop.set()
+    await running
 
 
 async def submitted(gateway: Gateway, job_id: str) -> contracts.Job:
@@ -325,13 +344,9 @@ async def test_a_job_that_is_cancelled_makes_room_for_the_next() -> None:
     gateway = await shared()
     for job_id in ("j1", "j2"):
         await submitted(gateway, job_id)
-    stop = asyncio.Event()
-    running = asyncio.create_task(gateway.parts.jobs.share.run(stop))
-    await gateway.parts.jobs.cancel("j1")
-    async with asyncio.timeout(BOUND):
+    async with filling(gateway), asyncio.timeout(BOUND):
+        await gateway.parts.jobs.cancel("j1")
         delivery = await gateway.parts.bus.pull(QUEUE, BOUND)
-    stop.set()
-    await running
     assert delivery is not None
     assert delivery.subject.endswith(".j2")
 
@@ -339,14 +354,10 @@ async def test_a_job_that_is_cancelled_makes_room_for_the_next() -> None:
 async def test_a_task_that_starts_lets_the_next_move_up() -> None:
     gateway = await shared()
     jobs = [await submitted(gateway, job_id) for job_id in ("j1", "j2")]
-    stop = asyncio.Event()
-    running = asyncio.create_task(gateway.parts.jobs.share.run(stop))
-    taken = await gateway.parts.bus.pull(QUEUE, 0)
-    await gateway.parts.jobs.started(started(jobs[0]))
-    async with asyncio.timeout(BOUND):
+    async with filling(gateway), asyncio.timeout(BOUND):
+        taken = await gateway.parts.bus.pull(QUEUE, 0)
+        await gateway.parts.jobs.started(started(jobs[0]))
         following = await gateway.parts.bus.pull(QUEUE, BOUND)
-    stop.set()
-    await running
     assert taken is not None
     assert following is not None
     assert following.subject.endswith(".j2")
