@@ -306,6 +306,16 @@ async def test_a_rejection_is_logged_though_a_good_request_with_its_id_began_the
     assert tasks(bus) == []
 
 
+async def test_a_rejection_that_comes_again_when_the_bus_has_forgotten_it_is_told_once() -> None:
+    bus = MemoryBus()
+    jobs = Jobs(bus)
+    bad = pipeline.reject(None, "j1", [contracts.FieldError(field="edit", message="missing")], now())
+    await jobs.create(bad)
+    bus.forget_ids(topology.EVENTS)
+    await jobs.enter(bad, bad.tenant)
+    assert log_of(bus, "j1") == ["rejected"]
+
+
 @pytest.mark.parametrize("lost", [True, False])
 async def test_a_creation_that_was_interrupted_is_made_good_by_the_next(lost: bool) -> None:
     bus = MemoryBus()
