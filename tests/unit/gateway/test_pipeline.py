@@ -123,7 +123,7 @@ def test_a_stage_that_was_given_up_stays_so_whatever_its_record_learns_first() -
 
 def test_a_completion_counts_from_whichever_attempt() -> None:
     job = feed(new_job(i2v=False), started("edit", 1), started("edit", 2), completed("edit", 1))
-    assert job.status is JobStatus.COMPLETED
+    assert (job.status, job.stages[0].attempt) == (JobStatus.COMPLETED, 2)
 
 
 def test_a_cancelled_job_withdraws_its_task_and_stays_cancelled() -> None:
@@ -179,6 +179,12 @@ def test_every_attempt_is_paid_for_once() -> None:
     job = feed(
         new_job(i2v=False), failed("edit", 1, gpu=2.0), failed("edit", 1, gpu=2.0), completed("edit", 2, gpu=3.0)
     )
+    assert job.gpu_seconds == pytest.approx(5.0)
+
+
+def test_the_attempts_of_each_run_are_paid_for() -> None:
+    again = contracts.RetryRequested(job_id="job", run=2, at=T0)
+    job = feed(new_job(i2v=False), failed("edit", final=True, gpu=2.0), again, completed("edit", run=2, gpu=3.0))
     assert job.gpu_seconds == pytest.approx(5.0)
 
 
