@@ -111,6 +111,12 @@ def test_an_older_attempt_may_not_fail_what_a_newer_one_holds() -> None:
     assert job.stage_record("edit").state is StageState.RUNNING
 
 
+def test_a_stage_that_was_given_up_tells_when_and_one_that_is_tried_again_does_not() -> None:
+    assert feed(new_job(), failed("edit")).stages[0].completed_at is None
+    job = feed(new_job(), failed("edit", final=True))
+    assert (job.stages[0].completed_at, job.completed_at) == (T0, T0)
+
+
 def test_a_start_that_comes_behind_its_end_begins_nothing() -> None:
     job = feed(new_job(), failed("edit"), started("edit"))
     assert (job.stages[0].state, job.stages[0].attempt) == (StageState.QUEUED, 1)
@@ -153,6 +159,13 @@ def test_a_retry_that_comes_again_when_its_run_has_ended_begins_nothing() -> Non
     asked = contracts.RetryRequested(job_id="job", run=2, at=T0)
     job = feed(new_job(), failed("edit", final=True), asked, failed("edit", run=2, final=True))
     assert (job.run, job.status) == (2, JobStatus.FAILED)
+    assert feed(job, asked) == job
+
+
+def test_a_cancel_that_comes_again_when_its_run_has_ended_ends_no_other() -> None:
+    asked = contracts.CancelRequested(job_id="job", run=1, at=T0)
+    job = feed(new_job(), asked, contracts.RetryRequested(job_id="job", run=2, at=T0))
+    assert (job.run, job.status) == (2, JobStatus.QUEUED)
     assert feed(job, asked) == job
 
 
