@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 from collections import Counter
 from collections.abc import AsyncIterator
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from structlog.testing import capture_logs
 from tests.gateways import BOUND, EDIT, KEY, Gateway, completed, now, picture, put, started
 
+from gateway.deadlines import Deadlines
 from gateway.share import FairShare, Place, withdraw
 from vidgen import contracts, errors, tenants, topology
 from vidgen.bus import Delivery, Stored
@@ -321,8 +323,9 @@ async def filling(gateway: Gateway) -> AsyncIterator[None]:
     await running
 
 
-async def submitted(gateway: Gateway, job_id: str) -> contracts.Job:
-    request = contracts.VideoRequest.model_validate({"references": ["uploads/acme/photo.png"], "edit": EDIT})
+async def submitted(gateway: Gateway, job_id: str, **more: Any) -> contracts.Job:
+    asked = {"references": ["uploads/acme/photo.png"], "edit": EDIT} | more
+    request = contracts.VideoRequest.model_validate(asked)
     job, _ = await gateway.parts.intake.submit(request, job_id, "acme")
     await gateway.parts.jobs.share.fill(Place("edit", "interactive", "acme"))
     return job
@@ -346,6 +349,18 @@ async def test_a_job_that_is_cancelled_makes_room_for_the_next() -> None:
         await submitted(gateway, job_id)
     async with filling(gateway), asyncio.timeout(BOUND):
         await gateway.parts.jobs.cancel("j1")
+        delivery = await gateway.parts.bus.pull(QUEUE, BOUND)
+    assert delivery is not None
+    assert delivery.subject.endswith(".j2")
+
+
+async def test_a_job_whose_deadline_passed_makes_room_for_the_next() -> None:
+    gateway = await shared()
+    late = await submitted(gateway, "j1", deadline_s=60)
+    await submitted(gateway, "j2")
+    deadlines = Deadlines(gateway.parts.bus, gateway.parts.jobs, lambda: late.created_at + timedelta(seconds=70))
+    async with filling(gateway), asyncio.timeout(BOUND):
+        await deadlines.look()
         delivery = await gateway.parts.bus.pull(QUEUE, BOUND)
     assert delivery is not None
     assert delivery.subject.endswith(".j2")
