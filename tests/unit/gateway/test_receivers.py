@@ -294,9 +294,7 @@ async def test_a_name_without_an_address_and_a_port_where_nobody_listens_are_fau
 
 
 @pytest.mark.parametrize(("before", "reached"), [(2, True), (3, False)])
-async def test_a_few_of_the_addresses_of_a_name_are_tried(
-    certificate: Certificate, before: int, reached: bool
-) -> None:
+async def test_a_few_of_the_addresses_of_a_name_are_tried(certificate: Certificate, before: int, reached: bool) -> None:
     addresses = [*(f"127.0.0.{number + 2}" for number in range(before)), "127.0.0.1"]
     async with Receiver().listening(certificate) as receiver:
         with contextlib.nullcontext() if reached else pytest.raises(errors.RetryableError):

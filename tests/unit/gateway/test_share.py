@@ -378,6 +378,54 @@ async def test_a_task_that_starts_lets_the_next_move_up() -> None:
     assert following.subject.endswith(".j2")
 
 
+async def test_what_another_gateway_held_moves_up_when_this_one_hears_of_a_start() -> None:
+    gateway = await shared()
+    other = await Gateway.open(gateway.parts.bus, gateway.parts.store, tenant_waiting=1)
+    async with filling(gateway), asyncio.timeout(BOUND):
+        jobs = [await submitted(other, job_id) for job_id in ("j1", "j2")]
+        taken = await gateway.parts.bus.pull(QUEUE, 0)
+        await gateway.parts.jobs.started(started(jobs[0]))
+        following = await gateway.parts.bus.pull(QUEUE, BOUND)
+    assert taken is not None
+    assert following is not None
+    assert following.subject.endswith(".j2")
+
+
+async def test_a_task_that_is_queued_anew_waits_for_no_sweep_where_nobody_shares() -> None:
+    lane = Lane(waiting=0)
+    await lane.queue("j1", "default")
+    [spent] = lane.bus.messages(topology.TASKS)
+    lane.shares = [FairShare(lane.bus, Tenants(lane.bus), 0, sweep_s=10 * BOUND)]
+    stop = asyncio.Event()
+    running = asyncio.create_task(lane.shares[0].run(stop))
+    for _ in range(200):  # its first sweep is over
+        await asyncio.sleep(0)
+    await lane.shares[0].queue_again(task("j1"), spent)
+    async with asyncio.timeout(BOUND):
+        while [one.seq for one in lane.bus.messages(topology.TASKS)] in ([], [spent.seq]):
+            await asyncio.sleep(0)
+    stop.set()
+    await running
+    assert lane.count(topology.HELD) == 0
+
+
+@pytest.mark.parametrize("waiting", [0, 3])
+async def test_a_task_that_is_in_its_queue_stays_the_one_that_it_is_though_it_is_demanded_again(waiting: int) -> None:
+    """A worker may be at it: one put in its place would be given to another."""
+    lane = Lane(waiting)
+    await lane.know("acme")
+    await lane.queue("j1", "acme")
+    before = lane.bus.messages(topology.TASKS)
+    for stream in (topology.TASKS, topology.HELD):
+        lane.bus.forget_ids(stream)
+
+    with contextlib.suppress(errors.ConflictError):
+        await lane.queue("j1", "acme")
+    await lane.fill("acme")
+
+    assert lane.bus.messages(topology.TASKS) == before
+
+
 async def test_a_waiting_jobs_place_counts_what_is_held() -> None:
     gateway = await shared()
     jobs = [await submitted(gateway, job_id) for job_id in ("j1", "j2", "j3")]
