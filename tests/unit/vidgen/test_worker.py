@@ -445,6 +445,30 @@ async def test_a_drain_finishes_what_is_soon_done(steady: Steady) -> None:
         assert shop.bench.types("j1") == ["stage_started", "stage_completed"]
 
 
+async def test_a_drain_hands_back_what_is_soon_off_the_device_and_takes_long_behind_it(
+    steady: Steady, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vidgen.turn.time", SimpleNamespace(monotonic=lambda: steady.now, time=lambda: steady.now))
+    async with open_shop(engines.Resumes()) as shop:
+        encoding = shop.engine.hold("finish", 1)
+        gates = [shop.engine.hold("generate", 2, step) for step in (1, 2)]
+        await shop.queue(1, steps=1)
+        await shop.queue(2, steps=3)
+        shop.start()
+        await reached(encoding)
+        steady.now += 15
+        encoding.open()
+        await shop.until("ack", 1)
+        await reached(gates[0])
+        await steady.passes(*gates, seconds=8)
+
+        shop.worker.drain()  # sixteen seconds are left on the device, fewer than twenty, and some fifteen behind it
+        gates[1].open()
+        await shop.left()
+
+        assert shop.bench.types("j2")[-1] == "stage_released"
+
+
 async def test_a_drain_before_the_first_step_decides_when_it_is_known_how_long_a_step_takes(steady: Steady) -> None:
     async with open_shop(engines.Resumes()) as shop:
         gates = [shop.engine.hold("generate", 1, step) for step in (1, 2)]
