@@ -192,6 +192,24 @@ async def test_the_next_task_is_taken_just_before_a_long_one_ends(
         await shop.until("stage_completed", 2)
 
 
+async def test_the_next_task_is_taken_later_where_the_steps_become_slower(loop_clock: LoopClock, steady: Steady) -> None:
+    async with open_shop() as shop:
+        steps = [shop.engine.hold("generate", 1, step) for step in (1, 2, 3)]
+        await shop.queue(1, steps=10)
+        await shop.queue(2)
+        shop.start()
+        await reached(steps[0])
+        await steady.passes(steps[0], steps[1])  # nine are left, of ten seconds each
+        await steady.passes(steps[1], steps[2], seconds=100)
+
+        loop_clock.advance(90)
+        await settled()
+        assert shop.bench.journal.entries.count("stage_started") == 1
+
+        shop.engine.open_all()
+        await shop.until("stage_completed", 2)
+
+
 # ── lanes ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -237,7 +255,9 @@ async def test_a_batch_that_comes_late_waits_for_nine_at_most() -> None:
         await pulled(puller, 25)
         await shop.queue(100, lane="batch")
 
-        assert "batch" in await pulled(puller, 10)
+        lanes = await pulled(puller, 10)
+        assert "batch" in lanes
+        assert lanes[0] == "interactive"  # while none waited there, none was owed
 
 
 async def test_one_look_is_enough_where_one_task_follows_another() -> None:
