@@ -328,6 +328,29 @@ async def test_a_drain_hands_back_what_waits_at_once_and_finishes_what_runs() ->
         assert shop.bench.queued() == 2
 
 
+async def test_a_drain_waits_for_what_is_being_stored_however_slow_the_store_is(loop_clock: LoopClock) -> None:
+    async with open_shop() as shop:
+        asked, stores, put = asyncio.Event(), asyncio.Event(), shop.bench.store.put
+
+        async def slowly(*given: Any, **options: Any) -> None:
+            asked.set()
+            await stores.wait()
+            await put(*given, **options)
+
+        shop.bench.store.put = slowly  # type: ignore[method-assign]
+        await shop.queue(1)
+        shop.start()
+        await asyncio.wait_for(asked.wait(), BOUND)
+        shop.worker.drain()
+        for _ in range(3):
+            loop_clock.advance(30)
+            await settled()
+        stores.set()
+        await shop.left()
+
+        assert shop.bench.types("j1")[-1] == "stage_completed"
+
+
 async def test_a_worker_that_holds_nothing_leaves_when_it_is_drained(loop_clock: LoopClock) -> None:
     async with open_shop() as shop:
         shop.start()
