@@ -728,6 +728,22 @@ async def test_a_worker_that_lost_its_device_hands_everything_back_and_leaves() 
         assert (await shop.registered()).state == "unhealthy"
 
 
+class HasNoMemory(engines.Gated):
+    def prepare(self, work: Any, files: Any) -> Any:
+        raise errors.FatalError("the machine has no memory left", code="no_memory")
+
+
+async def test_a_worker_that_is_unfit_though_its_device_is_well_leaves_too() -> None:
+    async with open_shop(HasNoMemory()) as shop:
+        await shop.queue(1)
+        shop.start()
+
+        with pytest.raises(errors.FatalError, match="no memory left"):
+            await shop.left()
+
+        assert shop.bench.types("j1") == ["stage_started", "stage_released"]
+
+
 async def test_where_one_stage_of_a_process_is_unfit_the_others_take_no_more_for_its_device() -> None:
     """They went on until its last task had ended: one had the device that was lost, or hung, and was charged for it."""
     async with open_shop(LosesItsDevice()) as shop:
