@@ -14,6 +14,7 @@ import httpx
 import pytest
 from pydantic import ValidationError
 from tests.gateways import picture
+from tests.workbench import LoopClock
 
 from vidgen import client, images
 from vidgen.client import AsyncClient, GatewayError
@@ -329,8 +330,9 @@ async def test_a_stream_that_ends_without_the_job_is_taken_up_again() -> None:
         assert [type(update) for update in await watched(found)] == [Accepted, StageStarted, Job]
 
 
-async def test_a_gateway_in_trouble_is_asked_again() -> None:
-    answers = [problem(503, detail="bus", code="bus_unavailable"), events(DONE)]
+@pytest.mark.parametrize("status", [429, 500, 503])
+async def test_a_gateway_in_trouble_is_asked_again(status: int) -> None:
+    answers = [problem(status, detail="later", code="later"), events(DONE)]
     async with gateway(lambda _: answers.pop(0)) as found:
         assert (await found.wait("j1")).status == JobStatus.COMPLETED
 
@@ -348,6 +350,18 @@ async def test_patience_with_a_gateway_that_is_gone_ends() -> None:
     async with gateway(handler) as found:
         with pytest.raises(GatewayError, match="does not answer"):
             _ = [update async for update in found.watch("j1", patience=-1)]
+
+
+async def test_patience_begins_anew_with_whatever_is_heard() -> None:
+    clock, told = LoopClock(), iter((ACCEPTED, STARTED, STEP))
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        clock.advance(70)
+        return events(next(told, DONE))
+
+    async with gateway(handler) as found:
+        updates = [update async for update in found.watch("j1", patience=100)]
+    assert [type(update) for update in updates] == [Accepted, StageStarted, Progress, Job]
 
 
 async def test_events_of_a_newer_gateway_are_passed_over() -> None:

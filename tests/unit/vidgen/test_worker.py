@@ -192,7 +192,7 @@ async def test_the_next_task_is_taken_just_before_a_long_one_ends(
         await shop.until("stage_completed", 2)
 
 
-async def test_the_next_task_is_taken_later_where_the_steps_become_slower(loop_clock: LoopClock, steady: Steady) -> None:
+async def test_the_next_task_is_taken_later_where_steps_become_slower(loop_clock: LoopClock, steady: Steady) -> None:
     async with open_shop() as shop:
         steps = [shop.engine.hold("generate", 1, step) for step in (1, 2, 3)]
         await shop.queue(1, steps=10)
@@ -1097,9 +1097,11 @@ async def test_a_task_that_comes_again_is_told_in_the_registry_at_once(monkeypat
     monkeypatch.setattr("vidgen.worker.SOON_S", 300.0)
     async with open_shop(heartbeat_s=600.0) as shop:
         await shop.queue(1)
-        await (await shop.bench.take()).nak()
+        held = await shop.bench.take()
         gate = shop.engine.hold("generate", 1, 2)
         shop.start()
+        assert (await shop.registered()).running == ()
+        await held.nak()
         await reached(gate)
 
         async with asyncio.timeout(BOUND):
