@@ -372,6 +372,18 @@ async def test_patience_with_a_gateway_that_is_gone_ends() -> None:
             _ = [update async for update in found.watch("j1", patience=-1)]
 
 
+async def test_a_stream_is_not_waited_for_that_is_silent_for_longer_than_a_gateway_ever_is() -> None:
+    waits = []
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        waits.append(request.extensions["timeout"]["read"])
+        return events(DONE)
+
+    async with gateway(handler) as found:
+        await watched(found)
+    assert waits == [client.SILENCE_S]
+
+
 async def test_patience_begins_anew_with_whatever_is_heard() -> None:
     clock, told = LoopClock(), iter((ACCEPTED, STARTED, STEP))
 
