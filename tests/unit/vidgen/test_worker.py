@@ -1093,6 +1093,29 @@ async def test_what_follows_each_other_quickly_is_one_entry(
         assert (told.generating, told.running, told.tasks_done) == (None, (), 1)
 
 
+async def test_the_last_that_a_worker_tells_is_that_it_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with open_shop() as shop:
+        asked, answered, call = asyncio.Event(), asyncio.Event(), shop.bench.bus.call
+
+        @contextlib.asynccontextmanager
+        async def slow(method: str) -> AsyncIterator[None]:
+            async with call(method):
+                yield
+            if method == "records.put":
+                asked.set()
+                await answered.wait()
+
+        monkeypatch.setattr(shop.bench.bus, "call", slow)
+        shop.start()
+        await asyncio.wait_for(asked.wait(), BOUND)
+        shop.worker.drain()
+        await settled()
+        answered.set()
+        await shop.left()
+
+        assert (await shop.registered()).state == "draining"
+
+
 async def test_a_task_that_comes_again_is_told_in_the_registry_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vidgen.worker.SOON_S", 300.0)
     async with open_shop(heartbeat_s=600.0) as shop:
