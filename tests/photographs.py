@@ -88,10 +88,14 @@ TELLING: dict[str, Callable[[], bytes]] = {
     "png-time": lambda: in_png(b"tIME", struct.pack(">H5B", 2026, 1, 2, 3, 4, 5)),
     "png-unknown-chunk": lambda: in_png(b"prIv", PLANTED),
     "png-behind-its-end": lambda: saved("PNG") + PLANTED,
+    "png-in-its-end": lambda: saved("PNG")[:-12] + chunk(b"IEND", PLANTED),
     "webp-exif": lambda: saved("WEBP", exif=exif()),
     "webp-xmp": lambda: saved("WEBP", xmp=PLANTED),
     "webp-unknown-chunk": lambda: in_webp(b"PRIV", PLANTED),
     "webp-behind-its-end": lambda: saved("WEBP") + PLANTED,
+    "webp-like-a-chunk-behind-its-end": lambda: (
+        saved("WEBP") + b"VP8X" + struct.pack("<I", len(PLANTED)) + PLANTED + bytes(len(PLANTED) % 2)
+    ),
     "avif-exif": lambda: saved("AVIF", exif=exif()),
 }
 

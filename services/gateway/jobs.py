@@ -453,18 +453,17 @@ class Jobs:
         headers = {topology.HEADER_LOG_SEQ: str(seq)} if seq else None
         try:
             await self.share.queue(task, f"{task.job_id}:{task.stage}:{task.run}", headers)
-        except errors.ConflictError as exc:
-            if exc.code != "already_queued":
-                raise
+        except errors.ConflictError:
             # A copy is queued or running: it is this one, published by a gateway that died before it could say so.
             log.info("the task is queued already", _event="task_already_queued", job=task.job_id, stage=task.stage)
 
 
 def _with_start(job: Job, newest: contracts.AnyEvent | None) -> Job:
-    """A job with the start of its task, which is in its log alone (decision 0018)."""
+    """A job that moves with the start of its task, which is in its log alone (decision 0018)."""
     # Where anything else is the newest, it is in the record, or the record that was read is a moment old.
-    begins = isinstance(newest, contracts.StageStarted) and newest.stage == job.stage
-    return pipeline.fold(job, newest) if begins and newest is not None and job.status in MOVING else job
+    if isinstance(newest, contracts.StageStarted) and newest.stage == job.stage:
+        return pipeline.fold(job, newest)
+    return job
 
 
 def _parse_cursor(cursor: str | None) -> int | None:

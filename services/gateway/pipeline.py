@@ -310,7 +310,7 @@ def _settle(job: Job, at: datetime) -> Job:
         return job.model_copy(update={"status": JobStatus.AWAITING_REVIEW, "stage": current.stage})
     if current.state is StageState.PENDING:
         job = _with_stage(job, current.model_copy(update={"state": StageState.QUEUED, "queued_at": at}))
-    begun = any(record.tries > 0 or record.state is StageState.COMPLETED for record in job.stages)
+    begun = any(record.tries > 0 for record in job.stages)
     return job.model_copy(
         update={"status": JobStatus.IN_PROGRESS if begun else JobStatus.QUEUED, "stage": current.stage}
     )

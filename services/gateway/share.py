@@ -175,9 +175,7 @@ class FairShare:
             await self._bus.delete(topology.TASKS, int(spent))
         try:
             await self._put(topology.TASKS, subject, held.body, held.headers["Nats-Msg-Id"], headers)
-        except errors.ConflictError as exc:
-            if exc.code != "already_queued":
-                raise
+        except errors.ConflictError:
             return await self._is_queued(held, subject)
         return True
 
@@ -207,11 +205,9 @@ class FairShare:
         while True:
             try:
                 await self._bus.publish(subject, body, message_id=message_id, headers=headers)
-            except errors.ConflictError as exc:
+            except errors.ConflictError:
                 run = run_of(body)
-                if exc.code != "already_queued" or run is None:
-                    raise
-                if not await withdraw(self._bus, stream, subject, run - 1):
+                if run is None or not await withdraw(self._bus, stream, subject, run - 1):
                     raise
             else:
                 return

@@ -78,7 +78,6 @@ class Handler:
         self._pace: float | None = None  # seconds per step of the newest task
         self._decoding, self._finishing = Recent(), Recent()
         self._busy_seconds = 0.0
-        self._device_lost = False
         self._watchdog = Watchdog(policy.hang)
         self._scratch = Scratch(policy.work_dir)
 
@@ -332,9 +331,6 @@ class Handler:
                 turn.frees_in(left_s + decoding)
 
         async with _device(turn, clocks):
-            if self._device_lost:  # while this task waited for it
-                turn.stop.now("released")
-                turn.stop.check()
             done = begun.step if begun else 0
             if self._pace is not None and done < task.work.steps:  # candidates may have more, all together
                 turn.frees_in(self._pace * (task.work.steps - done) + decoding)
@@ -356,7 +352,6 @@ class Handler:
             except errors.VidgenError as exc:
                 self._metrics.memory_rungs(exc.rungs)
                 if isinstance(exc, errors.FatalError):
-                    self._device_lost = True
                     turn.lost()
                 raise
             finally:

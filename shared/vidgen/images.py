@@ -291,7 +291,6 @@ def _facts(image: Image.Image, path: Path) -> ImageFacts:
         kind in ("PNG", "JPEG", "WEBP")
         and image.mode == "RGB"
         and not _deep(image)
-        and getattr(image, "n_frames", 1) == 1
         and width * height <= MAX_PIXELS_KEPT
         and _bare(path.read_bytes())
     )

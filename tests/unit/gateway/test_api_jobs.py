@@ -320,6 +320,19 @@ async def test_what_an_attempt_told_that_handed_its_task_back_is_no_progress_of_
     assert await shown() == ("running", 8)
 
 
+async def test_what_a_run_told_is_no_progress_of_the_next(gateway: Gateway) -> None:
+    job = await gateway.submit()
+    await gateway.tell(started(job))
+    await gateway.parts.bus.signal(topology.subject_of_progress(job.id), progress(job, 7).to_bytes())
+    await gateway.tell(failed(job))
+    again = Job.model_validate_json((await gateway.client.post(f"/v1/jobs/{job.id}/retry")).content)
+
+    await gateway.tell(started(again))
+
+    shown = (await gateway.client.get(f"/v1/jobs/{job.id}")).json()
+    assert (shown["run"], shown["stages"][0]["state"], shown.get("progress")) == (2, "running", None)
+
+
 async def test_nobody_looks_for_the_progress_of_a_stage_that_waits(gateway: Gateway) -> None:
     bus = gateway.parts.bus
     assert isinstance(bus, MemoryBus)

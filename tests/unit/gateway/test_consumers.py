@@ -9,14 +9,14 @@ from collections.abc import AsyncIterator
 from datetime import timedelta
 
 import pytest
-from tests.gateways import BOUND, EDIT, KEY, Gateway, completed, failed, started
+from tests.gateways import BOUND, EDIT, KEY, Gateway, completed, failed, picture, put, started
 
 from gateway import consumers
 from gateway.consumers import Consumers
 from vidgen import contracts, dead, topology
 from vidgen.bus import Delivery
 from vidgen.contracts import Job, JobStatus
-from vidgen.testing import FakeClock, MemoryBus
+from vidgen.testing import FakeClock, MemoryBus, MemoryStore
 
 
 class Loops:
@@ -153,6 +153,51 @@ async def test_what_comes_again_behind_a_fault_of_the_bus_is_counted_once(
 
     assert f"{counted} 1.0" in loops.gateway.parts.metrics.render()[0].decode()
     assert loops.bus.calls[method] > 1
+
+
+async def test_what_comes_again_to_another_replica_is_counted_by_the_first_alone() -> None:
+    clock = FakeClock()
+    one = Loops(await Gateway.open(MemoryBus(clock=clock)))
+    counted = 'vidgen_tasks_total{lane="interactive",outcome="completed",stage="edit"}'
+    queues = [one for one in topology.CONSUMERS if one.name == topology.GATEWAY]
+
+    async def all_done() -> None:
+        async with asyncio.timeout(BOUND):
+            while any([(await one.bus.depth(queue)).waiting for queue in queues]):
+                await asyncio.sleep(0)
+
+    job = await one.gateway.submit(i2v={"prompt": "zoom"})
+    await all_done()
+    one.bus.fail_next("ack")
+    await say(one, completed(job))
+    async with asyncio.timeout(BOUND):
+        while f"{counted} 1.0" not in one.gateway.parts.metrics.render()[0].decode():
+            await asyncio.sleep(0)
+    await one.end()
+    clock.advance(600)
+    other = Loops(await Gateway.open(one.bus, one.gateway.parts.store))
+    await all_done()
+    await other.end()
+
+    texts = [loops.gateway.parts.metrics.render()[0].decode() for loops in (one, other)]
+    assert [f"{counted} {count}" in text for count, text in zip(("1.0", "0.0"), texts, strict=True)] == [True, True]
+
+
+async def test_a_request_that_waited_for_a_store_for_long_is_not_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(consumers, "GIVE_UP_AFTER", 2)
+    monkeypatch.setattr(consumers, "HAND_BACK_S", 0.001)
+    store = MemoryStore()
+    await put(store, KEY, picture())
+    loops = Loops(await Gateway.open(store=store))
+    store.down = True
+    good = contracts.VideoRequest(job_id="good", references=(KEY,), edit=contracts.EditParams(**EDIT))
+    await loops.bus.publish(topology.SUBJECT_REQUESTS, good.to_bytes(), message_id="good")
+    async with asyncio.timeout(BOUND):
+        while store.calls["fetch"] < 4:
+            await asyncio.sleep(0.001)
+    store.down = False
+    await loops.until_told("good", "accepted")
+    await loops.end()
 
 
 async def test_a_message_that_cannot_be_digested_does_not_stop_the_others(

@@ -10,7 +10,9 @@ import pytest
 from tests.gateways import BOUND, Gateway, completed, failed, now, started
 
 from gateway.deadlines import AGAIN, ANYWAY, ENDED, SLACK, Deadlines, Due
-from vidgen import contracts, eventlog, topology
+from gateway.share import Place
+from vidgen import contracts, eventlog, tenants, topology
+from vidgen.bus import Feed
 from vidgen.contracts import Job, JobStatus
 from vidgen.testing import MemoryBus
 
@@ -65,12 +67,19 @@ async def test_a_job_that_no_worker_takes_ends_behind_its_deadline(late: Late) -
     assert contracts.DeadLetter.model_validate_json(letter.body).error.code == "deadline_exceeded"
 
 
+async def test_nobody_looks_before_whoever_is_at_it_could_say_so(late: Late) -> None:
+    job = await late.gateway.submit(deadline_s=60)
+    assert job.deadline_at is not None
+    assert late.jobs.due.wait_s(job.deadline_at) == SLACK.total_seconds()
+
+
 async def test_a_retry_has_as_much_time_again(late: Late) -> None:
     job = await late.gateway.submit(deadline_s=60)
     await late.after(70)
     again = await late.jobs.retry(job.id)
+    assert job.deadline_at is not None
     assert again.deadline_at is not None
-    assert again.deadline_at > now() + timedelta(seconds=50)
+    assert job.deadline_at < again.deadline_at <= now() + timedelta(seconds=60)
     [task] = await late.bus.tail(topology.TASKS, None, 10)
     assert contracts.Task.model_validate_json(task.body).deadline_at == again.deadline_at
 
@@ -131,6 +140,61 @@ async def test_what_a_worker_was_at_that_died_ends_though_no_other_comes(late: L
     assert left.subject.endswith(other.id)
 
 
+async def test_a_worker_that_is_missed_now_and_then_is_not_taken_for_dead(late: Late) -> None:
+    job = await late.gateway.submit(deadline_s=60)
+    await late.gateway.tell(started(job))
+
+    async def answer(feed: Feed) -> None:
+        while (heard := await feed.next(BOUND)) is not None:
+            await late.bus.signal(heard.reply, eventlog.AT_IT)
+
+    await late.after(70)
+    there = await late.bus.listen(topology.subject_of_worker("edit", "w1"))
+    answering = asyncio.create_task(answer(there))
+    await late.after(AGAIN.total_seconds())
+    answering.cancel()
+    await there.close()
+    await late.after(AGAIN.total_seconds())
+    assert (await late.of(job)).status is JobStatus.IN_PROGRESS
+    await late.after(AGAIN.total_seconds())
+    assert (await late.of(job)).status is JobStatus.FAILED
+
+
+async def test_a_worker_is_not_missed_twice_at_once_though_its_task_is_found_again(late: Late) -> None:
+    job = await late.gateway.submit(deadline_s=60)
+    await late.gateway.tell(started(job))
+    await late.after(70)
+    await late.deadlines.sweep()
+    await late.after(1)
+    assert (await late.of(job)).status is JobStatus.IN_PROGRESS
+
+
+async def test_who_was_missed_in_a_run_before_is_not_missed_in_this_one(late: Late) -> None:
+    job = await late.gateway.submit(deadline_s=60)
+    await late.gateway.tell(started(job))
+    await late.after(70)
+    await late.gateway.tell(failed(job))
+    await late.after(1)
+    again = await late.jobs.retry(job.id)
+    await late.gateway.tell(started(again))
+    await late.after(70)
+    assert (await late.of(job)).status is JobStatus.IN_PROGRESS
+
+
+async def test_what_is_held_behind_its_tenants_share_ends_too() -> None:
+    bus = MemoryBus()
+    await tenants.change(bus.records(topology.TENANTS_BUCKET), "acme", {})
+    late = Late(await Gateway.open(bus, tenant_waiting=1))
+    jobs = [await late.gateway.submit(deadline_s=60) for _ in range(3)]
+    await late.jobs.share.fill(Place("edit", "interactive", "default"))
+    assert (await late.gateway.count(topology.TASKS), await late.gateway.count(topology.HELD)) == (1, 2)
+
+    await late.after(70)
+
+    assert {(await late.of(job)).status for job in jobs} == {JobStatus.FAILED}
+    assert (await late.gateway.count(topology.TASKS), await late.gateway.count(topology.HELD)) == (0, 0)
+
+
 async def test_what_has_ended_stays_as_it_is(late: Late) -> None:
     done, broken = await late.gateway.submit(deadline_s=60), await late.gateway.submit(deadline_s=60)
     await late.gateway.tell(completed(done))
@@ -158,6 +222,20 @@ async def test_what_is_done_by_the_log_is_not_given_up_though_its_record_does_no
     ended = await late.of(job)
     assert (ended.status, ended.stage) == ((JobStatus.FAILED, "i2v") if stages else (JobStatus.COMPLETED, None))
     assert len(await late.bus.tail(topology.DEAD, None, 10)) == len(stages)
+
+
+async def test_what_another_gateway_moves_on_meanwhile_is_looked_at_again(late: Late) -> None:
+    other = Late(await Gateway.open(late.bus, late.gateway.parts.store))
+    job = await late.gateway.submit(deadline_s=60, i2v={"prompt": "zoom"})
+    await late.bus.publish(topology.subject_of_events(job.id), completed(job).to_bytes(), message_id="done")
+    late.at += timedelta(seconds=70)
+    await late.deadlines.look()
+    await other.digested()
+
+    await late.after(AGAIN.total_seconds())
+
+    ended = await late.of(job)
+    assert (ended.status, ended.stage) == (JobStatus.FAILED, "i2v")
 
 
 async def test_a_gateway_that_is_started_anew_finds_the_deadlines_of_what_waits(late: Late) -> None:
@@ -198,6 +276,27 @@ async def test_it_runs_by_itself_until_it_is_told_to_stop(late: Late) -> None:
             told = await feed.next(BOUND)
             if told is not None and b"deadline_exceeded" in told.body:
                 break
+    stop.set()
+    await asyncio.wait_for(running, BOUND)
+
+
+async def test_it_rests_while_nothing_is_due(late: Late) -> None:
+    stop, looks = asyncio.Event(), 0
+
+    def time() -> datetime:
+        nonlocal looks
+        looks += 1
+        return now()
+
+    async def turns() -> int:
+        for _ in range(200):
+            await asyncio.sleep(0)
+        return looks
+
+    running = asyncio.create_task(Deadlines(late.bus, late.jobs, time).run(stop))
+    await turns()
+    await late.gateway.submit(deadline_s=60)
+    assert await turns() == await turns()
     stop.set()
     await asyncio.wait_for(running, BOUND)
 

@@ -76,6 +76,11 @@ def test_the_nearest_size_counts_and_one_slow_task_does_not() -> None:
     assert forecast.estimate([clip()], "interactive", known(*small, *same)).seconds == 4.0
 
 
+def test_where_too_few_were_of_the_same_size_it_is_scaled() -> None:
+    told = forecast.estimate([clip()], "interactive", known(done(clip(), 8.0), done(clip(width=1664), 16.0)))
+    assert (told.stages[0].basis, told.seconds) == ("scaled", 8.0)
+
+
 def test_candidates_and_guidance_count_for_an_edit() -> None:
     one, four = edit(), edit().model_copy(update={"candidates": 4, "true_cfg_scale": 4.0})
     assert forecast.load_of(four) == 8 * forecast.load_of(one)
@@ -205,6 +210,30 @@ async def test_who_watches_a_long_queue_asks_where_a_task_lies_once() -> None:
     assert (await forecast.place(jobs[2])).ahead == 1  # type: ignore[union-attr]
 
 
+async def test_who_comes_last_to_a_queue_that_is_longer_than_what_is_kept_in_mind_asks_once_too(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("gateway.forecast.PLACES_KEPT", 2)
+    gateway = await Gateway.open()
+    jobs = [await gateway.submit() for _ in range(3)]
+    bus, forecast = gateway.parts.bus, gateway.parts.forecast
+    assert isinstance(bus, MemoryBus)
+    for job in jobs:
+        await forecast.place(job)
+    before = dict(bus.calls)
+    assert (await forecast.place(jobs[2])).ahead == 2  # type: ignore[union-attr]
+    assert bus.calls == before
+
+
+async def test_what_lies_between_and_waits_in_other_lanes_is_not_ahead() -> None:
+    gateway = await Gateway.open()
+    await gateway.submit()
+    for _ in range(5):
+        await gateway.submit(lane="batch")
+    job = await gateway.submit()
+    assert (await gateway.parts.forecast.place(job)).ahead == 1  # type: ignore[union-attr]
+
+
 async def test_a_task_that_was_queued_anew_is_found_where_it_is_now() -> None:
     gateway = await Gateway.open()
     jobs = [await gateway.submit() for _ in range(2)]
@@ -255,6 +284,12 @@ async def test_an_estimate_comes_from_the_jobs_that_were_done() -> None:
     after = contracts.Estimate.model_validate((await gateway.client.post("/v1/estimate", json=asked)).json())
     assert after.stages[0].basis == "measured"
     assert (after.seconds, after.gpu_seconds, after.cost_usd) == (9.0, 9.0, pytest.approx(0.018))
+
+    for _ in range(forecast.LOOK_BACK):  # none of the newest is done
+        await gateway.submit()
+    gateway.parts.forecast._known_until = gateway.parts.forecast._records_until = 0
+    rush = contracts.Estimate.model_validate((await gateway.client.post("/v1/estimate", json=asked)).json())
+    assert rush.stages[0].seconds == 9.0
 
 
 @pytest.mark.parametrize(

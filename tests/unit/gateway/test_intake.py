@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import uuid
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from unittest.mock import AsyncMock
@@ -81,7 +83,7 @@ async def door() -> Door:
     door = Door()
     await put(door.store, KEY, picture())
     await put(door.store, "uploads/text.png", b"no image")
-    await put(door.store, "uploads/large.png", b"\0" * ((1 << 20) + 1))
+    await put(door.store, "uploads/large.png", picture() + b"\0" * (1 << 20))
     return door
 
 
@@ -96,12 +98,14 @@ async def test_a_reference_that_comes_again_and_again_is_not_fetched_each_time(d
 
 
 async def test_a_reference_that_comes_many_times_within_a_second_is_looked_at_once(door: Door) -> None:
-    for number in range(5):
+    looks = []
+    for number in range(12):
         await door.publish(GOOD | {"job_id": f"j{number}"})
         assert (await door.handle_one()).inputs == (KEY,)
-        door.now += intake.JUST_NOW_S / 6
+        looks.append((door.store.calls["fetch"], door.store.calls["stat"]))
+        door.now += intake.JUST_NOW_S / 4
 
-    assert (door.store.calls["fetch"], door.store.calls["stat"]) == (1, 0)
+    assert looks == [*[(1, 0)] * 4, *[(2, 1)] * 4, *[(2, 2)] * 4]
 
 
 async def test_no_more_references_are_on_the_gateways_disk_at_once_than_it_has_room_for() -> None:
@@ -140,8 +144,9 @@ async def test_a_reference_that_was_replaced_is_looked_at_again(door: Door) -> N
     assert (await door.handle_one()).status is JobStatus.REJECTED
 
 
-async def test_a_reference_that_is_gone_is_refused_though_it_was_looked_at(door: Door) -> None:
-    for number in range(3):
+@pytest.mark.parametrize("looks", [1, 3])
+async def test_a_reference_that_is_gone_is_refused_though_it_was_looked_at(door: Door, looks: int) -> None:
+    for number in range(looks):
         door.now += intake.JUST_NOW_S
         await door.publish(GOOD | {"job_id": f"j{number}"})
         await door.handle_one()
@@ -163,6 +168,13 @@ async def test_a_request_becomes_a_job_with_its_first_task_queued(door: Door) ->
     assert contracts.Task.model_validate_json(task.body).inputs == (KEY,)
 
 
+async def test_a_job_and_its_deadline_begin_when_its_request_came_however_late_it_is_let_in(door: Door) -> None:
+    await door.publish(GOOD | {"deadline_s": 60})
+    delivery = await door.take()
+    job = await door.intake.handle(delivery)
+    assert (job.created_at, job.deadline_at) == (delivery.at, delivery.at + timedelta(seconds=60))
+
+
 @pytest.mark.parametrize(
     ("body", "fields"),
     [
@@ -178,6 +190,7 @@ async def test_a_request_becomes_a_job_with_its_first_task_queued(door: Door) ->
         (GOOD | {"references": ["uploads/missing.png"]}, ["references.0"]),
         (GOOD | {"references": ["elsewhere/a.png"]}, ["references.0"]),
         (GOOD | {"references": ["jobs/another/edit-0.png"]}, ["references.0"]),
+        (GOOD | {"references": ["/etc/a.png"]}, ["references.0"]),
         (GOOD | {"references": [KEY, "uploads/text.png", "uploads/large.png"]}, ["references.1", "references.2"]),
         (GOOD | {"edit": {"prompt": ""}}, ["edit.prompt"]),
         (GOOD | {"edit": {"prompt": "x" * 4001}}, ["edit.prompt"]),
@@ -240,6 +253,13 @@ async def test_the_same_job_id_twice_is_one_job(door: Door) -> None:
 async def test_the_message_id_of_a_client_names_the_job(door: Door) -> None:
     await door.publish(GOOD, message_id="order-7")
     assert (await door.handle_one()).id == id_from_key("order-7")
+
+
+async def test_a_request_with_no_id_at_all_gets_one_that_tells_when_it_came(door: Door) -> None:
+    await door.bus.signal(topology.SUBJECT_REQUESTS, json.dumps(GOOD).encode())
+    delivery = await door.take()
+    made = uuid.UUID((await door.intake.handle(delivery)).id)
+    assert (made.version, made.int >> 80) == (7, int(delivery.at.timestamp() * 1000))
 
 
 async def test_copies_of_a_request_by_its_message_id_are_one_job_or_one_refusal(door: Door) -> None:
@@ -309,6 +329,15 @@ async def test_an_odd_picture_is_replaced_by_a_plain_copy_of_the_jobs_own(door: 
     assert stat.content_type == "image/png"
 
 
+async def test_no_reference_stays_on_the_gateways_disk_whatever_becomes_of_its_request(door: Door) -> None:
+    await put(door.store, "uploads/cmyk.jpg", picture("JPEG", mode="CMYK"), "image/jpeg")
+    for key in (KEY, "uploads/cmyk.jpg", "uploads/text.png", "uploads/missing.png"):
+        await door.publish(GOOD | {"references": [key]})
+        await door.handle_one()
+
+    assert not list(door.intake.scratch.folder().iterdir())
+
+
 class LostStore(MemoryStore):
     async def fetch(self, *_: Any, **__: Any) -> None:
         raise errors.StoreError
@@ -322,6 +351,13 @@ async def test_a_store_out_of_reach_hands_the_request_back_and_rejects_nothing()
         await door.intake.handle(delivery)
     assert await door.letters() == []
     assert await door.bus.tail(topology.HISTORY, None, 10) == []
+
+
+def test_a_request_may_have_as_many_bytes_as_are_allowed_and_not_one_more() -> None:
+    body = json.dumps(GOOD).encode().ljust(intake.MAX_REQUEST_BYTES)
+    assert parse(body).references == (KEY,)
+    with pytest.raises(InvalidRequestError, match="larger than"):
+        parse(body + b" ")
 
 
 def test_a_number_too_long_for_python_is_refused_like_any_other_body() -> None:
@@ -348,6 +384,19 @@ async def test_what_a_replica_let_in_by_http_is_not_done_again_when_it_comes_fro
     job = await door.handle_one()
 
     assert (job, new) == (submitted, True)
+    assert {name for name, count in door.bus.calls.items() if count != before.get(name, 0)} == {"pull", "ack"}
+
+
+async def test_nor_where_other_replicas_take_what_this_one_let_in(door: Door, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(intake, "REMEMBERED", 3)
+    for number in range(3):
+        await door.intake.submit(VideoRequest.model_validate(GOOD), f"theirs{number}", "default")
+        await (await door.take()).ack()
+    await door.intake.submit(VideoRequest.model_validate(GOOD), "own", "default")
+    before = dict(door.bus.calls)
+
+    await door.handle_one()
+
     assert {name for name, count in door.bus.calls.items() if count != before.get(name, 0)} == {"pull", "ack"}
 
 
@@ -414,6 +463,27 @@ async def test_two_tenants_requests_with_one_message_id_are_two_jobs() -> None:
         jobs.append(await door.handle_one())
     assert [job.tenant for job in jobs] == ["acme", "umbrella"]
     assert jobs[0].id != jobs[1].id
+
+
+async def test_of_two_tenants_who_were_let_in_with_one_id_neither_waits_for_ever() -> None:
+    """While no record could be written neither knew of the other, and both were answered with 202."""
+    door = await tenants_door()
+    wanted = {
+        tenant: VideoRequest.model_validate(GOOD | {"references": [f"uploads/{tenant}/photo.png"]})
+        for tenant in ("acme", "umbrella")
+    }
+    for tenant, request in wanted.items():
+        await door.intake.submit(request, f"first-{tenant}", tenant)  # the tenant is known
+        await door.handle_one()
+    for tenant, request in wanted.items():
+        door.bus.fail_next("records.put")
+        await door.intake.submit(request, "same", tenant)
+
+    jobs = [await door.handle_one() for _ in range(2)]
+
+    assert [(job.tenant, job.status) for job in jobs] == [
+        ("acme", JobStatus.QUEUED), ("umbrella", JobStatus.REJECTED),
+    ]  # fmt: skip
 
 
 async def test_a_request_belongs_to_the_tenant_on_whose_subject_it_came() -> None:
@@ -524,6 +594,35 @@ async def test_a_request_that_waited_for_room_is_let_in_once_there_is_some() -> 
     await door.finds_no_room()
     await door.jobs.cancel("j1")
     assert (await door.handle_one()).status is JobStatus.QUEUED
+
+
+async def test_a_request_that_waits_is_not_forgotten_for_those_that_were_turned_away(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(topology, "REQUESTS_UNDER_WAY", 2)
+    door = await tenants_door(tenant_jobs=1)
+    await door.intake.submit(VideoRequest.model_validate(OWN), "j0", "acme")
+    await (await door.take()).ack()
+    subject, let_in = "vidgen.requests.acme", {topology.HEADER_LET_IN: "1"}
+    await door.bus.publish(subject, json.dumps(OWN).encode(), message_id="waits", headers=let_in)
+    for number in range(2):
+        await door.publish({**OWN, "job_id": f"j{number + 1}"}, subject=subject)
+    taken: dict[int, Delivery] = {}
+    while len(taken) < 3:
+        delivery = await door.take()
+        taken[delivery.seq] = delivery
+    waits, *others = (taken[seq] for seq in sorted(taken))
+
+    with pytest.raises(errors.RetryableError):
+        await door.intake.handle(waits)
+    for other in others:
+        with pytest.raises(errors.RetryableError):
+            await door.intake.handle(other)
+        door.now += ROOM_S
+        assert (await door.intake.handle(other)).status is JobStatus.REJECTED
+    door.now = LET_IN_S
+
+    assert (await door.intake.handle(waits)).status is JobStatus.REJECTED
 
 
 async def test_what_a_request_waited_for_the_store_is_no_wait_for_room() -> None:

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 from datetime import timedelta
+from unittest import mock
 from unittest.mock import AsyncMock
 
 import pytest
-from tests.gateways import BOUND, EDIT, KEY, Gateway, completed, now, started
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from tests.gateways import BOUND, EDIT, KEY, Gateway, completed, failed, now, started
 
 from gateway import pipeline, plan
 from gateway.jobs import JobNotFoundError, Jobs, parse_event
@@ -57,7 +61,8 @@ async def test_the_next_event_of_a_job_costs_no_read() -> None:
     job, _ = await jobs.create(a_job())
     before = bus.calls["records.get"]
     await jobs.apply(started(job))
-    assert bus.calls["records.get"] == before
+    await jobs.apply(completed(job))
+    assert (bus.calls["records.get"], bus.calls["first"]) == (before, 0)  # nor does its end, of its log
 
 
 async def test_a_start_is_told_though_it_is_in_the_log_alone_and_no_record_is_written_for_it() -> None:
@@ -162,7 +167,9 @@ async def test_a_look_waits_for_nothing_that_its_record_makes_needless() -> None
             await jobs.get("nobody")
 
 
-async def test_what_else_was_asked_for_may_fail_where_it_is_not_needed_and_only_there() -> None:
+async def test_what_else_was_asked_for_may_fail_where_it_is_not_needed_and_only_there(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     bus = MemoryBus()
     jobs = Jobs(bus)
     job, _ = await jobs.create(a_job())
@@ -172,6 +179,10 @@ async def test_what_else_was_asked_for_may_fail_where_it_is_not_needed_and_only_
     await jobs.apply(completed(job))
     bus.fail_next("latest")
     assert (await jobs.get(job.id)).status is JobStatus.COMPLETED
+    for _ in range(5):
+        await asyncio.sleep(0)
+    gc.collect()
+    assert not caplog.records  # nor does asyncio say that nobody heard of it
 
 
 async def test_a_record_that_is_newer_than_the_event_read_beside_it_is_told_as_it_is() -> None:
@@ -295,6 +306,16 @@ async def test_a_rejection_is_logged_though_a_good_request_with_its_id_began_the
     assert tasks(bus) == []
 
 
+async def test_a_rejection_that_comes_again_when_the_bus_has_forgotten_it_is_told_once() -> None:
+    bus = MemoryBus()
+    jobs = Jobs(bus)
+    bad = pipeline.reject(None, "j1", [contracts.FieldError(field="edit", message="missing")], now())
+    await jobs.create(bad)
+    bus.forget_ids(topology.EVENTS)
+    await jobs.enter(bad, bad.tenant)
+    assert log_of(bus, "j1") == ["rejected"]
+
+
 @pytest.mark.parametrize("lost", [True, False])
 async def test_a_creation_that_was_interrupted_is_made_good_by_the_next(lost: bool) -> None:
     bus = MemoryBus()
@@ -345,6 +366,39 @@ async def test_an_end_that_is_owed_for_long_is_told() -> None:
     assert log_of(bus, "j1") == ["accepted", "completed"]
 
 
+async def test_an_end_that_is_owed_for_long_is_not_taken_for_that_of_a_run_before() -> None:
+    bus = MemoryBus()
+    gateway = await Gateway.open(bus)
+    job = await gateway.submit("j1")
+    await gateway.tell(failed(job))
+    again = await gateway.parts.jobs.retry("j1")
+    ended = failed(again).model_copy(update={"at": now() - timedelta(hours=2)})
+    bus.fail_next("publish")
+    with pytest.raises(errors.BusError):
+        await gateway.parts.jobs.apply(ended)
+
+    await gateway.parts.jobs.apply(ended)
+
+    assert log_of(bus, "j1") == ["accepted", "stage_failed", "failed", "retry_requested", "failed"]
+
+
+async def test_who_runs_a_job_hears_of_its_cancel_when_its_log_tells() -> None:
+    bus = MemoryBus()
+    jobs = Jobs(bus)
+    await jobs.create(a_job())
+    feed = await bus.listen(topology.subject_of_control("j1"))
+
+    async def heard() -> list[str]:
+        assert await feed.next(BOUND) is not None
+        return log_of(bus, "j1")
+
+    hearing = asyncio.create_task(heard())
+    await jobs.cancel("j1")
+
+    assert (await hearing)[:2] == ["accepted", "cancel_requested"]
+    await feed.close()
+
+
 @pytest.mark.parametrize("waiting", [0, 8])
 async def test_a_retry_is_queued_though_the_task_of_the_run_before_was_never_withdrawn(waiting: int) -> None:
     # Found by random orders: a gateway that died behind the record of a cancel left the old task in the queue, and it
@@ -371,6 +425,20 @@ async def test_a_retry_is_queued_though_the_task_of_the_run_before_was_never_wit
 async def settle(share: FairShare, job: Job) -> None:
     """Move up what is held of a job's tenant."""
     await share.fill(Place("edit", "interactive", job.tenant))
+
+
+async def test_a_cancel_withdraws_a_task_that_the_version_before_queued() -> None:
+    bus = MemoryBus()
+    jobs = Jobs(bus)
+    await jobs.create(a_job())
+    [task] = tasks(bus)
+    await bus.delete(topology.TASKS, task.seq)
+    older = topology.subject_of_older_task("edit", "interactive", "j1")
+    await bus.publish(older, task.body, message_id="older")
+
+    await jobs.cancel("j1")
+
+    assert not tasks(bus)
 
 
 async def test_a_cancel_that_comes_before_the_log_has_begun_begins_it() -> None:
@@ -411,3 +479,28 @@ async def test_a_task_that_is_queued_again_after_a_try_tells_nothing() -> None:
     )
     await gateway.parts.jobs.apply(released, 99)
     assert topology.HEADER_LOG_SEQ not in tasks(bus)[-1].headers
+
+
+@settings(max_examples=50)
+@given(st.lists(st.booleans(), max_size=9), st.integers(1, 4), st.integers(1, 6))
+@example([True, True, False, False, True], 2, 6)  # a page that is full in the middle of the last look
+def test_the_pages_of_a_filtered_list_have_each_job_once_and_each_looks_at_so_many(
+    cancelled: list[bool], limit: int, looks: int
+) -> None:
+    async def run() -> None:
+        jobs, found, cursor = Jobs(MemoryBus()), list[str](), None
+        for number, ends in enumerate(cancelled):
+            await jobs.create(a_job(f"j{number}"))
+            if ends:
+                await jobs.cancel(f"j{number}")
+        while True:
+            page = await jobs.list(JobStatus.CANCELLED, cursor, limit)
+            assert len(page.jobs) <= limit
+            assert page.looked_at <= looks + limit
+            found += [job.id for job in page.jobs]
+            if (cursor := page.next_cursor) is None:
+                break
+        assert found == [f"j{number}" for number, ends in reversed(list(enumerate(cancelled))) if ends]
+
+    with mock.patch("gateway.jobs.SCAN_LIMIT", looks):
+        asyncio.run(run())

@@ -111,9 +111,25 @@ def test_an_older_attempt_may_not_fail_what_a_newer_one_holds() -> None:
     assert job.stage_record("edit").state is StageState.RUNNING
 
 
+def test_a_stage_that_was_given_up_tells_when_and_one_that_is_tried_again_does_not() -> None:
+    assert feed(new_job(), failed("edit")).stages[0].completed_at is None
+    job = feed(new_job(), failed("edit", final=True))
+    assert (job.stages[0].completed_at, job.completed_at) == (T0, T0)
+
+
+def test_a_start_that_comes_behind_its_end_begins_nothing() -> None:
+    job = feed(new_job(), failed("edit"), started("edit"))
+    assert (job.stages[0].state, job.stages[0].attempt) == (StageState.QUEUED, 1)
+
+
+def test_a_stage_that_was_given_up_stays_so_whatever_its_record_learns_first() -> None:
+    job = feed(new_job(), failed("i2v", final=True), started("i2v", 2), completed("edit"))
+    assert job.status is JobStatus.FAILED
+
+
 def test_a_completion_counts_from_whichever_attempt() -> None:
     job = feed(new_job(i2v=False), started("edit", 1), started("edit", 2), completed("edit", 1))
-    assert job.status is JobStatus.COMPLETED
+    assert (job.status, job.stages[0].attempt) == (JobStatus.COMPLETED, 2)
 
 
 def test_a_cancelled_job_withdraws_its_task_and_stays_cancelled() -> None:
@@ -136,12 +152,52 @@ def test_a_retry_goes_on_from_the_failed_stage_only() -> None:
 def test_a_completed_job_cannot_be_retried() -> None:
     job = feed(new_job(i2v=False), completed("edit"))
     assert feed(job, contracts.RetryRequested(job_id="job", run=2, at=T0)) == job
+    assert feed(job, started("edit", run=2)) == job
+
+
+def test_a_retry_that_comes_again_when_its_run_has_ended_begins_nothing() -> None:
+    asked = contracts.RetryRequested(job_id="job", run=2, at=T0)
+    job = feed(new_job(), failed("edit", final=True), asked, failed("edit", run=2, final=True))
+    assert (job.run, job.status) == (2, JobStatus.FAILED)
+    assert feed(job, asked) == job
+
+
+def test_a_cancel_that_comes_again_when_its_run_has_ended_ends_no_other() -> None:
+    asked = contracts.CancelRequested(job_id="job", run=1, at=T0)
+    job = feed(new_job(), asked, contracts.RetryRequested(job_id="job", run=2, at=T0))
+    assert (job.run, job.status) == (2, JobStatus.QUEUED)
+    assert feed(job, asked) == job
+
+
+def test_a_task_that_is_tried_again_is_in_its_queue_and_not_demanded_anew() -> None:
+    job, commands = pipeline.decide(feed(new_job(), started("edit")), failed("edit"))
+    assert job.stages[0].state is StageState.QUEUED
+    assert commands == ()
+
+
+def test_a_job_does_not_become_younger_by_an_event_of_a_clock_that_is_behind() -> None:
+    later = T0 + timedelta(minutes=5)
+    job = feed(new_job(), started("edit", at=later), completed("edit"))
+    assert job.updated_at == later
+
+
+def test_of_candidates_that_are_not_there_the_last_one_is_taken() -> None:
+    approved = contracts.Approved(job_id="job", run=1, at=T0, candidate=3)
+    _, [command] = pipeline.decide(feed(new_job(review=True), completed("edit", count=2)), approved)
+    assert isinstance(command, pipeline.PublishTask)
+    assert command.task.inputs == ("jobs/job/edit-1.png",)
 
 
 def test_every_attempt_is_paid_for_once() -> None:
     job = feed(
         new_job(i2v=False), failed("edit", 1, gpu=2.0), failed("edit", 1, gpu=2.0), completed("edit", 2, gpu=3.0)
     )
+    assert job.gpu_seconds == pytest.approx(5.0)
+
+
+def test_the_attempts_of_each_run_are_paid_for() -> None:
+    again = contracts.RetryRequested(job_id="job", run=2, at=T0)
+    job = feed(new_job(i2v=False), failed("edit", final=True, gpu=2.0), again, completed("edit", run=2, gpu=3.0))
     assert job.gpu_seconds == pytest.approx(5.0)
 
 

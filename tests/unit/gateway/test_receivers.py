@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ipaddress
 import threading
 from pathlib import Path
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from tests.receivers import BOUND_S, NAME, Certificate, Post, Receiver, make_certificate, status
 
 from gateway import receivers, webhooks
-from gateway.receivers import Allowed, Receivers, Resolver, public
+from gateway.receivers import Allowed, Dns, Receivers, Resolver, public
 from vidgen import errors
 from vidgen.settings import GatewaySettings
 
@@ -151,7 +152,8 @@ def test_a_network_that_is_none_is_told(text: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "host", ["127.0.0.1", "[::1]", "localhost", "10.0.0.1", "[::ffff:192.168.0.1]", "169.254.169.254"]
+    "host",
+    ["127.0.0.1", "[::1]", "localhost", "hooks.localhost", "10.0.0.1", "[::ffff:192.168.0.1]", "169.254.169.254"],
 )
 def test_a_url_that_names_such_an_address_is_refused_before_anything_is_asked(host: str) -> None:
     with pytest.raises(errors.RejectedError, match="VIDGEN_WEBHOOK_ALLOW"):
@@ -289,6 +291,21 @@ async def test_a_name_without_an_address_and_a_port_where_nobody_listens_are_fau
         await post(url, certificate)
     with pytest.raises(errors.RetryableError):
         await post("https://nowhere.invalid/hook", certificate, resolve=resolving([]))
+
+
+@pytest.mark.parametrize(("before", "reached"), [(2, True), (3, False)])
+async def test_a_few_of_the_addresses_of_a_name_are_tried(certificate: Certificate, before: int, reached: bool) -> None:
+    addresses = [*(f"127.0.0.{number + 2}" for number in range(before)), "127.0.0.1"]
+    async with Receiver().listening(certificate) as receiver:
+        with contextlib.nullcontext() if reached else pytest.raises(errors.RetryableError):
+            await post(receiver.url(NAME), certificate, resolve=resolving(addresses))
+
+        assert receiver.connections == reached
+
+
+async def test_a_name_that_no_resolver_can_be_asked_for_is_a_fault_that_passes(certificate: Certificate) -> None:
+    with pytest.raises(errors.RetryableError, match="cannot be reached"):
+        await post(f"https://{'a' * 64}.example/hook", certificate, resolve=Dns())
 
 
 async def test_a_proxy_of_the_environment_is_not_asked(

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections import Counter
+from collections.abc import AsyncIterator
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -12,6 +15,7 @@ from hypothesis import strategies as st
 from structlog.testing import capture_logs
 from tests.gateways import BOUND, EDIT, KEY, Gateway, completed, now, picture, put, started
 
+from gateway.deadlines import Deadlines
 from gateway.share import FairShare, Place, withdraw
 from vidgen import contracts, errors, tenants, topology
 from vidgen.bus import Delivery, Stored
@@ -299,11 +303,29 @@ async def shared(waiting: int = 1) -> Gateway:
         await put(store, f"uploads/{prefix}photo.png", picture())
     bus = MemoryBus()
     await tenants.change(bus.records(topology.TENANTS_BUCKET), "acme", {})
-    return await Gateway.open(bus, store, tenant_waiting=waiting)
+    gateway = await Gateway.open(bus, store, tenant_waiting=waiting)
+    gateway.parts.jobs.share = FairShare(bus, Tenants(bus), waiting, sweep_s=10 * BOUND)
+    return gateway
 
 
-async def submitted(gateway: Gateway, job_id: str) -> contracts.Job:
-    request = contracts.VideoRequest.model_validate({"references": ["uploads/acme/photo.png"], "edit": EDIT})
+@contextlib.asynccontextmanager
+async def filling(gateway: Gateway) -> AsyncIterator[None]:
+    """The gateway moves tasks up by what it is told: the sweep at its beginning is over, and the next one far."""
+    bus, stop, before = gateway.parts.bus, asyncio.Event(), {"": 0}
+    running = asyncio.create_task(gateway.parts.jobs.share.run(stop))
+    assert isinstance(bus, MemoryBus)
+    while dict(bus.calls) != before:
+        before = dict(bus.calls)
+        for _ in range(50):
+            await asyncio.sleep(0)
+    yield
+    stop.set()
+    await running
+
+
+async def submitted(gateway: Gateway, job_id: str, **more: Any) -> contracts.Job:
+    asked = {"references": ["uploads/acme/photo.png"], "edit": EDIT} | more
+    request = contracts.VideoRequest.model_validate(asked)
     job, _ = await gateway.parts.intake.submit(request, job_id, "acme")
     await gateway.parts.jobs.share.fill(Place("edit", "interactive", "acme"))
     return job
@@ -325,13 +347,21 @@ async def test_a_job_that_is_cancelled_makes_room_for_the_next() -> None:
     gateway = await shared()
     for job_id in ("j1", "j2"):
         await submitted(gateway, job_id)
-    stop = asyncio.Event()
-    running = asyncio.create_task(gateway.parts.jobs.share.run(stop))
-    await gateway.parts.jobs.cancel("j1")
-    async with asyncio.timeout(BOUND):
+    async with filling(gateway), asyncio.timeout(BOUND):
+        await gateway.parts.jobs.cancel("j1")
         delivery = await gateway.parts.bus.pull(QUEUE, BOUND)
-    stop.set()
-    await running
+    assert delivery is not None
+    assert delivery.subject.endswith(".j2")
+
+
+async def test_a_job_whose_deadline_passed_makes_room_for_the_next() -> None:
+    gateway = await shared()
+    late = await submitted(gateway, "j1", deadline_s=60)
+    await submitted(gateway, "j2")
+    deadlines = Deadlines(gateway.parts.bus, gateway.parts.jobs, lambda: late.created_at + timedelta(seconds=70))
+    async with filling(gateway), asyncio.timeout(BOUND):
+        await deadlines.look()
+        delivery = await gateway.parts.bus.pull(QUEUE, BOUND)
     assert delivery is not None
     assert delivery.subject.endswith(".j2")
 
@@ -339,17 +369,61 @@ async def test_a_job_that_is_cancelled_makes_room_for_the_next() -> None:
 async def test_a_task_that_starts_lets_the_next_move_up() -> None:
     gateway = await shared()
     jobs = [await submitted(gateway, job_id) for job_id in ("j1", "j2")]
-    stop = asyncio.Event()
-    running = asyncio.create_task(gateway.parts.jobs.share.run(stop))
-    taken = await gateway.parts.bus.pull(QUEUE, 0)
-    await gateway.parts.jobs.started(started(jobs[0]))
-    async with asyncio.timeout(BOUND):
+    async with filling(gateway), asyncio.timeout(BOUND):
+        taken = await gateway.parts.bus.pull(QUEUE, 0)
+        await gateway.parts.jobs.started(started(jobs[0]))
         following = await gateway.parts.bus.pull(QUEUE, BOUND)
-    stop.set()
-    await running
     assert taken is not None
     assert following is not None
     assert following.subject.endswith(".j2")
+
+
+async def test_what_another_gateway_held_moves_up_when_this_one_hears_of_a_start() -> None:
+    gateway = await shared()
+    other = await Gateway.open(gateway.parts.bus, gateway.parts.store, tenant_waiting=1)
+    async with filling(gateway), asyncio.timeout(BOUND):
+        jobs = [await submitted(other, job_id) for job_id in ("j1", "j2")]
+        taken = await gateway.parts.bus.pull(QUEUE, 0)
+        await gateway.parts.jobs.started(started(jobs[0]))
+        following = await gateway.parts.bus.pull(QUEUE, BOUND)
+    assert taken is not None
+    assert following is not None
+    assert following.subject.endswith(".j2")
+
+
+async def test_a_task_that_is_queued_anew_waits_for_no_sweep_where_nobody_shares() -> None:
+    lane = Lane(waiting=0)
+    await lane.queue("j1", "default")
+    [spent] = lane.bus.messages(topology.TASKS)
+    lane.shares = [FairShare(lane.bus, Tenants(lane.bus), 0, sweep_s=10 * BOUND)]
+    stop = asyncio.Event()
+    running = asyncio.create_task(lane.shares[0].run(stop))
+    for _ in range(200):  # its first sweep is over
+        await asyncio.sleep(0)
+    await lane.shares[0].queue_again(task("j1"), spent)
+    async with asyncio.timeout(BOUND):
+        while [one.seq for one in lane.bus.messages(topology.TASKS)] in ([], [spent.seq]):
+            await asyncio.sleep(0)
+    stop.set()
+    await running
+    assert lane.count(topology.HELD) == 0
+
+
+@pytest.mark.parametrize("waiting", [0, 3])
+async def test_a_task_that_is_in_its_queue_stays_the_one_that_it_is_though_it_is_demanded_again(waiting: int) -> None:
+    """A worker may be at it: one put in its place would be given to another."""
+    lane = Lane(waiting)
+    await lane.know("acme")
+    await lane.queue("j1", "acme")
+    before = lane.bus.messages(topology.TASKS)
+    for stream in (topology.TASKS, topology.HELD):
+        lane.bus.forget_ids(stream)
+
+    with contextlib.suppress(errors.ConflictError):
+        await lane.queue("j1", "acme")
+    await lane.fill("acme")
+
+    assert lane.bus.messages(topology.TASKS) == before
 
 
 async def test_a_waiting_jobs_place_counts_what_is_held() -> None:

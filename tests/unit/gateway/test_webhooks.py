@@ -22,8 +22,9 @@ from tests.gateways import BOUND, DECODERS, EDIT, KEY, Gateway, completed, faile
 from gateway import pipeline, plan
 from gateway.intake import Intake
 from gateway.receivers import Allowed
-from gateway.webhooks import LONGEST_WAIT_S, SHARE, SHORTEST_WAIT_S, Places, Webhooks
+from gateway.webhooks import LONGEST_WAIT_S, SHARE, SHORTEST_WAIT_S, Places, Webhooks, next_of
 from vidgen import contracts, dead, errors, topology, webhooks
+from vidgen.bus import Stored
 from vidgen.contracts import DeadLetter, Job, JobStatus, Webhook
 from vidgen.metrics import GatewayMetrics
 from vidgen.testing import FakeClock, MemoryBus, MemoryStore
@@ -479,6 +480,15 @@ def test_who_finds_no_place_is_strung_out_at_the_pace_of_the_receiver() -> None:
     assert places.take("a") == 0
 
 
+def test_who_was_told_to_wait_keeps_his_turn_while_nobody_is_with_the_receiver() -> None:
+    places = Places(1, FakeClock().time)
+    assert places.take("a") == 0
+    last = [places.take("a") for _ in range(5)][-1]
+    places.leave("a", 0.1)
+    assert places.take("a") == 0
+    assert places.take("a") > last
+
+
 def test_receivers_for_which_others_were_told_to_wait_are_not_kept_in_mind_for_ever() -> None:
     clock = FakeClock()
     places = Places(1, clock.time)
@@ -541,12 +551,47 @@ async def test_a_replica_that_dies_with_a_webhook_leaves_it_to_the_next() -> Non
     [dying] = delivering.running
     dying.cancel()
     await asyncio.gather(dying, return_exceptions=True)
+    await asyncio.sleep(0)
+    assert never.cancelled()  # it posts no more
 
     delivering.running = [asyncio.create_task(delivering.replica(1).run(delivering.stop))]
     await delivering.until(lambda: not delivering.waiting(), advance=10)
 
     assert await delivering.posts.count(2) == ["j1:1", "j1:1"]
     await delivering.close()
+
+
+async def test_what_was_taken_as_its_lease_ran_out_is_not_posted_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    delivering = Delivering(replicas=0)
+    await delivering.queue("j1", 1)
+    held = await delivering.bus.pull(topology.GATEWAY_WEBHOOKS, 0)
+    assert held is not None
+    first = delivering.bus.first
+
+    async def behind_its_ack(stream: str, subject: str) -> Stored | None:
+        await held.ack()
+        return await first(stream, subject)
+
+    monkeypatch.setattr(delivering.bus, "first", behind_its_ack)
+    delivering.clock.advance(600)
+    await delivering.queue("j1", 2)
+    delivering.running = [asyncio.create_task(delivering.replica(1).run(delivering.stop))]
+    await delivering.until(lambda: not delivering.waiting())
+
+    assert await delivering.posts.count(1) == ["j1:2"]
+    await delivering.close()
+
+
+@pytest.mark.parametrize("turns", range(12))
+async def test_whoever_is_told_to_stop_as_something_comes_has_it_or_hands_it_back(turns: int) -> None:
+    bus, stop = MemoryBus(), asyncio.Event()
+    await bus.publish(topology.subject_of_webhook("j1"), b"{}", message_id="j1")
+    taking = asyncio.create_task(next_of(bus, topology.GATEWAY_WEBHOOKS, stop))
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    stop.set()
+    taken = await taking
+    assert (await bus.depth(topology.GATEWAY_WEBHOOKS)).ack_pending == (taken is not None)
 
 
 async def test_what_is_no_webhook_is_put_away_and_the_next_is_delivered(delivering: Delivering) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -14,6 +14,7 @@ import httpx
 import pytest
 from pydantic import ValidationError
 from tests.gateways import picture
+from tests.workbench import LoopClock
 
 from vidgen import client, images
 from vidgen.client import AsyncClient, GatewayError
@@ -254,7 +255,14 @@ async def test_a_gateway_that_is_not_there_is_named_after_a_few_tries() -> None:
     assert tried == client.TRIES
 
 
-async def test_a_retry_is_sent_once_only() -> None:
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda found: found.retry("j1"), lambda found: found.approve("j1"), lambda found: found.dead_replay(1),
+        lambda found: found.dead_drop(1),
+    ],
+)  # fmt: skip
+async def test_what_is_not_safe_to_repeat_is_sent_once_only(call: Callable[[AsyncClient], Awaitable[object]]) -> None:
     tried = 0
 
     def handler(request: httpx.Request) -> httpx.Response:
@@ -264,8 +272,21 @@ async def test_a_retry_is_sent_once_only() -> None:
 
     async with gateway(handler) as found:
         with pytest.raises(GatewayError):
-            await found.retry("j1")
+            await call(found)
     assert tried == 1
+
+
+async def test_what_a_gateway_answered_is_told_and_not_asked_again() -> None:
+    asked = []
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        asked.append(request)
+        return problem(503, detail="the bus is away", code="bus_unavailable")
+
+    async with gateway(handler) as found:
+        with pytest.raises(GatewayError, match="the bus is away"):
+            await found.submit(REQUEST)
+    assert len(asked) == 1
 
 
 async def test_another_server_is_not_taken_for_a_gateway() -> None:
@@ -329,8 +350,9 @@ async def test_a_stream_that_ends_without_the_job_is_taken_up_again() -> None:
         assert [type(update) for update in await watched(found)] == [Accepted, StageStarted, Job]
 
 
-async def test_a_gateway_in_trouble_is_asked_again() -> None:
-    answers = [problem(503, detail="bus", code="bus_unavailable"), events(DONE)]
+@pytest.mark.parametrize("status", [429, 500, 503])
+async def test_a_gateway_in_trouble_is_asked_again(status: int) -> None:
+    answers = [problem(status, detail="later", code="later"), events(DONE)]
     async with gateway(lambda _: answers.pop(0)) as found:
         assert (await found.wait("j1")).status == JobStatus.COMPLETED
 
@@ -348,6 +370,30 @@ async def test_patience_with_a_gateway_that_is_gone_ends() -> None:
     async with gateway(handler) as found:
         with pytest.raises(GatewayError, match="does not answer"):
             _ = [update async for update in found.watch("j1", patience=-1)]
+
+
+async def test_a_stream_is_not_waited_for_that_is_silent_for_longer_than_a_gateway_ever_is() -> None:
+    waits = []
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        waits.append(request.extensions["timeout"]["read"])
+        return events(DONE)
+
+    async with gateway(handler) as found:
+        await watched(found)
+    assert waits == [client.SILENCE_S]
+
+
+async def test_patience_begins_anew_with_whatever_is_heard() -> None:
+    clock, told = LoopClock(), iter((ACCEPTED, STARTED, STEP))
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        clock.advance(70)
+        return events(next(told, DONE))
+
+    async with gateway(handler) as found:
+        updates = [update async for update in found.watch("j1", patience=100)]
+    assert [type(update) for update in updates] == [Accepted, StageStarted, Progress, Job]
 
 
 async def test_events_of_a_newer_gateway_are_passed_over() -> None:
@@ -382,6 +428,19 @@ async def test_a_store_out_of_reach_is_read_through_the_gateway(tmp_path: Path) 
     async with gateway(handler) as found:
         path = await found.download("j1", "video.mp4", tmp_path / "out.mp4")
     assert path.read_bytes() == b"video"
+
+
+async def test_a_file_that_is_not_there_is_not_asked_for_by_another_way(tmp_path: Path) -> None:
+    asked = []
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        asked.append(request)
+        return problem(404, detail="no such artifact", code="artifact_not_found")
+
+    async with gateway(handler) as found:
+        with pytest.raises(GatewayError, match="no such artifact"):
+            await found.download("j1", "video.mp4", tmp_path / "out.mp4")
+    assert len(asked) == 1
 
 
 async def test_a_download_that_breaks_leaves_the_old_file_alone(tmp_path: Path) -> None:
@@ -423,6 +482,19 @@ async def test_an_upload_puts_the_image_where_the_gateway_says_under_what_its_by
 
     async with gateway(handler) as found:
         assert await found.upload(image) == "uploads/k"
+
+
+async def test_a_link_to_the_store_is_a_credential_and_not_repeated() -> None:
+    def handler(request: httpx.Request) -> httpx.Response:
+        if request.url.host == "store":
+            return httpx.Response(403, content=b"<Error/>")
+        slot = {"key": "uploads/k", "url": "http://store/put?X-Amz-Signature=secret", "method": "PUT"}
+        return httpx.Response(201, json=slot | {"headers": {}, "expires_at": AT.isoformat()})
+
+    async with gateway(handler) as found:
+        with pytest.raises(GatewayError, match=re.escape("http://store/put was answered with 403")) as caught:
+            await found.upload(picture())
+    assert "secret" not in str(caught.value)
 
 
 async def test_a_page_of_jobs_has_its_cursor() -> None:

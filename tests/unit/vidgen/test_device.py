@@ -208,6 +208,17 @@ async def test_the_task_for_which_an_engine_was_woken_has_that_in_its_trace(hous
         assert parent_of(seen.one("load")) == id_of(woken)
 
 
+async def test_a_switch_belongs_to_no_job() -> None:
+    """What it logged named the task that had ended before it."""
+    seen: list[dict[str, Any]] = []
+    with ThreadPoolExecutor(1) as thread:
+        naps = {stage: Naps(stage, [], FakeClock()) for stage in STAGES}
+        shared = TakingTurns(naps, "edit", thread, lambda *_: seen.append(structlog.contextvars.get_contextvars()))
+        with structlog.contextvars.bound_contextvars(job="j1"):
+            await asyncio.wait_for(shared.of("i2v").acquire(), BOUND)
+    assert seen == [{}]
+
+
 async def test_a_stage_keeps_the_device_until_that_has_paid_for_the_switch(house: House) -> None:
     await house.use("i2v")  # so that it is known what a switch takes
     async with house.used("i2v"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import struct
 import tracemalloc
@@ -12,7 +13,7 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image, ImageCms, ImageSequence
+from PIL import Image, ImageCms, ImageSequence, PngImagePlugin
 from tests import photographs
 
 from vidgen import errors, images
@@ -146,8 +147,26 @@ def test_a_tiny_image_is_refused(tmp_path: Path) -> None:
 
 def test_a_thread_of_an_image_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "thread.png"
-    stripes(16 * 101, 16).save(path)
+    stripes(16 * 100 + 1, 16).save(path)
     assert code_of(path) == "image_too_narrow"
+    stripes(16 * 100, 16).save(path)
+    assert images.inspect(path).normal
+
+
+@pytest.mark.parametrize("fault", [MemoryError(), OSError(errno.EIO, "Input/output error")])
+def test_what_the_machine_lacks_is_not_the_images_fault(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Exception
+) -> None:
+    path = tmp_path / "good.png"
+    stripes().save(path)
+
+    def load(image: Image.Image) -> None:
+        raise fault
+
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, "load", load)
+    for read in (images.inspect, images.open_rgb):
+        with pytest.raises(type(fault)):
+            read(path)
 
 
 def test_a_missing_file_is_not_the_images_fault(tmp_path: Path) -> None:

@@ -96,6 +96,11 @@ def test_what_is_wrong_is_named(
     assert [str(fault) for fault in manifest.wrong_sizes(folder, told)] == ([says] if seen_by_size else [])
 
 
+def test_what_somebody_put_beside_the_weights_is_not_wrong(folder: Path, told: manifest.Manifest) -> None:
+    (folder / "part" / "notes.txt").write_text("mine")
+    assert manifest.check(folder, told) == manifest.wrong_sizes(folder, told) == []
+
+
 @pytest.mark.parametrize(
     "change",
     [

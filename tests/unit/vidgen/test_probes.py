@@ -146,9 +146,11 @@ async def test_a_lifespan_that_fails_is_an_error_and_does_not_end_the_process() 
         await connect()
         yield
 
+    ran: list[str] = []
     with pytest.raises(errors.FatalError, match="failed to start"):
-        async with probes.run_app(Starlette(lifespan=lifespan), "127.0.0.1", 0):
-            pass
+        async with probes.run_app(Starlette(lifespan=lifespan), "127.0.0.1", 0) as url:
+            ran.append(url)
+    assert ran == []
 
 
 async def test_signals_stay_with_main() -> None:

@@ -196,10 +196,11 @@ def test_an_index_of_shards_that_does_not_name_files_beside_it_is_damaged(
         assert caught.value.code == "weights_missing"
 
 
-def test_a_component_outside_of_the_folder_is_refused(folder: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("component", ["../outside", "..", ".", ""])
+def test_a_component_outside_of_the_folder_is_refused(folder: Path, tmp_path: Path, component: str) -> None:
     (tmp_path / "outside").mkdir()
     index = json.loads((folder / "model_index.json").read_text())
-    (folder / "model_index.json").write_text(json.dumps(index | {"../outside": ["diffusers", "AutoencoderKLWan"]}))
+    (folder / "model_index.json").write_text(json.dumps(index | {component: ["diffusers", "AutoencoderKLWan"]}))
     with pytest.raises(FatalError, match="outside of it") as caught:
         weights.verify(folder)
     assert caught.value.code == "weights_refused"

@@ -192,6 +192,24 @@ async def test_the_next_task_is_taken_just_before_a_long_one_ends(
         await shop.until("stage_completed", 2)
 
 
+async def test_the_next_task_is_taken_later_where_steps_become_slower(loop_clock: LoopClock, steady: Steady) -> None:
+    async with open_shop() as shop:
+        steps = [shop.engine.hold("generate", 1, step) for step in (1, 2, 3)]
+        await shop.queue(1, steps=10)
+        await shop.queue(2)
+        shop.start()
+        await reached(steps[0])
+        await steady.passes(steps[0], steps[1])  # nine are left, of ten seconds each
+        await steady.passes(steps[1], steps[2], seconds=100)
+
+        loop_clock.advance(90)
+        await settled()
+        assert shop.bench.journal.entries.count("stage_started") == 1
+
+        shop.engine.open_all()
+        await shop.until("stage_completed", 2)
+
+
 # ── lanes ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -237,7 +255,9 @@ async def test_a_batch_that_comes_late_waits_for_nine_at_most() -> None:
         await pulled(puller, 25)
         await shop.queue(100, lane="batch")
 
-        assert "batch" in await pulled(puller, 10)
+        lanes = await pulled(puller, 10)
+        assert "batch" in lanes
+        assert lanes[0] == "interactive"  # while none waited there, none was owed
 
 
 async def test_one_look_is_enough_where_one_task_follows_another() -> None:
@@ -306,6 +326,29 @@ async def test_a_drain_hands_back_what_waits_at_once_and_finishes_what_runs() ->
         assert shop.bench.types("j1") == ["stage_started", "stage_completed"]
         assert shop.bench.types("j3") == []
         assert shop.bench.queued() == 2
+
+
+async def test_a_drain_waits_for_what_is_being_stored_however_slow_the_store_is(loop_clock: LoopClock) -> None:
+    async with open_shop() as shop:
+        asked, stores, put = asyncio.Event(), asyncio.Event(), shop.bench.store.put
+
+        async def slowly(*given: Any, **options: Any) -> None:
+            asked.set()
+            await stores.wait()
+            await put(*given, **options)
+
+        shop.bench.store.put = slowly  # type: ignore[method-assign]
+        await shop.queue(1)
+        shop.start()
+        await asyncio.wait_for(asked.wait(), BOUND)
+        shop.worker.drain()
+        for _ in range(3):
+            loop_clock.advance(30)
+            await settled()
+        stores.set()
+        await shop.left()
+
+        assert shop.bench.types("j1")[-1] == "stage_completed"
 
 
 async def test_a_worker_that_holds_nothing_leaves_when_it_is_drained(loop_clock: LoopClock) -> None:
@@ -443,6 +486,30 @@ async def test_a_drain_finishes_what_is_soon_done(steady: Steady) -> None:
         await shop.left()
 
         assert shop.bench.types("j1") == ["stage_started", "stage_completed"]
+
+
+async def test_a_drain_hands_back_what_is_soon_off_the_device_and_takes_long_behind_it(
+    steady: Steady, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("vidgen.turn.time", SimpleNamespace(monotonic=lambda: steady.now, time=lambda: steady.now))
+    async with open_shop(engines.Resumes()) as shop:
+        encoding = shop.engine.hold("finish", 1)
+        gates = [shop.engine.hold("generate", 2, step) for step in (1, 2)]
+        await shop.queue(1, steps=1)
+        await shop.queue(2, steps=3)
+        shop.start()
+        await reached(encoding)
+        steady.now += 15
+        encoding.open()
+        await shop.until("ack", 1)
+        await reached(gates[0])
+        await steady.passes(*gates, seconds=8)
+
+        shop.worker.drain()  # sixteen seconds are left on the device, fewer than twenty, and some fifteen behind it
+        gates[1].open()
+        await shop.left()
+
+        assert shop.bench.types("j2")[-1] == "stage_released"
 
 
 async def test_a_drain_before_the_first_step_decides_when_it_is_known_how_long_a_step_takes(steady: Steady) -> None:
@@ -659,6 +726,22 @@ async def test_a_worker_that_lost_its_device_hands_everything_back_and_leaves() 
         assert shop.bench.queued() == 3
         assert not shop.worker.healthy
         assert (await shop.registered()).state == "unhealthy"
+
+
+class HasNoMemory(engines.Gated):
+    def prepare(self, work: Any, files: Any) -> Any:
+        raise errors.FatalError("the machine has no memory left", code="no_memory")
+
+
+async def test_a_worker_that_is_unfit_though_its_device_is_well_leaves_too() -> None:
+    async with open_shop(HasNoMemory()) as shop:
+        await shop.queue(1)
+        shop.start()
+
+        with pytest.raises(errors.FatalError, match="no memory left"):
+            await shop.left()
+
+        assert shop.bench.types("j1") == ["stage_started", "stage_released"]
 
 
 async def test_where_one_stage_of_a_process_is_unfit_the_others_take_no_more_for_its_device() -> None:
@@ -1010,13 +1093,38 @@ async def test_what_follows_each_other_quickly_is_one_entry(
         assert (told.generating, told.running, told.tasks_done) == (None, (), 1)
 
 
+async def test_the_last_that_a_worker_tells_is_that_it_leaves(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with open_shop() as shop:
+        asked, answered, call = asyncio.Event(), asyncio.Event(), shop.bench.bus.call
+
+        @contextlib.asynccontextmanager
+        async def slow(method: str) -> AsyncIterator[None]:
+            async with call(method):
+                yield
+            if method == "records.put":
+                asked.set()
+                await answered.wait()
+
+        monkeypatch.setattr(shop.bench.bus, "call", slow)
+        shop.start()
+        await asyncio.wait_for(asked.wait(), BOUND)
+        shop.worker.drain()
+        await settled()
+        answered.set()
+        await shop.left()
+
+        assert (await shop.registered()).state == "draining"
+
+
 async def test_a_task_that_comes_again_is_told_in_the_registry_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("vidgen.worker.SOON_S", 300.0)
     async with open_shop(heartbeat_s=600.0) as shop:
         await shop.queue(1)
-        await (await shop.bench.take()).nak()
+        held = await shop.bench.take()
         gate = shop.engine.hold("generate", 1, 2)
         shop.start()
+        assert (await shop.registered()).running == ()
+        await held.nak()
         await reached(gate)
 
         async with asyncio.timeout(BOUND):

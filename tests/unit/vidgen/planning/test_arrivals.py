@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import pytest
@@ -98,3 +99,15 @@ def test_of_many_wrong_lines_the_first_are_told(tmp_path: Path) -> None:
     path = written(tmp_path, "time,lane,kind\n" + "soon,batch,both\n" * 1000)
 
     assert len(arrivals.read(path)[1]) == arrivals.MOST_ERRORS
+
+
+def test_a_time_without_a_zone_is_utc_wherever_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "jobs.csv"
+    lines = ("time,lane,kind", "2026-11-23T08:00:00Z,batch,both", "2026-11-23T08:00:10,batch,both")
+    path.write_text("\n".join(lines))
+    with monkeypatch.context() as elsewhere:
+        elsewhere.setenv("TZ", "America/New_York")
+        time.tzset()
+        found, wrong = arrivals.read(path)
+    time.tzset()
+    assert ([one.at for one in found], wrong) == ([0.0, 10.0], [])
