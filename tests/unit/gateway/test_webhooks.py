@@ -22,7 +22,7 @@ from tests.gateways import BOUND, DECODERS, EDIT, KEY, Gateway, completed, faile
 from gateway import pipeline, plan
 from gateway.intake import Intake
 from gateway.receivers import Allowed
-from gateway.webhooks import LONGEST_WAIT_S, SHARE, SHORTEST_WAIT_S, Places, Webhooks
+from gateway.webhooks import LONGEST_WAIT_S, SHARE, SHORTEST_WAIT_S, TENANTS_SHARE, Places, Webhooks
 from vidgen import contracts, dead, errors, topology, webhooks
 from vidgen.contracts import DeadLetter, Job, JobStatus, Webhook
 from vidgen.metrics import GatewayMetrics
@@ -85,9 +85,11 @@ class Delivering:
             renew_every=self._renew_every, clock=self.clock.now,
         )  # fmt: skip
 
-    async def queue(self, job_id: str, number: int = 1, url: str = URL, kind: str = "job.completed") -> str:
+    async def queue(
+        self, job_id: str, number: int = 1, url: str = URL, kind: str = "job.completed", tenant: str = "default"
+    ) -> str:  # fmt: skip
         request = contracts.VideoRequest(references=("uploads/a.png",), edit=EDIT, webhook_url=url)
-        job = Job(id=job_id, request=request, created_at=NOW, updated_at=NOW)
+        job = Job(id=job_id, tenant=tenant, request=request, created_at=NOW, updated_at=NOW)
         webhook = Webhook(id=f"{job_id}:{number}", type=kind, timestamp=NOW, data=job)
         subject = topology.subject_of_webhook(job_id)
         await self.bus.publish(subject, webhook.to_bytes(), message_id=webhook.id)
@@ -458,6 +460,26 @@ async def test_a_slow_receiver_takes_a_few_places_and_no_more() -> None:
     for answer in slow:
         answer.set_result(200)
     await delivering.until(lambda: not delivering.waiting(), advance=0.5)
+    await delivering.close()
+
+
+async def test_a_tenant_whose_receivers_are_slow_leaves_those_of_others_their_places() -> None:
+    """By as many names, or ports, as there were posts at once, one tenant had all of them, and nobody else was told."""
+    delivering = Delivering(concurrency=2 * SHARE)
+    answers: list[asyncio.Future[int]] = []
+    for number in range(3 * SHARE):
+        answers.append(asyncio.get_running_loop().create_future())
+        key = await delivering.queue(f"slow-{number}", url=f"https://hooks.example:{9000 + number}/", tenant="acme")
+        delivering.posts.answers[key] = [answers[-1]]
+    await delivering.posts.count(2 * SHARE // TENANTS_SHARE)
+    other = await delivering.queue("other", url="https://other.example/", tenant="other")
+
+    await delivering.until(lambda: other not in delivering.waiting(), advance=0.1)
+
+    assert len(delivering.posts.tried) == 2 * SHARE // TENANTS_SHARE + 1
+    for answer in answers:
+        answer.set_result(200)
+    await delivering.until(lambda: not delivering.waiting(), advance=1)
     await delivering.close()
 
 
