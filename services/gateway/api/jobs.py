@@ -173,7 +173,7 @@ async def _read_form_request(request: Request, parts: Parts, tenant: str) -> Vid
     with tempfile.TemporaryDirectory(prefix="form-", dir=parts.intake.scratch.folder()) as folder:
         form = await read_form(request.headers["content-type"], request.stream(), Path(folder), limit)
         asked = _without_references(bodies.check_json(form.request, f"the form field {REQUEST_FIELD}"))
-        usable, wrong = await references.check(form.images)
+        usable, wrong = await references.check(form.images, tenant)
         try:
             # Keys that stand for the images, so that everything else that is wrong is named in the same answer.
             _parse_with(asked, [f"{uploads_prefix(tenant)}{index}" for index in range(len(form.images))], tenant)
