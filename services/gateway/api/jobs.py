@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import Response
 
 from gateway import pipeline
-from gateway.api import bodies, problems
+from gateway.api import bodies, limits, problems
 from gateway.api.forms import REQUEST_FIELD, read_form
 from gateway.api.parts import CallerHere, JobHere, Parts, PartsHere
 from gateway.api.references import References
@@ -170,7 +170,12 @@ async def _read_request(request: Request, parts: Parts, tenant: str) -> VideoReq
 async def _read_form_request(request: Request, parts: Parts, tenant: str) -> VideoRequest:
     references: References = request.app.state.references
     limit = parts.settings.max_upload_bytes
-    with tempfile.TemporaryDirectory(prefix="form-", dir=parts.intake.scratch.folder()) as folder:
+    largest = limits.form_bytes(limit)
+    size = min(limits.declared(request.headers) or largest, largest)
+    with (
+        parts.quotas.form(tenant, size, largest),
+        tempfile.TemporaryDirectory(prefix="form-", dir=parts.intake.scratch.folder()) as folder,
+    ):
         form = await read_form(request.headers["content-type"], request.stream(), Path(folder), limit)
         asked = _without_references(bodies.check_json(form.request, f"the form field {REQUEST_FIELD}"))
         usable, wrong = await references.check(form.images, tenant)

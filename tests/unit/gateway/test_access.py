@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -547,6 +548,40 @@ async def test_a_tenants_open_feeds_are_counted_and_leave_room_for_others() -> N
     assert (await gateway.client.get("/v1/jobs/j5", headers=headers)).status_code == 200
     await feeds[1].leave()
     assert not gateway.parts.quotas._open
+
+
+async def test_a_tenants_forms_that_never_end_leave_room_on_the_disk_for_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Twenty of them took the 2 GiB that a gateway has on Kubernetes, and the kubelet ended it."""
+    monkeypatch.setattr("gateway.quotas.FORM_BYTES", 5 << 20)
+    gateway, headers = await with_keys(max_upload_bytes=1 << 20), {}
+    for tenant in ("acme", "umbrella", "default"):
+        headers[tenant] = bearer(await key_for(gateway.parts.bus, tenant))
+    begun, go_on = asyncio.Event(), asyncio.Event()
+
+    async def body() -> AsyncIterator[bytes]:
+        begun.set()
+        await go_on.wait()
+        yield b""
+
+    form = {"Content-Type": "multipart/form-data; boundary=b"}
+    for length in ({"Content-Length": str(3 << 20)}, {"Transfer-Encoding": "chunked"}):  # which may be of 4 MiB
+        begun.clear()
+        go_on.clear()
+        never = asyncio.create_task(
+            gateway.client.post("/v1/jobs", content=body(), headers=headers["acme"] | form | length)
+        )
+        await begun.wait()
+        told = await gateway.client.post("/v1/jobs", content=b"x" * (5 << 19), headers=headers["acme"] | form)
+        assert (told.status_code, told.json()["code"]) == (429, "too_many_open")
+        for other in ("umbrella", "default"):
+            told = await gateway.post_form([picture()], {"edit": EDIT}, **headers[other])
+            assert told.status_code == 202, told.text
+        go_on.set()
+        assert (await never).status_code == 400
+        assert (await gateway.post_form([picture()], {"edit": EDIT}, **headers["acme"])).status_code == 202
+    assert not gateway.parts.quotas._form_bytes
 
 
 async def test_more_unfinished_jobs_than_a_tenant_may_have_are_refused_until_one_is_done() -> None:
