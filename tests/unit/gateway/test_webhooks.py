@@ -7,6 +7,7 @@ import base64
 import contextlib
 import json
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from urllib.parse import urlsplit
@@ -196,6 +197,38 @@ async def test_a_receiver_that_may_not_be_is_not_told_that_it_was_turned_away(re
 
     assert [error.field for error in job.error.fields] == ["webhook_url"]
     assert await queued(gateway) == []
+
+
+async def test_a_tenant_whose_receiver_is_away_leaves_room_for_the_webhooks_of_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """1,236 jobs with the longest prompts, cancelled within two minutes, filled the stream for a day, for everybody."""
+    monkeypatch.setattr("gateway.jobs.WEBHOOKS_ANYWAY", 2)
+    small = tuple(
+        replace(one, max_bytes=20_000) if one.name == topology.WEBHOOKS else one for one in topology.STREAMS
+    )  # fmt: skip
+    gateway = await Gateway.open(MemoryBus(topology.Topology(streams=small)))
+    jobs = gateway.parts.jobs
+
+    async def cancelled(tenant: str, number: int) -> None:
+        request = contracts.VideoRequest(references=(KEY,), edit=EDIT, webhook_url=URL)
+        work = plan.plan(request.edit, None, "j", (64, 48))
+        job = pipeline.accept(request, f"{tenant}-{number}", [KEY], work, datetime.now(UTC), tenant)
+        await jobs.create(job)
+        await jobs.cancel(job.id)
+
+    for number in range(20):
+        await cancelled("acme", number)
+    assert 2 < len(await queued(gateway)) < 20
+    for number in range(3):
+        await cancelled("default", number)
+        await cancelled("umbrella", number)
+
+    told = [one.data.id for one in await queued(gateway)]
+    assert [one for one in told if not one.startswith("acme")] == [
+        "default-0", "umbrella-0", "default-1", "umbrella-1", "default-2"
+    ]  # fmt: skip
+    assert (await gateway.parts.bus.held(topology.WEBHOOKS)).bytes < 20_000
 
 
 async def test_a_job_without_a_receiver_tells_nobody(gateway: Gateway) -> None:
