@@ -17,6 +17,7 @@ from typing import Annotated
 import pydantic
 from pydantic import Field
 
+from gateway.line import Line
 from vidgen import errors, topology
 from vidgen.bus import Bus, Feed
 from vidgen.contracts import DEFAULT_TENANT, Message
@@ -26,6 +27,7 @@ from vidgen.tenants import Tenant, Tenants
 RETRY_JOBS_S = 10
 RETRY_OPEN_S = 5
 TELL_S = 0.5
+PAGES = 4  # of the list that are looked for at once: through 2,000 jobs each takes half a second of this process
 FORM_BYTES = 384 << 20  # of a tenant's forms under way: their images lie on a disk of which k8s/base gives 2 GiB
 
 
@@ -57,6 +59,7 @@ class Quotas:
         self._id = secrets.token_hex(4)
         self._left: dict[str, tuple[float, float]] = {}  # requests that a tenant has left, and when that was so
         self._used: Counter[str] = Counter()  # requests that were let in here, and that nobody was told of yet
+        self.pages = Line(PAGES)  # by turns of tenants
         self._entering: Counter[str] = Counter()  # jobs that are being let in here
         self._most_open = settings.tenant_open
         self._open: Counter[str] = Counter()  # requests that are not answered to their end here

@@ -114,7 +114,8 @@ async def list_jobs(
     whose = tenant if caller.admin else caller.tenant
     if tenant is not None and not caller.sees(tenant):
         raise problems.HttpError(403, "not_the_operator", "only an operator's key shows the jobs of other tenants")
-    page = await parts.jobs.list(status, cursor, limit, whose)
+    async with parts.quotas.pages.room(caller.tenant):
+        page = await parts.jobs.list(status, cursor, limit, whose)
     await parts.quotas.charge(caller.tenant, page.looked_at // LOOKS)
     jobs = b",".join(job.to_bytes() for job in page.jobs)
     following = pydantic_core.to_json(page.next_cursor)

@@ -12,9 +12,9 @@ import httpx
 import pytest
 from structlog.testing import capture_logs
 from tests.access import bearer, key_for, revoke
-from tests.gateways import EDIT, Call, Gateway, completed, now, picture, put
+from tests.gateways import BOUND, EDIT, Call, Gateway, completed, now, picture, put
 
-from gateway import keyring
+from gateway import keyring, quotas
 from gateway.api import door
 from gateway.keyring import Keyring, UnknownKeyError
 from vidgen import contracts, dead, errors, keys, topology
@@ -529,6 +529,33 @@ async def test_a_search_through_many_jobs_counts_as_many_requests() -> None:
     ]
     assert [answer.status_code for answer in answers] == [200, 200, 200, 429]
     assert answers[1].json()["jobs"] == []
+
+
+async def test_searches_of_a_tenant_that_come_at_once_hold_up_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sixty, which is the usual burst, kept a gateway from answering anybody for seconds at a time."""
+    gateway, begun, most, go_on = await with_keys(), list[str](), 0, asyncio.Event()
+    find, headers = gateway.parts.jobs.list, {}
+    for tenant in ("acme", "umbrella"):
+        headers[tenant] = bearer(await key_for(gateway.parts.bus, tenant))
+
+    async def slow(status: Any, cursor: Any, limit: int, tenant: str | None = None) -> Any:
+        nonlocal most
+        begun.append(tenant or "")
+        most = max(most, len(begun))
+        await go_on.wait()
+        return await find(status, cursor, limit, tenant)
+
+    monkeypatch.setattr(gateway.parts.jobs, "list", slow)
+    asked = [asyncio.create_task(gateway.client.get("/v1/jobs", headers=headers["acme"])) for _ in range(20)]
+    async with asyncio.timeout(BOUND):
+        while len(begun) < quotas.PAGES:
+            await asyncio.sleep(0)
+    asked.append(asyncio.create_task(gateway.client.get("/v1/jobs", headers=headers["umbrella"])))
+    await asyncio.sleep(0.05)
+    assert most == quotas.PAGES
+    go_on.set()
+    assert {(await one).status_code for one in asked} == {200}
+    assert begun.index("umbrella") <= quotas.PAGES + 1
 
 
 async def test_a_tenants_open_feeds_are_counted_and_leave_room_for_others() -> None:
