@@ -382,6 +382,15 @@ async def signed_in(gateway: Gateway, tenant: str = "acme") -> str:
     return answer.headers["set-cookie"]
 
 
+async def test_a_session_is_made_of_a_key_and_of_nothing_else_that_comes_with_one() -> None:
+    """The password for a proxy, which a browser sends along, was kept in the session's place, as if it were the key."""
+    gateway = await with_keys()
+    session = {"Cookie": f"{door.COOKIE}={await key_for(gateway.parts.bus)}", "Sec-Fetch-Site": "same-origin"}
+    told = await gateway.client.post("/v1/session", headers=session | {"Authorization": "Basic YTpi"})
+    assert (told.status_code, told.json()["code"]) == (403, "no_key")
+    assert "set-cookie" not in told.headers
+
+
 async def test_a_session_is_a_cookie_that_no_script_and_no_other_page_can_use() -> None:
     gateway = await with_keys()
     cookie = await signed_in(gateway)
