@@ -25,6 +25,7 @@ from gateway import pipeline, plan
 from gateway.decoder import Decoder
 from gateway.decoding import Decoders, Decoding
 from gateway.jobs import JobIdTakenError, Jobs, now
+from gateway.line import Line
 from gateway.quotas import LimitError, Quotas
 from gateway.receivers import Allowed
 from vidgen import artifacts, contracts, dead, errors, images, topology, tracing
@@ -168,7 +169,7 @@ class Intake:
         # again, or late, for the bus or the store. Another replica may have settled one: as many as can be under way.
         self._waiting: OrderedDict[tuple[int, datetime], float] = OrderedDict()
         self.scratch, self.decoding = Scratch(), Decoding(decoders=decoders)
-        self._files = asyncio.Semaphore(FILES)
+        self._files = Line(FILES)
 
     async def submit(
         self, request: VideoRequest, job_id: str, tenant: str, *, key: str = "", fresh: bool = False
@@ -345,9 +346,9 @@ class Intake:
             if tag and tag == before:
                 self._plain[key] = tag, at, facts
                 return key, facts
-        async with self._files, self._file() as source:
+        async with self._files.room(tenant), self._file() as source:
             await self._store.fetch(key, source, limit=self._max_bytes)
-            facts = await self.decoding.over(source, _looked_at)
+            facts = await self.decoding.over(source, _looked_at, tenant)
             if facts.normal:
                 # The tag is that of before, so if the object was replaced meanwhile no other tag stands for its facts.
                 self._plain[key] = tag, at, facts
@@ -355,7 +356,9 @@ class Intake:
                     self._plain.popitem(last=False)
                 return key, facts
             async with self._file(".png") as target:
-                facts = await self.decoding.over(source, lambda decoder, path: decoder.normalise(path, target))
+                facts = await self.decoding.over(
+                    source, lambda decoder, path: decoder.normalise(path, target), tenant
+                )  # fmt: skip
                 own = artifacts.artifact_key(job_id, f"reference-{index}.png")
                 await self._store.put(own, target, "image/png")
                 return own, facts

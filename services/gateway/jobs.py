@@ -27,6 +27,7 @@ MOVING = (JobStatus.QUEUED, JobStatus.IN_PROGRESS)
 CAS_TRIES = 20
 REMEMBERED = 1000  # records that a replica keeps in mind of jobs that have not ended, 9 KB each
 SCAN_LIMIT = 2000  # records that one page of a filtered list may look at
+WEBHOOKS_ANYWAY = 100  # of a tenant that may wait however full their stream is; of the largest they are 25 MB
 BEHIND_S = 4.0  # how long a record that is behind its log is waited for: less than a gateway that leaves gives HTTP
 LOOK_S = 0.05  # between two looks at such a record: whichever replica writes it, nobody is told
 
@@ -432,12 +433,28 @@ class Jobs:
         return found is None
 
     async def _publish_webhook(self, webhook: contracts.Webhook) -> None:
-        subject = topology.subject_of_webhook(webhook.data.id)
+        tenant = webhook.data.tenant
         try:
+            await self._leave_room_for_others(tenant)
+            subject = topology.subject_of_webhook(webhook.data.id, tenant)
             await self._bus.publish(subject, webhook.to_bytes(), message_id=webhook.id)
         except errors.QueueFullError as exc:
             # Receivers that are away must not stop the jobs. The job's next event demands it again.
             log.warning(exc.message, _event="webhook_not_queued", job=webhook.data.id, webhook=webhook.id)
+
+    async def _leave_room_for_others(self, tenant: str) -> None:
+        """Raise QueueFullError where a tenant's webhooks would take the second half of their stream, too.
+
+        Those of receivers that do not answer stay there for a day, and of the largest a thousand fill it.
+        """
+        if tenant == contracts.DEFAULT_TENANT:  # the operator's own has no limits
+            return
+        own = topology.subject_of_webhook("*", tenant)
+        if await self._bus.count(topology.WEBHOOKS, own) < WEBHOOKS_ANYWAY:
+            return
+        held = await self._bus.held(topology.WEBHOOKS)
+        if held.limit is not None and 2 * held.bytes >= held.limit:
+            raise errors.QueueFullError(f"the tenant {tenant} has too many webhooks that nobody takes")
 
     async def _withdraw_task(self, command: pipeline.WithdrawTask) -> None:
         where = command.stage, command.lane, command.job_id

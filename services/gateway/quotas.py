@@ -17,6 +17,7 @@ from typing import Annotated
 import pydantic
 from pydantic import Field
 
+from gateway.line import Line
 from vidgen import errors, topology
 from vidgen.bus import Bus, Feed
 from vidgen.contracts import DEFAULT_TENANT, Message
@@ -26,6 +27,8 @@ from vidgen.tenants import Tenant, Tenants
 RETRY_JOBS_S = 10
 RETRY_OPEN_S = 5
 TELL_S = 0.5
+PAGES = 4  # of the list that are looked for at once: through 2,000 jobs each takes half a second of this process
+FORM_BYTES = 384 << 20  # of a tenant's forms under way: their images lie on a disk of which k8s/base gives 2 GiB
 
 
 class Usage(Message):
@@ -56,9 +59,11 @@ class Quotas:
         self._id = secrets.token_hex(4)
         self._left: dict[str, tuple[float, float]] = {}  # requests that a tenant has left, and when that was so
         self._used: Counter[str] = Counter()  # requests that were let in here, and that nobody was told of yet
+        self.pages = Line(PAGES)  # by turns of tenants
         self._entering: Counter[str] = Counter()  # jobs that are being let in here
         self._most_open = settings.tenant_open
         self._open: Counter[str] = Counter()  # requests that are not answered to their end here
+        self._form_bytes: Counter[str] = Counter()  # and of those that are forms
 
     async def admit(self, tenant: str) -> None:
         """Count an HTTP request; raises LimitError `rate_limited` where it is one too many, and BusError."""
@@ -152,6 +157,27 @@ class Quotas:
             self._open[tenant] -= 1
             if not self._open[tenant]:
                 del self._open[tenant]
+
+    @contextlib.contextmanager
+    def form(self, tenant: str, size: int, largest: int) -> Iterator[None]:
+        """Count a form's bytes for as long as it is read and looked at; raises LimitError `too_many_open`.
+
+        One that never comes to its end stays on this gateway's disk, which is everybody's. There is room for one of the
+        `largest` in any case.
+        """
+        most = 0 if tenant == DEFAULT_TENANT else max(FORM_BYTES, largest)
+        if most and self._form_bytes[tenant] + size > most:
+            raise LimitError(
+                f"forms of {self._form_bytes[tenant]:,} bytes are under way, and {most:,} may be: send fewer at once",
+                RETRY_OPEN_S, code="too_many_open",
+            )  # fmt: skip
+        self._form_bytes[tenant] += size
+        try:
+            yield
+        finally:
+            self._form_bytes[tenant] -= size
+            if not self._form_bytes[tenant]:
+                del self._form_bytes[tenant]
 
     @contextlib.asynccontextmanager
     async def room(self, tenant: str) -> AsyncIterator[None]:

@@ -23,11 +23,13 @@ from gateway.jobs import now
 from gateway.receivers import Allowed, Receivers
 from vidgen import contracts, dead, errors, topology, tracing, webhooks
 from vidgen.bus import Bus, Delivery
+from vidgen.contracts import DEFAULT_TENANT
 from vidgen.metrics import GatewayMetrics
 
 log = structlog.get_logger(__name__)
 
 SHARE = 8  # one receiver takes at most one in so many of the posts that a replica does at once
+TENANTS_SHARE = 4  # and those of one tenant one in so many: it may name any number of receivers
 SHORTEST_WAIT_S, LONGEST_WAIT_S = 0.2, 15.0
 FIRST_GUESS_S, NEWEST = 0.1, 0.3  # how long a post takes, and how much the last one says of the next
 GONE = 410
@@ -36,7 +38,7 @@ JITTER = 0.1
 
 @dataclass
 class _Queue:
-    """One receiver: how many are with it, how long it takes, and until when others were told to wait for it."""
+    """One receiver, or one tenant's: how many are there, how long it takes, and until when others were told to wait."""
 
     busy: int = 0
     pace: float = FIRST_GUESS_S
@@ -44,7 +46,7 @@ class _Queue:
 
 
 class Places:
-    """The places that each receiver has; whoever finds none is told when its turn should come.
+    """The places that each receiver, or each tenant, has; whoever finds none is told when its turn should come.
 
     Those who wait are strung out at the receiver's own pace: all of them at once, again and again, would take the loops
     that others need, and each a little longer than the last would leave a quick receiver idle.
@@ -54,24 +56,30 @@ class Places:
         self._each, self._clock = each, clock
         self._queues: dict[str, _Queue] = {}
 
-    def take(self, host: str) -> float:
+    def take(self, name: str) -> float:
         """Take a place: 0; else the seconds after which to come again."""
-        queue, now = self._queues.setdefault(host, _Queue()), self._clock()
-        if queue.busy < self._each:
-            queue.busy += 1
+        wait = self.wait(name)
+        if not wait:
+            self._queues.setdefault(name, _Queue()).busy += 1
+        return wait
+
+    def wait(self, name: str) -> float:
+        """0 where there is a place; else the seconds after which to come again."""
+        queue, now = self._queues.get(name), self._clock()
+        if queue is None or queue.busy < self._each:
             return 0.0
         queue.until = min(max(now, queue.until) + queue.pace / self._each, now + LONGEST_WAIT_S)
         return max(SHORTEST_WAIT_S, queue.until - now)
 
-    def leave(self, host: str, seconds: float) -> None:
+    def leave(self, name: str, seconds: float) -> None:
         """Give a place back, after so many seconds."""
-        queue = self._queues[host]
+        queue = self._queues[name]
         queue.busy -= 1
         queue.pace += NEWEST * (seconds - queue.pace)
-        # Of all receivers, for those who were told to wait may have gone to another replica.
+        # Of all, for those who were told to wait may have gone to another replica.
         now = self._clock()
-        for name in [name for name, one in self._queues.items() if not one.busy and one.until <= now]:
-            del self._queues[name]
+        for idle in [name for name, one in self._queues.items() if not one.busy and one.until <= now]:
+            del self._queues[idle]
 
 
 async def next_of(bus: Bus, consumer: topology.Consumer, stop: asyncio.Event) -> Delivery | None:
@@ -98,7 +106,8 @@ class Webhooks:
         self._bus, self._receivers, self._secret, self._metrics = bus, receivers, secret, metrics
         self._give_up_after, self._concurrency, self._renew_every = give_up_after, concurrency, renew_every
         self._now = clock
-        self._places = Places(max(1, concurrency // SHARE), time.monotonic)
+        self._of_receivers = Places(max(1, concurrency // SHARE), time.monotonic)
+        self._of_tenants = Places(max(1, concurrency // TENANTS_SHARE), time.monotonic)
 
     @property
     def allowed(self) -> Allowed:
@@ -135,20 +144,32 @@ class Webhooks:
             unreadable = errors.RejectedError("this version does not know its form", code="webhook_unreadable")
             await self._give_up(delivery, unreadable)
             return
-        host = urlsplit(_url_of(webhook)).netloc
+        host, tenant = urlsplit(_url_of(webhook)).netloc, webhook.data.tenant
         if first.seq < delivery.seq:
             # The longer the older one has been there, the longer it is likely to stay.
             age = (self._now() - first.at).total_seconds()
             await delivery.nak(min(LONGEST_WAIT_S, max(SHORTEST_WAIT_S, age / 4)))
-        elif wait := self._places.take(host):
+        elif wait := self._take(host, tenant):
             await delivery.nak(wait)
         else:
             began = time.monotonic()
             try:
                 await self._deliver(delivery, webhook)
             finally:
-                self._places.leave(host, time.monotonic() - began)
+                self._leave(host, tenant, time.monotonic() - began)
                 self._metrics.webhook_tried(time.monotonic() - began)
+
+    def _take(self, host: str, tenant: str) -> float:
+        """Take a place of the receiver's and of the tenant's: 0; else the seconds after which to come again."""
+        if tenant == DEFAULT_TENANT:  # the operator's own has no limits
+            return self._of_receivers.take(host)
+        wait = self._of_tenants.wait(tenant) or self._of_receivers.take(host)
+        return wait or self._of_tenants.take(tenant)
+
+    def _leave(self, host: str, tenant: str, seconds: float) -> None:
+        self._of_receivers.leave(host, seconds)
+        if tenant != DEFAULT_TENANT:
+            self._of_tenants.leave(tenant, seconds)
 
     async def _deliver(self, delivery: Delivery, webhook: contracts.Webhook) -> None:
         try:

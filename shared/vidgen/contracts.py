@@ -30,6 +30,8 @@ DEFAULT_TENANT = "default"  # the operator's own: what no key and no subject nam
 
 JobId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
 TenantId = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][a-z0-9-]{0,31}$")]
+# It becomes part of a subject on which others ask, and who asks where it may not leaves (`bus_denied`).
+WorkerId = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-]{1,64}$")]
 # Left out where it is the operator's own, so that processes of the version before read those messages, too.
 TenantOfRecord = Annotated[TenantId, Field(exclude_if=lambda tenant: tenant == DEFAULT_TENANT)]
 ObjectKey = Annotated[str, StringConstraints(pattern=r"^[A-Za-z0-9_-][A-Za-z0-9_./-]{0,499}$")]
@@ -370,7 +372,7 @@ class StageEvent(JobEvent):
     stage: Stage
     attempt: int
     tries: int
-    worker: str
+    worker: WorkerId
     alone: bool = Field(
         False, description="No other task was in its process, for an attempt before had ended without a word."
     )
@@ -608,7 +610,7 @@ class GpuFigures(Message):
 class WorkerInfo(Message):
     """A worker alive, refreshed every few seconds in the `vidgen_workers` bucket."""
 
-    id: str
+    id: WorkerId
     stage: Stage
     state: Literal["starting", "ready", "busy", "draining", "unhealthy"]
     engine: str

@@ -24,7 +24,7 @@ INBOX = "_INBOX_"
 OPERATORS_BUCKETS = frozenset({topology.KEYS_BUCKET, topology.TENANTS_BUCKET})
 WRITTEN_BY_WORKERS = frozenset({topology.PROGRESS})
 LOOKED_AT = frozenset({topology.EVENTS, topology.PROGRESS})  # for the newest message on a subject
-COUNTED = frozenset({topology.TASKS, topology.HELD})  # by tenant
+COUNTED = frozenset({topology.TASKS, topology.HELD, topology.WEBHOOKS})  # by tenant
 DELETED_FROM = frozenset({topology.TASKS, topology.HELD, topology.DEAD})  # a message at a time; elsewhere it acks
 API = "$JS.API"
 

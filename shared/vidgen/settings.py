@@ -228,7 +228,11 @@ class GatewaySettings(Settings):
         86400.0, gt=0, le=5 * 86400, description="The age at which a webhook that nobody takes becomes a dead letter."
     )
     webhook_concurrency: int = Field(
-        64, ge=1, le=512, description="Webhooks delivered at once, at most an eighth of them to one receiver."
+        64,
+        ge=1,
+        le=512,
+        description="Webhooks delivered at once, at most an eighth of them to one receiver and a quarter for one "
+        "tenant but `default`.",
     )
 
     @property

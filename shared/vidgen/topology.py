@@ -122,8 +122,13 @@ def subject_of_history(job_id: str, tenant: str = DEFAULT_TENANT) -> str:
     return f"vidgen.history.{job_id}" if tenant == DEFAULT_TENANT else f"vidgen.history.{tenant}.{job_id}"
 
 
-def subject_of_webhook(job_id: str) -> str:
-    return f"vidgen.webhooks.{job_id}"
+def subject_of_webhook(job_id: str, tenant: str = DEFAULT_TENANT) -> str:
+    """The operator's own jobs have no tenant in it, as before tenants' webhooks were counted."""
+    return f"vidgen.webhooks.{job_id}" if tenant == DEFAULT_TENANT else f"vidgen.webhooks.{tenant}.{job_id}"
+
+
+def is_of_webhook(subject: str, job_id: str) -> bool:
+    return subject.startswith("vidgen.webhooks.") and subject.rsplit(".", 1)[-1] == job_id
 
 
 def consumer_of(stage: Stage, lane: Lane) -> Consumer:
@@ -174,7 +179,7 @@ STREAMS = (
         max_age=7 * DAY,
     ),
     Stream(DEAD, ("vidgen.dead.>",), max_age=30 * DAY),
-    Stream(WEBHOOKS, ("vidgen.webhooks.*",), "workqueue", discard="new", max_age=7 * DAY, max_bytes=256 << 20),
+    Stream(WEBHOOKS, ("vidgen.webhooks.>",), "workqueue", discard="new", max_age=7 * DAY, max_bytes=256 << 20),
     # One message per job ever accepted, in order: what `GET /v1/jobs` pages through (decision 0003).
     Stream(
         HISTORY, ("vidgen.history.>",), discard="new", max_age=30 * DAY,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import re
 from collections.abc import AsyncIterator, Iterator
@@ -14,10 +15,14 @@ import pytest
 from tests import identities as installed
 from tests.identities import DeployedNats
 
+from gateway import plan
+from gateway.fleet import Fleet
+from gateway.orphans import Orphans
 from vidgen import bootstrap, contracts, credentials, errors, eventlog, jetstream, permissions, topology
 from vidgen.cli import doctor
 from vidgen.identities import Identities
 from vidgen.jetstream import JetStreamBus
+from vidgen.metrics import GatewayMetrics
 from vidgen.settings import WorkerSettings
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
@@ -49,6 +54,8 @@ PUBLISHED: dict[str, set[str]] = {
     "vidgen.workers.edit.w1": GATEWAY | EDIT,
     "vidgen.history.a-job": GATEWAY,
     "vidgen.webhooks.a-job": GATEWAY,
+    "vidgen.webhooks.acme.a-job": GATEWAY,
+    f"{JS}.DIRECT.GET.VIDGEN_WEBHOOKS": GATEWAY,
     f"{JS}.CONSUMER.MSG.NEXT.VIDGEN_WEBHOOKS.gateway-webhooks": GATEWAY,
     f"{JS}.STREAM.MSG.GET.VIDGEN_WEBHOOKS": GATEWAY,
     "vidgen.dead.requests": GATEWAY,
@@ -149,7 +156,7 @@ HEARD: dict[str, set[str]] = {
     "vidgen.tasks.>": NOBODY,
     "vidgen.events.*": NOBODY,
     "vidgen.dead.>": NOBODY,
-    "vidgen.webhooks.*": NOBODY,
+    "vidgen.webhooks.>": NOBODY,
     "vidgen.progress.*": GATEWAY,
     "vidgen.control.*": WORKERS,
     "vidgen.usage": GATEWAY,
@@ -371,6 +378,51 @@ async def test_a_worker_may_look_at_a_run_behind_which_the_end_of_the_one_before
         assert (await eventlog.newest(worker, job, 2)).event == told[0]
         assert await eventlog.current_run(worker, job) == 2
         assert denied == []
+
+
+NOT_ONE_WORD = ("w.1", "*", ">", "a b", "w\r\nPING")
+
+
+@pytest.mark.parametrize("name", ["gateway", "edit-service"])
+@pytest.mark.parametrize("worker", NOT_ONE_WORD)
+async def test_what_a_worker_calls_itself_has_nobody_ask_where_it_may_not(
+    server: DeployedNats, identities: Identities, name: str, worker: str
+) -> None:
+    """One event, or entry, with such a name ended each gateway, and each worker, that wanted to know who is at it."""
+    denied: list[str] = []
+    job, at = f"called-{NOT_ONE_WORD.index(worker)}-{name}", datetime.now(UTC)
+    work = plan.plan_edit(contracts.EditParams(prompt="x"), None, job, (64, 64))
+    task = contracts.Task(job_id=job, stage="edit", lane="batch", inputs=("uploads/a.png",), work=work, queued_at=at)
+    told = contracts.StageStarted(
+        job_id=job, at=at, stage="edit", attempt=1, tries=1, worker="w1", engine="preview", model="none"
+    )
+    there = contracts.WorkerInfo(
+        id="w1",
+        stage="edit",
+        state="ready",
+        engine="preview",
+        model="none",
+        device="cpu",
+        version="1",
+        host="rented",
+        started_at=at,
+        at=at,
+    )
+    async with installed.connected(server.url, identities, "edit-service") as rented:
+        subject = topology.subject_of_events(job)
+        await rented.publish(subject, _called(told, "worker", worker), message_id=job)
+        await rented.records(topology.WORKERS_BUCKET).put(f"edit.{job}", _called(there, "id", worker))
+    async with installed.connected(server.url, identities, name, on_denied=denied.append) as bus:
+        with contextlib.suppress(errors.RetryableError):
+            await eventlog.claim(bus, task, "w2", 3, engine="preview", model="none", deliveries=2)
+        if name == "gateway":
+            await Orphans(bus, Fleet(bus), GatewayMetrics(), silence_s=0, lease_s=60).look()
+        await bus.listened(topology.subject_of_worker("edit", "w1"))  # the server says no in order
+    assert denied == []
+
+
+def _called(message: contracts.Message, field: str, worker: str) -> bytes:
+    return json.dumps(json.loads(message.to_bytes()) | {field: worker}).encode()
 
 
 async def test_an_answer_that_comes_too_late_is_refused_and_ends_no_worker(

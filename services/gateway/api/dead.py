@@ -77,7 +77,7 @@ async def replay(seq: SeqHere, parts: PartsHere) -> Response:
         job = await parts.jobs.retry(letter.job_id)
     elif letter.subject.split(".")[:2] == topology.SUBJECT_REQUESTS.split("."):
         job = await _submit_again(letter, parts)
-    elif letter.job_id is not None and letter.subject == topology.subject_of_webhook(letter.job_id):
+    elif letter.job_id is not None and topology.is_of_webhook(letter.subject, letter.job_id):
         job = await _tell_again(letter, letter.job_id, parts)
     else:
         raise HttpError(
@@ -126,7 +126,7 @@ async def _tell_again(letter: NumberedLetter, job_id: str, parts: Parts) -> Job:
             "the webhook was too large for a letter, which has its beginning alone: ask for the job, drop the letter",
         )  # fmt: skip
     message_id = f"replay:{letter.seq}:{letter.at.isoformat()}"
-    await parts.bus.publish(letter.subject, payload, message_id=message_id)
+    await parts.bus.publish(topology.subject_of_webhook(job_id, job.tenant), payload, message_id=message_id)
     return job
 
 

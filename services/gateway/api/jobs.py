@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import Response
 
 from gateway import pipeline
-from gateway.api import bodies, problems
+from gateway.api import bodies, limits, problems
 from gateway.api.forms import REQUEST_FIELD, read_form
 from gateway.api.parts import CallerHere, JobHere, Parts, PartsHere
 from gateway.api.references import References
@@ -114,7 +114,8 @@ async def list_jobs(
     whose = tenant if caller.admin else caller.tenant
     if tenant is not None and not caller.sees(tenant):
         raise problems.HttpError(403, "not_the_operator", "only an operator's key shows the jobs of other tenants")
-    page = await parts.jobs.list(status, cursor, limit, whose)
+    async with parts.quotas.pages.room(caller.tenant):
+        page = await parts.jobs.list(status, cursor, limit, whose)
     await parts.quotas.charge(caller.tenant, page.looked_at // LOOKS)
     jobs = b",".join(job.to_bytes() for job in page.jobs)
     following = pydantic_core.to_json(page.next_cursor)
@@ -170,10 +171,15 @@ async def _read_request(request: Request, parts: Parts, tenant: str) -> VideoReq
 async def _read_form_request(request: Request, parts: Parts, tenant: str) -> VideoRequest:
     references: References = request.app.state.references
     limit = parts.settings.max_upload_bytes
-    with tempfile.TemporaryDirectory(prefix="form-", dir=parts.intake.scratch.folder()) as folder:
+    largest = limits.form_bytes(limit)
+    size = min(limits.declared(request.headers) or largest, largest)
+    with (
+        parts.quotas.form(tenant, size, largest),
+        tempfile.TemporaryDirectory(prefix="form-", dir=parts.intake.scratch.folder()) as folder,
+    ):
         form = await read_form(request.headers["content-type"], request.stream(), Path(folder), limit)
         asked = _without_references(bodies.check_json(form.request, f"the form field {REQUEST_FIELD}"))
-        usable, wrong = await references.check(form.images)
+        usable, wrong = await references.check(form.images, tenant)
         try:
             # Keys that stand for the images, so that everything else that is wrong is named in the same answer.
             _parse_with(asked, [f"{uploads_prefix(tenant)}{index}" for index in range(len(form.images))], tenant)

@@ -19,12 +19,23 @@ LINGER_BYTES = 64 << 20
 LINGER_S = 5.0
 
 
+def form_bytes(max_image_bytes: int) -> int:
+    """How long a form may be."""
+    return MAX_REFERENCES * max_image_bytes + FORM_OVERHEAD
+
+
+def declared(headers: Headers) -> int | None:
+    """How long a body is said to be; None where nothing is said."""
+    length = headers.get("content-length", "")
+    return int(length) if length.isdecimal() else None
+
+
 class BodyLimit:
     """Whoever reads a body that is too large gets 413: at once where the length is declared, else at the limit."""
 
     def __init__(self, app: ASGIApp, max_image_bytes: int) -> None:
         self._app = app
-        self._form_limit = MAX_REFERENCES * max_image_bytes + FORM_OVERHEAD
+        self._form_limit = form_bytes(max_image_bytes)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -40,9 +51,8 @@ class _Body:
     """A request's body as it comes. Where it is left unread, the connection ends with the response."""
 
     def __init__(self, headers: Headers, limit: int, receive: Receive, send: Send) -> None:
-        length = headers.get("content-length", "")
         self._limit = limit
-        self._declared = int(length) if length.isdecimal() else None
+        self._declared = declared(headers)
         self._expected = self._declared is not None or "transfer-encoding" in headers
         self._receive, self._send = receive, send
         self._read = 0

@@ -37,9 +37,9 @@ class References:
     def __init__(self, store: ArtifactStore, decoding: Decoding) -> None:
         self._store, self._decoding = store, decoding
 
-    async def check(self, paths: tuple[Path, ...]) -> tuple[list[Reference], list[FieldError]]:
-        """What the files are, and what is wrong with them, by field."""
-        checked = await asyncio.gather(*map(self._check, paths), return_exceptions=True)
+    async def check(self, paths: tuple[Path, ...], tenant: str) -> tuple[list[Reference], list[FieldError]]:
+        """What the files of a tenant are, and what is wrong with them, by field."""
+        checked = await asyncio.gather(*(self._check(path, tenant) for path in paths), return_exceptions=True)
         found: list[Reference] = []
         wrong: list[FieldError] = []
         for index, result in enumerate(checked):
@@ -56,8 +56,8 @@ class References:
         await asyncio.gather(*(self._store_one(reference, reference.key(tenant)) for reference in references))
         return [reference.key(tenant) for reference in references]
 
-    async def _check(self, path: Path) -> Reference:
-        return await self._decoding.over(path, _examine)
+    async def _check(self, path: Path, tenant: str) -> Reference:
+        return await self._decoding.over(path, _examine, tenant)
 
     async def _store_one(self, reference: Reference, key: str) -> None:
         found = await self._store.stat(key)

@@ -35,8 +35,9 @@ async def show(caller: CallerHere, parts: PartsHere) -> Session:
 @router.post("", response_model=Session, responses=problems.responses(403, 503))
 async def begin(request: Request, caller: CallerHere, parts: PartsHere) -> Response:
     """Sign in: keep the key of this request's `Authorization` header in a cookie of this browser."""
-    _, _, key = request.headers.get("authorization", "").partition(" ")
-    if parts.settings.asks_for_keys and not key:
+    scheme, _, key = request.headers.get("authorization", "").partition(" ")
+    # By a session one comes in with what is no key there, too: a password for a proxy, say.
+    if parts.settings.asks_for_keys and (scheme.lower() != "bearer" or not key):
         raise HttpError(403, "no_key", "sign in with the key itself: Authorization: Bearer vg_…")
     answer = Response(
         _session(caller, parts.settings.asks_for_keys).model_dump_json(), media_type=bodies.JSON,

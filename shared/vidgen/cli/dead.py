@@ -48,7 +48,7 @@ def list_letters(
 def _kind(letter: DeadEntry) -> str:
     from vidgen import topology
 
-    return "webhook" if letter.subject == topology.subject_of_webhook(letter.job_id or "") else "request"
+    return "webhook" if topology.is_of_webhook(letter.subject, letter.job_id or "") else "request"
 
 
 @app.command("show")

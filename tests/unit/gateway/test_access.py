@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,9 +12,9 @@ import httpx
 import pytest
 from structlog.testing import capture_logs
 from tests.access import bearer, key_for, revoke
-from tests.gateways import EDIT, Call, Gateway, completed, now, picture, put
+from tests.gateways import BOUND, EDIT, Call, Gateway, completed, now, picture, put
 
-from gateway import keyring
+from gateway import keyring, quotas
 from gateway.api import door
 from gateway.keyring import Keyring, UnknownKeyError
 from vidgen import contracts, dead, errors, keys, topology
@@ -381,6 +382,15 @@ async def signed_in(gateway: Gateway, tenant: str = "acme") -> str:
     return answer.headers["set-cookie"]
 
 
+async def test_a_session_is_made_of_a_key_and_of_nothing_else_that_comes_with_one() -> None:
+    """The password for a proxy, which a browser sends along, was kept in the session's place, as if it were the key."""
+    gateway = await with_keys()
+    session = {"Cookie": f"{door.COOKIE}={await key_for(gateway.parts.bus)}", "Sec-Fetch-Site": "same-origin"}
+    told = await gateway.client.post("/v1/session", headers=session | {"Authorization": "Basic YTpi"})
+    assert (told.status_code, told.json()["code"]) == (403, "no_key")
+    assert "set-cookie" not in told.headers
+
+
 async def test_a_session_is_a_cookie_that_no_script_and_no_other_page_can_use() -> None:
     gateway = await with_keys()
     cookie = await signed_in(gateway)
@@ -530,6 +540,33 @@ async def test_a_search_through_many_jobs_counts_as_many_requests() -> None:
     assert answers[1].json()["jobs"] == []
 
 
+async def test_searches_of_a_tenant_that_come_at_once_hold_up_nobody_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sixty, which is the usual burst, kept a gateway from answering anybody for seconds at a time."""
+    gateway, begun, most, go_on = await with_keys(), list[str](), 0, asyncio.Event()
+    find, headers = gateway.parts.jobs.list, {}
+    for tenant in ("acme", "umbrella"):
+        headers[tenant] = bearer(await key_for(gateway.parts.bus, tenant))
+
+    async def slow(status: Any, cursor: Any, limit: int, tenant: str | None = None) -> Any:
+        nonlocal most
+        begun.append(tenant or "")
+        most = max(most, len(begun))
+        await go_on.wait()
+        return await find(status, cursor, limit, tenant)
+
+    monkeypatch.setattr(gateway.parts.jobs, "list", slow)
+    asked = [asyncio.create_task(gateway.client.get("/v1/jobs", headers=headers["acme"])) for _ in range(20)]
+    async with asyncio.timeout(BOUND):
+        while len(begun) < quotas.PAGES:
+            await asyncio.sleep(0)
+    asked.append(asyncio.create_task(gateway.client.get("/v1/jobs", headers=headers["umbrella"])))
+    await asyncio.sleep(0.05)
+    assert most == quotas.PAGES
+    go_on.set()
+    assert {(await one).status_code for one in asked} == {200}
+    assert begun.index("umbrella") <= quotas.PAGES + 1
+
+
 async def test_a_tenants_open_feeds_are_counted_and_leave_room_for_others() -> None:
     gateway = await with_keys(tenant_open=2)
     await gateway.parts.intake.submit(contracts.VideoRequest.model_validate(NEW), "j5", "acme")
@@ -547,6 +584,40 @@ async def test_a_tenants_open_feeds_are_counted_and_leave_room_for_others() -> N
     assert (await gateway.client.get("/v1/jobs/j5", headers=headers)).status_code == 200
     await feeds[1].leave()
     assert not gateway.parts.quotas._open
+
+
+async def test_a_tenants_forms_that_never_end_leave_room_on_the_disk_for_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Twenty of them took the 2 GiB that a gateway has on Kubernetes, and the kubelet ended it."""
+    monkeypatch.setattr("gateway.quotas.FORM_BYTES", 5 << 20)
+    gateway, headers = await with_keys(max_upload_bytes=1 << 20), {}
+    for tenant in ("acme", "umbrella", "default"):
+        headers[tenant] = bearer(await key_for(gateway.parts.bus, tenant))
+    begun, go_on = asyncio.Event(), asyncio.Event()
+
+    async def body() -> AsyncIterator[bytes]:
+        begun.set()
+        await go_on.wait()
+        yield b""
+
+    form = {"Content-Type": "multipart/form-data; boundary=b"}
+    for length in ({"Content-Length": str(3 << 20)}, {"Transfer-Encoding": "chunked"}):  # which may be of 4 MiB
+        begun.clear()
+        go_on.clear()
+        never = asyncio.create_task(
+            gateway.client.post("/v1/jobs", content=body(), headers=headers["acme"] | form | length)
+        )
+        await begun.wait()
+        told = await gateway.client.post("/v1/jobs", content=b"x" * (5 << 19), headers=headers["acme"] | form)
+        assert (told.status_code, told.json()["code"]) == (429, "too_many_open")
+        for other in ("umbrella", "default"):
+            told = await gateway.post_form([picture()], {"edit": EDIT}, **headers[other])
+            assert told.status_code == 202, told.text
+        go_on.set()
+        assert (await never).status_code == 400
+        assert (await gateway.post_form([picture()], {"edit": EDIT}, **headers["acme"])).status_code == 202
+    assert not gateway.parts.quotas._form_bytes
 
 
 async def test_more_unfinished_jobs_than_a_tenant_may_have_are_refused_until_one_is_done() -> None:

@@ -1,4 +1,4 @@
-"""Images are decoded so many pixels at a time, whoever sends them, and in the order in which they came."""
+"""Images are decoded so many pixels at a time, whoever sends them, by turns of tenants and in the order of each."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ from tests.gateways import BOUND, DECODERS, EDIT, KEY, Gateway, picture, put
 
 from gateway.decoder import Decoder
 from gateway.decoding import Decoding
-from vidgen import errors, images
+from gateway.line import Line
+from vidgen import contracts, errors, images
 from vidgen.testing import MemoryStore
 
 MOST = 10_000
@@ -53,8 +54,8 @@ class Desk:
             self.now.remove(path.name)
         return path.name
 
-    def ask(self, path: Path) -> asyncio.Task[str]:
-        return asyncio.create_task(self.decoding.over(path, self.work))
+    def ask(self, path: Path, tenant: str = "default") -> asyncio.Task[str]:
+        return asyncio.create_task(self.decoding.over(path, self.work, tenant))
 
     async def until(self, *names: str) -> None:
         async with asyncio.timeout(BOUND):
@@ -74,7 +75,50 @@ async def test_as_many_are_decoded_at_once_as_have_the_pixels_of_the_largest(tmp
     desk.go_on.set()
     assert await asyncio.gather(*asked) == ["a", "b", "c", "d"]
     assert desk.begun[2:] == ["c", "d"]
-    assert desk.decoding._left == MOST
+    assert desk.decoding._pixels.left == MOST
+
+
+async def test_nobody_waits_behind_all_the_images_of_another_tenant(tmp_path: Path) -> None:
+    """Six forms of less than 3 MB each, with images that take long, kept another tenant's small one for 23 s."""
+    desk = Desk(tmp_path)
+    asked = [desk.ask(desk.image(f"acme-{number}", MOST), "acme") for number in range(5)]
+    await desk.until("acme-0")
+    for tenant in ("other", "third"):
+        asked.append(desk.ask(desk.image(tenant, 1600), tenant))
+    await desk.until("acme-0")
+    desk.go_on.set()
+    await asyncio.gather(*asked)
+    assert set(desk.begun[:4]) == {"acme-0", "acme-1", "other", "third"}
+    assert desk.begun[4:] == ["acme-2", "acme-3", "acme-4"]
+
+
+async def test_nor_behind_all_its_requests_whose_references_are_fetched(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("gateway.intake.FILES", 1)
+    store, inspect, begun, go_on = MemoryStore(), Decoder.inspect, asyncio.Event(), threading.Event()
+    loop = asyncio.get_running_loop()
+
+    def slow(decoder: Decoder, path: Path) -> images.ImageFacts:
+        loop.call_soon_threadsafe(begun.set)
+        go_on.wait(BOUND)
+        return inspect(decoder, path)
+
+    monkeypatch.setattr(Decoder, "inspect", slow)
+    gateway, done = await Gateway.open(store=store), []
+
+    async def submit(tenant: str, number: int) -> None:
+        key = f"uploads/{tenant}/{number}.png"
+        await put(store, key, picture())
+        request = contracts.VideoRequest(references=(key,), edit=EDIT)
+        await gateway.parts.intake.submit(request, f"{tenant}-{number}", tenant, fresh=True)
+        done.append(tenant)
+
+    asked = [asyncio.create_task(submit("acme", number)) for number in range(4)]
+    await begun.wait()
+    asked.append(asyncio.create_task(submit("other", 0)))
+    await asyncio.sleep(0.05)
+    go_on.set()
+    await asyncio.gather(*asked)
+    assert "other" in done[:3]
 
 
 async def test_one_that_is_larger_than_all_the_room_has_it_alone(tmp_path: Path) -> None:
@@ -104,7 +148,7 @@ async def test_who_leaves_or_fails_gives_the_room_back(tmp_path: Path) -> None:
     desk.go_on.set()
     assert (await asyncio.gather(first, waits, last, return_exceptions=True))[0::2] == ["first", "last"]
     assert waits.cancelled()
-    assert desk.decoding._left == MOST
+    assert desk.decoding._pixels.left == MOST
 
 
 async def test_a_disk_that_fails_is_told_as_a_passing_fault(tmp_path: Path) -> None:
@@ -138,8 +182,7 @@ async def test_requests_and_forms_share_the_room(monkeypatch: pytest.MonkeyPatch
     for key in keys:
         await put(store, key, picture())
     gateway = await Gateway.open(store=store)
-    gateway.parts.intake.decoding._left = 64 * 48
-    gateway.parts.intake.decoding._most = 64 * 48
+    gateway.parts.intake.decoding._pixels = Line(64 * 48)
     answers = await asyncio.gather(
         *(gateway.client.post("/v1/jobs", json={"references": [key], "edit": EDIT}) for key in keys),
         *(gateway.post_form([picture()], {"edit": EDIT}) for _ in range(2)),

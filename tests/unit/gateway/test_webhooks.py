@@ -7,6 +7,7 @@ import base64
 import contextlib
 import json
 from collections.abc import AsyncIterator, Callable
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from urllib.parse import urlsplit
@@ -22,7 +23,7 @@ from tests.gateways import BOUND, DECODERS, EDIT, KEY, Gateway, completed, faile
 from gateway import pipeline, plan
 from gateway.intake import Intake
 from gateway.receivers import Allowed
-from gateway.webhooks import LONGEST_WAIT_S, SHARE, SHORTEST_WAIT_S, Places, Webhooks, next_of
+from gateway.webhooks import LONGEST_WAIT_S, SHARE, SHORTEST_WAIT_S, TENANTS_SHARE, Places, Webhooks, next_of
 from vidgen import contracts, dead, errors, topology, webhooks
 from vidgen.bus import Stored
 from vidgen.contracts import DeadLetter, Job, JobStatus, Webhook
@@ -86,9 +87,11 @@ class Delivering:
             renew_every=self._renew_every, clock=self.clock.now,
         )  # fmt: skip
 
-    async def queue(self, job_id: str, number: int = 1, url: str = URL, kind: str = "job.completed") -> str:
+    async def queue(
+        self, job_id: str, number: int = 1, url: str = URL, kind: str = "job.completed", tenant: str = "default"
+    ) -> str:  # fmt: skip
         request = contracts.VideoRequest(references=("uploads/a.png",), edit=EDIT, webhook_url=url)
-        job = Job(id=job_id, request=request, created_at=NOW, updated_at=NOW)
+        job = Job(id=job_id, tenant=tenant, request=request, created_at=NOW, updated_at=NOW)
         webhook = Webhook(id=f"{job_id}:{number}", type=kind, timestamp=NOW, data=job)
         subject = topology.subject_of_webhook(job_id)
         await self.bus.publish(subject, webhook.to_bytes(), message_id=webhook.id)
@@ -195,6 +198,38 @@ async def test_a_receiver_that_may_not_be_is_not_told_that_it_was_turned_away(re
 
     assert [error.field for error in job.error.fields] == ["webhook_url"]
     assert await queued(gateway) == []
+
+
+async def test_a_tenant_whose_receiver_is_away_leaves_room_for_the_webhooks_of_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """1,236 jobs with the longest prompts, cancelled within two minutes, filled the stream for a day, for everybody."""
+    monkeypatch.setattr("gateway.jobs.WEBHOOKS_ANYWAY", 2)
+    small = tuple(
+        replace(one, max_bytes=20_000) if one.name == topology.WEBHOOKS else one for one in topology.STREAMS
+    )  # fmt: skip
+    gateway = await Gateway.open(MemoryBus(topology.Topology(streams=small)))
+    jobs = gateway.parts.jobs
+
+    async def cancelled(tenant: str, number: int) -> None:
+        request = contracts.VideoRequest(references=(KEY,), edit=EDIT, webhook_url=URL)
+        work = plan.plan(request.edit, None, "j", (64, 48))
+        job = pipeline.accept(request, f"{tenant}-{number}", [KEY], work, datetime.now(UTC), tenant)
+        await jobs.create(job)
+        await jobs.cancel(job.id)
+
+    for number in range(20):
+        await cancelled("acme", number)
+    assert 2 < len(await queued(gateway)) < 20
+    for number in range(3):
+        await cancelled("default", number)
+        await cancelled("umbrella", number)
+
+    told = [one.data.id for one in await queued(gateway)]
+    assert [one for one in told if not one.startswith("acme")] == [
+        "default-0", "umbrella-0", "default-1", "umbrella-1", "default-2"
+    ]  # fmt: skip
+    assert (await gateway.parts.bus.held(topology.WEBHOOKS)).bytes < 20_000
 
 
 async def test_a_job_without_a_receiver_tells_nobody(gateway: Gateway) -> None:
@@ -459,6 +494,26 @@ async def test_a_slow_receiver_takes_a_few_places_and_no_more() -> None:
     for answer in slow:
         answer.set_result(200)
     await delivering.until(lambda: not delivering.waiting(), advance=0.5)
+    await delivering.close()
+
+
+async def test_a_tenant_whose_receivers_are_slow_leaves_those_of_others_their_places() -> None:
+    """By as many names, or ports, as there were posts at once, one tenant had all of them, and nobody else was told."""
+    delivering = Delivering(concurrency=2 * SHARE)
+    answers: list[asyncio.Future[int]] = []
+    for number in range(3 * SHARE):
+        answers.append(asyncio.get_running_loop().create_future())
+        key = await delivering.queue(f"slow-{number}", url=f"https://hooks.example:{9000 + number}/", tenant="acme")
+        delivering.posts.answers[key] = [answers[-1]]
+    await delivering.posts.count(2 * SHARE // TENANTS_SHARE)
+    other = await delivering.queue("other", url="https://other.example/", tenant="other")
+
+    await delivering.until(lambda: other not in delivering.waiting(), advance=0.1)
+
+    assert len(delivering.posts.tried) == 2 * SHARE // TENANTS_SHARE + 1
+    for answer in answers:
+        answer.set_result(200)
+    await delivering.until(lambda: not delivering.waiting(), advance=1)
     await delivering.close()
 
 
