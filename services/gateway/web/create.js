@@ -260,20 +260,25 @@ class Create {
     let job;
     try {
       job = await call(jobPath(id));
-      const files = await Promise.all((job.inputs || []).map((_, index) => fetchPhoto(id, index)));
-      this.photos.clear();
-      await this.photos.add(files);
     } catch (problem) {
       this.complain(problem.message);
+      return;
     }
-    const { edit, i2v } = job?.request || {};
+    this.photos.clear(); // those of before belong to what was asked before
+    let missing = "";
+    try {
+      await this.photos.add(await Promise.all((job.inputs || []).map((_, index) => fetchPhoto(id, index))));
+    } catch (problem) {
+      missing = problem.message;
+    }
+    const { edit, i2v } = job.request || {};
     const set = (field, value) => (this.field(field).value = value ?? "");
     set("edit-prompt", edit && edit.prompt !== PRESETS_ALONE ? edit.prompt : "");
     for (const preset of ["background", "style", "viewpoint"]) set(preset, edit?.[preset]);
     set("candidates", edit?.candidates ?? 1);
     set("motion-prompt", i2v?.prompt);
     this.field("with-video").checked = Boolean(i2v);
-    this.field("review").checked = Boolean(job?.request?.review);
+    this.field("review").checked = Boolean(job.request?.review);
     if (edit || i2v) this.form.elements.quality.value = (i2v || edit).quality;
     if (i2v) {
       set("frames", i2v.num_frames);
@@ -282,6 +287,9 @@ class Create {
       set("size", [...this.field("size").options].some((option) => option.value === size) ? size : "");
     }
     this.changed();
+    if (!missing) return;
+    this.mark("image", missing);
+    this.complain(missing);
   }
 }
 
@@ -292,8 +300,9 @@ function unsay(place) {
 }
 
 async function fetchPhoto(id, index) {
-  const answer = await fetch(referencePath(id, index));
-  if (!answer.ok) throw new Error("The photo of that job is no longer in the store: choose it again.");
+  const answer = await fetch(referencePath(id, index)).catch(() => null);
+  if (answer?.status === 404) throw new Error("The photo of that job is no longer in the store: choose it again.");
+  if (!answer?.ok) throw new Error("The photo of that job cannot be fetched now: choose it again, or try later.");
   const body = await answer.blob();
   return new File([body], `photo-${index + 1}.${body.type.split("/")[1]}`, { type: body.type });
 }
