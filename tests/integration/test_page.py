@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
+from PIL import Image
 from playwright.sync_api import Browser, Locator, Page, Route, expect
 from tests.browser import PATIENCE_MS, Window, opened, running_browser
 from tests.servers import finished, running_stack
@@ -334,6 +335,44 @@ def test_what_cannot_be_sent_is_said_before_it_is_sent(window: Window, tmp_path:
     frames.fill("17")
     expect(frames).to_have_accessible_description("1.1 s of video.")
     assert [url for url in window.requested if url.endswith("/v1/jobs")] == []
+
+
+def test_a_photo_is_known_by_what_is_in_it_whatever_it_is_called(window: Window, tmp_path: Path) -> None:
+    """One without a suffix, or with that of another program, was said to be no image; the gateway takes it."""
+    page = window.page
+    window.go()
+    expect(page.locator("#style option")).not_to_have_count(1)
+    kinds = {"PNG": "png", "JPEG": "jpg_large", "WEBP": "שלום 😀", "AVIF": "avif"}
+    for kind, suffix in kinds.items():
+        path = tmp_path / f"photo.{suffix}" if kind != "AVIF" else tmp_path / "photo"
+        picture = Image.new("RGB", (64, 48))
+        picture.save(path, format=kind)
+        page.set_input_files("#files", path)
+        expect(page.get_by_role("img", name=f"Photo 1: {path.name}")).to_be_visible()
+        page.get_by_role("button", name="Remove photo 1").click()
+
+
+def test_a_photo_that_was_changed_since_it_was_chosen_is_named(window: Window, tmp_path: Path) -> None:
+    """The browser sends no such file: "the gateway does not answer" was said, however often it was tried."""
+    page = window.page
+    photo = tmp_path / "mine.jpg"
+    photo.write_bytes(PHOTO.read_bytes())
+    os.utime(photo, (1_700_000_000, 1_700_000_000))  # the browser looks at the time, in seconds
+    window.go()
+    fill(page)
+    page.get_by_role("button", name="Remove photo 1").click()
+    page.set_input_files("#files", photo)
+    expect(page.get_by_role("img", name="Photo 1: mine.jpg")).to_be_visible()
+    photo.write_bytes(PHOTO.read_bytes() + b"edited")
+    page.get_by_role("button", name="Make the video").click()
+    expect(page.get_by_role("alert")).to_have_text(
+        "mine.jpg: changed or moved since it was chosen. Remove it, and choose it again."
+    )
+    page.get_by_role("button", name="Remove photo 1").click()
+    page.set_input_files("#files", photo)
+    send(page)
+    status(page, "Done")
+    window.complaints.clear()  # the browser itself reports what it could not send
 
 
 def test_a_photo_can_be_dropped_and_pasted(window: Window) -> None:

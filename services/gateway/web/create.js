@@ -180,7 +180,9 @@ class Create {
       announce("Sent.");
       location.hash = `#/jobs/${encodeURIComponent(job.id)}`;
     } catch (problem) {
-      this.refuse(problem);
+      const unreadable = problem.status === 0 ? await this.photos.unreadable() : [];
+      if (unreadable.length) this.refuseFiles(unreadable);
+      else this.refuse(problem);
     } finally {
       this.busy(false);
     }
@@ -212,6 +214,12 @@ class Create {
   refuse(problem) {
     for (const { field, message } of problem.fields) this.mark(field, message);
     this.complain(problem.message);
+  }
+
+  refuseFiles(names) {
+    const message = `${names.join(", ")}: changed or moved since it was chosen. Remove it, and choose it again.`;
+    this.mark("image", message);
+    this.complain(message);
   }
 
   mark(field, message) {
