@@ -768,6 +768,33 @@ def test_plain_lines_about_steps_come_once_a_second_and_the_last_step_always(
     ]  # fmt: skip
 
 
+@pytest.mark.parametrize(("final", "said"), [(None, "queued"), (False, "queued"), (True, "failed")])
+def test_a_bar_whose_worker_left_it_names_no_time_left(
+    final: bool | None, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`12 s left` stood there for as long as the task waited for another worker, or for its next try."""
+    from vidgen.cli.progress import LiveView
+
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "120")
+    view = LiveView(Output(as_json=False))
+    told: dict[str, Any] = {"job_id": "j1", "at": AT, "stage": "edit", "attempt": 1, "tries": 1, "worker": "w"}
+    left = (
+        contracts.StageReleased(**told)
+        if final is None
+        else contracts.StageFailed(**told, final=final, error=JobError(code="oom", message="out of memory"))
+    )
+    with view:
+        view.begin(("edit",))
+        view.show(contracts.StageStarted(**told, engine="preview", model="m"))
+        view.show(step(2).model_copy(update={"seconds_per_step": 6.0, "eta_s": 12.0}))
+        view.show(left)
+    shown = capsys.readouterr().out
+    last = shown[shown.rindex("edit ") :]
+    assert said in last
+    assert "left" not in last
+
+
 def test_an_attempt_that_failed_is_told_with_what_follows() -> None:
     from vidgen.cli.progress import news_of
 
