@@ -337,6 +337,20 @@ def test_what_cannot_be_sent_is_said_before_it_is_sent(window: Window, tmp_path:
     assert [url for url in window.requested if url.endswith("/v1/jobs")] == []
 
 
+def test_a_form_that_did_not_learn_what_there_is_to_choose_from_asks_again(window: Window) -> None:
+    """A photo that was chosen did not appear, and of what was dropped nothing was left, until something was sent."""
+    page = window.page
+    refused = {"detail": "the bus does not answer", "code": "bus_unavailable"}
+    page.route("**/v1/options", lambda route: route.fulfill(status=503, json=refused), times=2)
+    window.go()
+    expect(page.get_by_role("alert")).to_have_text("the bus does not answer")
+    page.set_input_files("#files", PHOTO)
+    expect(page.get_by_role("img", name="Photo 1: portrait.jpg")).to_be_visible()
+    expect(page.locator("#style option")).not_to_have_count(1)
+    expect(page.get_by_role("alert")).to_be_hidden()
+    window.complaints.clear()  # the browser itself reports each 503
+
+
 def test_a_photo_is_known_by_what_is_in_it_whatever_it_is_called(window: Window, tmp_path: Path) -> None:
     """One without a suffix, or with that of another program, was said to be no image; the gateway takes it."""
     page = window.page

@@ -6,6 +6,7 @@ import { Photos } from "./photos.js";
 
 const ESTIMATE_PAUSE_MS = 250;
 const ESTIMATE_EVERY_S = 10;
+const AGAIN_MS = 2000; // between two looks for what there is to choose from
 
 let kept = null; // the form is kept while other pages are looked at
 
@@ -53,14 +54,17 @@ class Create {
     return this.form.querySelector(`#${id}`);
   }
 
-  async load() {
+  async load({ again = false } = {}) {
     try {
       this.options = await call("v1/options");
     } catch (problem) {
       this.ready = null; // sending asks for them again
-      this.complain(problem.message);
+      const passes = problem.status === 0 || problem.status === 429 || problem.status >= 500;
+      if (passes) setTimeout(() => (this.ready ??= this.load({ again: true })), AGAIN_MS);
+      if (!again) this.complain(problem.message); // once: it takes the focus
       return;
     }
+    if (again) show(this.problem, false);
     const { backgrounds, styles, viewpoints, qualities, limits } = this.options;
     for (const [id, presets] of Object.entries({ background: backgrounds, style: styles, viewpoint: viewpoints })) {
       this.field(id).append(
