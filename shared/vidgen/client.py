@@ -45,6 +45,7 @@ Update = AnyEvent | Progress | Job
 TRIES = 3
 SILENCE_S = 45.0  # the gateway sends a comment every 10 s: after four missed ones the connection is taken for dead
 FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.2, 5.0
+COMMENT = ":"  # no event is called so: a field ends there
 JOB_ID = re.compile(r"[A-Za-z0-9_-]{1,64}")
 # Never through a proxy of the environment: `vidgen up` is here.
 THIS_MACHINE = ("127.0.0.1", "localhost", "::1")
@@ -116,6 +117,15 @@ class DeadPage(_Page):
     """Dead letters, newest first."""
 
     dead: tuple[DeadEntry, ...]
+
+
+class _Slot(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="ignore")
+
+    key: str
+    method: str
+    url: str
+    headers: dict[str, str]
 
 
 class _Workers(BaseModel):
@@ -231,14 +241,10 @@ class AsyncClient:
         """Put an image into the store, and get the key that a request's references take."""
         _, body, guessed = await asyncio.to_thread(_as_part, image, 0)
         asked = {"content_type": content_type or guessed, "size": len(body)}
-        slot = (await self._call("POST", "/v1/uploads", json=asked)).json()
-        with _reported():
-            # The link says who may: the key is none of the store's business.
-            answer = await self._http.request(
-                slot["method"], slot["url"], headers=slot["headers"], content=body, auth=None
-            )
-        _raise_for(answer)
-        return str(slot["key"])
+        slot = await self._model(_Slot, "POST", "/v1/uploads", json=asked)
+        # The link says who may: the key is none of the store's business.
+        await self._call(slot.method, slot.url, headers=slot.headers, content=body, auth=None)
+        return slot.key
 
     async def get(self, job_id: str) -> Job:
         return await self._model(Job, "GET", _job(job_id))
@@ -265,8 +271,8 @@ class AsyncClient:
     async def watch(self, job_id: str, *, after: int = 0, patience: float = 120.0) -> AsyncGenerator[Update, None]:
         """Follow a job: its events (past sequence `after`), progress between them, and last the final Job.
 
-        A broken connection is taken up again where it broke, without gaps or repeats; GatewayError when the gateway
-        cannot be reached for `patience` seconds.
+        A broken connection is taken up again where it broke, without gaps or repeats; GatewayError when nothing was
+        heard of the gateway for `patience` seconds. A job that waits in silence needs none.
         """
         loop = asyncio.get_running_loop()
         seen, pause, give_up = after, FIRST_PAUSE_S, loop.time() + patience
@@ -303,7 +309,7 @@ class AsyncClient:
                     await answer.aread()
                     _raise_for(answer)
                 async for kind, number, data in _server_sent(_lines(answer.aiter_bytes())):
-                    yield number, _update_of(kind, data)
+                    yield number, None if kind == COMMENT else _update_of(kind, data)
 
     async def wait(self, job_id: str) -> Job:
         """Watch a job to its end, and get it."""
@@ -318,13 +324,18 @@ class AsyncClient:
 
         It comes from the store by a presigned link, or through the gateway where the store cannot be reached.
         """
-        try:
-            await self._download(job_id, name, path, {})
-        except GatewayError as exc:
-            if exc.status != 0:
-                raise
-            await self._download(job_id, name, path, {"proxy": "1"})
-        return path
+        pause = FIRST_PAUSE_S
+        for left in reversed(range(TRIES)):
+            for query in ({}, {"proxy": "1"}):
+                try:
+                    await self._download(job_id, name, path, query)
+                    return path
+                except GatewayError as exc:
+                    if exc.status != 0 or (query and not left):
+                        raise
+            await asyncio.sleep(pause)
+            pause *= 2
+        raise AssertionError("unreachable")
 
     async def _download(self, job_id: str, name: str, path: Path, query: dict[str, str]) -> None:
         part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
@@ -486,7 +497,10 @@ async def _lines(chunks: AsyncIterator[bytes]) -> AsyncIterator[str]:
 
 
 async def _server_sent(lines: AsyncIterator[str]) -> AsyncIterator[tuple[str, int | None, str]]:
-    """Server-sent events as (type, id, data); one that is cut short is dropped, as the standard wants."""
+    """Server-sent events as (type, id, data); one that is cut short is dropped, as the standard wants.
+
+    A comment, which says that the gateway is there, is one of the type COMMENT.
+    """
     kind, number, data = "message", None, list[str]()
     async for line in lines:
         field, _, value = line.partition(":")
@@ -496,6 +510,8 @@ async def _server_sent(lines: AsyncIterator[str]) -> AsyncIterator[tuple[str, in
                 if data:
                     yield kind, number, "\n".join(data)
                 kind, number, data = "message", None, []
+            case "":
+                yield COMMENT, None, ""
             case "event":
                 kind = value
             case "id" if value.isdecimal():

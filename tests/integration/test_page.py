@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import re
 import subprocess
@@ -16,7 +17,8 @@ from pathlib import Path
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Browser, Locator, Page, expect
+from PIL import Image
+from playwright.sync_api import Browser, Locator, Page, Route, expect
 from tests.browser import PATIENCE_MS, Window, opened, running_browser
 from tests.servers import finished, running_stack
 
@@ -335,6 +337,58 @@ def test_what_cannot_be_sent_is_said_before_it_is_sent(window: Window, tmp_path:
     assert [url for url in window.requested if url.endswith("/v1/jobs")] == []
 
 
+def test_a_form_that_did_not_learn_what_there_is_to_choose_from_asks_again(window: Window) -> None:
+    """A photo that was chosen did not appear, and of what was dropped nothing was left, until something was sent."""
+    page = window.page
+    refused = {"detail": "the bus does not answer", "code": "bus_unavailable"}
+    page.route("**/v1/options", lambda route: route.fulfill(status=503, json=refused), times=2)
+    window.go()
+    expect(page.get_by_role("alert")).to_have_text("the bus does not answer")
+    page.set_input_files("#files", PHOTO)
+    expect(page.get_by_role("img", name="Photo 1: portrait.jpg")).to_be_visible()
+    expect(page.locator("#style option")).not_to_have_count(1)
+    expect(page.get_by_role("alert")).to_be_hidden()
+    window.complaints.clear()  # the browser itself reports each 503
+
+
+def test_a_photo_is_known_by_what_is_in_it_whatever_it_is_called(window: Window, tmp_path: Path) -> None:
+    """One without a suffix, or with that of another program, was said to be no image; the gateway takes it."""
+    page = window.page
+    window.go()
+    expect(page.locator("#style option")).not_to_have_count(1)
+    kinds = {"PNG": "png", "JPEG": "jpg_large", "WEBP": "שלום 😀", "AVIF": "avif"}
+    for kind, suffix in kinds.items():
+        path = tmp_path / f"photo.{suffix}" if kind != "AVIF" else tmp_path / "photo"
+        picture = Image.new("RGB", (64, 48))
+        picture.save(path, format=kind)
+        page.set_input_files("#files", path)
+        expect(page.get_by_role("img", name=f"Photo 1: {path.name}")).to_be_visible()
+        page.get_by_role("button", name="Remove photo 1").click()
+
+
+def test_a_photo_that_was_changed_since_it_was_chosen_is_named(window: Window, tmp_path: Path) -> None:
+    """The browser sends no such file: "the gateway does not answer" was said, however often it was tried."""
+    page = window.page
+    photo = tmp_path / "mine.jpg"
+    photo.write_bytes(PHOTO.read_bytes())
+    os.utime(photo, (1_700_000_000, 1_700_000_000))  # the browser looks at the time, in seconds
+    window.go()
+    fill(page)
+    page.get_by_role("button", name="Remove photo 1").click()
+    page.set_input_files("#files", photo)
+    expect(page.get_by_role("img", name="Photo 1: mine.jpg")).to_be_visible()
+    photo.write_bytes(PHOTO.read_bytes() + b"edited")
+    page.get_by_role("button", name="Make the video").click()
+    expect(page.get_by_role("alert")).to_have_text(
+        "mine.jpg: changed or moved since it was chosen. Remove it, and choose it again."
+    )
+    page.get_by_role("button", name="Remove photo 1").click()
+    page.set_input_files("#files", photo)
+    send(page)
+    status(page, "Done")
+    window.complaints.clear()  # the browser itself reports what it could not send
+
+
 def test_a_photo_can_be_dropped_and_pasted(window: Window) -> None:
     page = window.page
     window.go()
@@ -507,6 +561,158 @@ def test_a_job_that_is_none_is_said_to_be_none(window: Window) -> None:
     expect(page.locator("h1")).to_have_text("There is no such job")
     expect(page.get_by_role("alert")).to_contain_text("there is no job nothing-of-the-kind")
     window.complaints.clear()  # the browser itself reports the 404
+
+
+class Away:
+    """Has the gateway answer 503 to what a job's page asks of it, as long as it is away."""
+
+    def __init__(self, page: Page, job: str) -> None:
+        self.away = False
+        self._told = False
+        page.route(f"**/v1/jobs/{job}", self._answer)
+        page.route(f"**/v1/jobs/{job}/events*", self._tell)
+
+    def _tell(self, route: Route) -> None:
+        if self._told:
+            self._answer(route)
+        else:  # a connection that breaks at once
+            self._told = self.away = True
+            route.fulfill(content_type="text/event-stream", body="retry: 20\n\n")
+
+    def _answer(self, route: Route) -> None:
+        if self.away:
+            route.fulfill(status=503, json={"detail": "the bus does not answer", "code": "bus_unavailable"})
+        else:
+            route.continue_()
+
+
+def test_a_gateway_that_is_away_is_said_to_be_and_what_was_shown_stays(window: Window) -> None:
+    """The picture went, and stayed away when the gateway was back; before that time went on as if all were well."""
+    page = window.page
+    window.go()
+    fill(page, edit="golden hour light, endless")
+    page.get_by_role("radio", name="High").check()
+    job = send(page)
+    expect(page.locator(".pace").first).to_contain_text("left")
+
+    gateway = Away(page, job)
+    window.go(f"#/jobs/{job}")
+    expect(page.locator(".line")).to_contain_text("There is no news from the gateway")
+    expect(page.get_by_role("status")).to_contain_text("There is no news from the gateway")
+    expect(page.locator(".pace").first).not_to_contain_text("left")
+    expect(page.locator(".screen img.photo")).to_be_visible()
+    expect(page.locator("h1")).to_have_text("golden hour light, endless")
+
+    gateway.away = False
+    expect(page.locator(".line")).to_have_text("Your photo is being edited.")
+    expect(page.locator(".pace").first).to_contain_text("left")
+    expect(page.locator(".screen img.photo")).to_be_visible()
+    page.request.post(f"{window.origin}/v1/jobs/{job}/cancel")
+    status(page, "Cancelled")
+    window.complaints.clear()  # the browser itself reports each 503
+
+
+def test_a_page_that_is_told_to_come_later_comes_later(window: Window) -> None:
+    page = window.page
+    window.go("#/jobs?status=completed")
+    job = (made_job(page).get_attribute("href") or "").rsplit("/", 1)[-1]
+    refused = {"detail": "too many requests", "code": "too_many_requests"}
+    page.route(f"**/v1/jobs/{job}", lambda route: route.fulfill(status=429, json=refused), times=1)
+    window.go(f"#/jobs/{job}")
+    status(page, "Done")
+    window.complaints.clear()  # the browser itself reports the 429
+
+
+def test_why_a_job_failed_again_is_not_what_hindered_its_retry(window: Window) -> None:
+    page = window.page
+    window.go()
+    fill(page, edit="the impossible")
+    send(page)
+    status(page, "Failed")
+    alert = page.get_by_role("alert")
+    expect(alert).to_contain_text("The edit failed")
+    page.route("**/retry", lambda route: route.abort(), times=1)
+    page.get_by_role("button", name="Try again").click()
+    expect(alert).to_have_text("The gateway does not answer. Is the network there?")
+    page.get_by_role("button", name="Try again").click()
+    expect(alert).to_contain_text("The edit failed")
+    status(page, "Failed")
+    window.complaints.clear()  # the browser itself reports what was cut off
+
+
+def test_a_retry_that_another_tab_was_first_with_is_followed(window: Window) -> None:
+    page = window.page
+    window.go()
+    fill(page, edit="golden hour light, endless")
+    page.get_by_role("radio", name="High").check()
+    job = send(page)
+    page.get_by_role("button", name="Cancel").click()
+    status(page, "Cancelled")
+    page.request.post(f"{window.origin}/v1/jobs/{job}/retry")
+    page.get_by_role("button", name="Try again").click()
+    status(page, "Working")
+    expect(page.get_by_role("alert")).to_be_hidden()
+    page.get_by_role("button", name="Cancel").click()
+    status(page, "Cancelled")
+    window.complaints.clear()  # the browser itself reports the 409
+
+
+def test_a_job_whose_log_has_had_its_time_is_shown_by_its_record(window: Window) -> None:
+    """A review may wait for longer than the log is kept: its edit was shown as waiting, without its picture."""
+    page = window.page
+    window.go()
+    fill(page)
+    page.get_by_text("Let me see the edited frame").check()
+    job = send(page)
+    status(page, "Your choice")
+    at = "2026-11-01T00:00:00Z"
+    told = json.dumps({"type": "approved", "job_id": job, "run": 1, "at": at, "candidate": 0})
+    body = f"retry: 600000\n\nid: 9\nevent: approved\ndata: {told}\n\n"
+    page.route("**/events*", lambda route: route.fulfill(content_type="text/event-stream", body=body))
+    window.go(f"#/jobs/{job}")
+    status(page, "Working")
+    expect(page.locator(".stages li").first).to_have_attribute("data-state", "completed")
+    expect(page.locator(".screen img.frame")).to_be_visible()
+    page.request.post(f"{window.origin}/v1/jobs/{job}/cancel")
+
+
+def test_used_again_without_its_photo_a_job_says_so_and_takes_no_other_ones(window: Window) -> None:
+    """What was said went at once, and the photo of before stayed in the form, under this job's prompts."""
+    page = window.page
+    window.go("#/jobs?status=completed")
+    made_job(page).click()
+    again = page.get_by_role("link", name="Use again")
+    expect(again).to_be_visible()
+    page.get_by_role("link", name="Create").click()
+    page.set_input_files("#files", PHOTO)
+    expect(page.get_by_role("img", name="Photo 1: portrait.jpg")).to_be_visible()
+    page.go_back()
+    gone = {"detail": "gone", "code": "artifact_gone"}
+    page.route("**/references/*", lambda route: route.fulfill(status=404, json=gone))
+    again.click()
+    expect(page.get_by_role("alert")).to_contain_text("no longer in the store")
+    expect(page.get_by_label("What should change?")).to_have_value(MADE)
+    expect(page.get_by_role("img", name="Photo 1")).to_have_count(0)
+    page.set_input_files("#files", PHOTO)
+    expect(page.get_by_role("alert")).to_be_hidden()
+    window.complaints.clear()  # the browser itself reports each 404
+
+
+def test_a_prompt_runs_in_its_own_direction(window: Window) -> None:
+    page = window.page
+    window.go()
+    fill(page, edit="שלום עולם!")
+    send(page)
+    status(page, "Done")
+    lefts = page.locator("h1").evaluate(
+        """(title) => [0, title.textContent.length - 1].map((at) => {
+            const letter = document.createRange();
+            letter.setStart(title.firstChild, at);
+            letter.setEnd(title.firstChild, at + 1);
+            return letter.getBoundingClientRect().left;
+        })"""
+    )
+    assert lefts[1] < lefts[0], "the exclamation mark is to the right of what it ends"
 
 
 def test_a_failing_job_shows_why_and_markup_in_a_prompt_stays_text(window: Window) -> None:

@@ -6,6 +6,7 @@ import { Photos } from "./photos.js";
 
 const ESTIMATE_PAUSE_MS = 250;
 const ESTIMATE_EVERY_S = 10;
+const AGAIN_MS = 2000; // between two looks for what there is to choose from
 
 let kept = null; // the form is kept while other pages are looked at
 
@@ -53,14 +54,17 @@ class Create {
     return this.form.querySelector(`#${id}`);
   }
 
-  async load() {
+  async load({ again = false } = {}) {
     try {
       this.options = await call("v1/options");
     } catch (problem) {
       this.ready = null; // sending asks for them again
-      this.complain(problem.message);
+      const passes = problem.status === 0 || problem.status === 429 || problem.status >= 500;
+      if (passes) setTimeout(() => (this.ready ??= this.load({ again: true })), AGAIN_MS);
+      if (!again) this.complain(problem.message); // once: it takes the focus
       return;
     }
+    if (again) show(this.problem, false);
     const { backgrounds, styles, viewpoints, qualities, limits } = this.options;
     for (const [id, presets] of Object.entries({ background: backgrounds, style: styles, viewpoint: viewpoints })) {
       this.field(id).append(
@@ -180,7 +184,9 @@ class Create {
       announce("Sent.");
       location.hash = `#/jobs/${encodeURIComponent(job.id)}`;
     } catch (problem) {
-      this.refuse(problem);
+      const unreadable = problem.status === 0 ? await this.photos.unreadable() : [];
+      if (unreadable.length) this.refuseFiles(unreadable);
+      else this.refuse(problem);
     } finally {
       this.busy(false);
     }
@@ -212,6 +218,12 @@ class Create {
   refuse(problem) {
     for (const { field, message } of problem.fields) this.mark(field, message);
     this.complain(problem.message);
+  }
+
+  refuseFiles(names) {
+    const message = `${names.join(", ")}: changed or moved since it was chosen. Remove it, and choose it again.`;
+    this.mark("image", message);
+    this.complain(message);
   }
 
   mark(field, message) {
@@ -260,20 +272,25 @@ class Create {
     let job;
     try {
       job = await call(jobPath(id));
-      const files = await Promise.all((job.inputs || []).map((_, index) => fetchPhoto(id, index)));
-      this.photos.clear();
-      await this.photos.add(files);
     } catch (problem) {
       this.complain(problem.message);
+      return;
     }
-    const { edit, i2v } = job?.request || {};
+    this.photos.clear(); // those of before belong to what was asked before
+    let missing = "";
+    try {
+      await this.photos.add(await Promise.all((job.inputs || []).map((_, index) => fetchPhoto(id, index))));
+    } catch (problem) {
+      missing = problem.message;
+    }
+    const { edit, i2v } = job.request || {};
     const set = (field, value) => (this.field(field).value = value ?? "");
     set("edit-prompt", edit && edit.prompt !== PRESETS_ALONE ? edit.prompt : "");
     for (const preset of ["background", "style", "viewpoint"]) set(preset, edit?.[preset]);
     set("candidates", edit?.candidates ?? 1);
     set("motion-prompt", i2v?.prompt);
     this.field("with-video").checked = Boolean(i2v);
-    this.field("review").checked = Boolean(job?.request?.review);
+    this.field("review").checked = Boolean(job.request?.review);
     if (edit || i2v) this.form.elements.quality.value = (i2v || edit).quality;
     if (i2v) {
       set("frames", i2v.num_frames);
@@ -282,6 +299,9 @@ class Create {
       set("size", [...this.field("size").options].some((option) => option.value === size) ? size : "");
     }
     this.changed();
+    if (!missing) return;
+    this.mark("image", missing);
+    this.complain(missing);
   }
 }
 
@@ -292,8 +312,9 @@ function unsay(place) {
 }
 
 async function fetchPhoto(id, index) {
-  const answer = await fetch(referencePath(id, index));
-  if (!answer.ok) throw new Error("The photo of that job is no longer in the store: choose it again.");
+  const answer = await fetch(referencePath(id, index)).catch(() => null);
+  if (answer?.status === 404) throw new Error("The photo of that job is no longer in the store: choose it again.");
+  if (!answer?.ok) throw new Error("The photo of that job cannot be fetched now: choose it again, or try later.");
   const body = await answer.blob();
   return new File([body], `photo-${index + 1}.${body.type.split("/")[1]}`, { type: body.type });
 }

@@ -8,8 +8,11 @@ const KINDS = [
   "accepted", "rejected", "stage_started", "stage_completed", "stage_failed", "stage_released", "stage_cancelled",
   "cancel_requested", "retry_requested", "approved", "completed", "failed", "cancelled", "progress", "queue",
 ];
+const LOST = "There is no news from the gateway: this is how it was. It is asked again and again.";
 const MANY_STEPS = 40; // more are drawn as one bar
 const TICK_MS = 500;
+const AGAIN_MS = 2000; // between two looks for a gateway that is away
+const LOST_MS = 4000; // a gateway that is started anew is back by then, or it is said
 
 export function jobPage(id) {
   const page = new JobPage(id);
@@ -23,11 +26,14 @@ class JobPage {
     this.source = null;
     this.progress = null;
     this.chosen = null; // the picture that somebody asked to see
+    this.refused = ""; // by which code what was asked last
     this.usual = {}; // seconds that a stage takes, where that is known
     this.shown = ""; // what the screen shows
     this.drawing = 0;
     this.left = false;
     this.acting = false;
+    this.lostAt = null; // since when nothing is heard of the gateway
+    this.toldLost = false;
     this.timer = setInterval(() => this.draw(), TICK_MS);
     this.build();
   }
@@ -69,10 +75,13 @@ class JobPage {
       this.take(await call(jobPath(this.id)));
     } catch (problem) {
       if (this.left) return;
-      setText(this.title, problem.status === 404 ? "There is no such job" : "The job cannot be shown");
+      const passes = problem.status === 0 || problem.status === 429 || problem.status >= 500;
+      if (passes) this.reopen();
+      if (passes && this.progress) return; // what is known of the job stays, and the line says that it is old
       this.complain(problem.message);
+      if (this.progress) return;
+      setText(this.title, problem.status === 404 ? "There is no such job" : "The job cannot be shown");
       this.screen.replaceChildren(el("p", { class: "waiting" }, "Nothing to show"));
-      if (problem.status === 0 || problem.status >= 500) this.reopening = setTimeout(() => this.open(), 2000);
       return;
     }
     if (this.left) return;
@@ -82,6 +91,11 @@ class JobPage {
     }
     this.listen();
     this.expect(this.progress.job);
+  }
+
+  reopen() {
+    clearTimeout(this.reopening);
+    this.reopening = setTimeout(() => this.open(), AGAIN_MS);
   }
 
   // What the stages would take that have not begun, by what others took lately; without an answer nothing is said.
@@ -97,6 +111,8 @@ class JobPage {
 
   take(job) {
     show(this.trouble, false);
+    delete this.trouble.dataset.text; // what is in it now may be something else
+    this.lostAt = null;
     this.progress = new Progress(job);
     this.draw();
   }
@@ -110,7 +126,8 @@ class JobPage {
     let begun = false;
     for (const kind of KINDS) {
       source.addEventListener(kind, (event) => {
-        if (!begun) this.progress.reset(this.progress.job, { replayed: true });
+        // A log that does not begin with its beginning has had its time: the record alone says what was before.
+        if (!begun && kind === "accepted") this.progress.reset(this.progress.job, { replayed: true });
         begun = true;
         const told = this.progress.fold(kind, JSON.parse(event.data));
         if (told) announce(told);
@@ -119,11 +136,14 @@ class JobPage {
     }
     source.addEventListener("job", (event) => {
       source.close();
+      this.lostAt = null;
       this.progress.reset(JSON.parse(event.data));
       this.soon();
     });
+    source.addEventListener("open", () => (this.lostAt = null));
     source.addEventListener("error", () => {
-      if (source.readyState === EventSource.CLOSED && !this.left) this.reopening = setTimeout(() => this.open(), 2000);
+      this.lostAt ??= Date.now();
+      if (source.readyState === EventSource.CLOSED && !this.left) this.reopen();
     });
   }
 
@@ -141,9 +161,11 @@ class JobPage {
   async act(what, body) {
     if (this.acting) return null;
     this.acting = true;
+    this.refused = "";
     try {
       return await post(jobPath(this.id, what), body);
     } catch (problem) {
+      this.refused = problem.code;
       this.complain(problem.message);
       return null;
     } finally {
@@ -160,7 +182,10 @@ class JobPage {
 
   async retry() {
     const job = await this.act("/retry");
-    if (job === null) return;
+    if (job === null) {
+      if (this.refused === "not_possible") await this.open(); // it goes on already: somebody else was first
+      return;
+    }
     this.title.focus();
     this.take(job);
     if (!this.progress.final) this.listen();
@@ -171,7 +196,8 @@ class JobPage {
   }
 
   complain(text) {
-    this.trouble.replaceChildren(el("p", {}, text));
+    // An alert that did not change is not read out again.
+    if (this.trouble.hidden || this.trouble.textContent !== text) this.trouble.replaceChildren(el("p", {}, text));
     show(this.trouble, true);
     this.trouble.dataset.own = "";
   }
@@ -192,12 +218,23 @@ class JobPage {
       this.chip.replaceChildren(statusChip(now.status));
       document.title = `${this.chip.textContent} · vidgen`;
     }
-    setText(this.line, lineOf(now));
+    this.tellIfLost();
+    setText(this.line, this.lost ? LOST : lineOf(now));
     this.drawStages(now);
     this.drawPictures(now);
     this.drawReview(now);
     this.drawEnd(now);
     this.drawDetails(now.job);
+  }
+
+  get lost() {
+    return this.lostAt !== null && Date.now() - this.lostAt >= LOST_MS;
+  }
+
+  tellIfLost() {
+    const lost = this.lost;
+    if (lost && !this.toldLost) announce(LOST);
+    this.toldLost = lost;
   }
 
   drawStages(now) {
@@ -216,7 +253,7 @@ class JobPage {
       if (bar.children.length === 1) bar.firstChild.style.setProperty("--share", stage.step / stage.steps);
       else [...bar.children].forEach((part, step) => part.classList.toggle("done", step < stage.step));
       setText(node.querySelector(".where"), whereOf(stage));
-      setText(node.querySelector(".pace"), paceOf(stage, now, this.usual[stage.stage]));
+      setText(node.querySelector(".pace"), paceOf(stage, now, this.usual[stage.stage], this.lost));
     });
   }
 
@@ -354,11 +391,11 @@ function whereOf(stage) {
   }
 }
 
-function paceOf(stage, now, usual) {
+function paceOf(stage, now, usual, lost) {
   if (now.final && stage.state !== "completed") return "";
   const parts = [];
   if (stage.perStep && stage.state !== "pending" && stage.state !== "queued") parts.push(`${pace(stage.perStep)} a step`);
-  if (stage.state === "running" && stage.etaAt) parts.push(`about ${duration(Math.max(0, (stage.etaAt - Date.now()) / 1000))} left`);
+  if (stage.state === "running" && stage.etaAt && !lost) parts.push(`about ${duration(Math.max(0, (stage.etaAt - Date.now()) / 1000))} left`);
   if (stage.state === "queued" && now.place?.stage === stage.stage) parts.push(placeOf(now.place));
   if (usual && (stage.state === "pending" || stage.state === "queued")) parts.push(`takes about ${duration(usual)}`);
   if (stage.trouble && stage.state === "queued") parts.push(`tried again: ${stage.trouble}`);

@@ -67,7 +67,7 @@ export class Photos {
 
   async take(file) {
     const { limits } = this;
-    if (!limits.image_types.includes(file.type)) return "this is no PNG, JPEG, WebP or AVIF image.";
+    if (!limits.image_types.includes(await typeOf(file))) return "this is no PNG, JPEG, WebP or AVIF image.";
     if (!file.size) return "the file is empty.";
     if (file.size > limits.max_image_bytes) {
       return `${bytes(file.size)} is too large: at most ${bytes(limits.max_image_bytes)} are taken.`;
@@ -87,6 +87,12 @@ export class Photos {
     if (fault) URL.revokeObjectURL(url);
     else this.chosen.push({ file, url, width, height });
     return fault;
+  }
+
+  // What the browser can no longer read: it sends a file as it was chosen, or not at all.
+  async unreadable() {
+    const read = this.chosen.map(({ file }) => file.slice(0, 1).arrayBuffer().then(() => "", () => file.name));
+    return (await Promise.all(read)).filter(Boolean);
   }
 
   misshapen(width, height) {
@@ -145,4 +151,15 @@ export class Photos {
     show(this.drop.querySelector(".drop-call"), this.chosen.length < this.limits.max_references);
     this.changed();
   }
+}
+
+// By what is in it, as the gateway looks at it: a file's name may say nothing.
+async function typeOf(file) {
+  const head = await file.slice(0, 12).arrayBuffer().catch(() => new ArrayBuffer(0));
+  const text = String.fromCharCode(...new Uint8Array(head));
+  if (text.startsWith("\x89PNG")) return "image/png";
+  if (text.startsWith("\xff\xd8")) return "image/jpeg";
+  if (text.startsWith("RIFF") && text.endsWith("WEBP")) return "image/webp";
+  if (/^ftypavi[fs]$/.test(text.slice(4))) return "image/avif";
+  return file.type;
 }

@@ -243,6 +243,10 @@ class LiveView:
                 self._mark(self._tasks[stage], update)
             else:
                 self._console.print(harmless(f"{stage}: {text}" if stage else text), markup=False)
+            if stage in self._tasks and isinstance(update, contracts.StageReleased | contracts.StageFailed):
+                # Nobody is at it any more, so what was left is no news.
+                ended = isinstance(update, contracts.StageFailed) and update.final
+                self._bars.update(self._tasks[stage], text="failed" if ended else WAITING)
             if (wait := self._review.news_of(update)) is not None:
                 self._console.print(harmless(wait), markup=False)
 

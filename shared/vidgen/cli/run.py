@@ -7,7 +7,7 @@ import contextlib
 import os
 import shlex
 import tempfile
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Coroutine, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
@@ -105,16 +105,32 @@ async def _run(
             AsyncClient(url, api_key=key) as client,
         ):
             job = await client.submit(request, images=images)
-            job = await _unless_lost(stack, _followed(client, job.id, stages_of(request), view))
             unwritten: dict[str, FieldError] = {}
-            if job.status == "completed":
-                unwritten = await _fetched(client, job.id, wanted, gateway)
-            elif stack is not None:
-                _show_log(out_put, stack, job)
+            with _named(job.id, gateway):
+                following = _followed(client, job.id, stages_of(request), view, out_put if gateway else None)
+                job = await _unless_lost(stack, following)
+                if job.status == "completed":
+                    unwritten = await _fetched(client, job.id, wanted, gateway)
+                elif stack is not None:
+                    _show_log(out_put, stack, job)
     _report(out_put, job, {name: wanted[name] for name in wanted if name not in unwritten}, retryable=bool(gateway))
     if unwritten:
         told = "; ".join(f"{error.field}: {error.message}" for error in unwritten.values())
         out_put.fail("local_file", told, errors=tuple(unwritten.values()))
+
+
+@contextlib.contextmanager
+def _named(job_id: str, gateway: str | None) -> Iterator[None]:
+    """Name the job where its gateway, or what comes of it, is out of reach: it is there still, and may go on."""
+    from vidgen.client import GatewayError
+
+    try:
+        yield
+    except GatewayError as exc:
+        if gateway is None:
+            raise
+        detail = f"{exc.message} (job {job_id} is there still: `vidgen watch {job_id}` follows it)"
+        raise GatewayError(exc.problem.model_copy(update={"detail": detail})) from exc
 
 
 async def _fetched(
@@ -173,8 +189,14 @@ async def _gateway(url: str | None, view: View, stages: Sequence[Stage]) -> Asyn
             await stack.stop()
 
 
-async def _followed(client: AsyncClient, job_id: str, stages: Sequence[Stage], view: View) -> Job:
-    """Watch a job to its end; if that is interrupted, or nobody reads of it any more, cancel it."""
+async def _followed(
+    client: AsyncClient, job_id: str, stages: Sequence[Stage], view: View, out_put: Output | None = None
+) -> Job:
+    """Watch a job to its end; if that is interrupted, or nobody reads of it any more, cancel it.
+
+    Where that cannot be, and the gateway stays, `out_put` says so.
+    """
+    from vidgen.client import GatewayError
     from vidgen.contracts import Job
 
     try:
@@ -185,11 +207,21 @@ async def _followed(client: AsyncClient, job_id: str, stages: Sequence[Stage], v
                 if isinstance(update, Job):
                     return update
     except (asyncio.CancelledError, OSError):  # of what it says; what the gateway says is none
-        with contextlib.suppress(Exception):
+        try:
             async with asyncio.timeout(CANCEL_WITHIN_S):
                 await client.cancel(job_id)
+        except (GatewayError, TimeoutError):
+            if out_put is not None:
+                _say_uncancelled(out_put, job_id)
         raise
     raise AssertionError("watch ends with a job")
+
+
+def _say_uncancelled(out_put: Output, job_id: str) -> None:
+    message = f"job {job_id} could not be cancelled, and may go on: `vidgen cancel {job_id}` does it later"
+    with contextlib.suppress(OSError):  # perhaps nobody listens any more
+        out_put.note(f"vidgen: {message}")
+        out_put.emit("note", {"job_id": job_id, "message": message})
 
 
 async def _unless_lost(stack: Stack | None, action: Coroutine[Any, Any, T]) -> T:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import os
@@ -277,6 +278,47 @@ def test_a_gateway_out_of_reach_is_exit_code_1(photo: Path, tmp_path: Path, fake
     result = vidgen("run", photo, "--edit", "a hat", "-o", tmp_path / "a.png", *GATEWAY)
     assert result.exit_code == 1
     assert "http://gateway does not answer" in result.stderr
+
+
+@pytest.mark.parametrize("lost", ["watch", "download"])
+def test_a_gateway_that_is_lost_leaves_the_job_by_its_name(
+    lost: str, photo: Path, tmp_path: Path, fake: type[FakeClient], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The job went on there, at its price, and nobody was told which one it was."""
+    away = GatewayError(Problem(detail="http://gateway does not answer", code="gateway_unreachable"))
+
+    async def watch(self: FakeClient, job_id: str) -> AsyncIterator[Update]:
+        yield step(1)
+        raise away
+
+    async def download(self: FakeClient, job_id: str, name: str, path: Path) -> Path:
+        raise away
+
+    monkeypatch.setattr(fake, lost, {"watch": watch, "download": download}[lost])
+    result = vidgen("run", photo, "--edit", "a hat", "-o", tmp_path / "a.png", *GATEWAY)
+    assert result.exit_code == 1
+    assert f"http://gateway does not answer (job {made_job().id} is there still" in result.stderr
+    assert f"vidgen watch {made_job().id}" in result.stderr
+
+
+@pytest.mark.parametrize("as_json", [False, True])
+async def test_a_cancel_that_does_not_reach_the_gateway_is_said(
+    as_json: bool, fake: type[FakeClient], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ctrl-C while the gateway was away: the job went on, and "interrupted" was all that was said."""
+
+    async def watch(self: FakeClient, job_id: str) -> AsyncIterator[Update]:
+        raise asyncio.CancelledError
+        yield
+
+    monkeypatch.setattr(fake, "watch", watch)
+    fake.answer = GatewayError(Problem(detail="http://gateway does not answer", code="gateway_unreachable"))
+    out_put = Output(as_json)
+    with pytest.raises(asyncio.CancelledError):
+        await _followed(FakeClient("http://gateway"), "j1", ("edit",), PlainView(Output(False)), out_put)  # type: ignore[arg-type]
+    assert fake.sent == [("cancel", "j1")]
+    told = capsys.readouterr()
+    assert "vidgen cancel j1" in (told.out if as_json else told.err)
 
 
 def test_no_stage_of_a_job_that_was_cancelled_is_said_to_run(fake: type[FakeClient]) -> None:
@@ -724,6 +766,33 @@ def test_plain_lines_about_steps_come_once_a_second_and_the_last_step_always(
     assert [line.split(",")[0] for line in capsys.readouterr().out.splitlines()] == [
         "edit: step 1/8", "edit: step 5/8", "edit: step 8/8",
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("final", "said"), [(None, "queued"), (False, "queued"), (True, "failed")])
+def test_a_bar_whose_worker_left_it_names_no_time_left(
+    final: bool | None, said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`12 s left` stood there for as long as the task waited for another worker, or for its next try."""
+    from vidgen.cli.progress import LiveView
+
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "120")
+    view = LiveView(Output(as_json=False))
+    told: dict[str, Any] = {"job_id": "j1", "at": AT, "stage": "edit", "attempt": 1, "tries": 1, "worker": "w"}
+    left = (
+        contracts.StageReleased(**told)
+        if final is None
+        else contracts.StageFailed(**told, final=final, error=JobError(code="oom", message="out of memory"))
+    )
+    with view:
+        view.begin(("edit",))
+        view.show(contracts.StageStarted(**told, engine="preview", model="m"))
+        view.show(step(2).model_copy(update={"seconds_per_step": 6.0, "eta_s": 12.0}))
+        view.show(left)
+    shown = capsys.readouterr().out
+    last = shown[shown.rindex("edit ") :]
+    assert said in last
+    assert "left" not in last
 
 
 def test_an_attempt_that_failed_is_told_with_what_follows() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import re
@@ -396,6 +397,34 @@ async def test_patience_begins_anew_with_whatever_is_heard() -> None:
     assert [type(update) for update in updates] == [Accepted, StageStarted, Progress, Job]
 
 
+async def test_a_job_that_waits_in_silence_takes_no_patience() -> None:
+    """Patience ran from the last event: of a job that waited longer, the first connection that broke was the last."""
+    asked = 0
+
+    class Silence(Stream):
+        async def __aiter__(self) -> AsyncIterator[bytes]:
+            await asyncio.sleep(0.3)
+            async for piece in super().__aiter__():
+                yield piece
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        nonlocal asked
+        asked += 1
+        if asked > 2:
+            return events(DONE)
+        return httpx.Response(200, stream=Silence(b": keep-alive\n\n", breaks=asked == 1))
+
+    async with gateway(handler) as found:
+        assert [type(update) async for update in found.watch("j1", patience=0.2)] == [Job]
+    assert asked == 3
+
+
+async def test_a_gateway_that_says_nothing_more_than_hello_takes_patience() -> None:
+    async with gateway(lambda _: events(b"retry: 2000\n\n")) as found:
+        with pytest.raises(GatewayError, match="keeps ending the events"):
+            _ = [update async for update in found.watch("j1", patience=0.05)]
+
+
 async def test_events_of_a_newer_gateway_are_passed_over() -> None:
     async with gateway(lambda _: events(frame("job_promoted", b'{"type":"job_promoted"}', 8), DONE)) as found:
         assert [type(update) for update in await watched(found)] == [Job]
@@ -441,6 +470,36 @@ async def test_a_file_that_is_not_there_is_not_asked_for_by_another_way(tmp_path
         with pytest.raises(GatewayError, match="no such artifact"):
             await found.download("j1", "video.mp4", tmp_path / "out.mp4")
     assert len(asked) == 1
+
+
+async def test_a_download_is_tried_again_while_the_gateway_starts_anew(tmp_path: Path) -> None:
+    """It was asked for once more at once, and a job that was done ended `vidgen run` without its video."""
+    asked: list[str] = []
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        asked.append(request.url.query.decode())
+        if len(asked) <= 2:
+            raise httpx.ConnectError("refused", request=request)
+        return httpx.Response(200, content=b"film")
+
+    async with gateway(handler) as found:
+        path = await found.download("j1", "video.mp4", tmp_path / "out.mp4")
+    assert (path.read_bytes(), asked) == (b"film", ["", "proxy=1", ""])
+
+
+async def test_a_download_from_a_gateway_that_stays_away_ends(tmp_path: Path) -> None:
+    asked = 0
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        nonlocal asked
+        asked += 1
+        raise httpx.ConnectError("refused", request=request)
+
+    async with gateway(handler) as found:
+        with pytest.raises(GatewayError, match="does not answer"):
+            await found.download("j1", "video.mp4", tmp_path / "out.mp4")
+    assert asked == 2 * client.TRIES
+    assert names_in(tmp_path) == []
 
 
 async def test_a_download_that_breaks_leaves_the_old_file_alone(tmp_path: Path) -> None:
@@ -495,6 +554,30 @@ async def test_a_link_to_the_store_is_a_credential_and_not_repeated() -> None:
         with pytest.raises(GatewayError, match=re.escape("http://store/put was answered with 403")) as caught:
             await found.upload(picture())
     assert "secret" not in str(caught.value)
+
+
+async def test_an_upload_whose_connection_breaks_is_sent_again() -> None:
+    sent: list[bytes] = []
+
+    def handler(request: httpx.Request) -> httpx.Response:
+        if request.url.host != "store":
+            slot = {"key": "uploads/k", "url": "http://store/put", "method": "PUT", "headers": {}}
+            return httpx.Response(201, json=slot)
+        sent.append(request.content)
+        if len(sent) == 1:
+            raise httpx.WriteError("reset", request=request)
+        return httpx.Response(200)
+
+    async with gateway(handler) as found:
+        assert await found.upload(PNG) == "uploads/k"
+    assert sent == [PNG, PNG]
+
+
+@pytest.mark.parametrize("answer", [b"<html>sign in</html>", b'{"hello": "world"}', b"[]"])
+async def test_an_upload_to_another_server_is_told_like_any_other_call(answer: bytes) -> None:
+    async with gateway(lambda _: httpx.Response(200, content=answer)) as found:
+        with pytest.raises(GatewayError, match="is it a vidgen gateway"):
+            await found.upload(PNG)
 
 
 async def test_a_page_of_jobs_has_its_cursor() -> None:
