@@ -188,7 +188,9 @@ async def test_progress_keeps_the_newest_of_each_subject_only(bus: Bus) -> None:
 
 async def test_an_empty_queue_gives_nothing_at_once_or_after_the_wait(bus: Bus) -> None:
     assert await bus.pull(QUEUE, 0) is None
+    least = later(0.2)
     assert await bus.pull(QUEUE, 0.2) is None
+    assert least()
 
 
 async def test_a_waiting_pull_gets_what_comes(bus: Bus) -> None:

@@ -81,11 +81,15 @@ async def test_a_repeated_publish_is_no_conflict_where_the_bus_goes_away_once_mo
 
 async def test_a_waiting_pull_hears_of_an_outage_at_once_and_the_next_one_goes_on(nats_server: NatsServer) -> None:
     async with connected_bus(nats_server) as connected:
+        await connected.depth(QUEUE)
+        before = set(connected.client._subs)
         pull = asyncio.create_task(connected.pull(QUEUE, 300.0))
         await connected.depth(QUEUE)
         await nats_server.kill()
         with pytest.raises(errors.BusError):
             await asyncio.wait_for(pull, BOUND)
+        await connected.settle()
+        assert set(connected.client._subs) == before  # else its answer may yet come, with a message that nobody takes
         assert not await connected.ready()
 
         await nats_server.start()
@@ -483,8 +487,18 @@ async def test_a_full_stream_that_discards_new_messages_says_try_later(nats_serv
         for n in range(3):
             await connected.publish(topology.SUBJECT_REQUESTS, b"x" * 500, message_id=str(n))
 
+        at_once = jetstream.PUBLISH_PATIENCE / 2  # it is the caller who waits, and tells its own caller
         with pytest.raises(errors.QueueFullError, match="full"):
-            await connected.publish(topology.SUBJECT_REQUESTS, b"x" * 500, message_id="last")
+            async with asyncio.timeout(at_once):
+                await connected.publish(topology.SUBJECT_REQUESTS, b"x" * 500, message_id="last")
+
+
+async def test_a_publish_behind_the_end_of_a_connection_fails_at_once(nats_server: NatsServer) -> None:
+    async with connected_bus(nats_server) as connected:
+        pass
+    with pytest.raises(errors.BusError):
+        async with asyncio.timeout(jetstream.PUBLISH_PATIENCE / 2):
+            await connected.publish(SUBJECT, b"", message_id="a")
 
 
 async def test_a_message_larger_than_the_server_takes_is_rejected_at_once(nats_server: NatsServer) -> None:
@@ -905,7 +919,7 @@ async def test_the_latest_comes_from_any_node_where_no_leader_says_it(
 
         records, subject = connected.records(topology.JOBS_BUCKET), topology.subject_of_events("j1")
         revision = await records.put("j1", b"record")
-        await connected.publish(subject, b"event", message_id="e", headers={"traceparent": "00-a: b"})
+        await connected.publish(subject, b"event", message_id="e", headers={"traceparent": "00-a: b", "Status": "404"})
         said = await connected.latest(topology.EVENTS, subject)
         monkeypatch.setattr(connected.client, "request", request)
         assert await records.latest("j1") == (b"record", revision)

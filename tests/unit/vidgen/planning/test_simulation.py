@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import heapq
 from collections.abc import Sequence
 
@@ -140,6 +141,30 @@ def test_a_long_batch_task_makes_way_and_goes_on_where_it_was() -> None:
     assert run.stages["edit"].busy_s == pytest.approx(200)
 
 
+def test_a_task_that_made_way_goes_on_before_other_batch_tasks() -> None:
+    run = simulate([at(0, lane="batch"), at(0, lane="batch"), at(50)], {"edit": Served(100, fixed(1))}, NO_LEAD)
+
+    first, second, _ = tasks(run)
+    assert (first.preempted, second.preempted) == (1, 0)
+    assert second.started_at == run.jobs[0].done_at
+
+
+def test_a_batch_task_in_its_own_turn_makes_no_way() -> None:
+    jobs = [at(0), at(0, lane="batch"), at(0)]
+    run = simulate(jobs, {"edit": Served(100, fixed(1))}, Policy(lead_s=0.0, batch_share=2))
+
+    assert [task.started_at for task in tasks(run)] == [0, 100, 200]
+    assert tasks(run)[1].preempted == 0
+
+
+def test_a_turn_of_the_batch_lane_that_finds_nothing_there_is_over() -> None:
+    jobs = [*[at(0)] * 6, at(2.5, lane="batch")]
+    run = simulate(jobs, {"edit": Served(1, fixed(1))}, Policy(lead_s=0.0, batch_share=3))
+
+    # It was its turn at 2, and is again behind two others.
+    assert tasks(run)[-1].started_at == 4
+
+
 def test_a_batch_task_that_is_nearly_done_makes_no_way() -> None:
     run = simulate([at(0, lane="batch"), at(90)], {"edit": Served(100, fixed(1))})
 
@@ -197,6 +222,73 @@ def test_with_a_floor_gpus_leave_one_by_one_and_finish_what_they_have() -> None:
     steps = {count: counts.count(count) * 2 for count in (3, 2)}
     assert steps == {3: pytest.approx(120, abs=4), 2: pytest.approx(120, abs=4)}
     assert counts[-1] == 1
+
+
+def replicas(run: Run, moment: float) -> int:
+    """How many there are at a moment, by the sample behind it."""
+    return next(sample.replicas["edit"] for sample in run.samples if sample.at >= moment)
+
+
+def test_with_a_floor_no_gpu_leaves_while_as_many_were_asked_for_lately() -> None:
+    rule = Scaling(floor=1, most=4, lag_threshold=1, down_window_s=300, down_every_s=120)
+    run = simulate([at(1001)] * 4, {"edit": Served(63, rule)}, horizon_s=1800)
+
+    # All four were asked for last at the sync at 1050, three at the next one.
+    assert [replicas(run, moment) for moment in (1000, 1010, 1360, 1370)] == [1, 4, 4, 3]
+    assert [replicas(run, moment) for moment in (1480, 1490, 1600, 1610)] == [3, 2, 2, 1]
+
+
+def test_that_some_started_is_no_reason_to_keep_one_that_nobody_asks_for() -> None:
+    rule = Scaling(floor=1, most=4, lag_threshold=1, down_window_s=15, down_every_s=600)
+    run = simulate([at(1001)] * 4, {"edit": Served(20, rule)}, horizon_s=1800)
+
+    assert [replicas(run, moment) for moment in (1045, 1055, 1645, 1655)] == [4, 3, 3, 2]
+
+
+# Behind each of its syncs, every 15 s, one GPU leaves that is not asked for then.
+HASTY = Scaling(floor=1, most=2, lag_threshold=1, down_window_s=0, down_every_s=0)
+
+
+def test_a_gpu_that_leaves_at_work_is_there_and_paid_for_until_it_is_done() -> None:
+    rule = dataclasses.replace(HASTY, lag_threshold=2)
+    run = simulate([at(0)] * 4, {"edit": Served(100, rule)}, NO_LEAD, horizon_s=300)
+
+    # The second one is there from 15 on, and at 120 one is enough for the two tasks that are left: the newest leaves.
+    assert [task.started_at for task in tasks(run)] == [0, 15, 100, 115]
+    assert [job.done_at for job in run.jobs] == [100, 115, 200, 215]
+    assert [replicas(run, moment) for moment in (10, 16, 200, 216)] == [1, 2, 2, 1]
+    assert run.stages["edit"].paid_s == 300 + (215 - 15)
+    assert run.stages["edit"].most_replicas == 2
+
+
+def test_an_idle_gpu_leaves_before_one_at_work() -> None:
+    run = simulate([at(0), at(1)], {"edit": Served(100, HASTY)}, NO_LEAD, horizon_s=300)
+
+    # At 105 the older one is idle, and the other at work until 115.
+    assert run.stages["edit"].paid_s == 105 + (300 - 15)
+
+
+def test_a_gpu_that_only_starts_leaves_before_one_that_is_there() -> None:
+    rule = dataclasses.replace(HASTY, cold_start_s=200)
+    run = simulate([at(1), at(1), at(100)], {"edit": Served(16, rule)}, NO_LEAD)
+
+    assert tasks(run)[-1].started_at == 100
+
+
+def test_what_a_gpu_that_leaves_had_taken_is_done_by_another() -> None:
+    rule = dataclasses.replace(HASTY, lag_threshold=3)
+    run = simulate([at(0)] * 4, {"edit": Served(100, rule)}, Policy(lead_s=90.0))
+
+    # At 105 the second leaves, with a task in its hand for 115.
+    assert [task.started_at for task in tasks(run)] == [0, 100, 15, 200]
+    assert run.lasted_s == 300
+
+
+def test_nothing_is_given_to_a_gpu_that_left_while_it_waited() -> None:
+    run = simulate([at(0.9), at(1), at(100), at(100)], {"edit": Served(20.3, HASTY)}, NO_LEAD)
+
+    # It would have been the first to be given one, and what it handed back would have come second.
+    assert [task.started_at for task in tasks(run)][2:] == [100, 105]
 
 
 # ── properties ───────────────────────────────────────────────────────────────────────────────────────────────────
