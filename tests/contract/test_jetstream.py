@@ -191,18 +191,21 @@ async def test_a_feed_goes_on_where_it_was_after_a_restart(nats_server: NatsServ
         await feed.close()
 
 
-async def test_a_feed_outlives_its_consumer_on_the_server(nats_server: NatsServer) -> None:
+@pytest.mark.parametrize("waits", [False, True], ids=["between two looks", "while it waits"])
+async def test_a_feed_outlives_its_consumer_on_the_server(nats_server: NatsServer, waits: bool) -> None:
     subject = topology.subject_of_events("j1")
     async with connected_bus(nats_server) as connected:
         await connected.publish(subject, b"0", message_id="0")
         feed = await connected.follow(topology.EVENTS, subject)
         first = await feed.next(BOUND)
+        following = asyncio.create_task(feed.next(BOUND)) if waits else None
+        await connected.depth(QUEUE)  # a round trip later the server knows of the pull
         for info in await connected.jetstream.consumers_info(topology.EVENTS):
             if info.name != topology.GATEWAY:
                 await connected.jetstream.delete_consumer(topology.EVENTS, info.name)
         await connected.publish(subject, b"1", message_id="1")
 
-        second = await feed.next(BOUND)
+        second = await (following or feed.next(BOUND))
 
         assert first is not None
         assert second is not None
@@ -681,6 +684,18 @@ async def test_pulls_that_follow_one_another_share_a_subscription(nats_server: N
             assert await connected.pull(QUEUE, 0.05) is None
 
         assert set(connected.client._subs) == before
+
+
+async def test_a_pull_that_was_given_up_is_given_nothing_any_more(nats_server: NatsServer) -> None:
+    async with connected_bus(nats_server, topology.Topology(ack_wait=1.0)) as connected:
+        pull = asyncio.create_task(connected.pull(QUEUE, BOUND))
+        await connected.depth(QUEUE)
+        pull.cancel()
+        await asyncio.gather(pull, return_exceptions=True)
+        await connected.settle()
+        await connected.publish(SUBJECT, b"", message_id="a")
+
+        assert (await pulled(connected)).num_delivered == 1
 
 
 async def test_an_ack_that_nobody_waits_for_removes_the_message_too(nats_server: NatsServer) -> None:

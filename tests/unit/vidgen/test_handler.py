@@ -1680,6 +1680,21 @@ async def test_of_a_task_with_more_steps_than_one_candidate_has_nobody_knows_whe
     assert await ended(running) == "completed"
 
 
+async def test_of_a_task_that_goes_on_only_the_steps_that_are_left_keep_the_device(bench_of: MakeBench) -> None:
+    bench = bench_of()
+    await bench.queue()
+    await left_behind_step_two(bench)
+    bench.use(second := engines.Resumes())
+    bench.handler._pace = 1000.0  # that no step has told of yet
+    gate = second.hold("generate", step=3)
+    turn = bench.turn()
+    running = await bench.begin(turn)
+    await reached(gate)
+    assert turn.left_s == pytest.approx(2000, abs=BOUND)
+    gate.open()
+    assert await ended(running) == "completed"
+
+
 async def test_a_first_attempt_asks_the_store_for_no_checkpoint(bench_of: MakeBench) -> None:
     bench = bench_of(engines.Resumes())
     await bench.queue()

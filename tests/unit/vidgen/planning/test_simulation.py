@@ -121,6 +121,26 @@ def test_an_idle_worker_looks_for_a_batch_task_every_half_second() -> None:
     assert tasks(run)[0].started_at == pytest.approx(1.0)
 
 
+def test_an_interactive_task_that_comes_before_an_idle_worker_looks_goes_first() -> None:
+    run = simulate([at(0.1, lane="batch"), at(0.3)], {"edit": Served(2, fixed(1))}, NO_LEAD)
+
+    assert [task.started_at for task in tasks(run)] == [2.3, 0.3]
+
+
+@pytest.mark.parametrize(
+    ("jobs", "starts"),
+    [([at(20.3, lane="batch")], [20.5]), ([at(20.3), at(20.35, lane="batch")], [20.3, 20.7])],
+    ids=["batch", "interactive first"],
+)
+def test_of_two_idle_workers_the_one_that_asks_anew_next_is_given_a_task(
+    jobs: list[Arrival], starts: list[float]
+) -> None:
+    # They wait from 10 on and from 10.2 on.
+    run = simulate([at(0), at(0.2), *jobs], {"edit": Served(10, fixed(2))}, NO_LEAD)
+
+    assert [task.started_at for task in tasks(run)][2:] == pytest.approx(starts)
+
+
 def test_of_ten_tasks_in_a_row_one_is_a_batch_task() -> None:
     waiting = [at(0)] * 30 + [at(0, lane="batch")] * 3
     run = simulate(waiting, {"edit": Served(1, fixed(1))}, NO_LEAD)
@@ -136,9 +156,17 @@ def test_a_long_batch_task_makes_way_and_goes_on_where_it_was() -> None:
     batch, interactive = tasks(run)
     # It is looked for once a second, and the batch task began half a second after the worker.
     assert interactive.started_at == pytest.approx(51)
-    assert batch.preempted == 1
+    assert (batch.started_at, batch.preempted) == (0.5, 1)
     assert [job.done_at for job in run.jobs] == pytest.approx([200.5 - 0.5, 151], abs=0.51)
     assert run.stages["edit"].busy_s == pytest.approx(200)
+
+
+def test_a_batch_task_that_made_way_often_enough_runs_to_its_end() -> None:
+    jobs = [at(0, lane="batch"), at(20), at(250), at(480), at(710)]
+    run = simulate(jobs, {"edit": Served(200, fixed(1))})
+
+    assert tasks(run)[0].preempted == worker.MAX_PREEMPTIONS
+    assert tasks(run)[-1].started_at == run.jobs[0].done_at
 
 
 def test_a_task_that_made_way_goes_on_before_other_batch_tasks() -> None:
@@ -165,8 +193,11 @@ def test_a_turn_of_the_batch_lane_that_finds_nothing_there_is_over() -> None:
     assert tasks(run)[-1].started_at == 4
 
 
-def test_a_batch_task_that_is_nearly_done_makes_no_way() -> None:
-    run = simulate([at(0, lane="batch"), at(90)], {"edit": Served(100, fixed(1))})
+@pytest.mark.parametrize("comes", [90, 80.1], ids=["by then", "when it is looked for"])
+def test_a_batch_task_that_is_nearly_done_makes_no_way(comes: float) -> None:
+    # It is done at 100.5, and looks at 80.5.
+    policy = Policy(checkpoint_over_s=20.3)
+    run = simulate([at(0, lane="batch"), at(comes)], {"edit": Served(100, fixed(1))}, policy)
 
     assert tasks(run)[0].preempted == 0
     assert tasks(run)[1].started_at == run.jobs[0].done_at
