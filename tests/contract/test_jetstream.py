@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import itertools
 import json
 import socket
 from collections.abc import AsyncIterator
@@ -250,6 +251,31 @@ async def test_every_call_fails_in_an_outage_and_says_so_plainly(
 
         assert [type(answer) for answer in answers] == [errors.BusError] * len(calls)
         assert all(str(answer).startswith("the bus did not answer") for answer in answers)
+
+
+async def test_an_outage_is_logged_once_however_often_the_bus_is_looked_for(
+    nats_server: NatsServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with connected_bus(nats_server) as connected:
+        await nats_server.kill()
+        knocks, often = 0, asyncio.Event()
+
+        def knocked(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            nonlocal knocks
+            writer.close()
+            knocks += 1
+            if knocks == 5:
+                often.set()
+
+        port = int(nats_server.url.rsplit(":", 1)[1])
+        async with asyncio.timeout(BOUND), await asyncio.start_server(knocked, "127.0.0.1", port):
+            await often.wait()
+        said = [message for message in caplog.messages if message.startswith("bus: ")]
+        await nats_server.start()
+        await connected.publish(SUBJECT, b"", message_id="a")
+
+    assert said
+    assert all(one != following for one, following in itertools.pairwise(said))
 
 
 async def test_what_a_server_had_in_memory_is_made_anew_behind_its_restart(nats_server: NatsServer) -> None:
