@@ -169,6 +169,13 @@ def test_a_batch_task_that_made_way_often_enough_runs_to_its_end() -> None:
     assert tasks(run)[-1].started_at == run.jobs[0].done_at
 
 
+def test_what_went_before_a_batch_task_makes_no_way_itself() -> None:
+    run = simulate([at(0, lane="batch"), at(20), at(40)], {"edit": Served(100, fixed(1))}, NO_LEAD)
+
+    assert [task.preempted for task in tasks(run)] == [1, 0, 0]
+    assert tasks(run)[2].started_at == run.jobs[1].done_at
+
+
 def test_a_task_that_made_way_goes_on_before_other_batch_tasks() -> None:
     run = simulate([at(0, lane="batch"), at(0, lane="batch"), at(50)], {"edit": Served(100, fixed(1))}, NO_LEAD)
 
