@@ -352,6 +352,32 @@ async def test_a_fault_that_does_not_pass_ends_as_a_dead_letter_with_the_task_as
     assert bench.metric("vidgen_worker_dead_letters_total") == 1
 
 
+@pytest.mark.parametrize("ends", ["stage_cancelled", "rejected", "exhausted"])
+async def test_an_end_is_in_the_log_before_its_task_leaves_the_queue(bench_of: MakeBench, ends: str) -> None:
+    """Whoever dies in between leaves a task that comes again, and not a job that waits for ever."""
+    bench = bench_of(engine := engines.Gated() if ends == "stage_cancelled" else engines.Rejects())
+    await bench.queue()
+    if isinstance(engine, engines.Gated):
+        gate = engine.hold("generate", step=2)
+        running = await bench.begin(turn := bench.turn())
+        await reached(gate)
+        await bench.cancel()
+        turn.look.set()
+        await asyncio.wait_for(turn.stop.raised.wait(), BOUND)
+        gate.open()
+        await ended(running)
+    else:
+        for attempt in (1, 2, 3) if ends == "exhausted" else ():
+            await bench.start_elsewhere(attempt, alone=True, worker=bench.policy.worker_id)
+        await bench.run()
+
+    told = bench.journal.entries
+    last = max(number for number, entry in enumerate(told) if entry.startswith("stage_"))
+    assert last < told.index("ack")
+    if ends == "rejected":  # and its letter before that: it could not be written any more behind an end
+        assert told[told.index("stage_started") + 1 : last - 1].count("publish") == 1
+
+
 async def test_a_task_that_can_never_succeed_is_given_up_at_once(bench_of: MakeBench) -> None:
     bench = bench_of(engines.Rejects())
     await bench.queue()
