@@ -631,6 +631,18 @@ async def test_a_task_that_cannot_be_read_becomes_a_dead_letter_and_ends_its_job
     assert [entry["outcome"] for entry in logs if entry.get("_event") == "task"] == ["dead"]
 
 
+async def test_an_unreadable_task_ends_the_run_that_its_job_is_in(bench_of: MakeBench) -> None:
+    bench = bench_of()
+    await bench.accept()
+    await bench.start_elsewhere(1, run=2)
+    await bench.publish("interactive", "j1", b"{}")
+
+    assert await bench.handler.handle(await bench.take(), bench.turn()) == "dead"
+
+    event = bench.events()[-1]
+    assert (event.type, event.run, event.final) == ("stage_failed", 2, True)
+
+
 async def test_an_unreadable_task_of_a_job_that_ended_says_nothing_more(bench_of: MakeBench) -> None:
     bench = bench_of()
     await bench.cancel()
