@@ -123,6 +123,7 @@ async def test_an_upload_is_kept_while_a_request_or_a_task_names_it(bucket: Buck
 
     await bucket.sweeper.sweep()
     assert set(bucket.store.objects) == {KEY, "uploads/asked.png"}
+    assert bucket.swept("uploads") == (1, 10)  # what is kept is not counted
     await bus.purge(topology.TASKS, "vidgen.tasks.>")
     await bus.purge(topology.REQUESTS, "vidgen.requests.>")
     await bus.purge(topology.REQUESTS, topology.SUBJECT_REQUESTS)
