@@ -76,8 +76,8 @@ class _Connection(HttpToolsProtocol):
 
     def _on_late(self) -> None:
         self._due = None
-        if self._answering():  # what came behind a request whose answer is a long one
-            self._await_head()
+        if self._answering():  # what came behind a request whose answer is a long one; its bytes count on
+            self._due = self.loop.call_later(HEAD_S, self._on_late)
         else:
             self._refuse(b"408 Request Timeout")
 

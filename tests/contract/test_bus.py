@@ -188,7 +188,9 @@ async def test_progress_keeps_the_newest_of_each_subject_only(bus: Bus) -> None:
 
 async def test_an_empty_queue_gives_nothing_at_once_or_after_the_wait(bus: Bus) -> None:
     assert await bus.pull(QUEUE, 0) is None
+    least = later(0.2)
     assert await bus.pull(QUEUE, 0.2) is None
+    assert least()
 
 
 async def test_a_waiting_pull_gets_what_comes(bus: Bus) -> None:
@@ -636,7 +638,7 @@ async def test_a_purged_message_is_not_delivered_again(hasty_bus: Bus) -> None:
 
 async def test_a_stream_that_is_not_there_is_an_error(bus: Bus) -> None:
     for call in (bus.last("NONE", "a"), bus.get("NONE", 1), bus.purge("NONE", "a"), bus.tail("NONE", None, 1),
-                 bus.first("NONE", "a"), bus.count("NONE", "a")):  # fmt: skip
+                 bus.first("NONE", "a"), bus.count("NONE", "a"), bus.delete("NONE", 1)):  # fmt: skip
         with pytest.raises(errors.BusError):
             await call
 
@@ -825,6 +827,15 @@ async def test_what_was_handed_out_and_not_settled_is_told_and_can_be_handed_bac
     assert (again.seq, again.num_delivered) == (second.seq, 2)
     await again.ack()
     assert await bus.unsettled(QUEUE) == []
+
+
+async def test_what_nobody_was_given_yet_is_not_among_what_was_not_settled(bus: Bus) -> None:
+    for job in ("j1", "j2", "j3"):
+        await queued(bus, job)
+    first, second = await taken(bus), await taken(bus)
+    await second.ack()
+
+    assert [held.seq for held in await bus.unsettled(QUEUE)] == [first.seq]
 
 
 async def test_whether_anybody_listens_is_known_at_once(bus: Bus) -> None:

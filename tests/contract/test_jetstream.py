@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import itertools
 import json
 import socket
 from collections.abc import AsyncIterator
@@ -81,11 +82,15 @@ async def test_a_repeated_publish_is_no_conflict_where_the_bus_goes_away_once_mo
 
 async def test_a_waiting_pull_hears_of_an_outage_at_once_and_the_next_one_goes_on(nats_server: NatsServer) -> None:
     async with connected_bus(nats_server) as connected:
+        await connected.depth(QUEUE)
+        before = set(connected.client._subs)
         pull = asyncio.create_task(connected.pull(QUEUE, 300.0))
         await connected.depth(QUEUE)
         await nats_server.kill()
         with pytest.raises(errors.BusError):
             await asyncio.wait_for(pull, BOUND)
+        await connected.settle()
+        assert set(connected.client._subs) == before  # else its answer may yet come, with a message that nobody takes
         assert not await connected.ready()
 
         await nats_server.start()
@@ -187,18 +192,21 @@ async def test_a_feed_goes_on_where_it_was_after_a_restart(nats_server: NatsServ
         await feed.close()
 
 
-async def test_a_feed_outlives_its_consumer_on_the_server(nats_server: NatsServer) -> None:
+@pytest.mark.parametrize("waits", [False, True], ids=["between two looks", "while it waits"])
+async def test_a_feed_outlives_its_consumer_on_the_server(nats_server: NatsServer, waits: bool) -> None:
     subject = topology.subject_of_events("j1")
     async with connected_bus(nats_server) as connected:
         await connected.publish(subject, b"0", message_id="0")
         feed = await connected.follow(topology.EVENTS, subject)
         first = await feed.next(BOUND)
+        following = asyncio.create_task(feed.next(BOUND)) if waits else None
+        await connected.depth(QUEUE)  # a round trip later the server knows of the pull
         for info in await connected.jetstream.consumers_info(topology.EVENTS):
             if info.name != topology.GATEWAY:
                 await connected.jetstream.delete_consumer(topology.EVENTS, info.name)
         await connected.publish(subject, b"1", message_id="1")
 
-        second = await feed.next(BOUND)
+        second = await (following or feed.next(BOUND))
 
         assert first is not None
         assert second is not None
@@ -243,6 +251,31 @@ async def test_every_call_fails_in_an_outage_and_says_so_plainly(
 
         assert [type(answer) for answer in answers] == [errors.BusError] * len(calls)
         assert all(str(answer).startswith("the bus did not answer") for answer in answers)
+
+
+async def test_an_outage_is_logged_once_however_often_the_bus_is_looked_for(
+    nats_server: NatsServer, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with connected_bus(nats_server) as connected:
+        await nats_server.kill()
+        knocks, often = 0, asyncio.Event()
+
+        def knocked(_reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+            nonlocal knocks
+            writer.close()
+            knocks += 1
+            if knocks == 5:
+                often.set()
+
+        port = int(nats_server.url.rsplit(":", 1)[1])
+        async with asyncio.timeout(BOUND), await asyncio.start_server(knocked, "127.0.0.1", port):
+            await often.wait()
+        said = [message for message in caplog.messages if message.startswith("bus: ")]
+        await nats_server.start()
+        await connected.publish(SUBJECT, b"", message_id="a")
+
+    assert said
+    assert all(one != following for one, following in itertools.pairwise(said))
 
 
 async def test_what_a_server_had_in_memory_is_made_anew_behind_its_restart(nats_server: NatsServer) -> None:
@@ -483,8 +516,18 @@ async def test_a_full_stream_that_discards_new_messages_says_try_later(nats_serv
         for n in range(3):
             await connected.publish(topology.SUBJECT_REQUESTS, b"x" * 500, message_id=str(n))
 
+        at_once = jetstream.PUBLISH_PATIENCE / 2  # it is the caller who waits, and tells its own caller
         with pytest.raises(errors.QueueFullError, match="full"):
-            await connected.publish(topology.SUBJECT_REQUESTS, b"x" * 500, message_id="last")
+            async with asyncio.timeout(at_once):
+                await connected.publish(topology.SUBJECT_REQUESTS, b"x" * 500, message_id="last")
+
+
+async def test_a_publish_behind_the_end_of_a_connection_fails_at_once(nats_server: NatsServer) -> None:
+    async with connected_bus(nats_server) as connected:
+        pass
+    with pytest.raises(errors.BusError):
+        async with asyncio.timeout(jetstream.PUBLISH_PATIENCE / 2):
+            await connected.publish(SUBJECT, b"", message_id="a")
 
 
 async def test_a_message_larger_than_the_server_takes_is_rejected_at_once(nats_server: NatsServer) -> None:
@@ -667,6 +710,18 @@ async def test_pulls_that_follow_one_another_share_a_subscription(nats_server: N
             assert await connected.pull(QUEUE, 0.05) is None
 
         assert set(connected.client._subs) == before
+
+
+async def test_a_pull_that_was_given_up_is_given_nothing_any_more(nats_server: NatsServer) -> None:
+    async with connected_bus(nats_server, topology.Topology(ack_wait=1.0)) as connected:
+        pull = asyncio.create_task(connected.pull(QUEUE, BOUND))
+        await connected.depth(QUEUE)
+        pull.cancel()
+        await asyncio.gather(pull, return_exceptions=True)
+        await connected.settle()
+        await connected.publish(SUBJECT, b"", message_id="a")
+
+        assert (await pulled(connected)).num_delivered == 1
 
 
 async def test_an_ack_that_nobody_waits_for_removes_the_message_too(nats_server: NatsServer) -> None:
@@ -905,7 +960,7 @@ async def test_the_latest_comes_from_any_node_where_no_leader_says_it(
 
         records, subject = connected.records(topology.JOBS_BUCKET), topology.subject_of_events("j1")
         revision = await records.put("j1", b"record")
-        await connected.publish(subject, b"event", message_id="e", headers={"traceparent": "00-a: b"})
+        await connected.publish(subject, b"event", message_id="e", headers={"traceparent": "00-a: b", "Status": "404"})
         said = await connected.latest(topology.EVENTS, subject)
         monkeypatch.setattr(connected.client, "request", request)
         assert await records.latest("j1") == (b"record", revision)

@@ -321,8 +321,7 @@ class _Stage:
             asked_at.append((now, asked))
             while asked_at[0][0] < now - rule.down_window_s:
                 asked_at.popleft()
-            # What was asked before the beginning nobody knows: nothing ends for as long.
-            lately = max(count for _, count in asked_at) if now >= rule.down_window_s else current
+            lately = max(count for _, count in asked_at)
             wanted = rule.synced(asked, current, lately=lately, may_end=now - ended_at >= rule.down_every_s)
             ended_at = now if wanted < current else ended_at
             self._scale(wanted)

@@ -54,6 +54,13 @@ class MemoryBus(Faults):
         """End the duplicate window: ids seen so far are new again."""
         self._streams[stream].ids.clear()
 
+    def lose(self, stream: str) -> None:
+        """Make a stream anew, as where its files are gone: it is empty, and begins at the first sequence."""
+        self._streams[stream].lose()
+        for (read, _), consumer in self._consumers.items():
+            if read == stream:
+                consumer.lose()
+
     def limit(self, stream: str, messages: int | None) -> None:
         """Let a stream hold so many messages and no more: QueueFullError where it discards new ones."""
         self._streams[stream].limit = messages

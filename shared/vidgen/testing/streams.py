@@ -36,6 +36,12 @@ class MemoryStream:
         self.last_seq = 0
         self._sequences: dict[str, list[int]] = {}
 
+    def lose(self) -> None:
+        self.messages.clear()
+        self.ids.clear()
+        self._sequences.clear()
+        self.last_seq = 0
+
     def takes(self, subject: str) -> bool:
         return any(matches(pattern, subject) for pattern in self.config.subjects)
 
@@ -109,6 +115,11 @@ class MemoryConsumer:
         self._cursor = 0
         self._due: dict[int, float] = {}  # what was delivered and is not settled, and when it is delivered again
         self._deliveries: dict[int, int] = {}
+
+    def lose(self) -> None:
+        self._due.clear()
+        self._deliveries.clear()
+        self._cursor = 0
 
     def take(self) -> tuple[Stored, int] | None:
         """The next message and how often it was delivered by now."""

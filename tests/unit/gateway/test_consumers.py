@@ -73,6 +73,17 @@ async def test_a_request_goes_through_to_a_completed_job_and_is_counted_once(loo
     assert (await loops.gateway.parts.jobs.get(job.id)).status is contracts.JobStatus.COMPLETED
 
 
+async def test_what_is_in_a_log_that_was_made_anew_is_not_taken_for_what_was_in_it_before(loops: Loops) -> None:
+    text = 'vidgen_requests_total{outcome="accepted"}'
+    for count in (1, 2):
+        job = await loops.gateway.submit()
+        async with asyncio.timeout(BOUND):
+            while f"{text} {count}.0" not in loops.gateway.parts.metrics.render()[0].decode():
+                await asyncio.sleep(0)
+        assert [one.seq for one in loops.bus.messages(topology.EVENTS, topology.subject_of_events(job.id))] == [1]
+        loops.bus.lose(topology.EVENTS)
+
+
 async def test_an_end_is_counted_though_the_record_that_is_read_is_behind_it(
     loops: Loops, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -217,6 +228,26 @@ async def test_a_message_that_cannot_be_digested_does_not_stop_the_others(
     await loops.bus.publish(topology.SUBJECT_REQUESTS, good.to_bytes(), message_id="good")
     await loops.until_told("good", "accepted")
     assert not loops.running.done()
+
+
+async def test_a_message_that_cannot_be_digested_comes_again_later_each_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = FakeClock()
+    loops = Loops(await Gateway.open(MemoryBus(clock=clock)))
+    came: list[float] = []
+
+    async def chokes(_delivery: Delivery) -> Job:
+        came.append(clock.time())
+        raise ZeroDivisionError("a bug")
+
+    monkeypatch.setattr(loops.gateway.parts.intake, "handle", chokes)
+    await loops.bus.publish(topology.SUBJECT_REQUESTS, b"{}", message_id="hard")
+    for _ in range(13):
+        for _ in range(100):
+            await asyncio.sleep(0)
+        clock.advance(1.0)
+    await loops.end()
+
+    assert came == [0, consumers.HAND_BACK_S, 3 * consumers.HAND_BACK_S, 6 * consumers.HAND_BACK_S]
 
 
 async def test_a_message_that_can_never_be_digested_is_given_up_with_all_that_it_said(

@@ -23,9 +23,9 @@ STEP_S = 0.5
 class Replicas:
     """Gateways on one bus; all have one clock, which moves only when it is told to."""
 
-    def __init__(self, count: int) -> None:
+    def __init__(self, count: int, burst: int = BURST) -> None:
         self.clock, self.bus = FakeClock(), MemoryBus()
-        own = GatewaySettings(tenant_rate=RATE, tenant_burst=BURST)
+        own = GatewaySettings(tenant_rate=RATE, tenant_burst=burst)
         self.quotas = [Quotas(self.bus, Tenants(self.bus), own, clock=self.clock.time) for _ in range(count)]
 
     @contextlib.asynccontextmanager
@@ -94,6 +94,23 @@ async def test_alone_with_one_replica_a_tenant_has_all_of_its_rate_there() -> No
         assert await replicas.let_in((5, 0, 0)) == [2, 0, 0]
 
 
+async def test_what_one_request_cost_beyond_itself_is_known_to_all_replicas() -> None:
+    replicas = Replicas(2)
+    async with replicas.running():
+        assert await replicas.let_in((1, 0)) == [1, 0]
+        await replicas.quotas[0].charge("acme", 5)
+        await replicas.told()
+        assert await replicas.let_in((0, BURST)) == [0, BURST - 6]
+
+
+async def test_with_no_burst_at_all_requests_come_one_by_one() -> None:
+    replicas = Replicas(1, burst=0)
+    async with replicas.running():
+        assert await replicas.let_in((2,)) == [1]
+        replicas.clock.advance(1 / RATE)
+        assert await replicas.let_in((2,)) == [1]
+
+
 async def test_a_tenant_that_was_silent_for_long_may_send_a_burst_and_no_more() -> None:
     replicas = Replicas(1)
     async with replicas.running():
@@ -128,6 +145,13 @@ async def test_a_bus_that_is_away_or_says_nonsense_leaves_each_replica_its_own_c
         assert await replicas.let_in((4, 0)) == [4, 0]
         await replicas.told()
         assert await replicas.let_in((0, BURST)) == [0, BURST - 3 - 4]
+
+
+async def test_a_replica_that_ends_listens_no_more() -> None:
+    replicas = Replicas(2)
+    async with replicas.running():
+        pass
+    assert replicas.bus._listeners == []
 
 
 async def test_nothing_is_said_where_nothing_was_used_and_of_who_has_no_limit() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 from datetime import timedelta
 
 import pytest
@@ -10,6 +11,7 @@ from tests.gateways import KEY, Gateway, failed, picture
 
 from gateway.retention import Keep, Sweeper
 from vidgen import artifacts, errors, topology
+from vidgen.artifacts import Stat
 from vidgen.contracts import Job, VideoRequest
 from vidgen.settings import GatewaySettings, read
 from vidgen.testing import FakeClock, MemoryStore
@@ -68,6 +70,21 @@ async def test_what_is_older_than_it_is_kept_goes_and_what_is_younger_stays(buck
     assert bucket.swept("checkpoints") == bucket.swept("artifacts") == (1, 10)
 
 
+async def test_what_the_store_knows_no_time_of_is_kept(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    page = bucket.store.page
+
+    async def timeless(prefix: str, after: str = "", limit: int = 1000) -> list[Stat]:
+        return [dataclasses.replace(found, modified=None) for found in await page(prefix, after, limit)]
+
+    monkeypatch.setattr(bucket.store, "page", timeless)
+    bucket.put("uploads/old.png", "jobs/gone/video.mp4")
+    bucket.pass_days(400)
+
+    await bucket.sweeper.sweep()
+
+    assert set(bucket.store.objects) == {KEY, "uploads/old.png", "jobs/gone/video.mp4"}
+
+
 async def test_nothing_of_a_job_that_has_not_ended_is_deleted_however_old_it_is(bucket: Bucket) -> None:
     job = await bucket.gateway.submit()
     of_job = [artifacts.artifact_key(job.id, "reference-0.png"), f"checkpoints/{job.id}/edit-1-1.safetensors"]
@@ -106,6 +123,7 @@ async def test_an_upload_is_kept_while_a_request_or_a_task_names_it(bucket: Buck
 
     await bucket.sweeper.sweep()
     assert set(bucket.store.objects) == {KEY, "uploads/asked.png"}
+    assert bucket.swept("uploads") == (1, 10)  # what is kept is not counted
     await bus.purge(topology.TASKS, "vidgen.tasks.>")
     await bus.purge(topology.REQUESTS, "vidgen.requests.>")
     await bus.purge(topology.REQUESTS, topology.SUBJECT_REQUESTS)

@@ -212,6 +212,32 @@ async def test_a_sweep_finds_what_nobody_told_of() -> None:
     assert await moved_up(lane, running, stop)
 
 
+class Looks(asyncio.Event):
+    """An event that counts how often somebody looks whether it is set."""
+
+    count = 0
+
+    def is_set(self) -> bool:
+        self.count += 1
+        return super().is_set()
+
+
+async def test_what_was_told_once_wakes_it_once() -> None:
+    lane = Lane(waiting=4)
+    await lane.know("acme")
+    share, stop = FairShare(lane.bus, Tenants(lane.bus), 4, sweep_s=10 * BOUND), Looks()
+    running = asyncio.create_task(share.run(stop))
+    await share.queue(task("j1", "acme"), "j1:edit:1", None)
+    async with asyncio.timeout(BOUND):
+        assert await lane.bus.pull(QUEUE, BOUND) is not None
+    for _ in range(500):
+        await asyncio.sleep(0)
+    stop.set()
+    await running
+
+    assert stop.count < 10
+
+
 async def test_an_outage_only_delays_what_is_held() -> None:
     lane = Lane(waiting=4)
     await lane.know("acme")

@@ -127,6 +127,16 @@ def test_what_is_no_safetensors_file_or_too_large_is_not_written(
         checkpoints.write(tmp_path / "checkpoint", STATE, TASK, INFO, 3, 8)
 
 
+def test_what_is_written_is_no_larger_than_what_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "checkpoint"
+    checkpoints.write(path, STATE, TASK, INFO, 3, 8)
+    monkeypatch.setattr(checkpoints, "MAX_BYTES", path.stat().st_size)
+    checkpoints.write(path, STATE, TASK, INFO, 3, 8)
+    monkeypatch.setattr(checkpoints, "MAX_BYTES", path.stat().st_size - 1)
+    with pytest.raises(UnusableError, match="are not kept"):
+        checkpoints.write(path, STATE, TASK, INFO, 3, 8)
+
+
 # ── in the store ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -160,3 +170,9 @@ async def test_more_than_a_checkpoint_can_have_is_not_read(tmp_path: Path, monke
 
     with pytest.raises(UnusableError, match="more than the 10 allowed"):
         await checkpoints.fetch(store, TASK, kept, INFO, tmp_path)
+
+
+async def test_a_checkpoint_that_is_gone_is_not_called_unusable(tmp_path: Path) -> None:
+    gone = Checkpoint(attempt=1, step=3, steps=8)
+    with pytest.raises(errors.NotFoundError):
+        await checkpoints.fetch(MemoryStore(), TASK, gone, INFO, tmp_path)

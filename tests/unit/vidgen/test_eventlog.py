@@ -8,6 +8,7 @@ import pytest
 from tests.workbench import task_of
 
 from vidgen import attempts, contracts, eventlog, topology
+from vidgen.bus import Stored
 from vidgen.contracts import Task
 from vidgen.testing import MemoryBus
 
@@ -155,3 +156,32 @@ async def test_a_place_that_never_was_is_no_harm() -> None:
     held = await claim(bus, seq=77)
     assert isinstance(held, eventlog.Claim)
     assert held.attempt == 1
+
+
+async def test_a_task_is_given_up_though_its_log_moves_meanwhile(monkeypatch: pytest.MonkeyPatch) -> None:
+    bus = MemoryBus()
+    await accepted(bus)
+    last, late = bus.last, [1, 2]
+
+    async def moves(stream: str, subject: str) -> Stored | None:
+        found = await last(stream, subject)
+        if late:
+            end = contracts.JobFailed(job_id="j1", run=1, at=TASK.queued_at, error=ERROR)
+            await bus.publish(LOG, end.to_bytes(), message_id=f"late {late.pop()}")
+        return found
+
+    monkeypatch.setattr(bus, "last", moves)
+    await eventlog.give_up(bus, TASK.model_copy(update={"run": 2}), "w1", ERROR)
+
+    told = contracts.Event.validate_json(bus.messages(topology.EVENTS)[-1].body)
+    assert isinstance(told, contracts.StageFailed)
+    assert (told.run, told.final) == (2, True)
+
+
+async def test_the_run_of_a_job_is_the_newest_whatever_is_told_late_of_those_before() -> None:
+    bus = MemoryBus()
+    await accepted(bus)
+    for number, run in enumerate((2, 1, 1)):
+        end = contracts.JobFailed(job_id="j1", run=run, at=TASK.queued_at, error=ERROR)
+        await bus.publish(LOG, end.to_bytes(), message_id=str(number))
+    assert await eventlog.current_run(bus, "j1") == 2

@@ -352,6 +352,32 @@ async def test_a_fault_that_does_not_pass_ends_as_a_dead_letter_with_the_task_as
     assert bench.metric("vidgen_worker_dead_letters_total") == 1
 
 
+@pytest.mark.parametrize("ends", ["stage_cancelled", "rejected", "exhausted"])
+async def test_an_end_is_in_the_log_before_its_task_leaves_the_queue(bench_of: MakeBench, ends: str) -> None:
+    """Whoever dies in between leaves a task that comes again, and not a job that waits for ever."""
+    bench = bench_of(engine := engines.Gated() if ends == "stage_cancelled" else engines.Rejects())
+    await bench.queue()
+    if isinstance(engine, engines.Gated):
+        gate = engine.hold("generate", step=2)
+        running = await bench.begin(turn := bench.turn())
+        await reached(gate)
+        await bench.cancel()
+        turn.look.set()
+        await asyncio.wait_for(turn.stop.raised.wait(), BOUND)
+        gate.open()
+        await ended(running)
+    else:
+        for attempt in (1, 2, 3) if ends == "exhausted" else ():
+            await bench.start_elsewhere(attempt, alone=True, worker=bench.policy.worker_id)
+        await bench.run()
+
+    told = bench.journal.entries
+    last = max(number for number, entry in enumerate(told) if entry.startswith("stage_"))
+    assert last < told.index("ack")
+    if ends == "rejected":  # and its letter before that: it could not be written any more behind an end
+        assert told[told.index("stage_started") + 1 : last - 1].count("publish") == 1
+
+
 async def test_a_task_that_can_never_succeed_is_given_up_at_once(bench_of: MakeBench) -> None:
     bench = bench_of(engines.Rejects())
     await bench.queue()
@@ -603,6 +629,18 @@ async def test_a_task_that_cannot_be_read_becomes_a_dead_letter_and_ends_its_job
     assert bench.queued() == 0
     assert bench.metric("vidgen_worker_tasks_total", lane="batch", outcome="dead") == 1
     assert [entry["outcome"] for entry in logs if entry.get("_event") == "task"] == ["dead"]
+
+
+async def test_an_unreadable_task_ends_the_run_that_its_job_is_in(bench_of: MakeBench) -> None:
+    bench = bench_of()
+    await bench.accept()
+    await bench.start_elsewhere(1, run=2)
+    await bench.publish("interactive", "j1", b"{}")
+
+    assert await bench.handler.handle(await bench.take(), bench.turn()) == "dead"
+
+    event = bench.events()[-1]
+    assert (event.type, event.run, event.final) == ("stage_failed", 2, True)
 
 
 async def test_an_unreadable_task_of_a_job_that_ended_says_nothing_more(bench_of: MakeBench) -> None:
@@ -1676,6 +1714,21 @@ async def test_of_a_task_with_more_steps_than_one_candidate_has_nobody_knows_whe
     running = await bench.begin(turn)
     await reached(gate)
     assert turn.left_s is None
+    gate.open()
+    assert await ended(running) == "completed"
+
+
+async def test_of_a_task_that_goes_on_only_the_steps_that_are_left_keep_the_device(bench_of: MakeBench) -> None:
+    bench = bench_of()
+    await bench.queue()
+    await left_behind_step_two(bench)
+    bench.use(second := engines.Resumes())
+    bench.handler._pace = 1000.0  # that no step has told of yet
+    gate = second.hold("generate", step=3)
+    turn = bench.turn()
+    running = await bench.begin(turn)
+    await reached(gate)
+    assert turn.left_s == pytest.approx(2000, abs=BOUND)
     gate.open()
     assert await ended(running) == "completed"
 

@@ -26,16 +26,20 @@ class Waiting:
 async def test_every_call_outlasts_an_outage(tmp_path: Path) -> None:
     waiting, source, target = Waiting(), tmp_path / "a", tmp_path / "b"
     source.write_bytes(b"pixels")
-    for method in ("put", "fetch", "stat"):
+    for method in ("put", "fetch", "stat", "page", "remove"):
         waiting.under.fail_next(method, times=3)
 
     await waiting.store.put("uploads/a", source, "image/png")
     await waiting.store.fetch("uploads/a", target)
     stat = await waiting.store.stat("uploads/a")
+    page = await waiting.store.page("uploads/")
+    await waiting.store.remove(["uploads/a"])
 
     assert target.read_bytes() == b"pixels"
     assert stat is not None
-    assert waiting.pauses == [0.1, 0.2, 0.4] * 3
+    assert [one.key for one in page] == ["uploads/a"]
+    assert waiting.under.objects == {}
+    assert waiting.pauses == [0.1, 0.2, 0.4] * 5
 
 
 async def test_an_upload_whose_answer_was_lost_is_made_again(tmp_path: Path) -> None:

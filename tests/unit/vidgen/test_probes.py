@@ -320,3 +320,42 @@ async def test_an_answer_that_takes_long_is_not_cut_off_by_what_comes_behind_its
         assert (await rest_of(reader)).endswith(
             b"at lastHTTP/1.1 408 Request Timeout\r\ncontent-length: 0\r\nconnection: close\r\n\r\n"
         )
+
+
+async def test_what_comes_behind_a_request_has_an_end_however_long_its_answer_and_no_answer_in_its_middle(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What had come was forgotten each time that a head would have been given up."""
+    monkeypatch.setattr(probes, "HEAD_S", 0.01)
+
+    async def endless(_request: Request) -> Response:
+        async def body() -> AsyncIterator[bytes]:
+            yield b"data: hello\n\n"
+            await asyncio.Event().wait()
+
+        return StreamingResponse(body(), media_type="text/event-stream")
+
+    said = bytearray()
+
+    async def hear(reader: asyncio.StreamReader) -> None:
+        with contextlib.suppress(ConnectionError):
+            while some := await reader.read(1 << 16):
+                said.extend(some)
+
+    app = Starlette(routes=[Route("/", endless)])
+    async with probes.run_app(app, "127.0.0.1", 0, grace=1) as url, connected(url) as (reader, writer):
+        writer.write(b"GET / HTTP/1.1\r\nhost: a\r\n\r\n")
+        async with asyncio.timeout(BOUND):
+            await reader.readuntil(b"hello\n\n")
+        hearing = asyncio.create_task(hear(reader))
+        writer.write(b"GET /")
+        sent = 0
+        with contextlib.suppress(ConnectionError):
+            while not hearing.done() and sent < 4 * probes.HEAD_BYTES:
+                writer.write(b"a" * 1024)
+                await writer.drain()
+                sent += 1024
+                await asyncio.wait([hearing], timeout=0.002)
+        hearing.cancel()
+        assert probes.HEAD_BYTES <= sent < 2 * probes.HEAD_BYTES
+        assert b"HTTP/" not in said

@@ -119,3 +119,22 @@ def test_two_predictions_of_one_moment_make_no_line() -> None:
     assert not known.makes_a_line
     known.add(490.0, torch.ones(1))
     assert known.makes_a_line
+
+
+def test_what_is_foretold_in_bfloat16_is_not_rounded_on_the_way() -> None:
+    known = stepcache._Known()
+    known.add(990.0, torch.tensor([1.0], dtype=torch.bfloat16))
+    known.add(980.0, torch.tensor([0.5], dtype=torch.bfloat16))
+    made = known.at(970.0)
+    assert made.dtype is torch.bfloat16
+    assert float(made) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_a_step_that_nobody_told_of_is_computed() -> None:
+    model, cache = Line(), stepcache.StepCache(3)
+    cache.attach([model])
+    run(cache, model, steps=10)
+    for time in (500.0, 490.0, 480.0):
+        with model.cache_context("cond"):
+            model(timestep=torch.tensor([0.0, time]), slope=0.5)
+    assert model.calls[-3:] == [500.0, 490.0, 480.0]

@@ -51,6 +51,11 @@ def test_a_sync_starts_nothing_from_zero_and_ends_nothing_without_a_floor() -> N
     assert synced(some, 2, 6) == 6
 
 
+def test_a_sync_that_finds_no_work_asks_for_one_as_only_a_poll_ends_the_last() -> None:
+    assert Scaling(most=10).asked(0, 3) == 1
+    assert Scaling(floor=2, most=10).asked(0, 3) == 2
+
+
 def test_a_sync_at_most_doubles_or_adds_four() -> None:
     some = Scaling(most=100, lag_threshold=1)
 

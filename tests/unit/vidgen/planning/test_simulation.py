@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import heapq
 from collections.abc import Sequence
 
@@ -120,6 +121,26 @@ def test_an_idle_worker_looks_for_a_batch_task_every_half_second() -> None:
     assert tasks(run)[0].started_at == pytest.approx(1.0)
 
 
+def test_an_interactive_task_that_comes_before_an_idle_worker_looks_goes_first() -> None:
+    run = simulate([at(0.1, lane="batch"), at(0.3)], {"edit": Served(2, fixed(1))}, NO_LEAD)
+
+    assert [task.started_at for task in tasks(run)] == [2.3, 0.3]
+
+
+@pytest.mark.parametrize(
+    ("jobs", "starts"),
+    [([at(20.3, lane="batch")], [20.5]), ([at(20.3), at(20.35, lane="batch")], [20.3, 20.7])],
+    ids=["batch", "interactive first"],
+)
+def test_of_two_idle_workers_the_one_that_asks_anew_next_is_given_a_task(
+    jobs: list[Arrival], starts: list[float]
+) -> None:
+    # They wait from 10 on and from 10.2 on.
+    run = simulate([at(0), at(0.2), *jobs], {"edit": Served(10, fixed(2))}, NO_LEAD)
+
+    assert [task.started_at for task in tasks(run)][2:] == pytest.approx(starts)
+
+
 def test_of_ten_tasks_in_a_row_one_is_a_batch_task() -> None:
     waiting = [at(0)] * 30 + [at(0, lane="batch")] * 3
     run = simulate(waiting, {"edit": Served(1, fixed(1))}, NO_LEAD)
@@ -135,13 +156,55 @@ def test_a_long_batch_task_makes_way_and_goes_on_where_it_was() -> None:
     batch, interactive = tasks(run)
     # It is looked for once a second, and the batch task began half a second after the worker.
     assert interactive.started_at == pytest.approx(51)
-    assert batch.preempted == 1
+    assert (batch.started_at, batch.preempted) == (0.5, 1)
     assert [job.done_at for job in run.jobs] == pytest.approx([200.5 - 0.5, 151], abs=0.51)
     assert run.stages["edit"].busy_s == pytest.approx(200)
 
 
-def test_a_batch_task_that_is_nearly_done_makes_no_way() -> None:
-    run = simulate([at(0, lane="batch"), at(90)], {"edit": Served(100, fixed(1))})
+def test_a_batch_task_that_made_way_often_enough_runs_to_its_end() -> None:
+    jobs = [at(0, lane="batch"), at(20), at(250), at(480), at(710)]
+    run = simulate(jobs, {"edit": Served(200, fixed(1))})
+
+    assert tasks(run)[0].preempted == worker.MAX_PREEMPTIONS
+    assert tasks(run)[-1].started_at == run.jobs[0].done_at
+
+
+def test_what_went_before_a_batch_task_makes_no_way_itself() -> None:
+    run = simulate([at(0, lane="batch"), at(20), at(40)], {"edit": Served(100, fixed(1))}, NO_LEAD)
+
+    assert [task.preempted for task in tasks(run)] == [1, 0, 0]
+    assert tasks(run)[2].started_at == run.jobs[1].done_at
+
+
+def test_a_task_that_made_way_goes_on_before_other_batch_tasks() -> None:
+    run = simulate([at(0, lane="batch"), at(0, lane="batch"), at(50)], {"edit": Served(100, fixed(1))}, NO_LEAD)
+
+    first, second, _ = tasks(run)
+    assert (first.preempted, second.preempted) == (1, 0)
+    assert second.started_at == run.jobs[0].done_at
+
+
+def test_a_batch_task_in_its_own_turn_makes_no_way() -> None:
+    jobs = [at(0), at(0, lane="batch"), at(0)]
+    run = simulate(jobs, {"edit": Served(100, fixed(1))}, Policy(lead_s=0.0, batch_share=2))
+
+    assert [task.started_at for task in tasks(run)] == [0, 100, 200]
+    assert tasks(run)[1].preempted == 0
+
+
+def test_a_turn_of_the_batch_lane_that_finds_nothing_there_is_over() -> None:
+    jobs = [*[at(0)] * 6, at(2.5, lane="batch")]
+    run = simulate(jobs, {"edit": Served(1, fixed(1))}, Policy(lead_s=0.0, batch_share=3))
+
+    # It was its turn at 2, and is again behind two others.
+    assert tasks(run)[-1].started_at == 4
+
+
+@pytest.mark.parametrize("comes", [90, 80.1], ids=["by then", "when it is looked for"])
+def test_a_batch_task_that_is_nearly_done_makes_no_way(comes: float) -> None:
+    # It is done at 100.5, and looks at 80.5.
+    policy = Policy(checkpoint_over_s=20.3)
+    run = simulate([at(0, lane="batch"), at(comes)], {"edit": Served(100, fixed(1))}, policy)
 
     assert tasks(run)[0].preempted == 0
     assert tasks(run)[1].started_at == run.jobs[0].done_at
@@ -197,6 +260,73 @@ def test_with_a_floor_gpus_leave_one_by_one_and_finish_what_they_have() -> None:
     steps = {count: counts.count(count) * 2 for count in (3, 2)}
     assert steps == {3: pytest.approx(120, abs=4), 2: pytest.approx(120, abs=4)}
     assert counts[-1] == 1
+
+
+def replicas(run: Run, moment: float) -> int:
+    """How many there are at a moment, by the sample behind it."""
+    return next(sample.replicas["edit"] for sample in run.samples if sample.at >= moment)
+
+
+def test_with_a_floor_no_gpu_leaves_while_as_many_were_asked_for_lately() -> None:
+    rule = Scaling(floor=1, most=4, lag_threshold=1, down_window_s=300, down_every_s=120)
+    run = simulate([at(1001)] * 4, {"edit": Served(63, rule)}, horizon_s=1800)
+
+    # All four were asked for last at the sync at 1050, three at the next one.
+    assert [replicas(run, moment) for moment in (1000, 1010, 1360, 1370)] == [1, 4, 4, 3]
+    assert [replicas(run, moment) for moment in (1480, 1490, 1600, 1610)] == [3, 2, 2, 1]
+
+
+def test_that_some_started_is_no_reason_to_keep_one_that_nobody_asks_for() -> None:
+    rule = Scaling(floor=1, most=4, lag_threshold=1, down_window_s=15, down_every_s=600)
+    run = simulate([at(1001)] * 4, {"edit": Served(20, rule)}, horizon_s=1800)
+
+    assert [replicas(run, moment) for moment in (1045, 1055, 1645, 1655)] == [4, 3, 3, 2]
+
+
+# Behind each of its syncs, every 15 s, one GPU leaves that is not asked for then.
+HASTY = Scaling(floor=1, most=2, lag_threshold=1, down_window_s=0, down_every_s=0)
+
+
+def test_a_gpu_that_leaves_at_work_is_there_and_paid_for_until_it_is_done() -> None:
+    rule = dataclasses.replace(HASTY, lag_threshold=2)
+    run = simulate([at(0)] * 4, {"edit": Served(100, rule)}, NO_LEAD, horizon_s=300)
+
+    # The second one is there from 15 on, and at 120 one is enough for the two tasks that are left: the newest leaves.
+    assert [task.started_at for task in tasks(run)] == [0, 15, 100, 115]
+    assert [job.done_at for job in run.jobs] == [100, 115, 200, 215]
+    assert [replicas(run, moment) for moment in (10, 16, 200, 216)] == [1, 2, 2, 1]
+    assert run.stages["edit"].paid_s == 300 + (215 - 15)
+    assert run.stages["edit"].most_replicas == 2
+
+
+def test_an_idle_gpu_leaves_before_one_at_work() -> None:
+    run = simulate([at(0), at(1)], {"edit": Served(100, HASTY)}, NO_LEAD, horizon_s=300)
+
+    # At 105 the older one is idle, and the other at work until 115.
+    assert run.stages["edit"].paid_s == 105 + (300 - 15)
+
+
+def test_a_gpu_that_only_starts_leaves_before_one_that_is_there() -> None:
+    rule = dataclasses.replace(HASTY, cold_start_s=200)
+    run = simulate([at(1), at(1), at(100)], {"edit": Served(16, rule)}, NO_LEAD)
+
+    assert tasks(run)[-1].started_at == 100
+
+
+def test_what_a_gpu_that_leaves_had_taken_is_done_by_another() -> None:
+    rule = dataclasses.replace(HASTY, lag_threshold=3)
+    run = simulate([at(0)] * 4, {"edit": Served(100, rule)}, Policy(lead_s=90.0))
+
+    # At 105 the second leaves, with a task in its hand for 115.
+    assert [task.started_at for task in tasks(run)] == [0, 100, 15, 200]
+    assert run.lasted_s == 300
+
+
+def test_nothing_is_given_to_a_gpu_that_left_while_it_waited() -> None:
+    run = simulate([at(0.9), at(1), at(100), at(100)], {"edit": Served(20.3, HASTY)}, NO_LEAD)
+
+    # It would have been the first to be given one, and what it handed back would have come second.
+    assert [task.started_at for task in tasks(run)][2:] == [100, 105]
 
 
 # ── properties ───────────────────────────────────────────────────────────────────────────────────────────────────
