@@ -29,6 +29,7 @@ ADDED_QKV = ("add_q_proj", "add_k_proj", "add_v_proj")
 # So much of a file may lie on the device twice, as it is stored and as it is cast.
 LITTLE = 1 << 30
 _OPENING = threading.Lock()  # what one thread tries, another one may be about to use
+_NO_PAGES = threading.Event()  # of this driver
 
 log = structlog.get_logger(__name__)
 
@@ -67,6 +68,9 @@ def open_device(device: torch.device) -> None:
         torch.zeros(1, device=device)
         return
     with _OPENING:
+        if _NO_PAGES.is_set():  # to ask again would find what there is by now, and not the fault
+            torch.zeros(1, device=device)
+            return
         try:
             _in_pages(True)
             torch.zeros(1, device=device)
@@ -75,6 +79,7 @@ def open_device(device: torch.device) -> None:
         except RuntimeError as exc:  # as on some virtual GPUs and under WSL
             _in_pages(False)
             torch.zeros(1, device=device)  # or the device has another fault, which it says here
+            _NO_PAGES.set()
             log.warning(
                 f"the driver gives no memory in pages, so it may run out sooner where tasks are of many sizes: {exc}",
                 _event="no_pages",
