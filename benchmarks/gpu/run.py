@@ -499,10 +499,7 @@ def resumed(bench: Bench, folder: Path, *, kind: type[Subject]) -> None:
 
 
 def card(kind: type[Subject], gib: int) -> Callable[[Bench, Path], None]:
-    """A section: one model on a GPU of which so much may be used; the profile that is chosen, its speed, its peak.
-
-    What is laid out in FP8 there is in FP8 before, as an FP8 snapshot is; what streams, on the host.
-    """
+    """A section: one model on a GPU of which so much may be used; the profile that is chosen, its speed, its peak."""
 
     def section(bench: Bench, folder: Path) -> None:
         subject = kind(bench, folder)
@@ -534,7 +531,10 @@ def mix(kind: type[Subject], gib: int) -> Callable[[Bench, Path], None]:
 
 @contextlib.contextmanager
 def on_card(bench: Bench, subject: Subject, gib: int) -> Iterator[Any]:
-    """Ours on a GPU of which so much may be used, in the profile that is chosen there."""
+    """Ours on a GPU of which so much may be used, in the profile that is chosen there.
+
+    What is laid out in FP8 there is in FP8 before, as an FP8 snapshot is; what streams, on the host.
+    """
     engine = engine_of(subject.kind, subject.pipe, Layout())
     profile = profiles.NAMES[CARDS.index(gib)] if bench.tiny else engine.profile_on(gib * GIB)
     if profile.endswith("fp8"):

@@ -21,7 +21,7 @@ from vidgen.contracts import LANES, STAGES
 
 log = structlog.get_logger(__name__)
 
-SWEEP_S = 600.0  # longer than any lease or pause between tries: what stood still for that long is in nobody's hands
+SWEEP_S = 600.0  # what stood still for that long is likely to be in nobody's hands; whoever has it is asked
 
 
 class Stranded:

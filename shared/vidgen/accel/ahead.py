@@ -61,22 +61,21 @@ def begin_for(
 def open_device(device: torch.device) -> None:
     """Make the context of a GPU, and have torch take its memory in pages, where the driver has them and nobody decided.
 
-    Pages that were let go anywhere make room for a large tensor; else there is room enough behind some hundred tasks of
-    many sizes, and none in one piece (docs/performance.md).
+    Pages that were let go anywhere make room for a large tensor; else there is room enough behind some dozens of tasks
+    of many sizes, and none in one piece (docs/performance.md).
     """
-    if native.ALLOCATOR[1] in os.environ or os.environ.get(native.ALLOCATOR[0]) not in (None, native.PINNED_BY_THREADS):
-        torch.zeros(1, device=device)
-        return
+    allocators = (os.environ.get(name) for name in native.ALLOCATOR)
+    decided = any(one not in (None, native.PINNED_BY_THREADS) for one in allocators)
     with _OPENING:
-        if _NO_PAGES.is_set():  # to ask again would find what there is by now, and not the fault
-            torch.zeros(1, device=device)
-            return
+        # One that gave none once is not asked again: that would find what there is by now, and not the fault.
+        in_pages = not decided and not _NO_PAGES.is_set()
         try:
-            _in_pages(True)
+            if in_pages:
+                _in_pages(True)
             torch.zeros(1, device=device)
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as exc:  # as on some virtual GPUs and under WSL
+            if not in_pages or isinstance(exc, torch.OutOfMemoryError):
+                raise
             _in_pages(False)
             torch.zeros(1, device=device)  # or the device has another fault, which it says here
             _NO_PAGES.set()

@@ -115,7 +115,9 @@ async def test_nor_behind_all_its_requests_whose_references_are_fetched(monkeypa
     asked = [asyncio.create_task(submit("acme", number)) for number in range(4)]
     await begun.wait()
     asked.append(asyncio.create_task(submit("other", 0)))
-    await asyncio.sleep(0.05)
+    async with asyncio.timeout(BOUND):
+        while "other" not in gateway.parts.intake._files._waiting:
+            await asyncio.sleep(0)
     go_on.set()
     await asyncio.gather(*asked)
     assert "other" in done[:3]

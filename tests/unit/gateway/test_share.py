@@ -392,23 +392,14 @@ async def test_a_job_whose_deadline_passed_makes_room_for_the_next() -> None:
     assert delivery.subject.endswith(".j2")
 
 
-async def test_a_task_that_starts_lets_the_next_move_up() -> None:
-    gateway = await shared()
-    jobs = [await submitted(gateway, job_id) for job_id in ("j1", "j2")]
-    async with filling(gateway), asyncio.timeout(BOUND):
-        taken = await gateway.parts.bus.pull(QUEUE, 0)
-        await gateway.parts.jobs.started(started(jobs[0]))
-        following = await gateway.parts.bus.pull(QUEUE, BOUND)
-    assert taken is not None
-    assert following is not None
-    assert following.subject.endswith(".j2")
-
-
-async def test_what_another_gateway_held_moves_up_when_this_one_hears_of_a_start() -> None:
+@pytest.mark.parametrize("held_by", ["itself", "another gateway"])
+async def test_a_task_that_starts_lets_the_next_move_up(held_by: str) -> None:
+    """Also what another one holds: it moves up at whichever hears of the start."""
     gateway = await shared()
     other = await Gateway.open(gateway.parts.bus, gateway.parts.store, tenant_waiting=1)
+    holder = gateway if held_by == "itself" else other
     async with filling(gateway), asyncio.timeout(BOUND):
-        jobs = [await submitted(other, job_id) for job_id in ("j1", "j2")]
+        jobs = [await submitted(holder, job_id) for job_id in ("j1", "j2")]
         taken = await gateway.parts.bus.pull(QUEUE, 0)
         await gateway.parts.jobs.started(started(jobs[0]))
         following = await gateway.parts.bus.pull(QUEUE, BOUND)

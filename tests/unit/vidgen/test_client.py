@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import re
@@ -399,11 +398,11 @@ async def test_patience_begins_anew_with_whatever_is_heard() -> None:
 
 async def test_a_job_that_waits_in_silence_takes_no_patience() -> None:
     """Patience ran from the last event: of a job that waited longer, the first connection that broke was the last."""
-    asked = 0
+    clock, asked = LoopClock(), 0
 
     class Silence(Stream):
         async def __aiter__(self) -> AsyncIterator[bytes]:
-            await asyncio.sleep(0.3)
+            clock.advance(120)
             async for piece in super().__aiter__():
                 yield piece
 
@@ -415,7 +414,7 @@ async def test_a_job_that_waits_in_silence_takes_no_patience() -> None:
         return httpx.Response(200, stream=Silence(b": keep-alive\n\n", breaks=asked == 1))
 
     async with gateway(handler) as found:
-        assert [type(update) async for update in found.watch("j1", patience=0.2)] == [Job]
+        assert [type(update) async for update in found.watch("j1", patience=100)] == [Job]
     assert asked == 3
 
 
