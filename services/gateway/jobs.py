@@ -132,10 +132,17 @@ class Jobs:
         current = told == (job.stage, job.run, stage.attempt)
         return job.model_copy(update={"progress": progress}) if current else job
 
-    async def as_told(self, job: Job) -> Job:
-        """The job by the newest event of its log, of which its record may not know yet: who follows it does."""
-        event = await self._newest_event(job.id)
-        return job if event is None else pipeline.decide(job, event)[0]
+    async def as_told(self, job_id: str) -> Job:
+        """A job by its record and the newest event of its log, which who follows it may have heard of before.
+
+        Raises JobNotFoundError.
+        """
+        # The event first: what came before it is in a record that is read behind it.
+        event = await self._newest_event(job_id)
+        job = await self._look(job_id)
+        if job is None:
+            raise no_such_job(job_id)
+        return job if event is None else pipeline.fold(job, event)
 
     async def caught_up(self, job: Job, allows: Callable[[Job], bool]) -> Job:
         """A job whose record allows something, once it does, where the newest event of its log says that it will.

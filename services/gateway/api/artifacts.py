@@ -85,7 +85,7 @@ async def download(request: Request, job: JobHere, name: str, parts: PartsHere, 
     """Get a file that a job made. HEAD tells size, type and checksum."""
     artifact = _named(job, name)
     if artifact is None and not job.status.final:
-        artifact = _named(job := await parts.jobs.as_told(job), name)
+        artifact = _named(job := await parts.jobs.as_told(job.id), name)
     if artifact is None:
         names = ", ".join(one.name for one in job.artifacts) or "none yet"
         raise HttpError(404, "artifact_not_found", f"the job has no artifact of this name; it has: {names}")

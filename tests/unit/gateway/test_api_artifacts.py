@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from urllib.parse import unquote
 
 import pytest
-from tests.gateways import KEY, Gateway, completed, picture, put
+from tests.gateways import KEY, Gateway, completed, picture, put, started
 
 from vidgen import images, topology
 from vidgen.contracts import Job
@@ -84,6 +84,26 @@ async def test_an_artifact_of_which_the_log_told_is_there_though_the_record_does
     assert answer.status_code == (200 if query else 307)
     assert (await gateway.client.get(path(job, "edit-1.png"))).status_code == 404
     assert (await gateway.parts.jobs.get(job.id)).artifacts == ()
+
+
+async def test_an_artifact_is_there_though_the_next_stage_has_begun_since_the_record_was_read(
+    gateway: Gateway, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Read before the edit's end, its record knew of no frame, nor did the log's newest event: it was a 404."""
+    get = gateway.parts.jobs.get
+    job = await gateway.submit(i2v={"prompt": "zoom"})
+    event = completed(job, body=BODY)
+    await put(gateway.parts.store, event.artifacts[0].key, BODY)
+
+    async def a_moment_old(job_id: str) -> Job:
+        found = await get(job_id)
+        for news in (event, started(job, "i2v")):
+            await gateway.tell(news)
+        return found
+
+    monkeypatch.setattr(gateway.parts.jobs, "get", a_moment_old)
+    answer = await gateway.client.get(path(job), params={"proxy": 1})
+    assert (answer.status_code, answer.content) == (200, BODY)
 
 
 async def test_an_artifact_comes_through_the_gateway_whole(gateway: Gateway, job: Job) -> None:
