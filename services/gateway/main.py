@@ -38,6 +38,7 @@ from vidgen.metrics import GatewayMetrics
 from vidgen.settings import GatewaySettings
 from vidgen.tenants import Tenants
 from vidgen.topology import DAY, Topology
+from vidgen.waiting import told_within
 
 log = structlog.get_logger(__name__)
 
@@ -204,9 +205,7 @@ class _Gateway:
                         f"{what} was not there within {START_PATIENCE_S:.0f} s: {exc.message}", code="not_there"
                     ) from exc
                 log.warning(exc.message, _event="not_there_yet", waiting_for=what, again_in_s=pause)
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(pause):
-                    await self._stop.wait()
+            await told_within(self._stop, pause)
             pause = min(LONGEST_PAUSE_S, pause * 2)
 
     def _take_signals(self) -> None:

@@ -9,7 +9,6 @@ Where this is wrong all the same, the fence holds: the task is computed once too
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections.abc import Callable, Collection, Mapping
 
@@ -21,6 +20,7 @@ from vidgen import contracts, errors, eventlog, topology
 from vidgen.bus import Bus, Stored
 from vidgen.contracts import LANES, STAGES, Stage, WorkerInfo
 from vidgen.metrics import GatewayMetrics
+from vidgen.waiting import told_within
 
 log = structlog.get_logger(__name__)
 
@@ -55,9 +55,7 @@ class Orphans:
                 await self.look()
             except errors.VidgenError as exc:
                 log.warning(exc.message, _event="orphans_unknown")
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(LOOK_S):
-                    await stop.wait()
+            await told_within(stop, LOOK_S)
 
     async def look(self) -> None:
         """Hand out again what is held by whoever was silent for long enough and is not there, twice in a row."""

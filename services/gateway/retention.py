@@ -7,7 +7,6 @@ sweep at once delete the same, and no more. Why not by the store's own lifecycle
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import random
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from vidgen.artifacts import ArtifactStore, Stat
 from vidgen.bus import Bus, each
 from vidgen.metrics import GatewayMetrics, Kept
 from vidgen.settings import GatewaySettings
+from vidgen.waiting import told_within
 
 log = structlog.get_logger(__name__)
 
@@ -64,11 +64,7 @@ class Sweeper:
     async def run(self, stop: asyncio.Event, every_s: float = SWEEP_EVERY_S) -> None:
         """Sweep now and again until `stop`; replicas that start together do not sweep together."""
         pause = random.uniform(0, every_s)  # noqa: S311
-        while not stop.is_set():
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(pause):
-                    await stop.wait()
-                return
+        while not await told_within(stop, pause):
             try:
                 await self.sweep()
             except errors.VidgenError as exc:

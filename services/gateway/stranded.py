@@ -7,7 +7,6 @@ nobody is told, and what a queue holds is counted against what waits there and w
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 from collections.abc import Mapping
 
@@ -18,6 +17,7 @@ from gateway.share import FairShare
 from vidgen import attempts, contracts, dead, errors, eventlog, topology, tracing
 from vidgen.bus import Bus, Delivery, Stored, each
 from vidgen.contracts import LANES, STAGES
+from vidgen.waiting import told_within
 
 log = structlog.get_logger(__name__)
 
@@ -38,9 +38,7 @@ class Stranded:
                 await self.sweep()
             except errors.VidgenError as exc:
                 log.warning(exc.message, _event="stranded_unknown")
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(SWEEP_S):
-                    await stop.wait()
+            await told_within(stop, SWEEP_S)
 
     async def on_advisory(self, delivery: Delivery) -> None:
         """Look after the task that the bus tells of.

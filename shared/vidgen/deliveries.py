@@ -16,6 +16,7 @@ from vidgen import errors, topology
 from vidgen.bus import Delivery
 from vidgen.inboxes import LAST_CALL, REQUEST_TIMEOUT, Sink
 from vidgen.natserrors import headers_of, translated
+from vidgen.waiting import told_within
 
 if TYPE_CHECKING:
     from vidgen.jetstream import JetStreamBus
@@ -168,8 +169,6 @@ class JetStreamSupply:
 
     async def _leave(self, subscription: Subscription) -> None:
         # As where a single pull is given up: what is there to be taken is given the time to come.
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(LAST_CALL):
-                await self._over.wait()
+        await told_within(self._over, LAST_CALL)
         with contextlib.suppress(nats.errors.Error, TimeoutError, OSError):
             await subscription.drain()  # type: ignore[no-untyped-call]

@@ -34,6 +34,7 @@ from vidgen.progress import Reporter
 from vidgen.scratch import Scratch
 from vidgen.settlement import Policy, Settlement
 from vidgen.turn import REASONS, SUSPENDING, UNWANTED, Clocks, Reason, Stop, Turn
+from vidgen.waiting import told_within
 from vidgen.watchdog import Watchdog
 
 log = structlog.get_logger(__name__)
@@ -481,9 +482,7 @@ class Handler:
 
     async def _beat(self, delivery: Delivery, held: Claim, turn: Turn) -> None:
         while True:
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self._policy.ack_wait / 4):
-                    await turn.look.wait()
+            await told_within(turn.look, self._policy.ack_wait / 4)
             turn.look.clear()
             try:
                 await delivery.in_progress()

@@ -49,6 +49,7 @@ from vidgen.patience import PatientStore
 from vidgen.scratch import Scratch
 from vidgen.settings import WorkerSettings, read
 from vidgen.settlement import Policy
+from vidgen.waiting import told_within
 from vidgen.watchdog import Patience, over_setup
 from vidgen.worker import Registration, Worker
 
@@ -328,13 +329,8 @@ class _Service:
                 if time.monotonic() > give_up:
                     raise
                 log.warning(exc.message, _event="not_there_yet")
-            await self._pause()
+            await told_within(self._stop, START_PAUSE_S)
         return None
-
-    async def _pause(self) -> None:
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(START_PAUSE_S):
-                await self._stop.wait()
 
     async def _wait_for_queues(self, connected: JetStreamBus) -> None:
         """The gateway makes the queues, and sets them anew; a worker only binds, and waits for them."""
@@ -357,7 +353,7 @@ class _Service:
                 self._wait(f"its queues, which the gateway makes: {exc.message}")
             else:
                 return
-            await self._pause()
+            await told_within(self._stop, START_PAUSE_S)
 
     async def _wait_for_store(self, store: S3Store) -> None:
         """A worker whom the store refuses would be free at once for each task, and fail them all.
@@ -374,7 +370,7 @@ class _Service:
                 self._wait(f"the object store: {exc.message}")
             else:
                 return
-            await self._pause()
+            await told_within(self._stop, START_PAUSE_S)
 
     def _wait(self, what: str) -> None:
         """Have the probes say what is waited for, and the log once."""

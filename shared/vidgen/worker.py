@@ -31,6 +31,7 @@ from vidgen.handler import Handler
 from vidgen.metrics import WorkerMetrics
 from vidgen.settlement import JOB_ID, Policy
 from vidgen.turn import Phase, Turn
+from vidgen.waiting import told_within
 
 log = structlog.get_logger(__name__)
 
@@ -325,9 +326,7 @@ class Worker:
         is taken, so an idle worker comes first.
         """
         while not self._draining.is_set():
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(LOOK_S):
-                    await self._draining.wait()
+            await told_within(self._draining, LOOK_S)
             turn = next((turn for turn in self._turns if self._gives_way(turn)), None)
             if turn is None or self._places.locked() or self._draining.is_set():
                 continue
@@ -453,9 +452,7 @@ class Worker:
         while not ending.is_set():  # what was at its last step is to be stored by now
             for turn in self._turns:
                 turn.stop.now("drained" if self._handler.suspends and turn.phase == "generating" else "released")
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(GRACE_LOOK_S):
-                    await ending.wait()
+            await told_within(ending, GRACE_LOOK_S)
 
     async def _register(self, ending: asyncio.Event) -> None:
         records = self._bus.records(topology.WORKERS_BUCKET)
@@ -479,9 +476,7 @@ class Worker:
                 log.warning(exc.message, _event="heartbeat_failed")
             if last:
                 return
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self._registration.heartbeat_s):
-                    await self._changed.wait()
+            await told_within(self._changed, self._registration.heartbeat_s)
 
     def _describe(self, gpus: tuple[GpuFigures, ...]) -> WorkerInfo:
         engine = self._engine.info

@@ -31,6 +31,7 @@ ROOT = Path(__file__).parents[2]
 PHOTO = ROOT / "examples" / "portrait.jpg"
 SCREENSHOTS = os.environ.get("VIDGEN_TEST_SCREENSHOTS")
 MADE = "first light"  # what the jobs were asked for that have a video, whatever other tests did before
+ENDLESS = "golden hour light, endless"
 PHONE = {"width": 320, "height": 740}  # the narrowest that WCAG asks for: a window of 1280 at 400 %
 
 expect.set_options(timeout=PATIENCE_MS)
@@ -89,6 +90,14 @@ def send(page: Page) -> str:
     page.get_by_role("button", name="Make the video").click()
     page.wait_for_url("**/#/jobs/*")
     return page.url.rsplit("/", 1)[-1]
+
+
+def begin_endless(window: Window) -> str:
+    """Send a job that goes on until it is cancelled; its id."""
+    window.go()
+    fill(window.page, edit=ENDLESS)
+    window.page.get_by_role("radio", name="High").check()
+    return send(window.page)
 
 
 def status(page: Page, text: str) -> None:
@@ -223,10 +232,7 @@ def test_the_keyboard_alone_sends_a_photo(window: Window) -> None:
 
 def test_a_reload_in_the_middle_goes_on_and_a_cancel_ends_it(window: Window) -> None:
     page = window.page
-    window.go()
-    fill(page, edit="golden hour light, endless")
-    page.get_by_role("radio", name="High").check()
-    job = send(page)
+    job = begin_endless(window)
     expect(page.locator(".where").first).to_contain_text("step")
 
     page.reload()
@@ -254,17 +260,14 @@ def test_a_reload_in_the_middle_goes_on_and_a_cancel_ends_it(window: Window) -> 
 
 def test_a_waiting_job_says_how_many_are_ahead(window: Window) -> None:
     page = window.page
-    window.go()
-    fill(page, edit="golden hour light, endless")
-    page.get_by_role("radio", name="High").check()
-    jobs = [send(page)]
+    jobs = [begin_endless(window)]
     page.get_by_role("link", name="Create").click()
     jobs.append(send(page))
     expect(page.locator(".line")).to_contain_text(re.compile("at most 1 ahead of you|next in line"))
     expect(page.locator(".stages li").nth(1).locator(".pace")).to_contain_text("takes about")
 
     page.get_by_role("link", name="Workers").click()
-    expect(page.locator(".worker .doing a").first).to_have_text("golden hour light, endless")
+    expect(page.locator(".worker .doing a").first).to_have_text(ENDLESS)
     page.go_back()
 
     for job in jobs:
@@ -589,10 +592,7 @@ class Away:
 def test_a_gateway_that_is_away_is_said_to_be_and_what_was_shown_stays(window: Window) -> None:
     """The picture went, and stayed away when the gateway was back; before that time went on as if all were well."""
     page = window.page
-    window.go()
-    fill(page, edit="golden hour light, endless")
-    page.get_by_role("radio", name="High").check()
-    job = send(page)
+    job = begin_endless(window)
     expect(page.locator(".pace").first).to_contain_text("left")
 
     gateway = Away(page, job)
@@ -601,7 +601,7 @@ def test_a_gateway_that_is_away_is_said_to_be_and_what_was_shown_stays(window: W
     expect(page.get_by_role("status")).to_contain_text("There is no news from the gateway")
     expect(page.locator(".pace").first).not_to_contain_text("left")
     expect(page.locator(".screen img.photo")).to_be_visible()
-    expect(page.locator("h1")).to_have_text("golden hour light, endless")
+    expect(page.locator("h1")).to_have_text(ENDLESS)
 
     gateway.away = False
     expect(page.locator(".line")).to_have_text("Your photo is being edited.")
@@ -642,10 +642,7 @@ def test_why_a_job_failed_again_is_not_what_hindered_its_retry(window: Window) -
 
 def test_a_retry_that_another_tab_was_first_with_is_followed(window: Window) -> None:
     page = window.page
-    window.go()
-    fill(page, edit="golden hour light, endless")
-    page.get_by_role("radio", name="High").check()
-    job = send(page)
+    job = begin_endless(window)
     page.get_by_role("button", name="Cancel").click()
     status(page, "Cancelled")
     page.request.post(f"{window.origin}/v1/jobs/{job}/retry")
